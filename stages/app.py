@@ -1,0 +1,93 @@
+"""What makes a module a stage: a Hydra application that checks its config, logs, and ends clearly on error."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import hydra
+import psutil
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from stages.config import CONF, load
+from stages.errors import StageError
+
+Schema = TypeVar("Schema")
+
+# A stage writes its outs and nothing else, so Hydra gets no run directory and no log files.
+WRITE_NOTHING = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+
+log = logging.getLogger("stage")
+
+
+def run(stage: str, schema: type[Schema], main: Callable[[Schema], None]) -> None:
+    """Run `main` on the config that Hydra composes for `stage` from conf/ and the command line; exit 1 on an error."""
+    sys.argv[1:1] = WRITE_NOTHING
+
+    def job(composed: DictConfig) -> None:
+        start_logging(stage)
+        threading.Thread(target=end_with_dvc, daemon=True).start()
+        started = time.monotonic()
+        try:
+            main(load(schema, composed, stage, unchosen_groups()))
+        except KeyboardInterrupt:
+            sys.exit(f"{stage}: interrupted")
+        except Exception as error:
+            if os.environ.get("LM_REPRO_DEBUG") == "1":
+                raise
+            sys.exit(f"{stage}: error: {describe(error)}")
+        log.info("done in %.1f s", time.monotonic() - started)
+
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=stage)(job)()
+
+
+def unchosen_groups() -> list[str]:
+    """The config groups of the running stage for which the command line names no configuration."""
+    choices = HydraConfig.get().runtime.choices
+    return [group for group, choice in choices.items() if choice is None and not group.startswith("hydra/")]
+
+
+def end_with_dvc() -> None:
+    """End this process when the DVC that started it is gone; without one, do nothing.
+
+    A killed `dvc repro` would leave its stage running, and the next one would run a second beside it.
+    """
+    ancestors = psutil.Process().parents()
+    # DVC may have started the stage through a shell, and itself from one that may well end: `nohup dvc repro &`.
+    dvc = next((process for process in ancestors if "dvc" in {Path(word).name for word in _words(process)}), None)
+    while dvc is not None and dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(1.0)
+    if dvc is not None:
+        log.error("the dvc that started this stage is gone: ending")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()[:3]
+    except psutil.Error:
+        return []
+
+
+def describe(error: Exception) -> str:
+    """One or two lines for `error`: its own words where it was written for users, its type as well where it was not."""
+    if isinstance(error, StageError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error} (LM_REPRO_DEBUG=1 shows where)"
+
+
+def start_logging(stage: str) -> None:
+    """Log lines `stage: text` to stderr, of the project's own modules from INFO up and of libraries from ERROR up."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"{stage}: %(message)s"))
+    logging.basicConfig(level=logging.ERROR, handlers=[handler], force=True)
+    for name in ("stage", "stages", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO)
