@@ -1,0 +1,209 @@
+"""Stage `download`: the records of a source, cleaned and split, in ELI5's schema.
+
+Reads   the source that conf/data/NAME.yaml describes (files at data.path, or a data set of the Hub)
+Writes  data/raw/{train,validation,test}.parquet and the ledger data/raw/stats.json
+Command python -m stages.download data=sample data.path=data/sample/askscience.jsonl out=data/raw
+"""
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.app import run
+from stages.artifacts import SPLITS, staged, versions, write_json
+from stages.config import SourceData, part
+from stages.duplicates import ExactDuplicates, near_duplicates
+from stages.errors import StageError
+from stages.records import ELI5, BadRecordError, Record, split_key, split_of, to_record
+from stages.sources import Row, format_of, read, resolve_commit
+
+log = logging.getLogger(__name__)
+
+ROW_GROUP = 1024  # records in a row group: fixed, so that the bytes follow from the records alone
+
+
+@part
+class DownloadConfig:
+    data: SourceData
+    out: str
+    """Directory to write."""
+
+
+def main(config: DownloadConfig) -> None:
+    data = config.data
+    log.info("reading %s", data.hub.id if data.hub else data.path)
+    ledger = Ledger()
+    commit = resolve_commit(data.hub) if data.hub is not None else None
+    with staged(config.out) as directory:
+        writers = {split: SplitWriter(directory / f"{split}.parquet") for split in SPLITS}
+        for row in read(data, commit):
+            if ledger.records_in == data.max_records:
+                break
+            placed = place(row, data, ledger)
+            if placed is not None:
+                split, record = placed
+                writers[split].write(record)
+                ledger.records_out[split] += 1
+                ledger.answers_out += len(record["answers"]["text"])
+        for writer in writers.values():
+            writer.close()
+        if data.deduplicate == "near" or data.count_near_duplicates:
+            look_for_near_duplicates(directory, ledger, drop=data.deduplicate == "near")
+        ledger.check(data)
+        write_json(directory / "stats.json", ledger.as_json(data, commit))
+    log.info("%d records -> %s (%s)", ledger.records_in, config.out, ledger.summary())
+
+
+class Ledger:
+    """What went in, came out and was left out."""
+
+    def __init__(self) -> None:
+        self.records_in = 0
+        self.answers_in = 0
+        self.answers_dropped = 0
+        self.answers_out = 0
+        self.answers_of_duplicates = 0
+        self.records_out = Counter(dict.fromkeys(SPLITS, 0))
+        self.skipped = Counter({"malformed": 0, "without_answers": 0, "exact_duplicate": 0, "near_duplicate": 0})
+        self.exact_duplicates = ExactDuplicates()
+        self.num_exact_duplicates = 0
+        self.near_duplicates: dict[str, int] | None = None
+
+    def check(self, data: SourceData) -> None:
+        """Raise StageError unless every split has records; assert that none was lost on the way."""
+        assert self.records_in == self.records_out.total() + self.skipped.total()
+        assert self.answers_in == self.answers_out + self.answers_dropped + self.answers_of_duplicates
+        if not self.records_in:
+            raise StageError(f"{data.hub.id if data.hub else data.path} holds no records")
+        empty = [split for split in SPLITS if not self.records_out[split]]
+        if empty:
+            remedy = "give more records, or raise its share in conf/data (split)"
+            if data.text_record == "file" and self.records_in < 30 and format_of(data.path) in ("text", None):
+                remedy += "; for one long text set text_record: paragraph there"
+            raise StageError(f"no record for {' and '.join(empty)} ({self.summary()}): {remedy}")
+
+    def summary(self) -> str:
+        parts = [f"{name} {count}" for name, count in self.records_out.items()]
+        parts += [f"skipped {name} {count}" for name, count in self.skipped.items() if count]
+        return ", ".join(parts)
+
+    def as_json(self, data: SourceData, commit: str | None) -> dict[str, Any]:
+        return {
+            "source": {"hub": data.hub.id, "revision": data.hub.revision, "commit": commit}
+            if data.hub
+            else {"files": Path(data.path).name},
+            "records_in": self.records_in,
+            "records_out": dict(self.records_out),
+            "records_skipped": dict(self.skipped),
+            "answers_in": self.answers_in,
+            "answers_out": self.answers_out,
+            "answers_dropped": self.answers_dropped,
+            "answers_of_duplicates": self.answers_of_duplicates,
+            "exact_duplicates": self.num_exact_duplicates,
+            "held_out_with_near_duplicate_in_train": self.near_duplicates,
+            "versions": versions("datasketch", "pyarrow"),
+        }
+
+
+def place(row: Row, data: SourceData, ledger: Ledger) -> tuple[str, Record] | None:
+    """The split and the record of `row`, entered into the ledger; None where it is skipped.
+
+    Raises:
+        StageError: if the row is malformed and data.on_bad_record is `error`.
+    """
+    ledger.records_in += 1
+    try:
+        if isinstance(row.value, BadRecordError):
+            raise row.value
+        record, dropped = to_record(row.value, data.columns)
+    except BadRecordError as error:
+        if data.on_bad_record == "error":
+            raise StageError(
+                f"{row.where}: {error} (in conf/data, columns names yours, and"
+                " on_bad_record: skip leaves such records out)"
+            ) from None
+        ledger.skipped["malformed"] += 1
+        return None
+    num_answers = len(record["answers"]["text"])
+    ledger.answers_in += num_answers + dropped
+    ledger.answers_dropped += dropped
+    if not num_answers:
+        ledger.skipped["without_answers"] += 1
+        return None
+    if ledger.exact_duplicates.add(document(record["answers"]["text"])):
+        ledger.num_exact_duplicates += 1
+        if data.deduplicate != "none":
+            ledger.skipped["exact_duplicate"] += 1
+            ledger.answers_of_duplicates += num_answers
+            return None
+    if data.split.by == "hash":
+        return split_of(split_key(record), data.split), record
+    if row.split is None:
+        raise StageError(f"{row.where}: split.by: source needs files or splits named train, validation and test")
+    return row.split, record
+
+
+def document(answers: list[str]) -> str:
+    """The text that duplicates share."""
+    return " ".join(answers)
+
+
+def look_for_near_duplicates(directory: Path, ledger: Ledger, drop: bool) -> None:
+    """Enter into the ledger which held-out documents have a near duplicate in train; drop those of train if told so."""
+
+    def texts(split: str) -> Iterator[str]:
+        for batch in pq.ParquetFile(directory / f"{split}.parquet").iter_batches(ROW_GROUP, columns=["answers"]):
+            yield from (document(record["answers"]["text"]) for record in batch.to_pylist())
+
+    leaked, leaking = near_duplicates(itertools.chain(texts("validation"), texts("test")), texts("train"))
+    first_of_test = ledger.records_out["validation"]
+    in_test = sum(number >= first_of_test for number in leaked)
+    ledger.near_duplicates = {"validation": len(leaked) - in_test, "test": in_test}
+    if drop and leaking:
+        whole, file = directory / "whole.parquet", directory / "train.parquet"
+        file.rename(whole)
+        writer = SplitWriter(file)
+        rows = (row for batch in pq.ParquetFile(whole).iter_batches(ROW_GROUP) for row in batch.to_pylist())
+        for number, record in enumerate(rows):
+            if number in leaking:
+                num_answers = len(record["answers"]["text"])
+                ledger.records_out["train"] -= 1
+                ledger.answers_out -= num_answers
+                ledger.skipped["near_duplicate"] += 1
+                ledger.answers_of_duplicates += num_answers
+            else:
+                writer.write(record)
+        writer.close()
+        whole.unlink()
+
+
+class SplitWriter:
+    """Writes records to a Parquet file in row groups of a fixed number of records."""
+
+    def __init__(self, file: Path) -> None:
+        self._writer = pq.ParquetWriter(file, ELI5, compression="zstd")
+        self._rows: list[Record] = []
+
+    def write(self, record: Record) -> None:
+        self._rows.append(record)
+        if len(self._rows) == ROW_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=ELI5))
+        self._rows.clear()
+
+    def close(self) -> None:
+        if self._rows:
+            self._flush()
+        self._writer.close()
+
+
+if __name__ == "__main__":
+    run("download", DownloadConfig, main)

@@ -1,0 +1,259 @@
+"""Where records come from: files of five formats on any file system that fsspec opens, and data sets of the Hub."""
+
+import csv
+import io
+import json
+import logging
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import fsspec
+import fsspec.core
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.config import HubData, SourceData
+from stages.errors import StageError
+from stages.pretrained import CONNECT_SECONDS, hub_unreachable
+from stages.records import BadRecordError
+
+log = logging.getLogger(__name__)
+
+FORMATS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text",
+    ".md": "text",
+}  # fmt: skip
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+OWN_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
+PARQUET_ROWS = 1000  # read at once
+
+
+class Row(NamedTuple):
+    """A record as its source holds it."""
+
+    where: str
+    """File and line, or data set and index, for error messages."""
+    split: str | None
+    """The source's own split, where it has one."""
+    value: Any
+    """Column to value, or a BadRecordError where nothing could be read."""
+
+
+def read(data: SourceData, commit: str | None = None) -> Iterator[Row]:
+    """The rows of the source that `data` describes, in its order (files by name); of a Hub data set, at `commit`."""
+    if data.source == "hub":
+        assert data.hub is not None and commit is not None  # the schema's rule
+        yield from _read_hub(data.hub, commit)
+    else:
+        for file_system, file in find_files(data.path):
+            yield from read_rows(file_system, file, data.text_record)
+
+
+def find_files(path: str) -> list[tuple[Any, str]]:
+    """The readable files at `path` (a file, a directory or a URL), each with its file system, sorted by name."""
+    try:
+        file_system, root = fsspec.core.url_to_fs(path)
+        # Over HTTP, isdir reads the whole file and takes one with links in it for a directory.
+        is_page = "http" in file_system.protocol and format_of(root)
+        if not is_page and file_system.isdir(root):
+            found = sorted(file_system.find(root))
+            files = [file for file in found if format_of(file) and not is_hidden(file.removeprefix(root))]
+            if len(files) < len(found):
+                log.info("%s: %d files of other formats left alone", path, len(found) - len(files))
+        else:
+            files = [root] if file_system.exists(root) else []
+            if files and not format_of(root):
+                raise StageError(
+                    f"data.path={path}: unknown format; give it one of {', '.join(FORMATS)} (.gz, .zst may follow)"
+                )
+    except (ImportError, ValueError) as error:
+        if isinstance(error, StageError):
+            raise
+        raise StageError(f"data.path={path}: {error}") from None
+    if not files and "://" in path:
+        raise StageError(f"data.path={path}: there is no such file, or its server does not answer")
+    if not files:
+        raise StageError(f"data.path={path}: no such file, or a directory without {', '.join(FORMATS)} files")
+    return [(file_system, file) for file in files]
+
+
+def format_of(file: str) -> str | None:
+    """The format that the name of `file` says, compression aside."""
+    name = _without_query(file)
+    return FORMATS.get(PurePosixPath(name.stem).suffix if name.suffix in COMPRESSIONS else name.suffix)
+
+
+def is_hidden(file: str) -> bool:
+    """Whether the name of `file`, or of a directory that it is in, begins with a dot."""
+    return any(step.startswith(".") for step in PurePosixPath(file).parts)
+
+
+def _without_query(file: str) -> PurePosixPath:
+    return PurePosixPath(file.lower().split("?")[0])
+
+
+def own_split(name: str) -> str | None:
+    """The split that a file or split called `name` is by its own account."""
+    match = OWN_SPLIT.match(PurePosixPath(name).name) or OWN_SPLIT.fullmatch(PurePosixPath(name).parent.name)
+    if match is None:
+        return None
+    word = match[1].lower()
+    return word if word in ("train", "test") else "validation"
+
+
+def read_rows(file_system: Any, file: str, text_record: str = "file") -> Iterator[Row]:
+    split, kind = own_split(file), format_of(file)
+    try:
+        with _open(file_system, file) as stream:
+            readers = {"jsonl": _jsonl, "json": _json, "parquet": _parquet, "csv": _csv}
+            rows = _text(stream, text_record) if kind == "text" else readers[str(kind)](stream)
+            for place, value in rows:
+                yield Row(f"{file}:{place}", split, value)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowInvalid) as error:
+        if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) is not None:
+            raise  # the system's or the network's; decompressors raise OSErrors without a number
+        raise StageError(f"{file} is damaged or cut short: {error}") from None
+
+
+def _open(file_system: Any, file: str) -> Any:
+    """The decompressed bytes of `file`."""
+    compression = COMPRESSIONS.get(_without_query(file).suffix)
+    if compression != "zstd":
+        return file_system.open(file, "rb", compression=compression)
+    # fsspec's reader gives no lines, ends at the first of several frames, and takes a truncated file for a whole one.
+    stream = pa.PythonFile(file_system.open(file, "rb"), mode="r")
+    return io.BufferedReader(pa.CompressedInputStream(stream, compression))
+
+
+def _decode(line: bytes) -> str | BadRecordError:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadRecordError(f"not UTF-8 (byte {error.start} of the line)")
+
+
+def _parse(line: bytes) -> Any:
+    text = _decode(line)
+    if isinstance(text, BadRecordError):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return BadRecordError(f"not JSON: {error}")
+
+
+def _jsonl(stream: Any) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(stream, 1):
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if line.strip():
+            yield number, _parse(line)
+
+
+def _json(stream: Any) -> Iterator[tuple[int, Any]]:
+    """An array of records, read whole; a .json file of lines is read as lines."""
+    buffered = io.BufferedReader(stream)
+    if not buffered.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _jsonl(buffered)
+        return
+    value = _parse(buffered.read().removeprefix(b"\xef\xbb\xbf"))
+    if isinstance(value, BadRecordError):
+        yield 1, value
+    else:
+        yield from enumerate(value, 1)
+
+
+def _parquet(stream: Any) -> Iterator[tuple[int, Any]]:
+    number = 0
+    for batch in pq.ParquetFile(stream).iter_batches(batch_size=PARQUET_ROWS):
+        for value in batch.to_pylist():
+            number += 1
+            yield number, value
+
+
+def _csv(stream: Any) -> Iterator[tuple[int, Any]]:
+    """The rows below the header, each at its first line."""
+    csv.field_size_limit(2**31 - 1)
+    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(lines, strict=True)
+    header: list[str] = []
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader)
+            "".join(cells).encode()
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, BadRecordError(f"not CSV: {error}")
+            continue
+        except UnicodeEncodeError:
+            yield number, BadRecordError("not UTF-8")
+            continue
+        if not header:
+            header = cells
+        elif cells and len(cells) != len(header):
+            yield number, BadRecordError(f"{len(cells)} columns, not as many as the header's {len(header)}")
+        elif cells:
+            yield number, dict(zip(header, cells, strict=True))
+
+
+def _text(stream: Any, text_record: str) -> Iterator[tuple[int, Any]]:
+    """Records of plain text, {"title": "", "answers.text": text}; a paragraph ends at an empty line."""
+    start, lines = 1, list[str]()
+    for number, line in enumerate(stream, 1):
+        text = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+        if isinstance(text, BadRecordError):
+            yield number, text
+            continue
+        text = text.replace("\r\n", "\n")
+        if text_record == "file" or (text_record == "paragraph" and text.strip()):
+            start = start if lines else number
+            lines.append(text)
+        elif text_record == "line" and text.strip():
+            yield number, {"title": "", "answers.text": text.rstrip("\n")}
+        elif lines:
+            yield start, {"title": "", "answers.text": "".join(lines).rstrip("\n")}
+            lines = []
+    if lines:
+        text = "".join(lines)
+        yield start, {"title": "", "answers.text": text if text_record == "file" else text.rstrip("\n")}
+
+
+def resolve_commit(hub: HubData) -> str:
+    """The commit that hub.revision is now, so that a branch that moves is seen in the ledger.
+
+    Raises:
+        StageError: if the Hub does not answer, or has no such data set or revision.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    ways_on = "\n  Ways on: a network, or the data set in a file (data.name=files, data.path=FILE)."
+    if reason := hub_unreachable():
+        raise StageError(f"the data set {hub.id} cannot be read, the Hub cannot be reached: {reason}{ways_on}")
+    try:
+        return str(HfApi().dataset_info(hub.id, revision=hub.revision, timeout=CONNECT_SECONDS).sha)
+    except (HfHubHTTPError, OSError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise StageError(
+            f"the Hub has no data set {hub.id} at revision {hub.revision}: {first_line}{ways_on}"
+        ) from None
+
+
+def _read_hub(hub: HubData, commit: str) -> Iterator[Row]:
+    import datasets  # 2.5 s that only this source pays
+
+    datasets.utils.logging.set_verbosity_error()
+    for name in hub.splits:
+        try:
+            rows = datasets.load_dataset(hub.id, hub.config, revision=commit, split=name, streaming=True)
+            for index, value in enumerate(rows):
+                yield Row(f"{hub.id}[{name}]:{index}", own_split(name), value)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise StageError(
+                f"the data set {hub.id} (revision {commit}, split {name}) could not be read: {error}"
+            ) from None
