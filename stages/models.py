@@ -1,0 +1,143 @@
+"""Models: built from a configuration or loaded from a pinned checkpoint of safetensors, never by remote code."""
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig
+
+from stages.config import Hardware, Model, nearest
+from stages.errors import StageError
+from stages.pretrained import OFFSET_POSITIONS, pinned_files, usable_positions, weights_files
+from stages.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+# Accelerate takes precision, accumulation, compilation and more from these, where DVC cannot see them.
+LAUNCHER_VARIABLES = ("ACCELERATE_", "FSDP_", "LOCAL_RANK", "MASTER_", "RANK", "WORLD_SIZE")
+
+AUTO_CLASS = {"causal": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM"}
+
+
+def prepare_torch(hardware: Hardware) -> None:
+    """Set threads and quiet libraries, and refuse a device that is not there.
+
+    Raises:
+        StageError: if hardware.device is not available.
+    """
+    for name in [name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)]:
+        log.warning("%s is ignored: what trains a model stands in conf/", name)
+        del os.environ[name]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(hardware.num_threads)
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[hardware.device]:
+        raise StageError(f"hardware.device={hardware.device}: torch finds no such device here; use hardware=cpu")
+
+
+def build_model(model: Model, vocabulary: Vocabulary, seed: int) -> Any:
+    """The model before training, in fp32 on the CPU: fresh weights drawn from `seed`, or those of the checkpoint.
+
+    Raises:
+        StageError: if the checkpoint, its configuration and the vocabulary do not belong together.
+    """
+    with tempfile.TemporaryDirectory() as scratch:  # holds the pinned files and no others
+        built = _build(model, vocabulary, seed, Path(scratch))
+    _check_positions(built.config, model)
+    num_embeddings = built.get_input_embeddings().num_embeddings
+    if vocabulary.size > num_embeddings:
+        raise StageError(f"the tokenizer has {vocabulary.size} tokens, the model embeddings for {num_embeddings} alone")
+    log.info("%s with %.1f M parameters", type(built).__name__, sum(p.numel() for p in built.parameters()) / 1e6)
+    return built
+
+
+def _build(model: Model, vocabulary: Vocabulary, seed: int, scratch: Path) -> Any:
+    config = _configuration(model, scratch)
+    auto = getattr(transformers, AUTO_CLASS[model.task])
+    if type(config) not in auto._model_mapping:
+        raise StageError(
+            f"model.config.model_type={config.model_type}: transformers has no such model for task={model.task}"
+        )
+    for key, value in model.config.items():
+        if key != "model_type" and not hasattr(config, key):
+            raise StageError(
+                f"model.config.{key}: {config.model_type} has no such value; {nearest(key, list(config.to_dict()))}"
+            )
+        setattr(config, key, value)
+    torch.manual_seed(seed)
+    if model.from_scratch:
+        config.vocab_size = vocabulary.size
+        for role in ("bos", "eos", "pad", "sep", "cls"):
+            setattr(config, f"{role}_token_id", vocabulary.special.get(f"{role}_token"))
+        if config.model_type in OFFSET_POSITIONS and config.pad_token_id is None:
+            raise StageError(
+                f"{config.model_type} numbers positions from its pad token, and the tokenizer has no pad_token"
+            )
+        return auto.from_config(config, dtype=torch.float32)
+    _link(weights_files("model", str(model.path), model.revision, model.files), scratch)
+    return _load(auto, scratch, config, str(model.path))
+
+
+def _link(files: dict[str, Path], directory: Path) -> None:
+    for name, file in files.items():
+        (directory / name).symlink_to(file.resolve())
+
+
+def load_trained(task: str, directory: str | Path) -> Any:
+    """The model that train wrote into `directory`, in fp32 on the CPU."""
+    return _load(getattr(transformers, AUTO_CLASS[task]), Path(directory), None, str(directory))
+
+
+def _configuration(model: Model, scratch: Path) -> Any:
+    """The architecture's configuration before overrides; a checkpoint's own files of it are linked into `scratch`."""
+    model_type = model.config.get("model_type")
+    if model.path is None:
+        try:
+            return AutoConfig.for_model(model_type)
+        except ValueError:
+            known = list(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
+            raise StageError(
+                f"model.config.model_type={model_type} is unknown; {nearest(str(model_type), known)}"
+            ) from None
+    names = ["config.json", "generation_config.json"]
+    _link(pinned_files("model", model.path, model.revision, model.files, names, names[:1]), scratch)
+    try:
+        config = AutoConfig.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise StageError(f"model.path={model.path}: its config.json cannot be used: {error}") from None
+    if model_type not in (None, config.model_type):
+        raise StageError(f"model.config.model_type={model_type}: the checkpoint {model.path} is a {config.model_type}")
+    return config
+
+
+def _load(auto: Any, directory: Path, config: Any, where: str) -> Any:
+    try:
+        loaded, info = auto.from_pretrained(
+            directory,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise StageError(f"the weights in {where} cannot be loaded: {error}") from None
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        log.warning("%d weights are not in the checkpoint and start fresh: %s ...", len(names), ", ".join(names[:3]))
+    return loaded
+
+
+def _check_positions(config: Any, model: Model) -> None:
+    positions = usable_positions(config.to_dict())
+    if positions is not None and model.max_positions > positions:
+        raise StageError(
+            f"model.max_positions={model.max_positions}: the model has positions for {positions} tokens alone"
+        )

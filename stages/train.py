@@ -1,0 +1,225 @@
+"""Stage `train@TASK`: blocks -> a trained model, through transformers' Trainer.
+
+Reads   data/blocks/TASK/{train,validation}/, data/tokens/TASK/tokenizer/, the model's pinned checkpoint if it has one
+Writes  models/TASK/ (save_pretrained: config, safetensors, tokenizer), reports/train/TASK/ (curves, a ledger)
+Command python -m stages.train task=causal model=tiny-gpt2 hardware=cpu seed=42 block_size=128 learning_rate=0.002
+        num_train_epochs=3 batch_size=4 tokens=data/tokens/causal blocks=data/blocks/causal out=models/causal
+        report=reports/train/causal
+"""
+
+import logging
+import os
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import psutil
+from pydantic import Field, ValidationInfo, field_validator
+
+from stages.app import run
+from stages.artifacts import Blocks, free_copy, staged, versions, write_json
+from stages.config import EarlyStopping, Hardware, Model, Objective, Positive, Seed, check_isolation, part
+from stages.trainer_arguments import problems, resolve
+from stages.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from stages.training import BlockTrainer
+
+log = logging.getLogger(__name__)
+
+
+@part
+class TrainConfig:
+    model: Model
+    objective: Objective
+    hardware: Hardware
+    trainer: dict[str, Any]
+    """transformers.TrainingArguments by their own names."""
+    early_stopping: EarlyStopping | None
+    """Stop when validation stops improving; null: never."""
+    seed: Seed
+    """Of initial weights, order, dropout and masks."""
+    block_size: Positive
+    """Tokens in a training sequence."""
+    learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    num_train_epochs: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    batch_size: Positive
+    """Sequences in an optimizer step, whatever the hardware."""
+    tokens: str
+    """Directory of tokenize, for its tokenizer."""
+    blocks: str
+    """Directory of group_texts."""
+    out: str
+    """Directory of the model to write."""
+    report: str
+    """Directory of the curves to write."""
+
+    # Each rule belongs to the last field that it needs, so that one mistake does not hide another.
+
+    @field_validator("objective")
+    @classmethod
+    def _is_the_models(cls, objective: Objective, info: ValidationInfo) -> Objective:
+        model = info.data.get("model")
+        if model is not None and model.task != objective.name:
+            raise ValueError(f"{objective.name}.model: this model is for task={model.task}")
+        if model is not None:
+            check_isolation(objective, model.config.get("model_type"))
+        return objective
+
+    @field_validator("trainer")
+    @classmethod
+    def _are_arguments(cls, trainer: dict[str, Any]) -> dict[str, Any]:
+        found = problems(trainer)
+        evaluating, saving = trainer.get("eval_strategy", "no"), trainer.get("save_strategy", "no")
+        if trainer.get("load_best_model_at_end") is True and (evaluating != saving or evaluating == "no"):
+            found.append("trainer.load_best_model_at_end needs save_strategy and eval_strategy alike (epoch or steps)")
+        if found:
+            raise ValueError("\n".join(found))
+        return trainer
+
+    @field_validator("early_stopping")
+    @classmethod
+    def _knows_the_best(cls, early_stopping: EarlyStopping | None, info: ValidationInfo) -> EarlyStopping | None:
+        if early_stopping is not None and info.data.get("trainer", {}).get("load_best_model_at_end") is not True:
+            raise ValueError("early_stopping needs trainer.load_best_model_at_end: true")
+        return early_stopping
+
+    @field_validator("block_size")
+    @classmethod
+    def _fits_the_model(cls, block_size: int, info: ValidationInfo) -> int:
+        model = info.data.get("model")
+        if model is not None and block_size > model.max_positions:
+            raise ValueError(f"block_size={block_size} is above the model's positions, {model.max_positions}")
+        return block_size
+
+    @field_validator("batch_size")
+    @classmethod
+    def _divides(cls, batch_size: int, info: ValidationInfo) -> int:
+        hardware = info.data.get("hardware")
+        at_once = hardware.per_device_batch_size if hardware is not None else None
+        if at_once is not None and batch_size % at_once:
+            raise ValueError(
+                f"batch_size={batch_size} is not a multiple of {at_once}, the sequences that the hardware takes at once"
+                " (hardware.per_device_batch_size)"
+            )
+        return batch_size
+
+    @property
+    def per_device_batch_size(self) -> int:
+        """Sequences at once on a device."""
+        return self.hardware.per_device_batch_size or self.batch_size
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Times that gradients are added up in an optimizer step."""
+        return self.batch_size // self.per_device_batch_size
+
+
+def main(config: TrainConfig) -> None:
+    from stages.models import build_model, prepare_torch
+    from stages.objectives import make_objective
+
+    prepare_torch(config.hardware)
+    tokens, blocks = Path(config.tokens), Path(config.blocks)
+    vocabulary = Vocabulary.read(tokens)
+    model = build_model(config.model, vocabulary, config.seed)
+    use_cache = getattr(model.config, "use_cache", None)
+    objective = make_objective(config.objective.name, vocabulary, config.objective, model)
+    train, validation = Blocks(blocks / "train"), Blocks(blocks / "validation")
+    log.info("%d blocks of %d tokens, %d per step", len(train), train.block_size, config.batch_size)
+    with scratch_directory() as scratch:
+        trainer = make_trainer(config, model, objective, train, validation, scratch)
+        trainer.train()
+    if use_cache is not None:
+        model.config.use_cache = use_cache  # the Trainer switches it off, which saved would make generation slow
+    with staged(config.out) as directory:
+        model.save_pretrained(directory)
+        free_copy(tokens / "tokenizer", directory, leave=["config.json"])
+    with staged(config.report) as directory:
+        write_curves(trainer.state.log_history, directory)
+        write_json(directory / "stats.json", ledger(trainer, train))
+    log.info("%d steps -> %s", trainer.state.global_step, config.out)
+
+
+def scratch_directory() -> tempfile.TemporaryDirectory[str]:
+    """A directory outside the workspace for the Trainer's checkpoints, which vanishes with the run.
+
+    Those of runs on this machine that were killed vanish now.
+    """
+    import platformdirs
+
+    cache = Path(os.environ.get("LM_REPRO_CACHE") or platformdirs.user_cache_path("lm-repro"))
+    cache.mkdir(parents=True, exist_ok=True)
+    mine = f"train-{platform.node()}-"
+    for left in cache.glob(f"{mine}*"):
+        if not psutil.pid_exists(int(left.name.removeprefix(mine).partition("-")[0])):
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.TemporaryDirectory(dir=cache, prefix=f"{mine}{os.getpid()}-", ignore_cleanup_errors=True)
+
+
+def make_trainer(
+    config: TrainConfig, model: Any, objective: Any, train: Blocks, validation: Blocks, scratch: str
+) -> "BlockTrainer":
+    """The Trainer that `config` describes; checkpoints, if it is told to write any, go to `scratch`."""
+    from transformers import EarlyStoppingCallback, TrainingArguments
+
+    from stages.training import BlockTrainer, TrainingProgress
+
+    callbacks: list[Any] = [TrainingProgress(config.batch_size * config.block_size)]
+    if config.early_stopping is not None:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.threshold))
+    owned = {
+        "output_dir": scratch,
+        "seed": config.seed,
+        "learning_rate": config.learning_rate,
+        "num_train_epochs": config.num_train_epochs,
+        "per_device_train_batch_size": config.per_device_batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": config.hardware.device == "cpu",
+    }
+    # Nothing is read from checkpoints unless the config asks for the best model.
+    defaults = {
+        "save_strategy": "no",
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": config.hardware.device == "cuda",
+    }
+    arguments = TrainingArguments(**{**defaults, **resolve(config.trainer), **owned})
+    return BlockTrainer(
+        model, arguments, objective, train, validation, config.hardware.evaluate_batch_tokens, callbacks
+    )
+
+
+def write_curves(history: list[dict[str, float]], directory: Path) -> None:
+    """Curves over steps of the Trainer's own log history, as `dvc plots` reads them, through DVCLive."""
+    from dvclive import Live
+
+    with Live(dir=str(directory), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False) as live:
+        for entry in history:
+            live.step = int(entry["step"])
+            for name in ("loss", "learning_rate", "grad_norm"):
+                if name in entry:
+                    live.log_metric(f"train/{name}", float(entry[name]))
+            if "eval_loss" in entry:
+                live.log_metric("validation/loss", float(entry["eval_loss"]))
+
+
+def ledger(trainer: "BlockTrainer", train: Blocks) -> dict[str, Any]:
+    """What training saw; nothing that varies between two equal runs."""
+    state = trainer.state
+    return {
+        "blocks": len(train),
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "best_step": state.best_global_step,
+        "best_validation_loss": state.best_metric,
+        "versions": versions("accelerate", "numpy", "torch", "transformers"),
+    }
+
+
+if __name__ == "__main__":
+    run("train", TrainConfig, main)
