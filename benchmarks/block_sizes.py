@@ -1,0 +1,44 @@
+"""Metrics of one trained model on blocks of several sizes: bits per byte must not move, loss and perplexity do.
+
+Command python -m benchmarks.block_sizes [--task causal] [--sizes 64 128 256]
+Needs   a finished `dvc repro`
+
+The last line printed is one JSON object: for each size the metrics of the test split.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--task", choices=("causal", "mlm"), default="causal")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--hardware", default="cpu")
+    arguments = parser.parse_args()
+    task, figures = arguments.task, {}
+    for size in arguments.sizes:
+        with tempfile.TemporaryDirectory() as scratch:
+            tokens, blocks, out = f"tokens=data/tokens/{task}", f"{scratch}/blocks", f"{scratch}/metrics.json"
+            stage("group_texts", f"block_size={size}", tokens, f"out={blocks}")
+            given = [f"task={task}", f"hardware={arguments.hardware}", f"trained=models/{task}", tokens]
+            places = [f"blocks={blocks}", f"baseline=metrics/baseline/{task}.json", f"samples_out={scratch}/samples.md"]
+            stage("evaluate", *given, *places, f"out={out}")
+            figures[size] = json.loads(Path(out).read_text())[task]["test"]
+    names = [name for name in figures[arguments.sizes[0]] if isinstance(figures[arguments.sizes[0]][name], float)]
+    print("block_size", *(f"{name:>26}" for name in names))
+    for size in arguments.sizes:
+        print(f"{size:10}", *(f"{figures[size][name]:26.15f}" for name in names))
+    print(json.dumps(figures))
+
+
+def stage(name: str, *overrides: str) -> None:
+    subprocess.run([sys.executable, "-m", f"stages.{name}", *overrides], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What isolating the documents of a block costs in training speed.
+
+Command python -m benchmarks.isolation [--task causal] [--steps 60] [--rounds 3]
+Needs   a finished `dvc repro`
+
+Trains the task's default model on the pipeline's blocks with and without isolation, in turn, and prints the medians.
+The last line printed is one JSON object: task, isolated_tokens_per_second, packed_tokens_per_second, ratio.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from stages.artifacts import Blocks
+from stages.config import CONF, load
+from stages.models import build_model, prepare_torch
+from stages.objectives import make_objective
+from stages.train import TrainConfig, make_trainer
+from stages.vocabulary import Vocabulary
+
+MODELS = {"causal": "tiny-gpt2", "mlm": "tiny-roberta"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--task", choices=tuple(MODELS), default="causal")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    arguments = parser.parse_args()
+    config = training_config(arguments.task, arguments.steps, arguments.batch_size)
+    speeds: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(arguments.rounds):
+        for isolated in speeds:
+            objective = dataclasses.replace(config.objective, isolate_documents=isolated)
+            speeds[isolated].append(tokens_per_second(dataclasses.replace(config, objective=objective)))
+    isolated, packed = (statistics.median(speeds[key]) for key in (True, False))
+    result = {"task": arguments.task, "isolated_tokens_per_second": round(isolated)}
+    print(json.dumps(result | {"packed_tokens_per_second": round(packed), "ratio": round(isolated / packed, 3)}))
+
+
+def training_config(task: str, steps: int, batch_size: int) -> TrainConfig:
+    """The task's default configuration, for a number of steps without validation."""
+    places = [f"tokens=data/tokens/{task}", f"blocks=data/blocks/{task}", "out=-", "report=-"]
+    values = ["seed=42", "block_size=128", "learning_rate=0.001", "num_train_epochs=100", f"batch_size={batch_size}"]
+    trainer = [f"+trainer.max_steps={steps}", "trainer.eval_strategy=no"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        groups = [f"task={task}", f"model={MODELS[task]}", "hardware=cpu"]
+        return load(TrainConfig, compose("train", [*groups, *values, *trainer, *places]), "train")
+
+
+def tokens_per_second(config: TrainConfig) -> float:
+    """Training speed of `config`, its start and imports left out."""
+    prepare_torch(config.hardware)
+    vocabulary, blocks = Vocabulary.read(config.tokens), Path(config.blocks)
+    model = build_model(config.model, vocabulary, config.seed)
+    objective = make_objective(config.objective.name, vocabulary, config.objective, model)
+    train, validation = Blocks(blocks / "train"), Blocks(blocks / "validation")
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = make_trainer(config, model, objective, train, validation, scratch)
+        started = time.monotonic()
+        trainer.train()
+        return trainer.state.global_step * config.batch_size * train.block_size / (time.monotonic() - started)
+
+
+if __name__ == "__main__":
+    main()

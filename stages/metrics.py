@@ -1,0 +1,157 @@
+"""The metrics: bits per byte of documents and the loss over blocks, in fp32, whatever the batch size.
+
+`bits_per_byte` and `pseudo_bits_per_byte` depend on the model, the documents and `evaluate.context` alone; the first
+may be compared between runs of any block_size and between lossless tokenizers, the second within one tokenizer, and
+neither with the other. The loss over blocks and its perplexity belong to the run's block_size and tokenizer.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from stages.artifacts import Blocks, Documents
+from stages.config import Evaluate
+from stages.errors import StageError
+from stages.objectives import Objective, Window, evaluation_batch
+from stages.vocabulary import Vocabulary
+
+WINDOWS_AT_ONCE = 8192  # sorted by length together, so that batches hold windows of like length
+
+
+@contextlib.contextmanager
+def full_precision(model: Any) -> Iterator[None]:
+    """Run `model` in evaluation mode, without gradients, in true fp32 on any device."""
+    training, matmul = model.training, torch.get_float32_matmul_precision()
+    # With a cache, GPT-2 and Llama take reset position_ids for a continuation, and do not isolate documents.
+    use_cache = getattr(model.config, "use_cache", None)
+    # A Trainer in bf16 wraps `forward` in an autocast of its own, which none around it turns off.
+    forward, original = model.forward, getattr(model, "_original_forward", None)
+    model.eval()
+    torch.set_float32_matmul_precision("highest")
+    if original is not None:
+        model.forward = original
+    if use_cache is not None:
+        model.config.use_cache = False
+    try:
+        with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        if original is not None:
+            model.forward = forward
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        model.train(training)
+        torch.set_float32_matmul_precision(matmul)
+
+
+def document_metrics(
+    model: Any, objective: Objective, documents: Documents, vocabulary: Vocabulary, config: Evaluate, batch_tokens: int
+) -> dict[str, float]:
+    """The block-independent metric of the documents, its standard error, and counts.
+
+    Keys: objective.document_metric (bits per UTF-8 byte of text), the same with `_se` (its standard error over
+    documents), documents, tokens (of text), bytes.
+    """
+    chosen = choose_documents(len(documents), config.max_documents)
+    texts = (vocabulary.text_tokens(documents[index]) for index in chosen)
+    nats, num_tokens = document_nats(model, objective.windows(texts, config.context), len(chosen), batch_tokens)
+    num_bytes = documents.num_bytes[chosen]
+    ratio, error = ratio_with_error(nats / math.log(2), num_bytes)
+    return {
+        objective.document_metric: ratio,
+        f"{objective.document_metric}_se": error,
+        "documents": len(chosen),
+        "tokens": num_tokens,
+        "bytes": int(num_bytes.sum()),
+    }
+
+
+def choose_documents(total: int, most: int | None) -> npt.NDArray[np.int64]:
+    """Indices of at most `most` of `total` documents, evenly spaced."""
+    number = total if most is None else min(total, most)
+    return np.arange(number, dtype=np.int64) * total // max(number, 1)
+
+
+def ratio_with_error(bits: npt.NDArray[np.float64], num_bytes: npt.NDArray[np.int64]) -> tuple[float, float]:
+    """sum(bits) / sum(num_bytes) and its standard error over documents (ratio estimator: Cochran 1977, section 6.4).
+
+    The error is 0 for a single document, which says nothing about others.
+    """
+    total, count = int(num_bytes.sum()), len(bits)
+    if total == 0:
+        raise StageError("the documents to evaluate hold no text, so that they have no bits per byte: give more text")
+    ratio = math.fsum(bits) / total
+    residuals = math.fsum((bits - ratio * num_bytes) ** 2)
+    return ratio, math.sqrt(residuals * count / (count - 1)) / total if count > 1 else 0.0
+
+
+def document_nats(
+    model: Any, windows: Iterator[Window], num_documents: int, batch_tokens: int
+) -> tuple[npt.NDArray[np.float64], int]:
+    """Sum of -ln p over the tokens of each document, [num_documents] float64, and the number of tokens."""
+    nats, num_tokens = np.zeros(num_documents), 0
+    with full_precision(model):
+        for batch in length_batches(windows, batch_tokens):
+            sums = window_nats(model, batch)
+            np.add.at(nats, [window.document for window in batch], sums)
+            num_tokens += sum(len(window.targets) for window in batch)
+    return nats, num_tokens
+
+
+def length_batches(windows: Iterator[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """The windows in batches of at most `batch_tokens` tokens, padding included, of like length."""
+    while True:
+        pool = [window for _, window in zip(range(WINDOWS_AT_ONCE), windows, strict=False)]
+        if not pool:
+            return
+        pool.sort(key=lambda window: -len(window.input_ids))
+        start = 0
+        while start < len(pool):
+            rows = max(1, batch_tokens // max(1, len(pool[start].input_ids)))
+            yield pool[start : start + rows]
+            start += rows
+
+
+def window_nats(model: Any, windows: Sequence[Window]) -> npt.NDArray[np.float64]:
+    """Sum of -ln p over the targets of each window, [len(windows)] float64."""
+    longest = max(len(window.input_ids) for window in windows)
+    padding = getattr(model.config, "pad_token_id", None) or 0
+    input_ids = torch.full((len(windows), longest), padding, dtype=torch.int64)
+    attention = torch.zeros(len(windows), longest, dtype=torch.int64)
+    for row, window in enumerate(windows):
+        input_ids[row, : len(window.input_ids)] = torch.from_numpy(window.input_ids)
+        attention[row, : len(window.input_ids)] = 1
+    padded = not bool(attention.all())
+    device = model.device
+    logits = model(input_ids.to(device), attention_mask=attention.to(device) if padded else None).logits
+    rows = np.repeat(np.arange(len(windows)), [len(window.targets) for window in windows])
+    positions = np.concatenate([window.positions for window in windows])
+    targets = torch.from_numpy(np.concatenate([window.targets for window in windows])).to(device)
+    selected = logits[torch.from_numpy(rows).to(device), torch.from_numpy(positions).to(device)]
+    nats = F.cross_entropy(selected.float(), targets, reduction="none").double().cpu().numpy()
+    sums: npt.NDArray[np.float64] = np.bincount(rows, weights=nats, minlength=len(windows)).astype(np.float64)
+    return sums
+
+
+def block_loss(model: Any, objective: Objective, blocks: Blocks, batch_tokens: int) -> float:
+    """Nats per predicted token over all blocks, token-weighted; masks are those of every evaluation."""
+    rows, total, count = max(1, batch_tokens // blocks.block_size), 0.0, 0
+    with full_precision(model):
+        for start in range(0, len(blocks), rows):
+            indices = range(start, min(start + rows, len(blocks)))
+            batch = {
+                key: value.to(model.device)
+                for key, value in evaluation_batch(objective, blocks[indices], indices).items()
+            }
+            labels = batch.pop("labels")
+            logits = model(**batch).logits
+            # Block by block, so that the sum does not depend on how they are batched beyond the last digits.
+            total += math.fsum(float(objective.loss_sum(*pair).double()) for pair in zip(logits, labels, strict=True))
+            count += int((labels != -100).sum())
+    return total / count
