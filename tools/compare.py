@@ -1,0 +1,79 @@
+"""Compare experiments: `dvc exp show` with the columns that matter, and what repeats over seeds come to.
+
+Command python -m tools.compare [--split test]
+
+Choose among experiments by validation (the default); report test.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+OPTIONS = ("--no-pager", "--drop", ".*", "--keep")
+
+
+def columns(split: str) -> str:
+    """The regular expression of the columns that matter."""
+    return rf"Experiment|.*\.{split}\.(pseudo_)?bits_per_byte$|params.yaml:block_size"
+
+
+def command(split: str) -> str:
+    """The command that shows them, as one types it."""
+    return f"dvc exp show --no-pager --drop '.*' --keep '{columns(split)}'"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], prog="python -m tools.compare")
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    split = parser.parse_args().split
+    subprocess.run(["dvc", "exp", "show", *OPTIONS, columns(split)], check=True)
+    shown = subprocess.run(["dvc", "exp", "show", "--json"], check=True, capture_output=True, text=True)
+    lines = list(over_seeds(list(rows(json.loads(shown.stdout))), split))
+    if lines:
+        print("\nExperiments that differ in seed alone:", *lines, sep="\n")
+
+
+def rows(revisions: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The committed revisions and their experiments that have results: name, params and metrics by file."""
+    for revision in revisions:
+        found = [revision] if revision["rev"] != "workspace" else []
+        found += [item for experiment in revision.get("experiments") or [] for item in experiment["revs"]]
+        for row in found:
+            if row.get("data") and row["data"].get("metrics"):
+                yield {"name": row["name"] or row["rev"][:7], **row["data"]}
+
+
+def over_seeds(found: list[dict[str, Any]], split: str) -> Iterator[str]:
+    """For each group of experiments that differ in `seed` alone: mean and standard deviation of each metric."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in found:
+        params = json.loads(json.dumps(row["params"]))
+        params["params.yaml"]["data"].pop("seed")
+        groups[json.dumps(params, sort_keys=True)].append(row)
+    for members in groups.values():
+        # One row a seed: the same experiment may stand under several names.
+        seeds = {row["params"]["params.yaml"]["data"]["seed"]: row for row in members}
+        if len(seeds) > 1:
+            yield f"  {', '.join(row['name'] for row in seeds.values())} (seeds {', '.join(map(str, seeds))})"
+            for name, values in metrics(list(seeds.values()), split).items():
+                yield f"    {name}: {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}"
+
+
+def metrics(members: list[dict[str, Any]], split: str) -> dict[str, list[float]]:
+    """Name to the members' values of the metrics that compare."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in members:
+        for file in row["metrics"].values():
+            for task, splits in file["data"].items():
+                for name, value in splits[split].items():
+                    if name in ("bits_per_byte", "pseudo_bits_per_byte"):
+                        values[f"{task}.{split}.{name}"].append(value)
+    return {name: found for name, found in values.items() if len(found) == len(members)}
+
+
+if __name__ == "__main__":
+    main()

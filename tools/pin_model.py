@@ -1,0 +1,128 @@
+"""Write conf/model/NAME.yaml for a local directory, pinned by the hashes of its files.
+
+Command python -m tools.pin_model DIRECTORY [--name NAME] [--task causal|mlm] [--from-scratch] [--model-type TYPE]
+
+The directory holds a model as `save_pretrained` writes it (config.json, model.safetensors, tokenizer.json, ...), or a
+tokenizer alone, with `--model-type` saying which architecture to train from scratch on its vocabulary.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stages.artifacts import write_text
+from stages.pretrained import OFFSET_POSITIONS, TOKENIZER_FILES, VOCABULARY_FILES, sha256, usable_positions
+
+CONF = Path("conf/model")
+SCRATCH_POSITIONS = 512  # within every architecture's defaults, or set
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], prog="python -m tools.pin_model")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--name", help="name of the configuration (default: the directory's)")
+    parser.add_argument("--task", choices=("causal", "mlm"), help="default: what the model's config.json says")
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="take the configuration and tokenizer, not the weights"
+    )
+    parser.add_argument(
+        "--model-type", help="architecture to train from scratch, for a directory with a tokenizer alone"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite an existing configuration")
+    arguments = parser.parse_args()
+    directory = arguments.directory.expanduser().resolve()
+    name = arguments.name or re.sub(r"[^\w.-]", "-", directory.name)
+    file = CONF / f"{name}.yaml"
+    if file.exists() and not arguments.force:
+        sys.exit(f"pin_model: {file} exists: choose another --name, or --force")
+    try:
+        config = pin(directory, arguments.task, arguments.from_scratch, arguments.model_type)
+    except (OSError, ValueError) as error:
+        sys.exit(f"pin_model: {error}")
+    header = "# Pinned by `python -m tools.pin_model`: a file that changes is an error until it is pinned anew.\n"
+    write_text(file, header + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    print(f"{file}: use it with -S {config['task']}.model={name}")
+
+
+def pin(directory: Path, task: str | None, from_scratch: bool, model_type: str | None) -> dict[str, Any]:
+    """The configuration of the model in `directory`."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory")
+    tokenizer_files = [file for file in TOKENIZER_FILES if (directory / file).is_file()]
+    if not any(file in VOCABULARY_FILES for file in tokenizer_files):
+        raise ValueError(f"{directory} has no tokenizer: none of {', '.join(VOCABULARY_FILES)}")
+    tokenizer = {"path": str(directory), "files": {name: sha256(directory / name) for name in tokenizer_files}}
+    if not (directory / "config.json").is_file():
+        if model_type is None:
+            raise ValueError(
+                f"{directory} has no config.json: say with --model-type which architecture to train on its tokenizer"
+            )
+        settings: dict[str, Any] = {"model_type": model_type}
+        if model_type in OFFSET_POSITIONS:
+            settings["max_position_embeddings"] = SCRATCH_POSITIONS + 2
+        return {
+            "task": task or ("mlm" if has_mask(directory) else "causal"),
+            "tokenizer": tokenizer,
+            "path": None,
+            "revision": None,
+            "files": None,
+            "from_scratch": True,
+            "max_positions": SCRATCH_POSITIONS,
+            "config": settings,
+        }
+    settings = read_object(directory / "config.json")
+    weights = sorted(file.name for file in directory.glob("*.safetensors*"))
+    if not weights and not from_scratch:
+        raise ValueError(
+            f"{directory} has no *.safetensors weights (pickled ones are not read: load and save them with"
+            " save_pretrained), or use --from-scratch"
+        )
+    positions = usable_positions(settings)
+    if positions is None:
+        raise ValueError("config.json names no number of positions: write max_positions by hand")
+    names = ["config.json", *(["generation_config.json"] if (directory / "generation_config.json").is_file() else [])]
+    names += [] if from_scratch else weights
+    return {
+        "task": task or task_of(settings, directory),
+        "tokenizer": tokenizer,
+        "path": str(directory),
+        "revision": None,
+        "files": {name: sha256(directory / name) for name in names},
+        "from_scratch": from_scratch,
+        "max_positions": positions,
+        "config": {"model_type": settings.get("model_type")},
+    }
+
+
+def task_of(settings: dict[str, Any], directory: Path) -> str:
+    """The task that a model's own architecture names, or the one that its tokenizer has the tokens for."""
+    architectures = " ".join(settings.get("architectures") or [])
+    if "CausalLM" in architectures or "LMHead" in architectures:
+        return "causal"
+    return "mlm" if "MaskedLM" in architectures or has_mask(directory) else "causal"
+
+
+def has_mask(directory: Path) -> bool:
+    """Whether the tokenizer in `directory` names a mask token."""
+    files = (directory / name for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    return any(read_object(file).get("mask_token") for file in files if file.is_file())
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return value
+
+
+if __name__ == "__main__":
+    main()
