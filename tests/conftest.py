@@ -1,0 +1,153 @@
+"""Fixtures of the stages' tests on the model side: a toy corpus through the data stages, once per session."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dvc_project import clean, project  # noqa: F401 (fixtures of several files)
+
+TASKS = ("causal", "mlm")
+BLOCK_SIZES = (8, 16)
+SUBJECTS = ("Rain", "A café", "The Moon", "Salt", "A magnet", "日本 tea")
+VERBS = ("falls when", "shines because", "melts if", "moves while")
+CAUSES = ("air cools", "light bends", "water warms up", "the field — which is weak — turns")
+
+MODELS = {
+    "causal": [
+        "model=tiny-gpt2",
+        *(f"model.config.{key}" for key in ("n_positions=64", "n_embd=16", "n_layer=1", "n_head=2")),
+    ],
+    "mlm": [
+        "model=tiny-roberta",
+        "model.config.max_position_embeddings=66",
+        "model.config.hidden_size=16",
+        "model.config.intermediate_size=32",
+        "model.config.num_hidden_layers=1",
+        "model.config.num_attention_heads=2",
+    ],
+}
+
+
+def compose_config(stage: str, *overrides: str) -> Any:
+    """The config of `stage` as its command line would give it."""
+    import importlib
+
+    from hydra import compose, initialize_config_dir
+
+    from stages.config import CONF, load
+
+    name = "".join(word.title() for word in stage.split("_")) + "Config"
+    schema = getattr(importlib.import_module(f"stages.{stage}"), name)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return load(schema, compose(stage, list(overrides)), stage)
+
+
+def run_stage(stage: str, *overrides: str) -> None:
+    """Run `stage` in this process, as its command line would."""
+    import importlib
+
+    config = compose_config(stage, *overrides)
+    importlib.import_module(f"stages.{stage}").main(config)
+
+
+@pytest.fixture(scope="session")
+def compose_stage() -> Callable[..., Any]:
+    """`compose_stage(stage, *overrides)`: the stage's config."""
+    return compose_config
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/raw, data/tokens/TASK and data/blocks-SIZE/TASK of 72 one-sentence documents."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from stages.records import ELI5
+
+    root = tmp_path_factory.mktemp("corpus")
+    (root / "raw").mkdir()
+    sentences = [f"{subject} {verb} {cause}." for subject in SUBJECTS for verb in VERBS for cause in CAUSES][::-1]
+    splits = {"train": sentences[::2], "validation": sentences[1::4], "test": sentences[3::4]}
+    for split, texts in splits.items():
+        empty = {field.name: None for field in ELI5}
+        rows = [{**empty, "answers": {"a_id": ["a"], "text": [text], "score": [1]}} for text in texts]
+        pq.write_table(pa.Table.from_pylist(rows, schema=ELI5), root / "raw" / f"{split}.parquet")
+    for task in TASKS:
+        run_stage(
+            "tokenize",
+            f"task={task}",
+            "data=files",
+            "data.path=unused",
+            MODELS[task][0],
+            "model.tokenizer.train.vocab_size=300",
+            f"raw={root}/raw",
+            f"out={root}/tokens/{task}",
+        )
+        for size in BLOCK_SIZES:
+            run_stage(
+                "group_texts",
+                f"block_size={size}",
+                f"tokens={root}/tokens/{task}",
+                f"out={root}/blocks-{size}/{task}",
+            )
+    return root
+
+
+@pytest.fixture(scope="session")
+def overrides(corpus: Path) -> Callable[..., list[str]]:
+    """`overrides(stage, task, out, *more)`: the command line of a stage on the toy corpus, its outs below `out`."""
+
+    def command(stage: str, task: str, out: Path, *more: str) -> list[str]:
+        common = [f"task={task}", "hardware=cpu", "hardware.num_threads=1", f"tokens={corpus}/tokens/{task}"]
+        model = [*MODELS[task], "model.max_positions=64", "seed=42"]
+        windows = ["evaluate.context=16"]
+        training = ["block_size=16", "learning_rate=0.01", "num_train_epochs=2", "batch_size=8"]
+        files = {
+            "baseline": [f"out={out}/baseline.json"],
+            "train": [f"blocks={corpus}/blocks-16/{task}", f"out={out}/model", f"report={out}/report"],
+            "evaluate": [
+                f"trained={out}/model",
+                f"blocks={corpus}/blocks-16/{task}",
+                f"baseline={out}/baseline.json",
+                f"out={out}/metrics.json",
+                f"samples_out={out}/samples.md",
+            ],
+        }
+        own = {
+            "baseline": [*model, *windows],
+            "train": [*model, *training],
+            "evaluate": [*windows, *(["samples.max_new_tokens=8"] if task == "causal" else [])],
+        }
+        return [*common, *own[stage], *files[stage], *more]
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def run_toy(overrides: Callable[..., list[str]]) -> Callable[..., None]:
+    """`run_toy(stage, task, out, *more)`: run a stage on the toy corpus."""
+
+    def run(stage: str, task: str, out: Path, *more: str) -> None:
+        run_stage(stage, *overrides(stage, task, out, *more))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The directory of checkpoints, away from the user's own."""
+    directory = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LM_REPRO_CACHE", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, run_toy: Callable[..., None], cache: Path) -> dict[str, Path]:
+    """Task to a directory with the outs of baseline, train and evaluate."""
+    roots = {task: tmp_path_factory.mktemp(f"trained-{task}") for task in TASKS}
+    for task, root in roots.items():
+        for stage in ("baseline", "train", "evaluate"):
+            run_toy(stage, task, root)
+    return roots

@@ -1,0 +1,162 @@
+"""Toy sources, raw splits, tokenizers and tokens of the data side's tests."""
+
+import contextlib
+import functools
+import http.server
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from stages.artifacts import SPLITS, ShardWriter, write_json
+from stages.config import Columns, SourceData, Split, TrainedTokenizer
+from stages.pretrained import sha256
+from stages.records import ELI5
+from stages.tokenize import record_batch
+from stages.vocabulary import train_tokenizer
+
+steady = settings(deadline=None)  # what the machine does beside a test fails none
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CAUSAL_TOKENS = {"eos_token": "<|endoftext|>"}
+MLM_TOKENS = {
+    "cls_token": "<s>",
+    "pad_token": "<pad>",
+    "sep_token": "</s>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+TEXTS = ["Why is the sky blue?", "Because air scatters light.", "naïve café 北京 🙂", "tabs\tand\nlines  end "]
+
+
+def split(by: str = "hash", seed: int = 0, train: float = 0.8, validation: float = 0.1, test: float = 0.1) -> Split:
+    """The split section of conf/data."""
+    return Split(by=by, seed=seed, train=train, validation=validation, test=test)  # type: ignore[arg-type]
+
+
+def source_data(path: Path | str, title: str | None = "title", texts: str = "answers.text", **changes: Any) -> Any:
+    """The data section of conf/data/files.yaml for the source at `path`, but for `changes`."""
+    values = {
+        "source": "files",
+        "path": str(path),
+        "hub": None,
+        "columns": Columns(title=title, texts=[texts]),
+        "text_record": "file",
+        "max_records": None,
+        "on_bad_record": "error",
+        "deduplicate": "none",
+        "count_near_duplicates": False,
+        "split": split(),
+    }
+    return SourceData(**(values | changes))
+
+
+def questions(number: int, first: int = 0) -> list[dict[str, Any]]:
+    """Flattened records, all different."""
+    return [{"title": f"Question {i}?", "answers.text": [f"Answer {i}."]} for i in range(first, first + number)]
+
+
+def write_jsonl(file: Path, records: Sequence[Any]) -> Path:
+    """The file, which holds a JSON value a line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return file
+
+
+def write_raw(directory: Path, texts: Mapping[str, Sequence[str]]) -> Path:
+    """The directory, with the Parquet files of download: records whose one answer is the text."""
+    directory.mkdir(parents=True, exist_ok=True)
+    urls = {name: {"url": []} for name in ("title_urls", "selftext_urls", "answers_urls")}
+    fields = dict.fromkeys(("q_id", "title", "selftext", "document", "subreddit"), "")
+    for name in SPLITS:
+        rows = [{**fields, **urls, "answers": {"a_id": [""], "text": [text], "score": [0]}} for text in texts[name]]
+        pq.write_table(pa.Table.from_pylist(rows, schema=ELI5), directory / f"{name}.parquet")
+    return directory
+
+
+def write_bpe(directory: Path, special_tokens: Mapping[str, str], vocab_size: int = 300) -> Path:
+    """The directory, with a byte-level BPE trained on TEXTS."""
+    config = TrainedTokenizer(vocab_size=vocab_size, special_tokens=dict(special_tokens))
+    train_tokenizer(config, iter(TEXTS), directory)
+    return directory
+
+
+def write_word_piece(directory: Path) -> Path:
+    """The directory, with a lower-casing WordPiece tokenizer of a few words, in BERT's manner."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.[]", "##s", "sky", "blue"]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    tokenizer.add_special_tokens(words[:5])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    directory.mkdir(parents=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    roles = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "unk_token": "[UNK]"}
+    (directory / "special_tokens_map.json").write_text(json.dumps(roles), encoding="utf-8")
+    return directory
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """File name to hash of the files in `directory`: a pin."""
+    return {file.name: sha256(file) for file in sorted(directory.iterdir())}
+
+
+def write_tokens(
+    directory: Path, documents: Mapping[str, Sequence[Sequence[int]]], vocab_size: int = 300, rows: int = 3
+) -> Path:
+    """The directory, with the shards and the vocabulary of tokenize: `rows` documents in an Arrow batch."""
+    dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
+    schema = pa.schema([("input_ids", pa.large_list(pa.from_numpy_dtype(dtype))), ("num_bytes", pa.int32())])
+    for name in SPLITS:
+        arrays = [np.array(ids, dtype) for ids in documents[name]]
+        with ShardWriter(directory / name, schema) as writer:
+            for start in range(0, len(arrays), rows):
+                batch = arrays[start : start + rows]
+                writer.write(record_batch(batch, [len(ids) for ids in batch], schema))
+    vocabulary = {"size": vocab_size, "special": {"eos_token": 0}, "prefix": [], "suffix": [0], "lead": [0]}
+    write_json(directory / "stats.json", {"vocabulary": vocabulary})
+    return directory
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Path to bytes of every file below `directory`."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in files}
+
+
+def read_stats(directory: Path) -> Any:
+    """The ledger in `directory`."""
+    return json.loads((directory / "stats.json").read_text(encoding="utf-8"))
+
+
+class _QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def serving(handler: Any) -> Iterator[str]:
+    """The URL at which `handler` answers on the loopback."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def serving_files(directory: Path) -> Any:
+    """The URL at which the files of `directory` are served."""
+    return serving(functools.partial(_QuietHandler, directory=str(directory)))

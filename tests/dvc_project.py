@@ -1,0 +1,107 @@
+"""A shrunk copy of the repository with one `dvc repro` behind it, and what tests ask of it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+TASKS = ("causal", "mlm")
+PER_TASK = ("tokenize", "group_texts", "baseline", "train", "evaluate")
+ALL = {"download", *(f"{stage}@{task}" for stage in PER_TASK for task in TASKS)}
+
+
+def environment(directory: Path) -> dict[str, str]:
+    """The environment of commands run in `directory`: the tests' own Python first, no network, no one's cache."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    own = {"PATH": path, "HF_HUB_OFFLINE": "1", "LM_REPRO_CACHE": str(directory / ".lm-repro_cache")}
+    own |= {f"GIT_{role}_{part}": "t@example.org" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
+    return {**os.environ, **own}
+
+
+def run(directory: Path, *command: str, check: bool = True) -> str:
+    """What `command` printed, run in `directory`."""
+    done = subprocess.run(
+        command,
+        cwd=directory,
+        env=environment(directory),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def stages_run(output: str) -> set[str]:
+    """The stages that DVC says it ran."""
+    return set(re.findall(r"^Running stage '([^']+)'", output, flags=re.MULTILINE))
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Set dotted keys (a__b for a.b) of a YAML file whose first lines may be comments that matter."""
+    text = file.read_text(encoding="utf-8")
+    value = yaml.safe_load(text)
+    for key, new in changes.items():
+        *parents, last = key.split("__")
+        node = value
+        for parent in parents:
+            node = node[parent]
+        node[last] = new
+    header = "# @package _global_\n" if text.startswith("# @package _global_") else ""
+    file.write_text(header + yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the working tree, shrunk, with one `dvc repro` behind it and committed."""
+    directory = tmp_path_factory.mktemp("project")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, directory / name)
+    edit(directory / "conf/data/sample.yaml", max_records=80)
+    for task in ("causal", "mlm"):
+        edit(directory / f"conf/task/{task}.yaml", trainer__logging_steps=1, evaluate__max_documents=2)
+    edit(directory / "conf/model/tiny-gpt2.yaml", config__n_embd=32, tokenizer__train__vocab_size=400)
+    edit(directory / "conf/model/tiny-roberta.yaml", config__hidden_size=32, tokenizer__train__vocab_size=400)
+    edit(directory / "params.yaml", causal__num_train_epochs=0.05, mlm__num_train_epochs=0.05, block_size=64)
+    (directory / "dvc.lock").unlink(missing_ok=True)
+    run(directory, "git", "init", "-q", "-b", "main")
+    run(directory, "git", "add", "-A")
+    run(directory, "git", "commit", "-q", "-m", "small")
+    assert stages_run(run(directory, "dvc", "repro")) == ALL
+    run(directory, "git", "add", "-A")
+    run(directory, "git", "commit", "-q", "-m", "baseline")
+    return directory
+
+
+@pytest.fixture
+def clean(project: Path) -> Path:
+    """The project as committed: what a test leaves is undone before the next."""
+    run(project, "git", "reset", "-q", "--hard")
+    run(project, "git", "clean", "-qfd")
+    run(project, "dvc", "checkout", "-q")
+    return project
+
+
+def flatten(revisions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `dvc exp show --json`: each revision and its experiments."""
+    rows = list(revisions)
+    for revision in revisions:
+        for experiment in revision.get("experiments") or []:
+            rows += experiment["revs"]
+    return rows

@@ -1,0 +1,78 @@
+"""tools.check: what it refuses of a whole params.yaml, and what it reads from transformers' source."""
+
+import json
+from pathlib import Path
+
+import pytest
+from dvc_project import edit, run
+
+from tools.architectures import config_keys, model_types
+
+
+def checked(project: Path, *, wrong: bool = True) -> str:
+    """What the check prints; that it fails if something is wrong, and without a traceback, is taken for granted."""
+    output = run(project, "sh", "-c", "python -m tools.check && echo FINE", check=False)
+    assert ("FINE" in output) != wrong, output
+    assert "Traceback" not in output
+    return output
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("params.yaml", "causal__model", "tiny-gtp2", "there is no conf/model/tiny-gtp2.yaml; did you mean tiny-gpt2?"),
+        ("params.yaml", "hardware", "cpuu", "did you mean cpu?"),
+        ("params.yaml", "data__name", "sampel", "did you mean sample?"),
+        ("params.yaml", "data__path", "it's mine.txt", "does it hold a quote?"),
+        ("params.yaml", "block_size", 1024, "above the model's positions, 512 (train@causal, train@mlm)"),
+        ("params.yaml", "seed", -1, "seed=-1"),
+        ("params.yaml", "mlm__model", "tiny-gpt2", "mlm.model: this model is for task=causal"),
+        ("conf/task/causal.yaml", "evalute", {"context": 3}, "no stage reads the key evalute; did you mean evaluate?"),
+        ("conf/task/causal.yaml", "trainer__weight_dekay", 1, "did you mean weight_decay?"),
+        ("conf/task/mlm.yaml", "samples__prompts", ["no mask"], "needs exactly one {mask}"),
+        ("conf/model/tiny-gpt2.yaml", "config__n_embdd", 64, "config.n_embdd is no key of gpt2; did you mean n_embd?"),
+        ("conf/model/tiny-gpt2.yaml", "config__model_type", "gpt22", "config.model_type=gpt22 is no architecture"),
+    ],
+)  # fmt: skip
+def test_check_wrong_value_is_refused_by_name(clean: Path, file: str, key: str, value: object, message: str) -> None:
+    edit(clean / file, **{key: value})
+    assert message in checked(clean)
+
+
+def test_check_several_mistakes_are_reported_at_once(clean: Path) -> None:
+    edit(clean / "params.yaml", seed=-1, block_size=9999, causal__model="none", hardware="none", mlm__batch_size=0)
+    output = checked(clean)
+    for part in ("seed=-1", "block_size=9999", "causal.model=none", "hardware=none", "batch_size=0"):
+        assert part in output
+
+
+def test_check_pinned_file_that_changed_is_named(clean: Path, tmp_path: Path) -> None:
+    model = tmp_path / "mine"
+    model.mkdir()
+    for file in (clean / "models/causal").iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    run(clean, "python", "-m", "tools.pin_model", str(model))
+    edit(clean / "params.yaml", causal__model="mine")
+    checked(clean, wrong=False)
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert f"{model}/config.json changed since its pin" in checked(clean)
+
+
+def test_check_artifacts_of_another_library_version_are_said(clean: Path) -> None:
+    ledger = clean / "data/raw/stats.json"
+    stats = json.loads(ledger.read_text())
+    stats["versions"]["pyarrow"] = "1.0"
+    ledger.unlink()  # DVC links it to its cache
+    ledger.write_text(json.dumps(stats))
+    assert "data/raw was made with pyarrow 1.0" in checked(clean, wrong=False)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "roberta", "bert", "llama", "gpt_neo", "gptj", "modernbert"])
+def test_config_keys_are_those_that_the_architecture_has(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    known = config_keys(model_type)
+    assert known is not None
+    assert all(hasattr(AutoConfig.for_model(model_type), key) for key in known if not key.startswith("sub_configs"))
+    assert {"vocab_size", "hidden_size"} <= known
+    assert model_type in model_types()

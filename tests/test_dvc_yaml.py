@@ -1,0 +1,102 @@
+"""What dvc.yaml declares for a stage is what the stage uses: modules, files and keys of conf/, both ways."""
+
+import ast
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tools.check import GLOBAL_GROUPS, choices, pipeline, schema_of
+
+ROOT = Path(__file__).parent.parent
+
+
+def project_imports(module: Path) -> set[str]:
+    """Paths of the project's own modules that `module` imports, itself included, transitively, lazy imports too."""
+    found, waiting = set(), [module]
+    while waiting:
+        file = waiting.pop()
+        name = file.relative_to(ROOT).as_posix()
+        if name in found:
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            waiting += [ROOT / f"{name.replace('.', '/')}.py" for name in names if name and name.startswith("stages.")]
+    return found
+
+
+def used_keys(schema: Any, file: Path, group: str) -> set[str]:
+    """Dotted keys of a group's file that `schema` takes in; a `part` of a section counts key by key."""
+    keys = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if group not in GLOBAL_GROUPS:
+        schema = next(field.type for field in dataclasses.fields(schema) if field.name == group)
+    used: set[str] = set()
+    for field in dataclasses.fields(schema):
+        if field.name not in keys or keys[field.name] == "???":  # ??? comes on the command line
+            continue
+        partial = dataclasses.is_dataclass(field.type) and field.type.__pydantic_config__["extra"] == "ignore"
+        names = [f"{field.name}.{part.name}" for part in dataclasses.fields(field.type)] if partial else [field.name]
+        used.update(names)
+    return used
+
+
+@pytest.fixture(scope="module")
+def declared() -> dict[str, dict[str, Any]]:
+    """Stage definition of dvc.yaml by the stage's word."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return {name: stage.get("do", stage) for name, stage in stages.items()}
+
+
+COMMANDS = {command.name: command for command in pipeline()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_dvc_yaml_source_files_are_those_that_the_stage_imports(name: str, declared: dict[str, Any]) -> None:
+    stage = COMMANDS[name].stage
+    sources = {path for path in declared[stage]["deps"] if path.startswith("stages/")}
+    assert sources == project_imports(ROOT / f"stages/{stage}.py")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_dvc_yaml_params_are_the_files_and_keys_that_the_stage_composes(name: str, declared: dict[str, Any]) -> None:
+    command = COMMANDS[name]
+    chosen = choices(command)
+    expected: dict[str, set[str] | None] = {f"conf/{command.stage}.yaml": None}
+    for group, choice in chosen.items():
+        file = ROOT / "conf" / group / f"{choice}.yaml"
+        expected[f"conf/{group}/{choice}.yaml"] = used_keys(schema_of(command.stage), file, group)
+    templates = {"${key}": chosen.get("task", ""), "${data.name}": chosen.get("data", "")}
+    templates |= {"${item.model}": chosen.get("model", ""), "${hardware}": chosen.get("hardware", "")}
+    actual: dict[str, set[str] | None] = {}
+    for entry in declared[command.stage]["params"]:
+        for file, keys in entry.items():
+            for template, value in templates.items():
+                file = file.replace(template, value)
+            actual[file] = set(keys) if keys else None
+    assert actual == expected
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_dvc_yaml_root_config_has_no_hidden_defaults(name: str) -> None:
+    """A nested defaults list would compose files that dvc.yaml does not name."""
+    command = COMMANDS[name]
+    root = yaml.safe_load((ROOT / f"conf/{command.stage}.yaml").read_text(encoding="utf-8"))
+    assert {key for entry in root["defaults"] if entry != "_self_" for key in entry} == set(choices(command))
+    for group, choice in choices(command).items():
+        assert "defaults" not in yaml.safe_load((ROOT / f"conf/{group}/{choice}.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_dvc_yaml_paths_in_the_command_are_declared(name: str, declared: dict[str, Any]) -> None:
+    command = COMMANDS[name]
+    task = name.partition("@")[2]
+    stage = declared[command.stage]
+    known = {*stage["deps"], *stage.get("outs", []), *(path for entry in stage.get("metrics", []) for path in entry)}
+    known = {path.replace("${key}", task) for path in known}
+    paths = {item.partition("=")[2] for item in command.overrides if "/" in item and not item.startswith("data.path")}
+    artifacts = {path for path in known if not path.startswith(("stages/", "${"))}
+    assert paths == artifacts

@@ -1,0 +1,165 @@
+"""The experiment workflow with the real DVC: run, queue, compare, go back, share, shrink."""
+
+import getpass
+import json
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dvc_project import ALL, TASKS, edit, flatten, run, stages_run
+
+
+def names(project: Path) -> set[str]:
+    """Names of the experiments that have results."""
+    rows = flatten(json.loads(run(project, "dvc", "exp", "show", "--json")))
+    return {row["name"] for row in rows if row.get("name") and (row.get("data") or {}).get("metrics")}
+
+
+@pytest.mark.slow
+def test_experiments_grid_in_the_queue_finishes_with_two_jobs_at_once(clean: Path) -> None:
+    grid = ("-S", "causal.learning_rate=0.001,0.01", "-S", "seed=1,2")
+    assert run(clean, "dvc", "exp", "run", "--queue", *grid).count("Queued experiment") == 4
+    before = names(clean)
+    run(clean, "dvc", "queue", "start", "-j", "2")
+    for _ in range(300):
+        status = run(clean, "dvc", "queue", "status")
+        if "Running" not in status and "Queued" not in status:
+            break
+        time.sleep(2)
+    assert "Failed" not in status, status
+    assert len(names(clean) - before) == 4
+    run(clean, "dvc", "queue", "stop", check=False)
+    compared = run(clean, "python", "-m", "tools.compare")
+    assert "(seeds 1, 2)" in compared or "(seeds 2, 1)" in compared
+    assert " +- " in compared
+    assert all(len(line) <= 120 for line in compared.splitlines())
+
+
+@pytest.mark.slow
+def test_experiments_in_a_temporary_directory_leave_the_workspace_alone(clean: Path) -> None:
+    run(clean, "dvc", "exp", "run", "--temp", "-n", "aside", "-S", "mlm.learning_rate=0.01")
+    assert run(clean, "git", "status", "--porcelain") == ""
+    assert "aside" in names(clean)
+
+
+@pytest.mark.slow
+def test_experiments_are_compared_applied_and_branched(clean: Path) -> None:
+    run(clean, "dvc", "exp", "run", "-n", "other", "-S", "causal.learning_rate=0.02")
+    assert "causal.learning_rate" in run(clean, "dvc", "params", "diff")
+    assert "causal.test.bits_per_byte" in run(clean, "dvc", "metrics", "diff")
+    run(clean, "git", "reset", "-q", "--hard")
+    run(clean, "dvc", "checkout", "-q")
+    difference = run(clean, "dvc", "exp", "diff", "main", "other")
+    assert "causal.learning_rate" in difference and "causal.test.bits_per_byte" in difference
+    assert "mlm.test" not in difference
+    assert "learning_rate" in run(clean, "env", "COLUMNS=900", "dvc", "exp", "show", "--no-pager", "--only-changed")
+    page = run(clean, "dvc", "plots", "diff", "main", "other", "--out", "plots").strip()
+    assert "Training loss" in Path(page.removeprefix("file://")).read_text(encoding="utf-8")
+    shutil.rmtree(clean / "plots")
+    run(clean, "dvc", "exp", "apply", "other")
+    assert "0.02" in (clean / "params.yaml").read_text(encoding="utf-8")
+    assert stages_run(run(clean, "dvc", "repro")) == set()
+    run(clean, "git", "reset", "-q", "--hard")
+    run(clean, "dvc", "exp", "branch", "other", "kept")
+    assert "kept" in run(clean, "git", "branch")
+
+
+@pytest.mark.slow
+def test_experiments_back_to_an_earlier_block_size_restores_and_runs_no_command(clean: Path) -> None:
+    lock = (clean / "dvc.lock").read_text(encoding="utf-8")
+    edit(clean / "params.yaml", block_size=32)
+    assert stages_run(run(clean, "dvc", "repro"))
+    edit(clean / "params.yaml", block_size=64)
+    output = run(clean, "dvc", "repro")
+    assert stages_run(output) == set()
+    assert output.count("is cached - skipping run, checking out outputs") == 6
+    assert (clean / "dvc.lock").read_text(encoding="utf-8") == lock
+
+
+def test_experiments_garbage_collection_of_the_workspace_keeps_repro_a_no_op(clean: Path) -> None:
+    run(clean, "dvc", "gc", "--workspace", "--force")
+    assert stages_run(run(clean, "dvc", "repro")) == set()
+
+
+def shared(clean: Path, remote: str, tmp_path: Path, *configure: tuple[str, ...]) -> None:
+    """Push to `remote`, clone, pull, and run nothing."""
+    clone = tmp_path / "clone"
+    try:
+        for place in (clean, clone):
+            if place is clone:
+                run(clean, "git", "clone", "-q", ".", str(clone))
+            run(place, "dvc", "remote", "add", "--local", "-d", "shared", remote)
+            for options in configure:
+                run(place, "dvc", "remote", "modify", "--local", "shared", *options)
+            run(place, "dvc", "push" if place is clean else "pull")
+        assert stages_run(run(clone, "dvc", "repro")) == set()
+        assert run(clone, "dvc", "status") == run(clean, "dvc", "status")
+        for task in TASKS:
+            weights = f"models/{task}/model.safetensors"
+            assert (clone / weights).read_bytes() == (clean / weights).read_bytes()
+    finally:
+        (clean / ".dvc/config.local").unlink(missing_ok=True)
+
+
+def test_experiments_pushed_to_a_directory_and_pulled_elsewhere_run_nothing(clean: Path, tmp_path: Path) -> None:
+    shared(clean, str(tmp_path / "remote"), tmp_path)
+
+
+@pytest.fixture
+def ssh_server(tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """Port and client key of an SSH server on the loopback with keys of its own."""
+    sshd = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
+    if sshd is None:
+        pytest.skip("no sshd here (Debian: apt-get install openssh-server)")
+    pytest.importorskip("dvc_ssh", reason="dvc-ssh is not installed (uv pip install dvc-ssh)")
+    for name in ("host", "client"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
+    shutil.copy(tmp_path / "client.pub", tmp_path / "authorized_keys")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    Path("/run/sshd").mkdir(exist_ok=True)
+    settings = {
+        "ListenAddress": f"127.0.0.1:{port}",
+        "HostKey": tmp_path / "host",
+        "AuthorizedKeysFile": tmp_path / "authorized_keys",
+        "PidFile": tmp_path / "pid",
+        "StrictModes": "no",
+        "PasswordAuthentication": "no",
+        "Subsystem": "sftp internal-sftp",
+    }
+    (tmp_path / "sshd_config").write_text("".join(f"{key} {value}\n" for key, value in settings.items()))
+    server = subprocess.Popen([sshd, "-D", "-e", "-f", str(tmp_path / "sshd_config")], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(50):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield port, tmp_path / "client"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_experiments_pushed_over_ssh_and_pulled_elsewhere_run_nothing(
+    clean: Path, tmp_path: Path, ssh_server: tuple[int, Path]
+) -> None:
+    port, key = ssh_server
+    options = [("port", str(port)), ("user", getpass.getuser()), ("keyfile", str(key)), ("allow_agent", "false")]
+    shared(clean, f"ssh://127.0.0.1{tmp_path / 'remote'}", tmp_path, *options)
+
+
+@pytest.mark.slow
+def test_experiments_two_clean_runs_write_the_same_lock(project: Path, tmp_path: Path) -> None:
+    again = tmp_path / "elsewhere"
+    run(project, "git", "clone", "-q", ".", str(again))
+    lock = (again / "dvc.lock").read_text(encoding="utf-8")
+    (again / "dvc.lock").unlink()
+    shutil.rmtree(again / "metrics")
+    assert stages_run(run(again, "env", "PYTHONHASHSEED=7", "dvc", "repro")) == ALL
+    assert (again / "dvc.lock").read_text(encoding="utf-8") == lock

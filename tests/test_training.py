@@ -1,0 +1,425 @@
+"""The Trainer: order, masks, accumulation, losses and resuming, through transformers' own loop."""
+
+import copy
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import (
+    END,
+    TASK,
+    VOCABULARY,
+    objective_config,
+    save_blocks,
+    text_ids,
+    toy_blocks,
+    toy_model,
+    toy_trainer,
+    wrapped,
+)
+from transformers import TrainerCallback
+
+from stages.masking import IGNORED, mask_blocks
+from stages.metrics import block_loss, full_precision
+from stages.objectives import make_objective
+from stages.training import EpochSampler, TrainingBlocks
+from stages.vocabulary import Vocabulary
+
+NUM_BLOCKS, BLOCK_SIZE = 16, 24
+MODELS = ["gpt2", "roberta", "bert"]
+
+
+def objective_for(model, isolate_documents=True):
+    task = TASK[model.config.model_type]
+    return make_objective(task, VOCABULARY[task], objective_config(task, isolate_documents), model)
+
+
+# -- order -------------------------------------------------------------------------------------------------------------
+
+
+@given(num_blocks=st.integers(1, 200), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 1000))
+def test_epoch_sampler_of_any_epoch_is_a_permutation_of_that_epochs_keys(num_blocks, seed, epoch):
+    sampler = EpochSampler(num_blocks, seed)
+    sampler.set_epoch(epoch)
+    keys = list(sampler)
+    assert len(sampler) == num_blocks
+    assert sorted(keys) == list(range(epoch * num_blocks, (epoch + 1) * num_blocks))
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 1), (1, 0), (2**32 - 1, 0)])
+def test_epoch_sampler_of_another_epoch_or_seed_gives_another_order(seed, epoch):
+    first, other = EpochSampler(50, 0), EpochSampler(50, seed)
+    other.set_epoch(epoch)
+    assert [key % 50 for key in first] != [key % 50 for key in other]
+
+
+def test_epoch_sampler_of_an_epoch_does_not_depend_on_those_before():
+    walked, fresh = EpochSampler(50, 0), EpochSampler(50, 0)
+    list(walked)
+    walked.set_epoch(1)
+    list(walked)
+    walked.set_epoch(2)
+    fresh.set_epoch(2)
+    assert list(walked) == list(fresh)
+
+
+def test_training_blocks_of_a_key_is_the_block_with_its_epochs_masks(tmp_path):
+    blocks, vocabulary, config = toy_blocks(tmp_path, "mlm", 5, BLOCK_SIZE), VOCABULARY["mlm"], objective_config("mlm")
+    dataset = TrainingBlocks(blocks, make_objective("mlm", vocabulary, config), seed=9)
+    batch = dataset.__getitems__([3 * 5 + 4, 3 * 5 + 0])
+    input_ids, labels = mask_blocks(blocks[[4, 0]], [4, 0], vocabulary, config, 9, 3)
+    assert batch["input_ids"].tolist() == input_ids.tolist()
+    assert batch["labels"].tolist() == labels.tolist()
+
+
+# -- batches of the Trainer's own loader -------------------------------------------------------------------------------
+
+
+def loaded_batches(directory, batch_size, num_workers, num_epochs=2):
+    """Task mlm: the batches of the Trainer's own loader, epoch by epoch, as (input_ids, labels)."""
+    model = toy_model("roberta")
+    blocks = toy_blocks(directory / f"blocks-{batch_size}-{num_workers}", "mlm", 10, BLOCK_SIZE)
+    trainer = toy_trainer(
+        directory,
+        model,
+        objective_for(model),
+        blocks,
+        per_device_train_batch_size=batch_size,
+        dataloader_num_workers=num_workers,
+    )
+    loader, epochs = trainer.get_train_dataloader(), []
+    for epoch in range(num_epochs):
+        loader.set_epoch(epoch)
+        epochs.append([(batch["input_ids"].tolist(), batch["labels"].tolist()) for batch in loader])
+    return epochs
+
+
+def test_train_dataloader_with_workers_gives_the_same_batches(tmp_path):
+    alone = loaded_batches(tmp_path, 4, 0)
+    assert [len(epoch) for epoch in alone] == [3, 3]
+    assert loaded_batches(tmp_path, 4, 2) == alone
+
+
+def test_train_dataloader_with_another_batch_size_gives_the_same_rows_in_the_same_order(tmp_path):
+    def rows(batch_size):
+        epochs = loaded_batches(tmp_path, batch_size, 0)
+        return [[row for batch in epoch for row in zip(*batch, strict=True)] for epoch in epochs]
+
+    assert rows(10) == rows(3)
+
+
+# Blocks that can be told apart when masked: their first token is a control token, which is never chosen.
+NUMBERED = Vocabulary(
+    size=50,
+    special=VOCABULARY["mlm"].special,
+    prefix=[0],
+    suffix=list(range(30, 30 + NUM_BLOCKS)),
+    lead=[],
+)
+
+
+def trained_masks(directory, batch_size, seed=3, resume=False, **arguments):
+    """(epoch, block) to the inputs that the model saw in two epochs, masked or not, and the order of the pairs."""
+    ids = np.stack([text_ids(BLOCK_SIZE, seed) % 20 + 5 for seed in range(NUM_BLOCKS)])
+    ids[:, 0] = 30 + np.arange(NUM_BLOCKS)
+    blocks, model = save_blocks(directory / "blocks", ids), toy_model("roberta")
+    seen = []
+
+    def record(_, args, inputs):
+        if model.training:
+            epoch = int(trainer.state.epoch or 0)
+            seen.extend(((epoch, row[0] - 30), tuple(row)) for row in inputs["input_ids"].tolist())
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    objective = make_objective("mlm", NUMBERED, objective_config("mlm", mlm_probability=0.4), model)
+    trainer = toy_trainer(
+        directory,
+        model,
+        objective,
+        blocks,
+        per_device_train_batch_size=batch_size,
+        num_train_epochs=2,
+        seed=seed,
+        **arguments,
+    )
+    trainer.train(resume_from_checkpoint=resume or None)
+    return dict(seen), [key for key, _ in seen]
+
+
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory):
+    return trained_masks(tmp_path_factory.mktemp("masks"), 16)
+
+
+def test_training_masks_cover_each_block_once_an_epoch_in_a_new_order(masks):
+    by_block, order = masks
+    first, second = order[:NUM_BLOCKS], order[NUM_BLOCKS:]
+    assert sorted(first) == [(0, block) for block in range(NUM_BLOCKS)]
+    assert sorted(second) == [(1, block) for block in range(NUM_BLOCKS)]
+    assert [block for _, block in first] != [block for _, block in second]
+    assert all(by_block[0, block] != by_block[1, block] for block in range(NUM_BLOCKS))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"batch_size": 4, "gradient_accumulation_steps": 4},
+        {"batch_size": 8, "dataloader_num_workers": 2},
+        {"batch_size": 3},
+    ],
+    ids=["accumulated", "workers", "uneven"],
+)
+def test_training_masks_of_a_block_in_an_epoch_are_equal_however_batched(masks, tmp_path, arguments):
+    assert trained_masks(tmp_path, **arguments) == masks
+
+
+def test_training_masks_with_another_seed_differ(masks, tmp_path):
+    other, _ = trained_masks(tmp_path, 16, seed=4)
+    assert all(other[key] != mask for key, mask in masks[0].items())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_resumed_inside_an_epoch_goes_on_with_the_same_blocks_and_masks(masks, tmp_path, num_workers):
+    whole, order = masks
+    arguments = {"save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": num_workers}
+    trained_masks(tmp_path, 4, max_steps=3, **arguments)
+    rest, rest_order = trained_masks(tmp_path, 4, resume=True, **arguments)
+    assert rest_order == order[3 * 4 :]
+    assert rest == {key: whole[key] for key in rest_order}
+
+
+def test_training_resumed_inside_an_epoch_ends_with_the_same_weights(tmp_path):
+    def weights(directory, **arguments):
+        model = toy_model("gpt2", resid_pdrop=0.1)
+        blocks = toy_blocks(directory / "blocks", "causal", NUM_BLOCKS, BLOCK_SIZE)
+        resume = arguments.pop("resume", None)
+        common = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 0.01, "save_steps": 3}
+        arguments = {**common, "save_strategy": "steps", "callbacks": [], **arguments}
+        toy_trainer(directory, model, objective_for(model), blocks, **arguments).train(resume_from_checkpoint=resume)
+        return model.state_dict()
+
+    straight = weights(tmp_path / "straight")
+    weights(tmp_path / "killed", callbacks=[StopAt(3)])
+    resumed = weights(tmp_path / "killed", resume=True)
+    assert all(torch.equal(resumed[name], value) for name, value in straight.items())
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self._step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == self._step
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of each optimizer step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **_):
+        self.steps.append(flat(parameter.grad for parameter in model.parameters()))
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def relative_difference(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+def step(directory, model_type, per_device_batch_size, **arguments):
+    """The gradient, the new weights and the reported loss of one optimizer step over 16 blocks."""
+    model, gradients = toy_model(model_type), Gradients()
+    blocks = toy_blocks(directory / f"blocks-{per_device_batch_size}", TASK[model_type], NUM_BLOCKS, BLOCK_SIZE)
+    defaults = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    trainer = toy_trainer(
+        directory,
+        model,
+        objective_for(model),
+        blocks,
+        per_device_train_batch_size=per_device_batch_size,
+        gradient_accumulation_steps=NUM_BLOCKS // per_device_batch_size,
+        max_steps=1,
+        max_grad_norm=0.0,
+        logging_steps=1,
+        callbacks=[gradients],
+        **{**defaults, **arguments},
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == len(gradients.steps) == 1
+    return gradients.steps[0], flat(model.parameters()), losses[0], blocks
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def whole_step(request, tmp_path_factory):
+    return request.param, *step(tmp_path_factory.mktemp("step"), request.param, NUM_BLOCKS)
+
+
+@pytest.mark.parametrize("per_device_batch_size", [1, 4])
+def test_step_accumulated_has_the_gradient_weights_and_loss_of_the_whole_batch(
+    whole_step, tmp_path, per_device_batch_size
+):
+    model_type, gradient, weights, loss, _ = whole_step
+    accumulated = step(tmp_path, model_type, per_device_batch_size)
+    assert relative_difference(accumulated[0], gradient) < 1e-5
+    assert relative_difference(accumulated[1], weights) < 1e-5
+    assert accumulated[2] == pytest.approx(loss, rel=1e-5)
+
+
+def test_step_accumulated_with_adamw_ends_with_the_weights_of_the_whole_batch(tmp_path):
+    # A large epsilon: AdamW blows up the rounding of gradients that are 0 by symmetry to whole steps.
+    adamw = {"optim": "adamw_torch_fused", "learning_rate": 0.01, "adam_epsilon": 1e-3}
+    whole, accumulated = (step(tmp_path, "bert", size, **adamw)[1] for size in (NUM_BLOCKS, 4))
+    assert relative_difference(accumulated, whole) < 1e-5
+    assert relative_difference(whole, flat(toy_model("bert").parameters())) > 1e-3
+
+
+def test_step_has_the_gradient_and_loss_of_the_plain_mean_over_tokens(whole_step):
+    model_type, gradient, _, loss, blocks = whole_step
+    model = toy_model(model_type, use_cache=False).train()
+    objective = objective_for(model)
+    batch = objective.batch(blocks[range(NUM_BLOCKS)], range(NUM_BLOCKS), 3, 0)
+    labels = batch.pop("labels")
+    logits = model(**batch).logits
+    if TASK[model_type] == "causal":
+        logits, labels = logits[:, :-1], batch["input_ids"][:, 1:]
+    else:
+        counts = (labels.view(4, 4, -1) != IGNORED).sum((1, 2))
+        assert len(set(counts.tolist())) > 1  # micro-batches of unequal counts, which a mean of means gets wrong
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    expected.backward()
+    assert relative_difference(gradient, flat(parameter.grad for parameter in model.parameters())) < 1e-5
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_step_of_blocks_without_a_masked_token_has_loss_zero(tmp_path):
+    # Blocks of control tokens alone: nothing can be chosen.
+    blocks, model = save_blocks(tmp_path, np.zeros((4, 8))), toy_model("roberta")
+    logs = {"logging_steps": 1, "logging_nan_inf_filter": False}
+    trainer = toy_trainer(
+        tmp_path, model, objective_for(model), blocks, per_device_train_batch_size=4, max_steps=1, **logs
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == 0.0
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_training_with_isolated_documents_gives_the_model_each_document_alone(tmp_path, model_type):
+    task, model, seen = TASK[model_type], toy_model(model_type), []
+
+    def record(_, args, inputs, outputs):
+        seen.append((inputs["input_ids"], outputs.logits.detach()))
+
+    model.register_forward_hook(record, with_kwargs=True)
+    ids = wrapped(task, *(text_ids(length, length).tolist() for length in (7, 9, 5)))
+    blocks = save_blocks(tmp_path / "blocks", np.array([ids]))
+    trainer = toy_trainer(
+        tmp_path, model, objective_for(model), blocks, per_device_train_batch_size=1, max_steps=1, learning_rate=0.0
+    )
+    trainer.train()
+    (input_ids, logits), *_ = seen
+    first = {"causal": 8, "mlm": 9}[task]  # the control token before the second document
+    last = first + {"causal": 10, "mlm": 11}[task]
+    with full_precision(model):
+        alone = toy_model(model_type)(input_ids[:, first:last]).logits
+    torch.testing.assert_close(logits[:, first:last], alone, atol=1e-5, rtol=1e-5)
+
+
+# -- validation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_trainer_evaluate_reports_the_block_loss_of_the_metrics(tmp_path, model_type):
+    task, model = TASK[model_type], toy_model(model_type)
+    train, validation = (toy_blocks(tmp_path / str(seed), task, 7, BLOCK_SIZE, seed) for seed in (0, 1))
+    objective = objective_for(model)
+    trainer = toy_trainer(
+        tmp_path,
+        model,
+        objective,
+        train,
+        validation,
+        per_device_train_batch_size=4,
+        num_train_epochs=2,
+        eval_strategy="epoch",
+        learning_rate=0.01,
+        evaluate_batch_tokens=50,
+    )
+    before = block_loss(model, objective, validation, 4096)
+    trainer.train()
+    logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(logged) == 2
+    assert logged[-1] == pytest.approx(block_loss(copy.deepcopy(model), objective, validation, 4096), rel=1e-6)
+    assert logged[-1] != pytest.approx(before, rel=1e-3)
+
+
+def test_trainer_evaluate_while_training_in_bf16_is_in_fp32(tmp_path):
+    model = toy_model("roberta")
+    blocks, objective = toy_blocks(tmp_path, "mlm", 8, BLOCK_SIZE), objective_for(model)
+    trainer = toy_trainer(
+        tmp_path,
+        model,
+        objective,
+        blocks,
+        per_device_train_batch_size=8,
+        max_steps=2,
+        bf16=True,
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    trainer.train()
+    untouched = toy_model("roberta")
+    untouched.load_state_dict(model.state_dict())
+    exact = block_loss(untouched, objective, blocks, 4096)
+    logged = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert logged == exact
+    assert trainer.evaluate()["eval_loss"] == exact
+    ids = torch.from_numpy(text_ids(8).astype(np.int64))[None]
+    assert not torch.equal(model.eval()(ids).logits, untouched(ids).logits)  # bf16 would show
+
+
+def test_trainer_evaluate_twice_gives_the_same_digits(tmp_path):
+    model = toy_model("bert")
+    blocks = toy_blocks(tmp_path, "mlm", 8, BLOCK_SIZE)
+    trainer = toy_trainer(tmp_path, model, objective_for(model), blocks)
+    assert trainer.evaluate() == trainer.evaluate()
+
+
+# -- document ends -----------------------------------------------------------------------------------------------------
+
+
+def test_training_on_two_repeated_documents_teaches_where_they_end(tmp_path):
+    texts = [[7, 8, 9, 10, 11], [20, 21, 22]]
+    stream = wrapped("causal", *(texts * 32))[: 16 * 16]
+    blocks, model = save_blocks(tmp_path / "blocks", np.array(stream).reshape(16, 16)), toy_model("gpt2")
+    model.config.pad_token_id = END  # what the stock collator would turn into labels that count for nothing
+    trainer = toy_trainer(
+        tmp_path,
+        model,
+        objective_for(model),
+        blocks,
+        per_device_train_batch_size=8,
+        max_steps=80,
+        learning_rate=0.02,
+        lr_scheduler_type="constant",
+    )
+    trainer.train()
+    predictions = defaultdict(list)
+    for text in texts:
+        with full_precision(model):
+            predictions[len(text)] = model(torch.tensor([[END, *text]])).logits[0].argmax(-1).tolist()
+    # After the first token of a document all others follow, and then its end, which comes at no other place.
+    assert predictions[5][1:] == [8, 9, 10, 11, END]
+    assert predictions[3][1:] == [21, 22, END]

@@ -1,0 +1,157 @@
+"""Toy vocabularies, models, documents and blocks of the model side's tests."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, TrainingArguments
+
+from stages.artifacts import Blocks, Documents, ShardWriter, to_arrow
+from stages.config import Objective as ObjectiveConfig
+from stages.tokenize import record_batch
+from stages.training import BlockTrainer
+from stages.vocabulary import Vocabulary
+
+torch.set_num_threads(1)  # toys gain nothing from more, and lose much beside other processes
+
+SIZE = 50  # tokens of the toy vocabularies
+FIRST_TEXT = 5  # ids from here on are text
+END, CLS, PAD, SEP, UNK, MASK = 0, 0, 1, 2, 3, 4
+CAUSAL = Vocabulary(size=SIZE, special={"eos_token": END}, prefix=[], suffix=[END], lead=[END])
+MASKED = Vocabulary(
+    size=SIZE,
+    special={"cls_token": CLS, "pad_token": PAD, "sep_token": SEP, "unk_token": UNK, "mask_token": MASK},
+    prefix=[CLS],
+    suffix=[SEP],
+    lead=[],
+)
+TASK = {"gpt2": "causal", "llama": "causal", "gpt_neo": "causal", "roberta": "mlm", "bert": "mlm"}
+VOCABULARY = {"causal": CAUSAL, "mlm": MASKED}
+
+# Weights far larger than a library's defaults: outputs far from uniform, so that what goes wrong shows.
+_COMMON = {"vocab_size": SIZE, "initializer_range": 0.4}
+_BERT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "pad_token_id": PAD,
+    "bos_token_id": CLS,
+    "eos_token_id": SEP,
+}
+_END = {"bos_token_id": END, "eos_token_id": END}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "n_positions": 64,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        **_END,
+    },
+    "llama": {
+        "max_position_embeddings": 64,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        **_END,
+    },
+    "gpt_neo": {
+        "max_position_embeddings": 64,
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "attention_types": [[["global", "local"], 1]],
+        **_END,
+    },
+    "roberta": {"max_position_embeddings": 64 + PAD + 1, **_BERT},
+    "bert": {"max_position_embeddings": 64, **_BERT},
+}
+
+
+def toy_model(model_type: str, seed: int = 0, attention: str = "sdpa", **overrides: Any) -> Any:
+    """A model with two layers of width 16 in evaluation mode, its weights drawn from `seed`."""
+    config = AutoConfig.for_model(model_type, **{**_COMMON, **ARCHITECTURES[model_type], **overrides})
+    auto = AutoModelForCausalLM if TASK[model_type] == "causal" else AutoModelForMaskedLM
+    torch.manual_seed(seed)
+    return auto.from_config(config, attn_implementation=attention).eval()
+
+
+def objective_config(task: str, isolate_documents: bool = False, **overrides: float) -> ObjectiveConfig:
+    """The objective section of conf/task/`task`.yaml."""
+    masking = {"mlm_probability": 0.15, "mask_replace_prob": 0.8, "random_replace_prob": 0.1, **overrides}
+    return ObjectiveConfig(name=task, isolate_documents=isolate_documents, **(masking if task == "mlm" else {}))
+
+
+def text_ids(length: int, seed: int = 0) -> np.ndarray:
+    """Token ids of text, [length] uint16."""
+    return np.random.default_rng(seed).integers(FIRST_TEXT, SIZE, length).astype(np.uint16)
+
+
+def wrapped(task: str, *texts: Sequence[int]) -> list[int]:
+    """The texts one after the other, with their control tokens."""
+    vocabulary = VOCABULARY[task]
+    return [*vocabulary.lead, *(token for text in texts for token in (*vocabulary.prefix, *text, *vocabulary.suffix))]
+
+
+def save_documents(directory: Path, task: str, texts: Iterable[Sequence[int]], num_bytes: Sequence[int]) -> Documents:
+    """A split of tokens as tokenize writes it, and read."""
+    vocabulary = VOCABULARY[task]
+    rows = [np.array([*vocabulary.prefix, *text, *vocabulary.suffix], np.uint16) for text in texts]
+    rows[0] = np.array([*vocabulary.lead, *rows[0]], np.uint16)
+    schema = pa.schema([("input_ids", pa.large_list(pa.uint16())), ("num_bytes", pa.int32())])
+    with ShardWriter(directory, schema) as writer:
+        writer.write(record_batch(rows, list(num_bytes), schema))
+    return Documents(directory)
+
+
+def save_blocks(directory: Path, ids: np.ndarray) -> Blocks:
+    """A split of blocks as group_texts writes it, and read; `ids` is [num_blocks, block_size]."""
+    schema = pa.schema([("input_ids", pa.list_(pa.uint16(), ids.shape[1]))])
+    column = pa.FixedSizeListArray.from_arrays(to_arrow(ids.astype(np.uint16).reshape(-1)), ids.shape[1])
+    with ShardWriter(directory, schema) as writer:
+        writer.write(pa.record_batch([column], schema=schema))
+    return Blocks(directory)
+
+
+def toy_blocks(directory: Path, task: str, num_blocks: int, block_size: int, seed: int = 0) -> Blocks:
+    """Blocks packed of documents of 1 to 12 tokens."""
+    lengths = np.random.default_rng(seed).integers(1, 13, num_blocks * block_size)
+    stream = wrapped(task, *(text_ids(length, seed + 1 + index).tolist() for index, length in enumerate(lengths)))
+    return save_blocks(directory, np.array(stream[: num_blocks * block_size]).reshape(num_blocks, block_size))
+
+
+def toy_trainer(
+    directory: Path, model: Any, objective: Any, train: Blocks, validation: Blocks | None = None, **arguments: Any
+) -> BlockTrainer:
+    """A BlockTrainer that writes nothing but what `arguments` ask for; `callbacks` go to the Trainer."""
+    callbacks = arguments.pop("callbacks", [])
+    evaluate_batch_tokens = arguments.pop("evaluate_batch_tokens", 4096)
+    defaults = {
+        "output_dir": str(directory / "checkpoints"),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "seed": 3,
+    }
+    return BlockTrainer(
+        model,
+        TrainingArguments(**{**defaults, **arguments}),
+        objective,
+        train,
+        validation or train,
+        evaluate_batch_tokens,
+        callbacks,
+    )
