@@ -94,7 +94,7 @@ def clean(project: Path) -> Path:
     """The project as committed: what a test leaves is undone before the next."""
     run(project, "git", "reset", "-q", "--hard")
     run(project, "git", "clean", "-qfd")
-    run(project, "dvc", "checkout", "-q")
+    run(project, "dvc", "checkout", "-q", "--force")
     return project
 
 
