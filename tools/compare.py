@@ -18,7 +18,7 @@ OPTIONS = ("--no-pager", "--drop", ".*", "--keep")
 
 def columns(split: str) -> str:
     """The regular expression of the columns that matter."""
-    return rf"Experiment|.*\.{split}\.(pseudo_)?bits_per_byte$|params.yaml:block_size"
+    return rf"Experiment|.*\.{split}\.(pseudo_)?bits_per_byte$|block_size"
 
 
 def command(split: str) -> str:
