@@ -31,16 +31,13 @@ MODELS = {
 
 def compose_config(stage: str, *overrides: str) -> Any:
     """The config of `stage` as its command line would give it."""
-    import importlib
-
     from hydra import compose, initialize_config_dir
 
     from stages.config import CONF, load
+    from tools.check import schema_of
 
-    name = "".join(word.title() for word in stage.split("_")) + "Config"
-    schema = getattr(importlib.import_module(f"stages.{stage}"), name)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load(schema, compose(stage, list(overrides)), stage)
+        return load(schema_of(stage), compose(stage, list(overrides)), stage)
 
 
 def run_stage(stage: str, *overrides: str) -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import transformers
+from data_helpers import contents
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from stages.artifacts import Blocks
@@ -18,13 +19,6 @@ from stages.vocabulary import Vocabulary, load_tokenizer
 
 TASKS = ("causal", "mlm")
 AUTO = {"causal": AutoModelForCausalLM, "mlm": AutoModelForMaskedLM}
-
-
-def contents(directory):
-    """Relative path to bytes of every file below `directory`."""
-    return {
-        str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()
-    }
 
 
 def curve(report, name):
