@@ -32,9 +32,13 @@ def main() -> None:
     split = parser.parse_args().split
     subprocess.run(["dvc", "exp", "show", *OPTIONS, columns(split)], check=True)
     shown = subprocess.run(["dvc", "exp", "show", "--json"], check=True, capture_output=True, text=True)
-    lines = list(over_seeds(list(rows(json.loads(shown.stdout))), split))
-    if lines:
-        print("\nExperiments that differ in seed alone:", *lines, sep="\n")
+    found = list(rows(json.loads(shown.stdout)))
+    for title, lines in (
+        ("What they differ in:", differences(found)),
+        ("Experiments that differ in seed alone:", list(over_seeds(found, split))),
+    ):
+        if lines:
+            print(f"\n{title}", *lines, sep="\n")
 
 
 def rows(revisions: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -45,6 +49,36 @@ def rows(revisions: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for row in found:
             if row.get("data") and row["data"].get("metrics"):
                 yield {"name": row["name"] or row["rev"][:7], **row["data"]}
+
+
+def differences(found: list[dict[str, Any]]) -> list[str]:
+    """A line each with the params in which the rows differ, as `-S` takes them; none where nothing differs.
+
+    Below the table: as columns beside the metrics they would not fit into a terminal.
+    """
+    params = [dict(flat(row["params"])) for row in found]
+    keys = list(dict.fromkeys(key for values in params for key in values))
+    changed = [key for key in keys if len({values.get(key) for values in params}) > 1]
+    lines = [
+        (row["name"], [f"{key}={values[key]}" for key in changed if key in values])
+        for row, values in zip(found, params, strict=True)
+    ]
+    width = max((len(name) for name, _ in lines), default=0)
+    return [f"  {name:{width}}  {' '.join(values)}" for name, values in lines] if changed else []
+
+
+def flat(files: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each param of `dvc exp show --json` under the name that `-S` knows it by, and its value as JSON."""
+
+    def leaves(prefix: str, content: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        for key, value in content.items():
+            if isinstance(value, dict) and value:
+                yield from leaves(f"{prefix}{key}.", value)
+            else:
+                yield f"{prefix}{key}", json.dumps(value, ensure_ascii=False)
+
+    for file, content in files.items():
+        yield from leaves("" if file == "params.yaml" else f"{file}:", content["data"])
 
 
 def over_seeds(found: list[dict[str, Any]], split: str) -> Iterator[str]:
