@@ -24,12 +24,13 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from stages.config import Columns
+from stages.encoding import tokenizers_engine
 from stages.metrics import document_nats, ratio_with_error
 from stages.models import load_trained
 from stages.objectives import make_objective
 from stages.records import to_record
 from stages.sources import find_files, read_rows
-from stages.vocabulary import encode, load_tokenizer, vocabulary_of
+from stages.vocabulary import load_tokenizer, vocabulary_of
 
 
 def main() -> None:
@@ -42,7 +43,8 @@ def main() -> None:
     texts = list(itertools.islice(documents(arguments.records), arguments.number))
     tokenizer = load_tokenizer(arguments.model)
     vocabulary = vocabulary_of(tokenizer, arguments.model, "end_of_sequence", ["eos_token"])
-    ids = encode(tokenizer, texts, vocabulary.dtype)
+    encoded = tokenizers_engine(tokenizer)(texts)
+    ids = np.split(encoded.ids, encoded.offsets[1:-1])
     model = load_trained("causal", arguments.model)
     windows = make_objective("causal", vocabulary).windows(iter(ids), arguments.context)
     ours, _ = document_nats(model, windows, len(ids), batch_tokens=4096)

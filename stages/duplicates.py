@@ -1,6 +1,7 @@
 """Duplicate documents: exact ones by their hash, near ones across the split by MinHash."""
 
 import hashlib
+import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,17 +13,18 @@ SIMILARITY, WORDS, NUM_PERMUTATIONS = 0.8, 5, 128
 
 
 class ExactDuplicates:
-    """Tells whether a text was seen before; holds 16 bytes a text."""
+    """Tells whether a text was seen before. On disk, in a file without a name: memory does not grow with the texts."""
 
     def __init__(self) -> None:
-        self._seen: set[bytes] = set()
+        self._seen = sqlite3.connect("", isolation_level=None)
+        self._seen.execute("PRAGMA journal_mode = OFF")
+        self._seen.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._seen.execute("BEGIN")
 
     def add(self, text: str) -> bool:
         """Enter `text`; true if it was there already."""
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        known = digest in self._seen
-        self._seen.add(digest)
-        return known
+        return self._seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 0
 
 
 def near_duplicates(held_out: Iterable[str], train: Iterable[str]) -> tuple[set[int], set[int]]:

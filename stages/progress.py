@@ -3,10 +3,8 @@
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
-Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -57,14 +55,3 @@ class Progress:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
-
-
-def track(items: Iterable[Item], what: str, total: int, unit: str) -> Iterator[Item]:
-    """`items`, while their progress is shown."""
-    progress = Progress(what, total, unit)
-    try:
-        for done, item in enumerate(items):
-            progress.update(done)
-            yield item
-    finally:
-        progress.close()

@@ -7,31 +7,33 @@ Command python -m stages.tokenize task=causal data=sample model=tiny-gpt2 raw=da
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from pydantic import ValidationInfo, field_validator
-from tokenizers import Tokenizer
 
 from stages.app import run
 from stages.artifacts import SPLITS, ShardWriter, TokenIds, staged, to_arrow, versions, write_json
 from stages.config import Flatten, ModelTokenizer, Tokenize, TokenizerSource, part
+from stages.encoding import Decoder, Encoded, Engine, choose_engine
 from stages.errors import StageError
 from stages.pretrained import TOKENIZER_FILES, VOCABULARY_FILES, pinned_files
-from stages.progress import track
-from stages.vocabulary import Vocabulary, encode, load_tokenizer, train_tokenizer, vocabulary_of
+from stages.progress import Progress
+from stages.texts import TextFile, ahead
+from stages.vocabulary import Vocabulary, load_tokenizer, train_tokenizer, vocabulary_of
 
 log = logging.getLogger(__name__)
 
 CONTROL_ROLES = {"eos_token", "mask_token", "cls_token", "sep_token", "pad_token", "bos_token"}  # unk stands for text
 
-DOCUMENTS_AT_ONCE = 1000  # also the rows of an Arrow batch: fixed, so that the bytes follow from the documents alone
+# Documents by which a faster engine proves itself: the first, the longest of the first row groups, and some of all.
+FIRST_GROUPS, RANDOM_GROUPS, RANDOM_DOCUMENTS, MOST_CHARACTERS = 4, 8, 16, 1_000_000
 
 
 @part
@@ -65,37 +67,37 @@ class TokenizeConfig:
 
 
 def main(config: TokenizeConfig) -> None:
-    raw = Path(config.raw)
+    flatten = config.data.flatten
+    files = {split: TextFile(Path(config.raw) / f"{split}.parquet", flatten) for split in SPLITS}
     with staged(config.out) as directory:
-        training_texts = documents(raw / "train.parquet", config.data.flatten)
-        prepare_tokenizer(config.model.tokenizer, training_texts, directory / "tokenizer")
+        prepare_tokenizer(config.model.tokenizer, files["train"], directory / "tokenizer")
         tokenizer = load_tokenizer(directory / "tokenizer")
         vocabulary = vocabulary_of(tokenizer, directory / "tokenizer", config.tokenize.wrap, config.tokenize.requires)
-        log.info("vocabulary of %d tokens", vocabulary.size)
-        for split in SPLITS:
-            with named_damage(raw / f"{split}.parquet"):
-                num_documents = pq.ParquetFile(raw / f"{split}.parquet").metadata.num_rows
-            texts = track(documents(raw / f"{split}.parquet", config.data.flatten), split, num_documents, "documents")
-            ledger = tokenize_split(texts, tokenizer, vocabulary, directory / split, count_lossy=split != "train")
-            assert ledger["documents"] == num_documents  # nothing lost on the way
+        engine_name, engine = choose_engine(tokenizer, sample(list(files.values())))
+        log.info("vocabulary of %d tokens, encoded by %s", vocabulary.size, engine_name)
+        decoder = Decoder(tokenizer)
+        for split, file in files.items():
+            ledger = tokenize_split(file, engine, vocabulary, directory / split, decoder if split != "train" else None)
+            assert ledger["documents"] == file.num_documents  # nothing lost on the way
             write_json(directory / split / "stats.json", ledger)
             log.info(
                 "%s: %d documents, %d tokens, %d bytes",
                 split,
                 *(ledger[key] for key in ("documents", "tokens", "bytes")),
             )
+        libraries = versions("fastokens", "numpy", "pyarrow", "tokenizers")
         write_json(
             directory / "stats.json",
-            {"vocabulary": asdict(vocabulary), "versions": versions("numpy", "pyarrow", "tokenizers")},
+            {"vocabulary": asdict(vocabulary), "engine": engine_name, "versions": libraries},
         )
     log.info("-> %s", config.out)
 
 
-def prepare_tokenizer(source: TokenizerSource, training_texts: Iterator[str], directory: Path) -> None:
-    """Put the tokenizer's files into `directory`: trained on `training_texts`, or copied from where they are pinned."""
+def prepare_tokenizer(source: TokenizerSource, training: TextFile, directory: Path) -> None:
+    """Put the tokenizer's files into `directory`: trained on `training`, or copied from where they are pinned."""
     if source.train is not None:
         log.info("training a byte-level BPE of %d tokens", source.train.vocab_size)
-        train_tokenizer(source.train, training_texts, directory)
+        train_tokenizer(source.train, (texts.to_pylist() for texts in training), directory)
         return
     assert source.path is not None  # the schema's rule
     files = pinned_files(
@@ -106,106 +108,90 @@ def prepare_tokenizer(source: TokenizerSource, training_texts: Iterator[str], di
         (directory / name).write_bytes(file.read_bytes())
 
 
-@contextmanager
-def named_damage(file: Path) -> Iterator[None]:
-    """Errors of a damaged Parquet file inside the block, as StageErrors that name it."""
-    try:
-        yield
-    except (pa.ArrowInvalid, OSError) as error:
-        if getattr(error, "errno", None) is not None:
-            raise  # the system's: no such file, no permission
-        raise StageError(f"{file} is damaged ({error}): delete it and run `dvc repro`") from None
+def sample(files: list[TextFile]) -> list[str]:
+    """Texts of the files by which a faster engine proves itself, each cut to MOST_CHARACTERS.
 
-
-def documents(file: Path, flatten: Flatten) -> Iterator[str]:
-    """The text of each record in a Parquet file: the values of flatten.columns, joined."""
-    columns = list(flatten.columns)
-    with named_damage(file):
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=DOCUMENTS_AT_ONCE, columns=columns):
-            for record in batch.to_pylist():
-                parts: list[str] = []
-                for column in columns:
-                    parts += record["answers"]["text"] if column == "answers.text" else [record[column]]
-                yield flatten.joiner.join(part for part in parts if part)
+    The first one and the longest of the first row groups, and some of row groups drawn over all files.
+    """
+    beginning = files[0].groups(range(files[0].num_groups)[:FIRST_GROUPS])
+    first = [text for texts in beginning for text in texts.to_pylist()]
+    chosen = [*first[:1], *sorted(first, key=len)[-1:]]
+    random = np.random.default_rng(0)
+    for file in files:
+        numbers = random.permutation(file.num_groups)[:RANDOM_GROUPS]
+        for texts in file.groups(numbers.tolist()):
+            chosen += texts.take(random.permutation(len(texts))[:RANDOM_DOCUMENTS]).to_pylist()
+    return [text[:MOST_CHARACTERS] for text in chosen]
 
 
 def tokenize_split(
-    texts: Iterator[str], tokenizer: Tokenizer, vocabulary: Vocabulary, directory: Path, count_lossy: bool
+    texts: TextFile, encode: Engine, vocabulary: Vocabulary, directory: Path, decoder: Decoder | None
 ) -> dict[str, Any]:
     """Write the shards of a split and return its ledger.
 
     Args:
-        count_lossy: count the documents that decoding does not give back, whose bits per byte compare with no other
-            tokenizer's.
+        decoder: counts the documents that decoding does not give back, whose bits per byte compare with no other
+            tokenizer's; None: they are not counted.
     """
-    ids_type = pa.from_numpy_dtype(vocabulary.dtype)
-    schema = pa.schema([("input_ids", pa.large_list(ids_type)), ("num_bytes", pa.int32())])
+    schema = pa.schema([("input_ids", pa.large_list(pa.from_numpy_dtype(vocabulary.dtype))), ("num_bytes", pa.int32())])
     ledger = {"documents": 0, "tokens": 0, "text_tokens": 0, "bytes": 0}
     lossy = 0
-    with ShardWriter(directory, schema) as writer:
-        for batch in chunks(texts, DOCUMENTS_AT_ONCE):
-            encoded = encode(tokenizer, batch, vocabulary.dtype)
+    with (
+        ShardWriter(directory, schema) as writer,
+        closing(Progress(directory.name, texts.num_documents, "documents")) as progress,
+    ):
+        # Reading, encoding and writing are a thread each: pyarrow, numpy and the engines all work without the lock.
+        read = ahead((group, group.to_pylist()) for group in texts)
+        for group, encoded in ahead((group, encode(strings)) for group, strings in read):
             refuse_control_tokens(encoded, vocabulary, f"{directory.name} document", ledger["documents"])
-            if count_lossy:
-                decoded = tokenizer.decode_batch([list(ids) for ids in encoded], skip_special_tokens=False)
-                lossy += sum(text != back for text, back in zip(batch, decoded, strict=True))
-            num_bytes = [len(text.encode()) for text in batch]
-            rows = wrap(encoded, vocabulary, first=ledger["documents"] == 0)
-            writer.write(record_batch(rows, num_bytes, schema))
-            ledger["documents"] += len(batch)
-            ledger["tokens"] += sum(len(row) for row in rows)
-            ledger["text_tokens"] += sum(len(ids) for ids in encoded)
-            ledger["bytes"] += sum(num_bytes)
+            if decoder is not None:
+                lossy += decoder.num_lossy(group, encoded)
+            ids, offsets = wrap(encoded, vocabulary, first=ledger["documents"] == 0)
+            num_bytes = pc.binary_length(group)
+            input_ids = pa.LargeListArray.from_arrays(to_arrow(offsets), to_arrow(ids))
+            writer.write(pa.record_batch([input_ids, num_bytes], schema=schema))
+            ledger["documents"] += len(group)
+            ledger["tokens"] += len(ids)
+            ledger["text_tokens"] += len(encoded.ids)
+            ledger["bytes"] += pc.sum(num_bytes, min_count=0).as_py()
+            progress.update(ledger["documents"])
     wrapped = ledger["documents"] * len(vocabulary.prefix + vocabulary.suffix) + len(vocabulary.lead)
     assert ledger["tokens"] == ledger["text_tokens"] + wrapped * (ledger["documents"] > 0)
-    return ledger | ({"documents_lossy": lossy} if count_lossy else {})
+    return ledger | ({"documents_lossy": lossy} if decoder is not None else {})
 
 
-def refuse_control_tokens(encoded: list[TokenIds], vocabulary: Vocabulary, what: str, first: int) -> None:
+def refuse_control_tokens(encoded: Encoded, vocabulary: Vocabulary, what: str, first: int) -> None:
     """Raise StageError if a text became a token with a special role.
 
     Byte-level BPE spells such a text in ordinary tokens; a tokenizer whose own vocabulary holds the control tokens as
     pieces (Unigram) or as plain words cannot.
     """
-    special = np.array(
-        [*vocabulary.control.tolist(), *(vocabulary.special[role] for role in CONTROL_ROLES & set(vocabulary.special))]
-    )
-    if np.isin(np.concatenate(encoded), special).any():
-        number = next(number for number, ids in enumerate(encoded) if np.isin(ids, special).any())
+    roles = [vocabulary.special[role] for role in CONTROL_ROLES & set(vocabulary.special)]
+    special = np.array([*vocabulary.control.tolist(), *roles], np.uint32)
+    found = np.isin(encoded.ids, special, kind="sort")  # a comparison for each of these few, faster than a table
+    if found.any():
+        number = int(np.searchsorted(encoded.offsets, found.argmax(), side="right")) - 1
         raise StageError(
             f"{what} {first + number} spells a control token, which this tokenizer cannot keep as text: take it out of"
             " the text, or choose another tokenizer"
         )
 
 
-def wrap(encoded: list[TokenIds], vocabulary: Vocabulary, first: bool) -> list[TokenIds]:
-    """Each document with its control tokens; the split's lead before the first."""
-    prefix, suffix, lead = (
-        np.array(ids, vocabulary.dtype) for ids in (vocabulary.prefix, vocabulary.suffix, vocabulary.lead)
+def wrap(encoded: Encoded, vocabulary: Vocabulary, first: bool) -> tuple[TokenIds, npt.NDArray[np.int64]]:
+    """Each document with its control tokens, the split's lead before the first: ids and where the documents begin."""
+    prefix, suffix = vocabulary.prefix, vocabulary.suffix
+    lead = vocabulary.lead if first and len(encoded.offsets) > 1 else []
+    num_documents = len(encoded.offsets) - 1
+    # Of each document: where its prefix goes, where its suffix goes.
+    ends = np.stack([encoded.offsets[:-1], encoded.offsets[1:]], axis=1).ravel()
+    places = np.repeat(ends, [len(prefix), len(suffix)] * num_documents)
+    ids = encoded.ids.astype(vocabulary.dtype)
+    ids = np.insert(
+        ids, np.concatenate([np.zeros(len(lead), np.int64), places]), [*lead, *(prefix + suffix) * num_documents]
     )
-    rows = [np.concatenate([prefix, ids, suffix]) for ids in encoded]
-    if first and rows:
-        rows[0] = np.concatenate([lead, rows[0]])
-    return rows
-
-
-def record_batch(rows: list[TokenIds], num_bytes: list[int], schema: pa.Schema) -> pa.RecordBatch:
-    """The rows as one Arrow batch."""
-    offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
-    input_ids = pa.LargeListArray.from_arrays(to_arrow(offsets), to_arrow(np.concatenate(rows)))
-    return pa.record_batch([input_ids, to_arrow(np.array(num_bytes, np.int32))], schema=schema)
-
-
-def chunks(texts: Iterator[str], size: int) -> Iterator[list[str]]:
-    """`texts` in lists of `size`, the last one shorter."""
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    offsets = encoded.offsets + np.arange(num_documents + 1) * len(prefix + suffix) + len(lead)
+    offsets[0] = 0
+    return ids, offsets
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tokenizer of a task: its files, its control tokens, and text to token ids."""
+"""The tokenizer of a task: its files and its control tokens."""
 
 import functools
 import json
@@ -125,16 +125,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None  # BPE dropout would encode a text anew each time
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: list[str], dtype: Any) -> list[TokenIds]:
-    """The token ids of each of `texts`, control tokens left out."""
-    return [np.array(item.ids, dtype=dtype) for item in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def train_tokenizer(config: TrainedTokenizer, texts: Iterator[str], directory: Path) -> None:
-    """Train a byte-level BPE on `texts` and write its files to `directory`, in transformers' format.
+def train_tokenizer(config: TrainedTokenizer, texts: Iterator[list[str]], directory: Path) -> None:
+    """Train a byte-level BPE on `texts`, batch by batch, and write its files to `directory`, in transformers' format.
 
     Deterministic: the same texts give the same merges. Special tokens have the ids from 0, in the config's order.
     """

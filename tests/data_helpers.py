@@ -15,11 +15,10 @@ import pyarrow.parquet as pq
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from stages.artifacts import SPLITS, ShardWriter, write_json
+from stages.artifacts import SPLITS, ShardWriter, TokenIds, to_arrow, write_json
 from stages.config import Columns, SourceData, Split, TrainedTokenizer
 from stages.pretrained import sha256
 from stages.records import ELI5
-from stages.tokenize import record_batch
 from stages.vocabulary import train_tokenizer
 
 steady = settings(deadline=None)  # what the machine does beside a test fails none
@@ -70,21 +69,21 @@ def write_jsonl(file: Path, records: Sequence[Any]) -> Path:
     return file
 
 
-def write_raw(directory: Path, texts: Mapping[str, Sequence[str]]) -> Path:
-    """The directory, with the Parquet files of download: records whose one answer is the text."""
+def write_raw(directory: Path, texts: Mapping[str, Sequence[str]], rows: int = 1000) -> Path:
+    """The directory, with download's Parquet files: records whose one answer is the text, `rows` in a row group."""
     directory.mkdir(parents=True, exist_ok=True)
     urls = {name: {"url": []} for name in ("title_urls", "selftext_urls", "answers_urls")}
     fields = dict.fromkeys(("q_id", "title", "selftext", "document", "subreddit"), "")
     for name in SPLITS:
-        rows = [{**fields, **urls, "answers": {"a_id": [""], "text": [text], "score": [0]}} for text in texts[name]]
-        pq.write_table(pa.Table.from_pylist(rows, schema=ELI5), directory / f"{name}.parquet")
+        records = [{**fields, **urls, "answers": {"a_id": [""], "text": [text], "score": [0]}} for text in texts[name]]
+        pq.write_table(pa.Table.from_pylist(records, schema=ELI5), directory / f"{name}.parquet", row_group_size=rows)
     return directory
 
 
 def write_bpe(directory: Path, special_tokens: Mapping[str, str], vocab_size: int = 300) -> Path:
     """The directory, with a byte-level BPE trained on TEXTS."""
     config = TrainedTokenizer(vocab_size=vocab_size, special_tokens=dict(special_tokens))
-    train_tokenizer(config, iter(TEXTS), directory)
+    train_tokenizer(config, iter([TEXTS]), directory)
     return directory
 
 
@@ -109,6 +108,13 @@ def write_word_piece(directory: Path) -> Path:
 def hashes(directory: Path) -> dict[str, str]:
     """File name to hash of the files in `directory`: a pin."""
     return {file.name: sha256(file) for file in sorted(directory.iterdir())}
+
+
+def record_batch(rows: Sequence[TokenIds], num_bytes: Sequence[int], schema: pa.Schema) -> pa.RecordBatch:
+    """The rows of token ids as a batch of tokenize's shards."""
+    offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
+    input_ids = pa.LargeListArray.from_arrays(to_arrow(offsets), to_arrow(np.concatenate(rows)))
+    return pa.record_batch([input_ids, to_arrow(np.array(num_bytes, np.int32))], schema=schema)
 
 
 def write_tokens(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from data_helpers import contents, steady
+from data_helpers import contents, record_batch, steady
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +29,6 @@ from stages.artifacts import (
     write_text,
 )  # fmt: skip
 from stages.errors import StageError
-from stages.tokenize import record_batch
 
 DOCUMENT = pa.schema([("input_ids", pa.large_list(pa.uint16())), ("num_bytes", pa.int32())])
 BLOCK = pa.schema([("input_ids", pa.list_(pa.uint16(), 3))])

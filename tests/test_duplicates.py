@@ -85,7 +85,7 @@ def test_download_deduplicate_drops_and_counts(
     assert len(texts) == train == ledger["records_out"]["train"]
     assert {key: ledger["records_skipped"][key] for key in skipped} == skipped
     assert ledger["exact_duplicates"] == 1
-    assert ledger["held_out_with_near_duplicate_in_train"] == {"validation": 0, "test": 1}
+    assert ledger["held_out_with_near_duplicate_in_train"] == {"validation": 0, "test": 1, "looked_for": 3}
     assert ledger["records_in"] == sum(ledger["records_out"].values()) + sum(ledger["records_skipped"].values())
     assert ledger["answers_in"] == sum(ledger[f"answers_{part}"] for part in ("out", "dropped", "of_duplicates"))
 

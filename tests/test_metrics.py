@@ -135,7 +135,7 @@ def test_pseudo_bits_per_byte_equals_masking_piece_by_piece(texts, documents, mo
 def test_bits_per_byte_of_real_text_divides_by_its_utf8_bytes(tmp_path):
     texts = ["naïve café", "", "日本語のテキスト 🙂", "a", "plain words, many plain words " * 3, "<|endoftext|>"]
     roles = TrainedTokenizer(vocab_size=300, special_tokens={"eos_token": "<|endoftext|>"})
-    train_tokenizer(roles, iter(texts), tmp_path / "tokenizer")
+    train_tokenizer(roles, iter([texts]), tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     vocabulary = vocabulary_of(tokenizer, tmp_path / "tokenizer", "end_of_sequence", ["eos_token"])
     tokenize_split(iter(texts), tokenizer, vocabulary, tmp_path / "split", count_lossy=False)

@@ -1,16 +1,18 @@
 """tokenize: a row a document, wrapped as the task asks, nothing truncated, and a ledger that accounts for it."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from data_helpers import (
     CAUSAL_TOKENS,
     MLM_TOKENS,
+    REPOSITORY,
     TEXTS,
     contents,
     hashes,
@@ -22,11 +24,11 @@ from data_helpers import (
 from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, models
 
-from stages import tokenize
+from stages import encoding
 from stages.artifacts import SPLITS, Documents
 from stages.config import CONF, Flatten, ModelTokenizer, Tokenize, TokenizerSource, TrainedTokenizer, load
 from stages.errors import StageError
-from stages.tokenize import FlattenData, TokenizeConfig, documents, main
+from stages.tokenize import FlattenData, TokenizeConfig, main
 from stages.vocabulary import Vocabulary, load_tokenizer
 
 ROLES = {"causal": CAUSAL_TOKENS, "mlm": MLM_TOKENS}
@@ -94,15 +96,52 @@ def test_tokenize_ledger_accounts_for_documents_tokens_and_bytes(tmp_path: Path,
     assert stored.dtype == np.uint16
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 5, 6, 1000])
-def test_tokenize_in_batches_of_any_size_stores_the_same_documents(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+@pytest.mark.parametrize("task", ROLES)
+@pytest.mark.parametrize("rows", [1, 2, 5, 6])
+def test_tokenize_of_row_groups_of_any_size_stores_the_same_documents(tmp_path: Path, task: str, rows: int) -> None:
+    whole = run(tmp_path, task)
+    raw = write_raw(tmp_path / "cut-raw", SPLIT_TEXTS, rows)
+    cut = run(tmp_path, task, raw=raw, out="cut")
+    for split in SPLITS:
+        one, other = Documents(whole / split), Documents(cut / split)
+        assert [other[i].tolist() for i in range(len(other))] == [one[i].tolist() for i in range(len(one))]
+        assert other.num_bytes.tolist() == one.num_bytes.tolist()
+        assert read_stats(cut / split) == read_stats(whole / split)
+
+
+@pytest.mark.parametrize("task", ROLES)
+def test_tokenize_by_either_engine_writes_the_same_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:
-    whole = Documents(run(tmp_path, "causal") / "train")
-    monkeypatch.setattr(tokenize, "DOCUMENTS_AT_ONCE", at_once)
-    cut = Documents(run(tmp_path, "causal", out="cut") / "train")
-    assert [cut[i].tolist() for i in range(len(cut))] == [whole[i].tolist() for i in range(len(whole))]
-    assert cut.num_bytes.tolist() == whole.num_bytes.tolist()
+    fast = run(tmp_path, task, out="fast")
+    monkeypatch.setattr(encoding, "fastokens_engine", lambda tokenizer: None)
+    slow = run(tmp_path, task, out="slow")
+    assert [read_stats(out)["engine"] for out in (fast, slow)] == ["fastokens", "tokenizers"]
+    for split in SPLITS:
+        assert contents(fast / split) == contents(slow / split)
+
+
+THREADS = """
+import sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from test_tokenize import run
+run(Path(sys.argv[1]), "mlm")
+"""
+
+
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_tokenize_by_any_number_of_threads_writes_the_same_bytes(tmp_path: Path, threads: str) -> None:
+    environment = {
+        **os.environ,
+        "RAYON_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": threads,
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    (tmp_path / "there").mkdir()
+    command = [sys.executable, "-c", THREADS, str(tmp_path / "there")]
+    subprocess.run(command, check=True, env=environment, cwd=REPOSITORY)
+    assert contents(tmp_path / "there/t") == contents(run(tmp_path, "mlm"))
 
 
 @pytest.mark.parametrize("task", ROLES)
@@ -188,26 +227,6 @@ def test_tokenize_of_the_composed_configs_matches_their_model(tmp_path: Path) ->
         main(load(TokenizeConfig, compose("tokenize", choices), "tokenize"))
     vocabulary = Vocabulary.read(tmp_path / "t")
     assert (vocabulary.prefix, vocabulary.suffix, vocabulary.special["mask_token"]) == ([0], [2], 4)
-
-
-@pytest.mark.parametrize(
-    ("columns", "joiner", "expected"),
-    [
-        (["answers.text"], " ", ["one two", "", "three"]),
-        (["title", "selftext", "answers.text"], "\n\n", ["T\n\nS\n\none\n\ntwo", "U", "three"]),
-        (["selftext", "title"], "", ["ST", "U", ""]),
-    ],
-)
-def test_documents_of_chosen_columns_joins_those_with_text(
-    tmp_path: Path, columns: list[Any], joiner: str, expected: list[str]
-) -> None:
-    rows = [
-        {"title": "T", "selftext": "S", "answers": {"text": ["one", "two"]}},
-        {"title": "U", "selftext": "", "answers": {"text": []}},
-        {"title": "", "selftext": "", "answers": {"text": ["", "three"]}},
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    assert list(documents(tmp_path / "a.parquet", Flatten(columns=columns, joiner=joiner))) == expected
 
 
 def test_tokenize_of_a_text_that_spells_a_control_token_of_a_unigram_names_the_document(tmp_path: Path) -> None:

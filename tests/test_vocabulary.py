@@ -14,18 +14,15 @@ from data_helpers import (
     MLM_TOKENS,
     REPOSITORY,
     contents,
-    steady,
     write_bpe,
     write_word_piece,
 )  # fmt: skip
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from stages.artifacts import write_json
 from stages.config import TrainedTokenizer
 from stages.errors import StageError
-from stages.vocabulary import Vocabulary, encode, load_tokenizer, special_tokens, train_tokenizer, vocabulary_of
+from stages.vocabulary import Vocabulary, load_tokenizer, special_tokens, train_tokenizer, vocabulary_of
 
 SPELT_OUT = ["<|endoftext|>", "<s>", "</s>", "<pad>", "<unk>", "<mask>", "[CLS]", "[SEP]", "[MASK]"]
 ROLES = {"causal": CAUSAL_TOKENS, "mlm": MLM_TOKENS}
@@ -76,7 +73,7 @@ def test_train_tokenizer_in_another_process_with_other_threads_writes_the_same_b
 
 def test_train_tokenizer_on_other_texts_learns_other_tokens(tmp_path: Path) -> None:
     for name, text in (("a", "abab " * 50), ("c", "cdcd " * 50)):
-        train_tokenizer(TrainedTokenizer(vocab_size=300, special_tokens={}), iter([text]), tmp_path / name)
+        train_tokenizer(TrainedTokenizer(vocab_size=300, special_tokens={}), iter([[text]]), tmp_path / name)
     assert contents(tmp_path / "a")["tokenizer.json"] != contents(tmp_path / "c")["tokenizer.json"]
 
 
@@ -97,48 +94,11 @@ def test_train_tokenizer_without_any_text_still_encodes_bytes(tmp_path: Path) ->
     config = TrainedTokenizer(vocab_size=300, special_tokens=dict(CAUSAL_TOKENS))
     train_tokenizer(config, iter([]), tmp_path / "t")
     tokenizer = load_tokenizer(tmp_path / "t")
-    assert tokenizer.decode(encode(tokenizer, ["naïve 🙂"], np.uint16)[0].tolist()) == "naïve 🙂"
+    assert tokenizer.decode(tokenizer.encode("naïve 🙂").ids) == "naïve 🙂"
     assert vocabulary("causal", tmp_path / "t").size == 257
 
 
-# -- text to ids and back ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("literal", SPELT_OUT)
-def test_encode_of_a_control_token_spelt_out_gives_text(own: tuple[str, Path], literal: str) -> None:
-    task, directory = own
-    tokenizer, known = load_tokenizer(directory), vocabulary(task, directory)
-    text = f"{literal}a {literal}{literal} b\n{literal}"
-    (ids,) = encode(tokenizer, [text], known.dtype)
-    assert not set(ids.tolist()) & set(known.special.values())
-    assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
-
-
-@pytest.mark.parametrize("literal", SPELT_OUT)
-def test_encode_of_a_control_token_spelt_out_by_word_piece_gives_text(tmp_path: Path, literal: str) -> None:
-    directory = write_word_piece(tmp_path / "t")
-    known = vocabulary("mlm", directory)
-    (ids,) = encode(load_tokenizer(directory), [f"sky {literal}{literal} blue"], known.dtype)
-    assert len(known.text_tokens(ids)) == len(ids)
-    assert known.special["mask_token"] not in ids
-
-
-_TEXT = st.lists(st.sampled_from(SPELT_OUT) | st.text(st.characters(exclude_categories=["Cs"]))).map("".join)
-
-
-@steady
-@given(texts=st.lists(_TEXT, max_size=4))
-def test_encode_of_any_text_decodes_to_it_without_control_tokens(own: tuple[str, Path], texts: list[str]) -> None:
-    task, directory = own
-    tokenizer, known = load_tokenizer(directory), vocabulary(task, directory)
-    encoded = encode(tokenizer, texts, known.dtype)
-    assert [tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in encoded] == texts
-    assert all(not np.isin(ids, list(known.special.values())).any() for ids in encoded)
-
-
-def test_encode_of_the_empty_text_gives_no_ids(own: tuple[str, Path]) -> None:
-    (ids,) = encode(load_tokenizer(own[1]), [""], np.uint16)
-    assert (len(ids), ids.dtype) == (0, np.uint16)
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
 def test_load_tokenizer_that_truncates_and_pads_does_neither(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from data_helpers import record_batch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, TrainingArguments
 
 from stages.artifacts import Blocks, Documents, ShardWriter, to_arrow
 from stages.config import Objective as ObjectiveConfig
-from stages.tokenize import record_batch
 from stages.training import BlockTrainer
 from stages.vocabulary import Vocabulary
 

@@ -1,0 +1,87 @@
+"""The texts of records, flattened: what tokenize reads of download's Parquet files, ahead of its work."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from stages.artifacts import to_numpy
+from stages.config import Flatten
+from stages.errors import StageError
+
+Item = TypeVar("Item")
+_END: Any = object()
+
+
+class TextFile:
+    """The texts of the records in a Parquet file of download: the values of flatten.columns, joined.
+
+    Iterating gives an array of strings for each row group: what is written a row group at a time follows from the
+    records alone.
+    """
+
+    def __init__(self, path: Path, flatten: Flatten) -> None:
+        self._path, self._flatten = path, flatten
+        with named_damage(path):
+            metadata = pq.read_metadata(path)
+        self.num_documents: int = metadata.num_rows
+        self.num_groups: int = metadata.num_row_groups
+
+    def __iter__(self) -> Iterator[pa.Array]:
+        yield from self.groups(range(self.num_groups))
+
+    def groups(self, numbers: Iterable[int]) -> Iterator[pa.Array]:
+        """The texts of the row groups numbered `numbers`, an array of strings each."""
+        with named_damage(self._path), pq.ParquetFile(self._path) as file:
+            for number in numbers:
+                yield self._read(file, number)
+
+    def _read(self, file: pq.ParquetFile, number: int) -> pa.Array:
+        names = list(self._flatten.columns)
+        table = file.read_row_group(number, columns=names, use_threads=False)
+        columns = []
+        for name in names:
+            values = table.column(name.partition(".")[0]).combine_chunks()
+            columns.append(join(values.field("text"), self._flatten.joiner) if name == "answers.text" else values)
+        if len(columns) == 1:
+            return columns[0]
+        # Row by row, as lists. (Arrow's own join of columns, told to skip nulls, leaves out rows that are all null.)
+        rows = np.arange(len(table) * len(names)).reshape(len(names), -1).T
+        ends = np.arange(len(table) + 1) * len(names)
+        values = pa.concat_arrays(columns).take(rows.ravel())
+        return join(pa.LargeListArray.from_arrays(ends, values), self._flatten.joiner)
+
+
+def join(lists: pa.Array, joiner: str) -> pa.Array:
+    """The strings of each list that are not empty, joined: an array of strings."""
+    values, ends = lists.flatten(), to_numpy(lists.offsets)
+    kept = pc.not_equal(values, "")
+    before = np.concatenate([[0], np.cumsum(kept)])
+    return pc.binary_join(pa.LargeListArray.from_arrays(before[ends - ends[0]], values.filter(kept)), joiner)
+
+
+@contextmanager
+def named_damage(file: Path) -> Iterator[None]:
+    """Errors of a damaged Parquet file inside the block, as StageErrors that name it."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the system's: no such file, no permission
+        raise StageError(f"{file} is damaged ({error}): delete it and run `dvc repro`") from None
+
+
+def ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """`items`, each computed by a thread while the one before is worked on."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, iterator, _END)
+        while (item := coming.result()) is not _END:
+            coming = thread.submit(next, iterator, _END)
+            yield item
