@@ -141,4 +141,6 @@ def token_bytes(tokenizer: Tokenizer) -> pa.Array:
         # A token added with other characters is spelt in them.
         known = alphabet.issuperset(token)
         spellings[number] = token.translate(to_bytes).encode("latin-1") if known else token.encode()
-    return pa.array(spellings, pa.large_binary())
+    ends = np.cumsum([0, *map(len, spellings)], dtype=np.int64)
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(spellings))]
+    return pa.Array.from_buffers(pa.large_binary(), len(spellings), buffers)

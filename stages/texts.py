@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.artifacts import to_numpy
+from stages.artifacts import to_arrow, to_numpy
 from stages.config import Flatten
 from stages.errors import StageError
 
@@ -54,16 +54,25 @@ class TextFile:
         # Row by row, as lists. (Arrow's own join of columns, told to skip nulls, leaves out rows that are all null.)
         rows = np.arange(len(table) * len(names)).reshape(len(names), -1).T
         ends = np.arange(len(table) + 1) * len(names)
-        values = pa.concat_arrays(columns).take(rows.ravel())
-        return join(pa.LargeListArray.from_arrays(ends, values), self._flatten.joiner)
+        values = pa.concat_arrays(columns).take(to_arrow(rows.ravel()))
+        return join(pa.LargeListArray.from_arrays(to_arrow(ends), values), self._flatten.joiner)
 
 
 def join(lists: pa.Array, joiner: str) -> pa.Array:
     """The strings of each list that are not empty, joined: an array of strings."""
     values, ends = lists.flatten(), to_numpy(lists.offsets)
-    kept = pc.not_equal(values, "")
-    before = np.concatenate([[0], np.cumsum(kept)])
-    return pc.binary_join(pa.LargeListArray.from_arrays(before[ends - ends[0]], values.filter(kept)), joiner)
+    kept = to_numpy(pc.binary_length(values)) > 0
+    before = np.concatenate([[0], np.cumsum(kept)])[ends - ends[0]]
+    values = values if kept.all() else values.take(to_arrow(np.flatnonzero(kept)))
+    # A scalar made by pyarrow from Python's str would import pandas, half a second's work.
+    separator = strings([joiner.encode()])[0]
+    return pc.binary_join(pa.LargeListArray.from_arrays(to_arrow(before), values), separator)
+
+
+def strings(values: list[bytes]) -> pa.Array:
+    """An Arrow array of the strings that `values` spell in UTF-8."""
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    return pa.StringArray.from_buffers(len(values), pa.py_buffer(ends), pa.py_buffer(b"".join(values)))
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def sample(files: list[TextFile]) -> list[str]:
     for file in files:
         numbers = random.permutation(file.num_groups)[:RANDOM_GROUPS]
         for texts in file.groups(numbers.tolist()):
-            chosen += texts.take(random.permutation(len(texts))[:RANDOM_DOCUMENTS]).to_pylist()
+            chosen += texts.take(to_arrow(random.permutation(len(texts))[:RANDOM_DOCUMENTS])).to_pylist()
     return [text[:MOST_CHARACTERS] for text in chosen]
 
 
