@@ -1,0 +1,45 @@
+"""A data stage imports what it uses: not torch, transformers, datasets or DVC.
+
+pyarrow imports pandas, a quarter of a second's work, where it turns lists of Python into arrays: download, which does,
+pays that; the stages after it do not.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data_helpers import REPOSITORY, questions, write_jsonl
+
+RUN = """
+import runpy, sys
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+print(sorted({"torch", "transformers", "datasets", "pandas", "dvc"} & set(sys.modules)))
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Stage to the heavy modules that it imported in a run over files."""
+    place = tmp_path_factory.mktemp("imports")
+    source = write_jsonl(place / "records.jsonl", questions(60))
+    text = ["data=files", f"data.path={source}"]
+    flatten = "data.flatten.columns=[title,selftext,answers.text]"
+    overrides = {
+        "download": [*text, "data.count_near_duplicates=false", f"out={place}/raw"],
+        "tokenize": [*text, flatten, "task=causal", "model=tiny-gpt2", f"raw={place}/raw", f"out={place}/tokens"],
+        "group_texts": ["block_size=16", f"tokens={place}/tokens", f"out={place}/blocks"],
+    }
+    printed = {}
+    for stage, given in overrides.items():
+        command = [sys.executable, "-c", RUN, f"stages.{stage}", *given]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+        assert run.returncode == 0, run.stderr
+        printed[stage] = run.stdout.strip()
+    assert (Path(place) / "blocks/train").is_dir()
+    return printed
+
+
+@pytest.mark.parametrize(("stage", "heavy"), [("download", "['pandas']"), ("tokenize", "[]"), ("group_texts", "[]")])
+def test_imports_of_a_data_stage_are_light(done: dict[str, str], stage: str, heavy: str) -> None:
+    assert done[stage] == heavy
