@@ -5,7 +5,6 @@ may be compared between runs of any block_size and between lossless tokenizers, 
 neither with the other. The loss over blocks and its perplexity belong to the run's block_size and tokenizer.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,41 +12,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 from stages.artifacts import Blocks, Documents
 from stages.config import Evaluate
 from stages.errors import StageError
+from stages.loss import TokenLoss
+from stages.masking import IGNORED
 from stages.objectives import Objective, Window, evaluation_batch
+from stages.precision import full_precision
 from stages.vocabulary import Vocabulary
 
 WINDOWS_AT_ONCE = 8192  # sorted by length together, so that batches hold windows of like length
-
-
-@contextlib.contextmanager
-def full_precision(model: Any) -> Iterator[None]:
-    """Run `model` in evaluation mode, without gradients, in true fp32 on any device."""
-    training, matmul = model.training, torch.get_float32_matmul_precision()
-    # With a cache, GPT-2 and Llama take reset position_ids for a continuation, and do not isolate documents.
-    use_cache = getattr(model.config, "use_cache", None)
-    # A Trainer in bf16 wraps `forward` in an autocast of its own, which none around it turns off.
-    forward, original = model.forward, getattr(model, "_original_forward", None)
-    model.eval()
-    torch.set_float32_matmul_precision("highest")
-    if original is not None:
-        model.forward = original
-    if use_cache is not None:
-        model.config.use_cache = False
-    try:
-        with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
-            yield
-    finally:
-        if original is not None:
-            model.forward = forward
-        if use_cache is not None:
-            model.config.use_cache = use_cache
-        model.train(training)
-        torch.set_float32_matmul_precision(matmul)
 
 
 def document_metrics(
@@ -96,9 +71,10 @@ def document_nats(
 ) -> tuple[npt.NDArray[np.float64], int]:
     """Sum of -ln p over the tokens of each document, [num_documents] float64, and the number of tokens."""
     nats, num_tokens = np.zeros(num_documents), 0
-    with full_precision(model):
+    loss = TokenLoss(model)
+    with full_precision(model), loss.hidden_outputs():
         for batch in length_batches(windows, batch_tokens):
-            sums = window_nats(model, batch)
+            sums = window_nats(model, loss, batch)
             np.add.at(nats, [window.document for window in batch], sums)
             num_tokens += sum(len(window.targets) for window in batch)
     return nats, num_tokens
@@ -118,8 +94,8 @@ def length_batches(windows: Iterator[Window], batch_tokens: int) -> Iterator[lis
             start += rows
 
 
-def window_nats(model: Any, windows: Sequence[Window]) -> npt.NDArray[np.float64]:
-    """Sum of -ln p over the targets of each window, [len(windows)] float64."""
+def window_nats(model: Any, loss: TokenLoss, windows: Sequence[Window]) -> npt.NDArray[np.float64]:
+    """Sum of -ln p over the targets of each window, [len(windows)] float64, from within loss.hidden_outputs()."""
     longest = max(len(window.input_ids) for window in windows)
     padding = getattr(model.config, "pad_token_id", None) or 0
     input_ids = torch.full((len(windows), longest), padding, dtype=torch.int64)
@@ -129,29 +105,34 @@ def window_nats(model: Any, windows: Sequence[Window]) -> npt.NDArray[np.float64
         attention[row, : len(window.input_ids)] = 1
     padded = not bool(attention.all())
     device = model.device
-    logits = model(input_ids.to(device), attention_mask=attention.to(device) if padded else None).logits
+    outputs = model(input_ids.to(device), attention_mask=attention.to(device) if padded else None).logits
     rows = np.repeat(np.arange(len(windows)), [len(window.targets) for window in windows])
     positions = np.concatenate([window.positions for window in windows])
     targets = torch.from_numpy(np.concatenate([window.targets for window in windows])).to(device)
-    selected = logits[torch.from_numpy(rows).to(device), torch.from_numpy(positions).to(device)]
-    nats = F.cross_entropy(selected.float(), targets, reduction="none").double().cpu().numpy()
-    sums: npt.NDArray[np.float64] = np.bincount(rows, weights=nats, minlength=len(windows)).astype(np.float64)
-    return sums
+    selected = outputs[torch.from_numpy(rows).to(device), torch.from_numpy(positions).to(device)]
+    return row_sums(loss.each(selected, targets), rows, len(windows))
+
+
+def row_sums(nats: torch.Tensor, rows: npt.NDArray[np.int64], num_rows: int) -> npt.NDArray[np.float64]:
+    """Sums of `nats` [num_tokens] by row, [num_rows] float64; `rows` [num_tokens] says to which each belongs."""
+    return np.bincount(rows, weights=nats.double().cpu().numpy(), minlength=num_rows).astype(np.float64)
 
 
 def block_loss(model: Any, objective: Objective, blocks: Blocks, batch_tokens: int) -> float:
     """Nats per predicted token over all blocks, token-weighted; masks are those of every evaluation."""
-    rows, total, count = max(1, batch_tokens // blocks.block_size), 0.0, 0
-    with full_precision(model):
+    loss, rows, total, count = TokenLoss(model), max(1, batch_tokens // blocks.block_size), 0.0, 0
+    with full_precision(model), loss.hidden_outputs():
         for start in range(0, len(blocks), rows):
             indices = range(start, min(start + rows, len(blocks)))
             batch = {
                 key: value.to(model.device)
                 for key, value in evaluation_batch(objective, blocks[indices], indices).items()
             }
-            labels = batch.pop("labels")
-            logits = model(**batch).logits
+            targets = objective.targets(batch.pop("labels"))
+            predicted = targets != IGNORED
+            nats = loss.each(model(**batch).logits[predicted], targets[predicted])
+            row = predicted.nonzero()[:, 0].cpu().numpy()
             # Block by block, so that the sum does not depend on how they are batched beyond the last digits.
-            total += math.fsum(float(objective.loss_sum(*pair).double()) for pair in zip(logits, labels, strict=True))
-            count += int((labels != -100).sum())
+            total += math.fsum(row_sums(nats, row, len(indices)))
+            count += len(row)
     return total / count

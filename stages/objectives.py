@@ -47,8 +47,8 @@ class Objective(Protocol):
     def batch(self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int) -> dict[str, torch.Tensor]:
         """Inputs and labels [num_blocks, block_size] int64 for the blocks numbered `indices`."""
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum in fp32 of -ln p over the predicted tokens, of logits [..., block_size, vocab_size]."""
+    def targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """The token that the model's output at each position predicts, or IGNORED, of labels [..., block_size]."""
 
     def windows(self, documents: Iterator[TokenIds], context: int) -> Iterator[Window]:
         """Windows of at most `context` tokens in which every text token of every document is predicted once."""
@@ -73,11 +73,6 @@ def make_objective(
             " beginning is lost in a block: set isolate_documents: false in conf/task/mlm.yaml"
         )
     return Causal(vocabulary, config) if name == "causal" else Masked(vocabulary, config, model)
-
-
-def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum in fp32 of -ln p(label) over labels that are not IGNORED."""
-    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def segment_positions(starts: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
@@ -105,8 +100,8 @@ class Causal:
             batch["position_ids"] = torch.from_numpy(segment_positions(blocks == self._end))
         return batch
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return cross_entropy_sum(logits[..., :-1, :], labels[..., 1:])
+    def targets(self, labels: torch.Tensor) -> torch.Tensor:
+        return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
 
     def windows(self, documents: Iterator[TokenIds], context: int) -> Iterator[Window]:
         step = context // 2
@@ -152,8 +147,8 @@ class Masked:
             batch["attention_mask"] = torch.zeros(apart.shape).masked_fill_(apart, torch.finfo(torch.float32).min)
         return batch
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return cross_entropy_sum(logits, labels)
+    def targets(self, labels: torch.Tensor) -> torch.Tensor:
+        return labels
 
     def windows(self, documents: Iterator[TokenIds], context: int) -> Iterator[Window]:
         prefix, suffix = self._vocabulary.prefix, self._vocabulary.suffix

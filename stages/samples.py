@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from stages.config import Samples
-from stages.metrics import full_precision
+from stages.precision import full_precision
 from stages.pretrained import usable_positions
 from stages.vocabulary import Vocabulary, load_tokenizer
 

@@ -13,6 +13,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from stages.artifacts import Blocks
 from stages.errors import StageError
+from stages.loss import TokenLoss
+from stages.masking import IGNORED
 from stages.metrics import block_loss
 from stages.objectives import Objective
 from stages.progress import Progress
@@ -42,10 +44,14 @@ class EpochSampler(Sampler[int]):
 
 
 class TrainingBlocks(Dataset[Batch]):
-    """Whole batches by their keys. Stateless: the epoch comes with the key, so it is right in any worker or process."""
+    """Whole batches by their keys. Stateless: the epoch comes with the key, so it is right in any worker or process.
 
-    def __init__(self, blocks: Blocks, objective: Objective, seed: int) -> None:
-        self._blocks, self._objective, self._seed = blocks, objective, seed
+    The last batch of an epoch is filled up with rows of which nothing is predicted, so that all have one shape (another
+    one compiles the model anew).
+    """
+
+    def __init__(self, blocks: Blocks, objective: Objective, seed: int, batch_size: int) -> None:
+        self._blocks, self._objective, self._seed, self._batch_size = blocks, objective, seed, batch_size
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -53,7 +59,10 @@ class TrainingBlocks(Dataset[Batch]):
     def __getitems__(self, keys: list[int]) -> Batch:
         epoch = keys[0] // len(self)  # a batch never spans epochs
         indices = [key % len(self) for key in keys]
-        return self._objective.batch(self._blocks[indices], indices, self._seed, epoch)
+        indices += indices[:1] * (self._batch_size - len(keys))
+        batch = self._objective.batch(self._blocks[indices], indices, self._seed, epoch)
+        batch["labels"][len(keys) :] = IGNORED
+        return batch
 
 
 def identity(batch: Batch) -> Batch:
@@ -77,22 +86,28 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
             # Sum over tokens / tokens of the whole step: right under accumulation and several processes, where the
             # stock losses of RoBERTa, BERT and GPT-2 are not. A step without a masked token has loss 0.
             assert num_items_in_batch is not None
-            return objective.loss_sum(outputs.logits, labels) / torch.clamp(num_items_in_batch, min=1)
+            nats = self._loss.sum(outputs.logits, objective.targets(labels))
+            return nats / torch.clamp(num_items_in_batch, min=1)
 
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=TrainingBlocks(train, objective, arguments.seed),
+            train_dataset=TrainingBlocks(train, objective, arguments.seed, arguments.train_batch_size),
             eval_dataset=validation,
             data_collator=identity,
             compute_loss_func=loss,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        self._loss = TokenLoss(model)
         self._objective, self._validation, self._evaluate_batch_tokens = objective, validation, evaluate_batch_tokens
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return EpochSampler(len(self.train_dataset), self.args.seed)
+
+    def compute_loss(self, *arguments: Any, **named: Any) -> Any:
+        with self._loss.hidden_outputs():
+            return super().compute_loss(*arguments, **named)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The validation loss as evaluate reports it: the Trainer's own weights batches, not tokens."""

@@ -26,6 +26,7 @@ from toys import (
 
 from stages.artifacts import Documents
 from stages.config import Evaluate, TrainedTokenizer
+from stages.loss import TokenLoss
 from stages.masking import IGNORED
 from stages.metrics import (
     block_loss,
@@ -217,9 +218,10 @@ def test_window_nats_of_padded_windows_equal_those_of_each_window_alone(texts, m
     model, task = toy_model(model_type), TASK[model_type]
     windows = list(make_objective(task, VOCABULARY[task]).windows((np.array(text) for text in texts), 20))
     assert len({len(window.input_ids) for window in windows}) > 3
-    with full_precision(model):
-        together = window_nats(model, windows)
-        alone = np.concatenate([window_nats(model, [window]) for window in windows])
+    loss = TokenLoss(model)
+    with full_precision(model), loss.hidden_outputs():
+        together = window_nats(model, loss, windows)
+        alone = np.concatenate([window_nats(model, loss, [window]) for window in windows])
     np.testing.assert_allclose(together, alone, rtol=1e-6)
 
 

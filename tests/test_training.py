@@ -69,11 +69,23 @@ def test_epoch_sampler_of_an_epoch_does_not_depend_on_those_before():
 
 def test_training_blocks_of_a_key_is_the_block_with_its_epochs_masks(tmp_path):
     blocks, vocabulary, config = toy_blocks(tmp_path, "mlm", 5, BLOCK_SIZE), VOCABULARY["mlm"], objective_config("mlm")
-    dataset = TrainingBlocks(blocks, make_objective("mlm", vocabulary, config), seed=9)
+    dataset = TrainingBlocks(blocks, make_objective("mlm", vocabulary, config), seed=9, batch_size=2)
     batch = dataset.__getitems__([3 * 5 + 4, 3 * 5 + 0])
     input_ids, labels = mask_blocks(blocks[[4, 0]], [4, 0], vocabulary, config, 9, 3)
     assert batch["input_ids"].tolist() == input_ids.tolist()
     assert batch["labels"].tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("task", ["causal", "mlm"])
+def test_training_blocks_of_too_few_keys_are_filled_up_with_rows_that_predict_nothing(tmp_path, task):
+    blocks = toy_blocks(tmp_path, task, 5, BLOCK_SIZE)
+    objective = make_objective(task, VOCABULARY[task], objective_config(task, isolate_documents=True))
+    whole, part = (TrainingBlocks(blocks, objective, 9, size).__getitems__([7, 9]) for size in (2, 5))
+    assert {name: list(value.shape[1:]) for name, value in part.items()} == {
+        name: list(value.shape[1:]) for name, value in whole.items()
+    }
+    assert all(len(value) == 5 and torch.equal(value[:2], whole[name]) for name, value in part.items())
+    assert (part["labels"][2:] == IGNORED).all()
 
 
 # -- batches of the Trainer's own loader -------------------------------------------------------------------------------
@@ -107,7 +119,8 @@ def test_train_dataloader_with_workers_gives_the_same_batches(tmp_path):
 def test_train_dataloader_with_another_batch_size_gives_the_same_rows_in_the_same_order(tmp_path):
     def rows(batch_size):
         epochs = loaded_batches(tmp_path, batch_size, 0)
-        return [[row for batch in epoch for row in zip(*batch, strict=True)] for epoch in epochs]
+        filled = [IGNORED] * BLOCK_SIZE
+        return [[row for batch in epoch for row in zip(*batch, strict=True) if row[1] != filled] for epoch in epochs]
 
     assert rows(10) == rows(3)
 
@@ -147,7 +160,7 @@ def trained_masks(directory, batch_size, seed=3, resume=False, **arguments):
         **arguments,
     )
     trainer.train(resume_from_checkpoint=resume or None)
-    return dict(seen), [key for key, _ in seen]
+    return dict(seen), list(dict.fromkeys(key for key, _ in seen))  # rows that fill up a batch are its first again
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +333,8 @@ def test_training_with_isolated_documents_gives_the_model_each_document_alone(tm
     task, model, seen = TASK[model_type], toy_model(model_type), []
 
     def record(_, args, inputs, outputs):
-        seen.append((inputs["input_ids"], outputs.logits.detach()))
+        if model.training:
+            seen.append((inputs["input_ids"], outputs.logits.detach()))
 
     model.register_forward_hook(record, with_kwargs=True)
     ids = wrapped(task, *(text_ids(length, length).tolist() for length in (7, 9, 5)))
@@ -329,7 +343,8 @@ def test_training_with_isolated_documents_gives_the_model_each_document_alone(tm
         tmp_path, model, objective_for(model), blocks, per_device_train_batch_size=1, max_steps=1, learning_rate=0.0
     )
     trainer.train()
-    (input_ids, logits), *_ = seen
+    (input_ids, hidden), *_ = seen
+    logits = model.get_output_embeddings()(hidden)
     first = {"causal": 8, "mlm": 9}[task]  # the control token before the second document
     last = first + {"causal": 10, "mlm": 11}[task]
     with full_precision(model):

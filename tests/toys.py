@@ -28,7 +28,7 @@ MASKED = Vocabulary(
     suffix=[SEP],
     lead=[],
 )
-TASK = {"gpt2": "causal", "llama": "causal", "gpt_neo": "causal", "roberta": "mlm", "bert": "mlm"}
+TASK = {"gpt2": "causal", "llama": "causal", "gpt_neo": "causal", "gptj": "causal", "roberta": "mlm", "bert": "mlm"}
 VOCABULARY = {"causal": CAUSAL, "mlm": MASKED}
 
 # Weights far larger than a library's defaults: outputs far from uniform, so that what goes wrong shows.
@@ -71,6 +71,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_layers": 2,
         "num_heads": 2,
         "attention_types": [[["global", "local"], 1]],
+        **_END,
+    },
+    "gptj": {
+        "n_positions": 64,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "rotary_dim": 4,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
         **_END,
     },
     "roberta": {"max_position_embeddings": 64 + PAD + 1, **_BERT},
