@@ -120,8 +120,12 @@ class TrainConfig:
 def main(config: TrainConfig) -> None:
     from stages.models import build_model, prepare_torch
     from stages.objectives import make_objective
+    from stages.precision import check_bf16
 
     prepare_torch(config.hardware)
+    check_bf16(config.hardware.device, config.trainer.get("bf16") is True)
+    if config.trainer.get("torch_compile"):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
     tokens, blocks = Path(config.tokens), Path(config.blocks)
     vocabulary = Vocabulary.read(tokens)
     model = build_model(config.model, vocabulary, config.seed)
@@ -143,14 +147,19 @@ def main(config: TrainConfig) -> None:
     log.info("%d steps -> %s", trainer.state.global_step, config.out)
 
 
+def cache_directory() -> Path:
+    """The user's cache directory for this project: what stands there may be deleted at any time."""
+    import platformdirs
+
+    return Path(os.environ.get("LM_REPRO_CACHE") or platformdirs.user_cache_path("lm-repro"))
+
+
 def scratch_directory() -> tempfile.TemporaryDirectory[str]:
     """A directory outside the workspace for the Trainer's checkpoints, which vanishes with the run.
 
     Those of runs on this machine that were killed vanish now.
     """
-    import platformdirs
-
-    cache = Path(os.environ.get("LM_REPRO_CACHE") or platformdirs.user_cache_path("lm-repro"))
+    cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     mine = f"train-{platform.node()}-"
     for left in cache.glob(f"{mine}*"):
