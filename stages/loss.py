@@ -89,21 +89,19 @@ class ChunkedSum(torch.autograd.Function):
         """
         total = torch.zeros((), device=hidden.device)
         embedding, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight: torch.Tensor | None = None
+        grad_bias: torch.Tensor | None = None
         rows = max(1, CHUNK_ELEMENTS // len(weight))
-        for start in range(0, len(hidden), rows):
+        for start in range(0, max(1, len(hidden)), rows):  # of no token too: its gradients are zeros
             chunk = slice(start, start + rows)
             inputs = hidden[chunk].to(dtype)
             logits = F.linear(inputs, embedding, shift)
             total += to_gradient_(logits, targets[chunk])
             grad_hidden[chunk] = logits @ embedding
-            if dtype == weight.dtype:
-                grad_weight.addmm_(logits.t(), inputs)
-            else:
-                grad_weight += logits.t() @ inputs
-            if grad_bias is not None:
-                grad_bias += logits.sum(0, dtype=grad_bias.dtype)
+            grad_weight = added(grad_weight, logits.t() @ inputs, weight)
+            if bias is not None:
+                grad_bias = added(grad_bias, logits.sum(0), bias)
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         return total
 
@@ -111,6 +109,11 @@ class ChunkedSum(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # as large as the weights: scaled in place, hence only once
         return *(None if gradient is None else gradient.mul_(grad_output) for gradient in gradients), None, None
+
+
+def added(total: torch.Tensor | None, part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`total` + `part` in the dtype of `like`; without the passes over memory that a start from zeros costs."""
+    return part.to(like.dtype) if total is None else total.add_(part)
 
 
 def to_gradient_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

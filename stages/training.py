@@ -106,7 +106,8 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         return EpochSampler(len(self.train_dataset), self.args.seed)
 
     def compute_loss(self, *arguments: Any, **named: Any) -> Any:
-        with self._loss.hidden_outputs():
+        # The Trainer's own autocast ends with the model's forward pass; the output embedding is part of the loss here.
+        with self.accelerator.autocast(), self._loss.hidden_outputs():
             return super().compute_loss(*arguments, **named)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

@@ -1,0 +1,311 @@
+"""Training by the pipeline against training by the guide's script: speed, memory and time to the same loss.
+
+Command python benchmarks/training.py --shape distilgpt2 --hardware cpu_bf16 --steps 30 [--compile]
+        [--against plain] [--batch-size 16 --block-size 512] [--gradient-checkpointing]
+
+Both sides train the same fresh model on the same blocks, each in a process of its own. The guide's side is its script:
+Trainer, its TrainingArguments and DataCollatorForLanguageModeling, in fp32. `--against plain` puts a bare loop around
+the pipeline's own model, batches and loss in its place, to show what the Trainer costs.
+
+tokens/s is that of the median step after the first WARM_UP ones; compile_seconds is what these took beyond such a step.
+Inductor's cache stays in the cache directory: with LM_REPRO_CACHE=$(mktemp -d) it is cold. The last line printed is one
+JSON object.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python benchmarks/training.py, too
+
+import numpy as np
+
+from stages.artifacts import Blocks, ShardWriter, to_arrow, token_dtype
+from stages.vocabulary import Vocabulary
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM_UP = 5  # steps: compiling, memory that is touched for the first time
+EVALUATIONS = 4  # of the validation loss, evenly over the steps
+VALIDATION_BLOCKS = 16
+LEARNING_RATE = 5e-4
+SPECIAL = 5  # ids below are control tokens
+
+GPT2 = {"n_positions": 1024, "n_embd": 768, "n_layer": 6, "n_head": 12, "initializer_range": 0.02}
+GPT2 |= {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+ROBERTA = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6, "num_attention_heads": 12}
+ROBERTA |= {"initializer_range": 0.02, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+# Task, default batch size, vocabulary, and what differs from the task's tiny model.
+SHAPES: dict[str, tuple[str, int, int, dict[str, float]]] = {
+    "tiny-gpt2": ("causal", 4, 1024, {}),
+    "tiny-roberta": ("mlm", 4, 1024, {}),
+    "distilgpt2": ("causal", 8, 50257, GPT2),
+    "distilroberta": ("mlm", 8, 50265, ROBERTA),
+}
+TINY = {"causal": "tiny-gpt2", "mlm": "tiny-roberta"}
+
+
+def main() -> None:
+    arguments = parse()
+    with tempfile.TemporaryDirectory() as scratch:
+        write_blocks(arguments, Path(scratch))
+        ours, other = (run_side(side, scratch) for side in ("ours", arguments.against))
+    goal = max(ours["losses"][-1], other["losses"][-1])
+    for side, found in {"ours": ours, arguments.against: other}.items():
+        curve = ", ".join(f"{loss:.3f}" for loss in found["losses"])
+        print(
+            f"{side:6} {found['tokens_per_second']:8,.0f} tokens/s  {found['peak_rss_bytes'] / 2**30:5.2f} GiB at most"
+            f"  validation loss {curve}  {seconds_to(goal, found):.1f} s to {goal:.3f}"
+        )
+    result = {
+        "shape": arguments.shape,
+        "steps": arguments.steps,
+        "ours_tokens_per_second": round(ours["tokens_per_second"]),
+        f"{arguments.against}_tokens_per_second": round(other["tokens_per_second"]),
+        "ratio": round(ours["tokens_per_second"] / other["tokens_per_second"], 3),
+        "ours_peak_rss_bytes": ours["peak_rss_bytes"],
+        f"{arguments.against}_peak_rss_bytes": other["peak_rss_bytes"],
+        "compile_seconds": round(ours["warm_up_seconds"], 1) if arguments.compile else 0.0,
+    }
+    print(json.dumps(result))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="tiny-gpt2")
+    parser.add_argument("--hardware", default="cpu")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--against", choices=("guide", "plain"), default="guide")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--side", choices=("ours", "guide", "plain"), help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.task, batch_size, arguments.vocab_size, arguments.model = SHAPES[arguments.shape]
+    arguments.batch_size = arguments.batch_size or batch_size
+    return arguments
+
+
+def run_side(side: str, scratch: str) -> dict[str, Any]:
+    """What a side reports from a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--scratch", scratch]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def seconds_to(goal: float, found: dict[str, Any]) -> float:
+    """Seconds of training until the validation loss was `goal`, between evaluations in proportion."""
+    return float(np.interp(-goal, [-loss for loss in found["losses"]], found["seconds"]))
+
+
+# -- the text ----------------------------------------------------------------------------------------------------------
+
+
+def write_blocks(arguments: argparse.Namespace, directory: Path) -> None:
+    """Blocks of the embedded sample, its words as ids by their frequency; without document ends, which the guide has
+    not."""
+    import pyarrow as pa
+
+    records = (ROOT / "data/sample/askscience.jsonl").read_text(encoding="utf-8").splitlines()
+    words = [word for record in records for text in json.loads(record)["answers"]["text"] for word in text.split()]
+    ranks = {word: rank for rank, (word, _) in enumerate(Counter(words).most_common())}
+    ids = np.array([min(SPECIAL + ranks[word], arguments.vocab_size - 1) for word in words])
+    size = arguments.block_size
+    blocks = np.resize(ids[: len(ids) // size * size], (len(ids) // size, size)).astype(
+        token_dtype(arguments.vocab_size)
+    )
+    schema = pa.schema([("input_ids", pa.list_(pa.from_numpy_dtype(blocks.dtype), size))])
+    held_out = min(VALIDATION_BLOCKS, len(blocks) // 4)
+    for split, rows in {"train": blocks[:-held_out], "validation": blocks[-held_out:]}.items():
+        column = pa.FixedSizeListArray.from_arrays(to_arrow(rows.reshape(-1)), size)
+        with ShardWriter(directory / split, schema) as writer:
+            writer.write(pa.record_batch([column], schema=schema))
+
+
+def vocabulary_of(arguments: argparse.Namespace) -> Vocabulary:
+    roles = ["cls_token", "pad_token", "sep_token", "unk_token", "mask_token"]
+    if arguments.task == "causal":
+        return Vocabulary(size=arguments.vocab_size, special={"eos_token": 0}, prefix=[], suffix=[0], lead=[0])
+    special = {role: index for index, role in enumerate(roles)}
+    return Vocabulary(size=arguments.vocab_size, special=special, prefix=[0], suffix=[2], lead=[])
+
+
+# -- a side, in its own process ----------------------------------------------------------------------------------------
+
+
+class Clock:
+    """The seconds of each step and, at EVALUATIONS of them, the validation loss, the time for which does not count."""
+
+    def __init__(self, model: Any, objective: Any, validation: Blocks, num_steps: int) -> None:
+        self._model, self._objective, self._validation, self._num_steps = model, objective, validation, num_steps
+        self._steps: list[float] = []
+        self._seconds, self._losses = [0.0], [self._evaluate()]
+        self._started = time.perf_counter()
+
+    def step(self) -> None:
+        """To be called at the end of each step."""
+
+        self._steps.append(time.perf_counter() - self._started)
+        if len(self._steps) % max(1, self._num_steps // EVALUATIONS) == 0:
+            self._seconds.append(sum(self._steps))
+            self._losses.append(self._evaluate())
+        self._started = time.perf_counter()
+
+    def _evaluate(self) -> float:
+        from stages.metrics import block_loss
+
+        return block_loss(self._model, self._objective, self._validation, 1024)
+
+    def report(self, tokens_per_step: int) -> dict[str, Any]:
+        usual = statistics.median(self._steps[WARM_UP:] or self._steps)
+        return {
+            "tokens_per_second": tokens_per_step / usual,
+            "warm_up_seconds": sum(self._steps[:WARM_UP]) - usual * len(self._steps[:WARM_UP]),
+            "seconds": self._seconds,
+            "losses": self._losses,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+
+def train_side(arguments: argparse.Namespace) -> None:
+    from stages.models import build_model, prepare_torch
+    from stages.objectives import make_objective
+
+    config = training_config(arguments)
+    prepare_torch(config.hardware)
+    vocabulary, scratch = vocabulary_of(arguments), Path(arguments.scratch)
+    model = build_model(config.model, vocabulary, config.seed)
+    objective = make_objective(config.objective.name, vocabulary, config.objective, model)
+    train, validation = Blocks(scratch / "train"), Blocks(scratch / "validation")
+    clock = Clock(model, objective, validation, arguments.steps)
+    {"ours": train_ours, "guide": train_as_the_guide, "plain": train_plainly}[arguments.side](
+        arguments, config, model, objective, train, validation, clock
+    )
+    print(json.dumps(clock.report(arguments.batch_size * arguments.block_size)))
+
+
+def training_config(arguments: argparse.Namespace) -> Any:
+    """The task's default configuration with the shape's model, for a number of steps without validation."""
+    from hydra import compose, initialize_config_dir
+
+    from stages.config import CONF, load
+    from stages.train import TrainConfig
+
+    sizes = [f"block_size={arguments.block_size}", f"batch_size={arguments.batch_size}"]
+    values = [*sizes, "seed=42", f"learning_rate={LEARNING_RATE}", "num_train_epochs=1"]
+    switches = {"torch_compile": arguments.compile, "gradient_checkpointing": arguments.gradient_checkpointing}
+    trainer = [f"++trainer.{name}={value}" for name, value in {**switches, "max_steps": arguments.steps}.items()]
+    shape = [f"++model.config.{key}={value}" for key, value in arguments.model.items()]
+    places = ["trainer.eval_strategy='no'", "tokens=-", "blocks=-", "out=-", "report=-"]
+    groups = [f"task={arguments.task}", f"model={TINY[arguments.task]}", f"hardware={arguments.hardware}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return load(TrainConfig, compose("train", [*groups, *values, *trainer, *shape, *places]), "train")
+
+
+def clock_callback(clock: Clock) -> Any:
+    from transformers import TrainerCallback
+
+    class Steps(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.step()
+
+    return Steps()
+
+
+def train_ours(
+    arguments: argparse.Namespace, config: Any, model: Any, objective: Any, train: Any, validation: Any, clock: Clock
+) -> None:
+    from stages.precision import check_bf16
+    from stages.train import keep_compiled, make_trainer
+
+    check_bf16(config.hardware.device, config.trainer.get("bf16") is True)
+    keep_compiled()
+    trainer = make_trainer(config, model, objective, train, validation, arguments.scratch)
+    trainer.add_callback(clock_callback(clock))
+    trainer.train()
+
+
+def train_plainly(
+    arguments: argparse.Namespace, config: Any, model: Any, objective: Any, train: Any, validation: Any, clock: Clock
+) -> None:
+    """What a step needs at least, on the batches of the pipeline."""
+    import torch
+
+    from stages.loss import TokenLoss
+    from stages.masking import IGNORED
+
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01, fused=True)
+    loss = TokenLoss(model)
+    model.train().config.use_cache = False
+    for step in range(arguments.steps):
+        indices = [(step * arguments.batch_size + row) % len(train) for row in range(arguments.batch_size)]
+        batch = objective.batch(train[indices], indices, config.seed, 0)
+        labels = batch.pop("labels")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.trainer["bf16"]):
+            with loss.hidden_outputs():
+                outputs = model(**batch).logits
+            nats = loss.sum(outputs, objective.targets(labels))
+        (nats / (labels != IGNORED).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.step()
+
+
+def train_as_the_guide(
+    arguments: argparse.Namespace, config: Any, model: Any, objective: Any, train: Any, validation: Any, clock: Clock
+) -> None:
+    from datasets import Dataset
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    blocks = train[range(len(train))].tolist()
+    mlm = arguments.task == "mlm"
+    given = TrainingArguments(
+        output_dir=arguments.scratch,
+        learning_rate=LEARNING_RATE,  # the guide's 2e-5 is for a trained model
+        weight_decay=0.01,
+        per_device_train_batch_size=arguments.batch_size,
+        max_steps=arguments.steps,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        use_cpu=config.hardware.device == "cpu",
+    )
+    trainer = Trainer(
+        model=model,
+        args=given,
+        train_dataset=Dataset.from_dict(
+            {"input_ids": blocks, "attention_mask": np.ones_like(blocks).tolist(), "labels": blocks}
+        ),
+        data_collator=DataCollatorForLanguageModeling(
+            tokenizer=word_tokenizer(arguments), mlm=mlm, **({"mlm_probability": 0.15} if mlm else {})
+        ),
+        callbacks=[clock_callback(clock)],
+    )
+    trainer.train()
+
+
+def word_tokenizer(arguments: argparse.Namespace) -> Any:
+    """What the guide's collator needs: a tokenizer with these special tokens and this many words."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{index}": index for index in range(arguments.vocab_size)}
+    special = {role: f"w{index}" for role, index in vocabulary_of(arguments).special.items()}
+    if arguments.task == "causal":
+        special["pad_token"] = special["eos_token"]  # as the guide does
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w3")), **special)
+
+
+if __name__ == "__main__":
+    train_side(parse()) if "--side" in sys.argv else main()
