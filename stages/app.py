@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from stages.config import CONF, load
 from stages.errors import StageError
+from stages.interruption import Interrupted, end_on_signals
 
 Schema = TypeVar("Schema")
 
@@ -32,12 +33,14 @@ def run(stage: str, schema: type[Schema], main: Callable[[Schema], None]) -> Non
 
     def job(composed: DictConfig) -> None:
         start_logging(stage)
+        end_on_signals()
         threading.Thread(target=end_with_dvc, daemon=True).start()
         started = time.monotonic()
         try:
             main(load(schema, composed, stage, unchosen_groups()))
-        except KeyboardInterrupt:
-            sys.exit(f"{stage}: interrupted")
+        except Interrupted as interrupted:
+            log.error("%s", interrupted)
+            sys.exit(interrupted.exit_code)
         except Exception as error:
             if os.environ.get("LM_REPRO_DEBUG") == "1":
                 raise

@@ -348,3 +348,13 @@ class Hardware:
     """Sequences at once on a device; null: the whole batch_size. Less means gradient accumulation."""
     evaluate_batch_tokens: Positive
     """Tokens at once in evaluation; changes no figure."""
+
+
+@whole
+class CheckpointSettings:
+    """What a killed training goes on from; changes no result."""
+
+    minutes: Annotated[float, Field(gt=0.0)]
+    """Between two checkpoints."""
+    keep: Positive
+    """Checkpoints kept of a run that is not finished; the best one stays as well where it is asked for."""

@@ -9,18 +9,26 @@ Command python -m stages.train task=causal model=tiny-gpt2 hardware=cpu seed=42 
 
 import logging
 import os
-import platform
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import psutil
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, TypeAdapter, ValidationInfo, field_validator
 
 from stages.app import run
 from stages.artifacts import Blocks, free_copy, staged, versions, write_json
-from stages.config import EarlyStopping, Hardware, Model, Objective, Positive, Seed, check_isolation, part
+from stages.checkpoints import LIBRARIES, cache_directory, checkpoint_directory, fingerprint
+from stages.config import (
+    CheckpointSettings,
+    EarlyStopping,
+    Hardware,
+    Model,
+    Objective,
+    Positive,
+    Seed,
+    check_isolation,
+    part,
+)  # fmt: skip
+from stages.interruption import signals_as_request
 from stages.trainer_arguments import problems, resolve
 from stages.vocabulary import Vocabulary
 
@@ -35,6 +43,7 @@ class TrainConfig:
     model: Model
     objective: Objective
     hardware: Hardware
+    checkpoints: CheckpointSettings
     trainer: dict[str, Any]
     """transformers.TrainingArguments by their own names."""
     early_stopping: EarlyStopping | None
@@ -121,6 +130,7 @@ def main(config: TrainConfig) -> None:
     from stages.models import build_model, prepare_torch
     from stages.objectives import make_objective
     from stages.precision import check_bf16
+    from stages.training import BlockTrainer  # noqa: F401  loaded before the fingerprint is taken
 
     prepare_torch(config.hardware)
     check_bf16(config.hardware.device, config.trainer.get("bf16") is True)
@@ -132,9 +142,25 @@ def main(config: TrainConfig) -> None:
     objective = make_objective(config.objective.name, vocabulary, config.objective, model)
     train, validation = Blocks(blocks / "train"), Blocks(blocks / "validation")
     log.info("%d blocks of %d tokens, %d per step", len(train), train.block_size, config.batch_size)
-    with scratch_directory() as scratch:
-        trainer = make_trainer(config, model, objective, train, validation, scratch)
-        trainer.train()
+    with checkpoint_directory(name_of(config)) as directory:
+        trainer = make_trainer(config, model, objective, train, validation, str(directory))
+        with signals_as_request() as request:
+            trainer.train_on(request)
+        write(config, trainer, use_cache)
+    log.info("%d steps -> %s", trainer.state.global_step, config.out)
+
+
+def name_of(config: TrainConfig) -> str:
+    """The fingerprint of a run: what it reads and how, but not where it writes or how often it is saved."""
+    values = TypeAdapter(TrainConfig).dump_python(config)
+    for key in ("checkpoints", "tokens", "blocks", "out", "report"):
+        del values[key]
+    return fingerprint(values, [Path(config.tokens) / "stats.json", Path(config.blocks)], __file__)
+
+
+def write(config: TrainConfig, trainer: "BlockTrainer", use_cache: bool | None) -> None:
+    """Write the model and the curves."""
+    model, tokens = trainer.model, Path(config.tokens)
     if use_cache is not None:
         model.config.use_cache = use_cache  # the Trainer switches it off, which saved would make generation slow
     with staged(config.out) as directory:
@@ -142,8 +168,7 @@ def main(config: TrainConfig) -> None:
         free_copy(tokens / "tokenizer", directory, leave=["config.json"])
     with staged(config.report) as directory:
         write_curves(trainer.state.log_history, directory)
-        write_json(directory / "stats.json", ledger(trainer, train))
-    log.info("%d steps -> %s", trainer.state.global_step, config.out)
+        write_json(directory / "stats.json", ledger(trainer))
 
 
 def keep_compiled() -> None:
@@ -151,31 +176,10 @@ def keep_compiled() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
 
 
-def cache_directory() -> Path:
-    """The user's cache directory for this project: what stands there may be deleted at any time."""
-    import platformdirs
-
-    return Path(os.environ.get("LM_REPRO_CACHE") or platformdirs.user_cache_path("lm-repro"))
-
-
-def scratch_directory() -> tempfile.TemporaryDirectory[str]:
-    """A directory outside the workspace for the Trainer's checkpoints, which vanishes with the run.
-
-    Those of runs on this machine that were killed vanish now.
-    """
-    cache = cache_directory()
-    cache.mkdir(parents=True, exist_ok=True)
-    mine = f"train-{platform.node()}-"
-    for left in cache.glob(f"{mine}*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(mine).partition("-")[0])):
-            shutil.rmtree(left, ignore_errors=True)
-    return tempfile.TemporaryDirectory(dir=cache, prefix=f"{mine}{os.getpid()}-", ignore_cleanup_errors=True)
-
-
 def make_trainer(
-    config: TrainConfig, model: Any, objective: Any, train: Blocks, validation: Blocks, scratch: str
+    config: TrainConfig, model: Any, objective: Any, train: Blocks, validation: Blocks, directory: str
 ) -> "BlockTrainer":
-    """The Trainer that `config` describes; checkpoints, if it is told to write any, go to `scratch`."""
+    """The Trainer that `config` describes; its checkpoints stand in `directory`."""
     from transformers import EarlyStoppingCallback, TrainingArguments
 
     from stages.training import BlockTrainer, TrainingProgress
@@ -184,7 +188,8 @@ def make_trainer(
     if config.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.threshold))
     owned = {
-        "output_dir": scratch,
+        "output_dir": directory,
+        "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting
         "seed": config.seed,
         "learning_rate": config.learning_rate,
         "num_train_epochs": config.num_train_epochs,
@@ -195,7 +200,6 @@ def make_trainer(
         "disable_tqdm": True,
         "use_cpu": config.hardware.device == "cpu",
     }
-    # Nothing is read from checkpoints unless the config asks for the best model.
     defaults = {
         "save_strategy": "no",
         "logging_nan_inf_filter": False,
@@ -203,7 +207,14 @@ def make_trainer(
     }
     arguments = TrainingArguments(**{**defaults, **resolve(config.trainer), **owned})
     return BlockTrainer(
-        model, arguments, objective, train, validation, config.hardware.evaluate_batch_tokens, callbacks
+        model,
+        arguments,
+        objective,
+        train,
+        validation,
+        config.hardware.evaluate_batch_tokens,
+        config.checkpoints,
+        callbacks,
     )
 
 
@@ -221,16 +232,16 @@ def write_curves(history: list[dict[str, float]], directory: Path) -> None:
                 live.log_metric("validation/loss", float(entry["eval_loss"]))
 
 
-def ledger(trainer: "BlockTrainer", train: Blocks) -> dict[str, Any]:
+def ledger(trainer: "BlockTrainer") -> dict[str, Any]:
     """What training saw; nothing that varies between two equal runs."""
     state = trainer.state
     return {
-        "blocks": len(train),
+        "blocks": len(trainer.train_dataset),
         "steps": state.global_step,
         "epochs": state.epoch,
         "best_step": state.best_global_step,
         "best_validation_loss": state.best_metric,
-        "versions": versions("accelerate", "numpy", "torch", "transformers"),
+        "versions": versions(*LIBRARIES),
     }
 
 

@@ -23,12 +23,19 @@ _PARAMS = "it stands in params.yaml, once per task"
 _BATCHES = "the pipeline makes its own batches"
 _EVALUATION = "evaluation is in fp32 on every hardware, so that its figures compare"
 _REPORTS = "curves go to reports/train, for `dvc plots`"
+_CHECKPOINTS = "checkpoints live outside the workspace"
+_RESUME = "a resumed run ends with the same bytes as one that was not interrupted"
 _HUB = "a stage has no side effects"
 
 # Arguments that the pipeline sets itself, and why.
 OWNED = {
-    "output_dir": "checkpoints live outside the workspace",
-    "resume_from_checkpoint": "checkpoints live outside the workspace",
+    "output_dir": _CHECKPOINTS,
+    "resume_from_checkpoint": _CHECKPOINTS,
+    "save_total_limit": "it is checkpoints.keep",
+    "save_only_model": _RESUME,
+    "ignore_data_skip": _RESUME,
+    "restore_callback_states_from_checkpoint": _RESUME,
+    "enable_jit_checkpoint": "SIGTERM writes a checkpoint anyway",
     "seed": _SEED,
     "data_seed": _SEED,
     "learning_rate": _PARAMS,

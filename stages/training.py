@@ -1,18 +1,24 @@
 """transformers' Trainer with the project's own order, batches, loss and validation."""
 
+import json
 import logging
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from stages.artifacts import Blocks
+from stages.checkpoints import Checkpoints, damaged
+from stages.config import CheckpointSettings
 from stages.errors import StageError
+from stages.interruption import Interrupted, Request
 from stages.loss import TokenLoss
 from stages.masking import IGNORED
 from stages.metrics import block_loss
@@ -20,6 +26,8 @@ from stages.objectives import Objective
 from stages.progress import Progress
 
 log = logging.getLogger(__name__)
+
+LOSS_FILE = "loss_since_log.json"
 
 Batch = dict[str, torch.Tensor]
 
@@ -80,6 +88,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         train: Blocks,
         validation: Blocks,
         evaluate_batch_tokens: int,
+        checkpoints: CheckpointSettings,
         callbacks: list[TrainerCallback],
     ) -> None:
         def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
@@ -99,6 +108,8 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        self._checkpoints = Checkpoints(Path(arguments.output_dir), checkpoints.keep)
+        self._seconds_between_checkpoints = 60.0 * checkpoints.minutes
         self._loss = TokenLoss(model)
         self._objective, self._validation, self._evaluate_batch_tokens = objective, validation, evaluate_batch_tokens
 
@@ -109,6 +120,52 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         # The Trainer's own autocast ends with the model's forward pass; the output embedding is part of the loss here.
         with self.accelerator.autocast(), self._loss.hidden_outputs():
             return super().compute_loss(*arguments, **named)
+
+    def train_on(self, request: Request) -> None:
+        """Train to the end, from the newest checkpoint if there is one.
+
+        Raises:
+            Interrupted: when `request` asked for the end; a checkpoint has then been written.
+        """
+        self.add_callback(Saving(request, self._seconds_between_checkpoints))
+        step = self._checkpoints.newest()
+        if step is None or not self._has_its_best(step):
+            self.train()
+            return
+        log.info("resuming from step %d", step)
+        self.add_callback(Restoring(self, step))
+        self.train(resume_from_checkpoint=str(self._checkpoints.path(step)))
+
+    def _has_its_best(self, step: int) -> bool:
+        """Whether the best model so far, where the end of the training asks for it, is there beside that of `step`."""
+        state = json.loads((self._checkpoints.path(step) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        best = state["best_global_step"]
+        damage = damaged(self._checkpoints.path(best)) if self.args.load_best_model_at_end and best else None
+        if damage is not None:
+            log.warning("the checkpoint of the best step, %d, is damaged (%s): training starts anew", best, damage)
+        return damage is None
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step, best, place = self.state.global_step, self.state.best_global_step, self.args.output_dir
+        with self._checkpoints.writing(step, best) as aside:
+            self.args.output_dir = str(aside)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = place
+            # Of the mean that the next log line shows, which the Trainer starts anew.
+            loss = {"sum": self._tr_loss.item(), "since_step": self._globalstep_last_logged}
+            (aside / f"checkpoint-{step}" / LOSS_FILE).write_text(json.dumps(loss), encoding="utf-8")
+        if best:
+            self.state.best_model_checkpoint = str(self._checkpoints.path(best))
+
+    def restore(self, step: int) -> None:
+        """Take from the checkpoint of `step` what the Trainer leaves out of a resumption."""
+        loss = json.loads((self._checkpoints.path(step) / LOSS_FILE).read_text(encoding="utf-8"))
+        self._tr_loss.fill_(loss["sum"])
+        self._globalstep_last_logged = loss["since_step"]
+        if self.state.best_global_step:  # the cache may have been moved since
+            self.state.best_model_checkpoint = str(self._checkpoints.path(self.state.best_global_step))
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The validation loss as evaluate reports it: the Trainer's own weights batches, not tokens."""
@@ -157,3 +214,39 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self._progress is not None
         self._progress.close()
+
+
+class Restoring(TrainerCallback):  # type: ignore[misc]
+    """Completes the resumption from a checkpoint once the Trainer has done its part."""
+
+    def __init__(self, trainer: BlockTrainer, step: int) -> None:
+        self._trainer, self._step = trainer, step
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._trainer.restore(self._step)
+
+
+class Saving(TrainerCallback):  # type: ignore[misc]
+    """Asks for a checkpoint now and then, and for one before a requested end."""
+
+    def __init__(self, request: Request, seconds: float) -> None:
+        self._request, self._seconds = request, seconds
+        self._saved = time.monotonic()
+        self._postponed = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        due = time.monotonic() - self._saved >= self._seconds or self._request.number is not None
+        wanted = control.should_save or (due and state.global_step < state.max_steps)
+        # At the end of an epoch its validation comes first: a run resumed from between them would leave it out.
+        self._postponed = wanted and float(state.epoch or 0.0).is_integer()
+        control.should_save = wanted and not self._postponed
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_save = control.should_save or self._postponed
+        self._postponed = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._saved = time.monotonic()
+        if self._request.number is not None:
+            message = f"stopped at step {state.global_step} of {state.max_steps}: `dvc repro` goes on from there"
+            raise Interrupted(self._request.number, message)

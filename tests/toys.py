@@ -11,6 +11,7 @@ from data_helpers import record_batch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, TrainingArguments
 
 from stages.artifacts import Blocks, Documents, ShardWriter, to_arrow
+from stages.config import CheckpointSettings
 from stages.config import Objective as ObjectiveConfig
 from stages.training import BlockTrainer
 from stages.vocabulary import Vocabulary
@@ -164,5 +165,6 @@ def toy_trainer(
         train,
         validation or train,
         evaluate_batch_tokens,
+        CheckpointSettings(minutes=1e6, keep=2),
         callbacks,
     )

@@ -1,0 +1,54 @@
+"""Ctrl-C and SIGTERM: a stage ends with the exit code that these have, and training writes a checkpoint before."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):  # not an error: nothing on the way may take it for one
+    """A stage was told to end by the signal `number`."""
+
+    def __init__(self, number: int, message: str = "interrupted") -> None:
+        super().__init__(message)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.number
+
+
+def end_on_signals() -> None:
+    """Have SIGINT and SIGTERM raise Interrupted, so that what a stage holds is put away."""
+    for number in SIGNALS:
+        signal.signal(number, _raise)
+
+
+def _raise(number: int, _: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+class Request:
+    """The signal that asked a loop to end at its next good moment; none as yet."""
+
+    number: int | None = None
+
+
+@contextmanager
+def signals_as_request() -> Iterator[Request]:
+    """Within, the first SIGINT or SIGTERM becomes a request; a second one ends at once."""
+    request = Request()
+
+    def note(number: int, _: FrameType | None) -> None:
+        request.number = number
+        for each in SIGNALS:
+            signal.signal(each, _raise)
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
