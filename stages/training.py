@@ -203,8 +203,10 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         for name in ("loss", "eval_loss"):
             if logs and not math.isfinite(logs.get(name, 0.0)):
+                before = [step for step in Checkpoints(Path(args.output_dir), 1).steps() if step < state.global_step]
                 raise StageError(
                     f"{name} is {logs[name]} at step {state.global_step}: training has diverged; lower learning_rate"
+                    + (f" (the last checkpoint: {args.output_dir}/checkpoint-{before[-1]})" if before else "")
                 )
         if logs and "loss" in logs:
             self._loss = f"loss {float(logs['loss']):.4f}, "

@@ -206,3 +206,14 @@ def test_train_that_diverges_stops_with_the_step_and_writes_nothing(run_toy, cac
             "train", "causal", tmp_path, "learning_rate=1e30", "++trainer.max_grad_norm=0", "++trainer.logging_steps=1"
         )
     assert not (tmp_path / "model").exists()
+
+
+def test_train_that_diverges_behind_a_checkpoint_names_it(run_toy, cache, tmp_path):
+    rising = [
+        "learning_rate=1e30",
+        "++trainer.max_grad_norm=0",
+        "++trainer.warmup_steps=1000",
+        "trainer.logging_steps=1",
+    ]
+    with pytest.raises(StageError, match=r"at step \d+: .* \(the last checkpoint: .*/checkpoint-\d+\)"):
+        run_toy("train", "causal", tmp_path, *rising, "++trainer.save_strategy=steps", "++trainer.save_steps=1")
