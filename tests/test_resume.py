@@ -1,6 +1,7 @@
 """Training that was interrupted ends with the very bytes of training that was not."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 from stages import checkpoints
 from stages.checkpoints import Checkpoints, damaged
 from stages.interruption import Interrupted
+from stages.train import name_of
 from stages.training import BlockTrainer
 
 TASKS = ("causal", "mlm")
@@ -150,15 +152,20 @@ def test_checkpoint_of_other_library_versions_is_not_taken(run_toy, kill_at, cap
     assert resumed_from(caplog) == []
 
 
-def test_checkpoint_of_changed_blocks_is_not_taken(corpus, overrides, kill_at, caplog, cache, tmp_path):
-    """Blocks of the same shape whose bytes differ are another run."""
-    from conftest import run_stage
+def test_fingerprint_follows_the_bytes_of_the_inputs_and_not_their_places(corpus, overrides, compose_stage, tmp_path):
+    def name(*more):
+        return name_of(compose_stage("train", *overrides("train", "causal", tmp_path, *more)))
 
-    config = [*overrides("train", "causal", tmp_path), *EVERY]
-    one = checkpoints.fingerprint({}, [corpus / "blocks-16/causal"], __file__)
-    two = checkpoints.fingerprint({}, [corpus / "blocks-16/mlm"], __file__)
-    assert one != two == checkpoints.fingerprint({}, [corpus / "blocks-16/mlm"], __file__)
-    run_stage("train", *config)
+    for part in ("tokens/causal", "blocks-16/causal"):
+        shutil.copytree(corpus / part, tmp_path / "elsewhere" / part)
+    places = [f"tokens={tmp_path}/elsewhere/tokens/causal", f"blocks={tmp_path}/elsewhere/blocks-16/causal", "out=x"]
+    settings = ["checkpoints.minutes=1", "checkpoints.keep=9"]
+    assert name() == name(*places) == name(*places, *settings)
+    shard = tmp_path / "elsewhere/blocks-16/causal/train/shard-00000.arrow"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert name(*places) != name()
 
 
 @pytest.fixture
