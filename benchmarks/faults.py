@@ -104,8 +104,13 @@ def repro(place: Path, environment: dict[str, str], seconds: float | None = None
             process.wait()
             running = re.findall(r"Running stage '(\S+)'", log.read_text(encoding="utf-8"))
             return running[-1] if running else "dvc itself"
+    said = log.read_text(encoding="utf-8")
+    if code and "dvc.lock" in said:  # killed while DVC wrote it: what the README says to do
+        print("dvc.lock was cut short by a kill: restored", flush=True)
+        subprocess.run(["git", "restore", "dvc.lock"], cwd=place, check=True)
+        return repro(place, environment, seconds)
     if code:
-        sys.exit(f"dvc repro failed:\n{log.read_text(encoding='utf-8')}")
+        sys.exit(f"dvc repro failed:\n{said}")
     return None
 
 

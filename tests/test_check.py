@@ -67,6 +67,15 @@ def test_check_artifacts_of_another_library_version_are_said(clean: Path) -> Non
     assert "data/raw was made with pyarrow 1.0" in checked(clean, wrong=False)
 
 
+@pytest.mark.parametrize("size", [0, 8, 500, 1500])
+def test_check_of_a_lock_cut_short_says_how_to_mend_it(clean: Path, size: int) -> None:
+    lock = clean / "dvc.lock"
+    lock.write_bytes(lock.read_bytes()[:size])
+    assert "`git restore dvc.lock`" in checked(clean)
+    run(clean, "git", "restore", "dvc.lock")
+    checked(clean, wrong=False)
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "roberta", "bert", "llama", "gpt_neo", "gptj", "modernbert"])
 def test_config_keys_are_those_that_the_architecture_has(model_type: str) -> None:
     from transformers import AutoConfig

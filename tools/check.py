@@ -48,6 +48,11 @@ def main() -> None:
     try:
         commands = list(pipeline())
     except DvcException as error:
+        if "dvc.lock" in str(error):  # which DVC writes in place
+            sys.exit(
+                "check: dvc.lock was cut short, by a kill while DVC wrote it? Run `git restore dvc.lock`; what finished"
+                " stages made comes back from DVC's cache"
+            )
         sys.exit(f"check: params.yaml and dvc.yaml do not fit together: {error}")
     except ValueError as error:
         sys.exit(f"check: a value of params.yaml cannot be passed to a stage, does it hold a quote? ({error})")
