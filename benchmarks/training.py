@@ -1,11 +1,12 @@
 """Training by the pipeline against training by the guide's script: speed, memory and time to the same loss.
 
 Command python benchmarks/training.py --shape distilgpt2 --hardware cpu_bf16 --steps 30 [--compile]
-        [--against plain] [--batch-size 16 --block-size 512] [--gradient-checkpointing]
+        [--against plain] [--batch-size 16] [--block-size 512] [--gradient-checkpointing]
 
-Both sides train the same fresh model on the same blocks, each in a process of its own. The guide's side is its script:
-Trainer, its TrainingArguments and DataCollatorForLanguageModeling, in fp32. `--against plain` puts a bare loop around
-the pipeline's own model, batches and loss in its place, to show what the Trainer costs.
+Both sides train the same fresh model on the same blocks, each in a process of its own, and take turns of a second, so
+that a machine whose speed varies is the same for both. The guide's side is its script: Trainer, its TrainingArguments
+and DataCollatorForLanguageModeling, in fp32. `--against plain` puts a bare loop around the pipeline's own model,
+batches and loss in its place, to show what the Trainer costs.
 
 tokens/s is that of the median step after the first WARM_UP ones; compile_seconds is what these took beyond such a step.
 Inductor's cache stays in the cache directory: with LM_REPRO_CACHE=$(mktemp -d) it is cold. The last line printed is one
@@ -37,6 +38,8 @@ EVALUATIONS = 4  # of the validation loss, evenly over the steps
 VALIDATION_BLOCKS = 16
 LEARNING_RATE = 5e-4
 SPECIAL = 5  # ids below are control tokens
+TURN_SECONDS = 1.0
+TURN, REPORT = "your turn", "report "  # what a side says
 
 GPT2 = {"n_positions": 1024, "n_embd": 768, "n_layer": 6, "n_head": 12, "initializer_range": 0.02}
 GPT2 |= {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
@@ -56,7 +59,7 @@ def main() -> None:
     arguments = parse()
     with tempfile.TemporaryDirectory() as scratch:
         write_blocks(arguments, Path(scratch))
-        ours, other = (run_side(side, scratch) for side in ("ours", arguments.against))
+        ours, other = in_turn([start_side(side, scratch) for side in ("ours", arguments.against)])
     goal = max(ours["losses"][-1], other["losses"][-1])
     for side, found in {"ours": ours, arguments.against: other}.items():
         curve = ", ".join(f"{loss:.3f}" for loss in found["losses"])
@@ -77,7 +80,7 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def parse() -> argparse.Namespace:
+def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--shape", choices=tuple(SHAPES), default="tiny-gpt2")
     parser.add_argument("--hardware", default="cpu")
@@ -89,18 +92,34 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--side", choices=("ours", "guide", "plain"), help=argparse.SUPPRESS)
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     arguments.task, batch_size, arguments.vocab_size, arguments.model = SHAPES[arguments.shape]
     arguments.batch_size = arguments.batch_size or batch_size
     return arguments
 
 
-def run_side(side: str, scratch: str) -> dict[str, Any]:
-    """What a side reports from a process of its own."""
+def start_side(side: str, scratch: str) -> "subprocess.Popen[str]":
+    """A side in a process of its own, which trains for a turn for every line that it is given."""
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--scratch", scratch]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
-    result: dict[str, Any] = json.loads(output.splitlines()[-1])
-    return result
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def in_turn(processes: "list[subprocess.Popen[str]]") -> list[dict[str, Any]]:
+    """The reports of the processes, which train in turn."""
+    reports: dict[int, dict[str, Any]] = {}
+    while len(reports) < len(processes):
+        for index, process in enumerate(processes):
+            assert process.stdin is not None and process.stdout is not None
+            if index in reports:
+                continue
+            process.stdin.write("\n")
+            process.stdin.flush()
+            line = next((line for line in process.stdout if line.startswith((TURN, REPORT))), None)
+            if line is None:
+                sys.exit(f"{' '.join(map(str, process.args))} failed")
+            if line.startswith(REPORT):
+                reports[index] = json.loads(line.removeprefix(REPORT))
+    return [reports[index] for index in range(len(processes))]
 
 
 def seconds_to(goal: float, found: dict[str, Any]) -> float:
@@ -150,7 +169,7 @@ class Clock:
         self._model, self._objective, self._validation, self._num_steps = model, objective, validation, num_steps
         self._steps: list[float] = []
         self._seconds, self._losses = [0.0], [self._evaluate()]
-        self._started = time.perf_counter()
+        self._started = self._turn = time.perf_counter()
 
     def step(self) -> None:
         """To be called at the end of each step."""
@@ -159,6 +178,10 @@ class Clock:
         if len(self._steps) % max(1, self._num_steps // EVALUATIONS) == 0:
             self._seconds.append(sum(self._steps))
             self._losses.append(self._evaluate())
+        if time.perf_counter() - self._turn > TURN_SECONDS:
+            print(TURN, flush=True)
+            input()
+            self._turn = time.perf_counter()
         self._started = time.perf_counter()
 
     def _evaluate(self) -> float:
@@ -181,6 +204,7 @@ def train_side(arguments: argparse.Namespace) -> None:
     from stages.models import build_model, prepare_torch
     from stages.objectives import make_objective
 
+    input()
     config = training_config(arguments)
     prepare_torch(config.hardware)
     vocabulary, scratch = vocabulary_of(arguments), Path(arguments.scratch)
@@ -191,7 +215,7 @@ def train_side(arguments: argparse.Namespace) -> None:
     {"ours": train_ours, "guide": train_as_the_guide, "plain": train_plainly}[arguments.side](
         arguments, config, model, objective, train, validation, clock
     )
-    print(json.dumps(clock.report(arguments.batch_size * arguments.block_size)))
+    print(REPORT + json.dumps(clock.report(arguments.batch_size * arguments.block_size)))
 
 
 def training_config(arguments: argparse.Namespace) -> Any:
@@ -203,7 +227,7 @@ def training_config(arguments: argparse.Namespace) -> Any:
 
     sizes = [f"block_size={arguments.block_size}", f"batch_size={arguments.batch_size}"]
     values = [*sizes, "seed=42", f"learning_rate={LEARNING_RATE}", "num_train_epochs=1"]
-    switches = {"torch_compile": arguments.compile, "gradient_checkpointing": arguments.gradient_checkpointing}
+    switches = {"torch_compile": arguments.compile, "activation_checkpointing": arguments.gradient_checkpointing}
     trainer = [f"++trainer.{name}={value}" for name, value in {**switches, "max_steps": arguments.steps}.items()]
     shape = [f"++model.config.{key}={value}" for key, value in arguments.model.items()]
     places = ["trainer.eval_strategy='no'", "tokens=-", "blocks=-", "out=-", "report=-"]
