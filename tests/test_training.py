@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from toys import (
     END,
     TASK,
@@ -438,3 +439,31 @@ def test_training_on_two_repeated_documents_teaches_where_they_end(tmp_path):
     # After the first token of a document all others follow, and then its end, which comes at no other place.
     assert predictions[5][1:] == [8, 9, 10, 11, END]
     assert predictions[3][1:] == [21, 22, END]
+
+
+# -- compiled ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gpt2", "roberta"])
+def test_training_compiled_compiles_once_and_has_the_losses_of_training_uncompiled(tmp_path, monkeypatch, model_type):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+
+    def losses(**arguments):
+        model = toy_model(model_type)
+        # 7 blocks in batches of 4: the last batch of an epoch is filled up.
+        blocks = toy_blocks(tmp_path / "blocks", TASK[model_type], 7, BLOCK_SIZE)
+        common = {"per_device_train_batch_size": 4, "num_train_epochs": 3, "learning_rate": 0.01, "logging_steps": 1}
+        trainer = toy_trainer(
+            tmp_path, model, objective_for(model), blocks, eval_strategy="epoch", **common, **arguments
+        )
+        trainer.train()
+        assert model(torch.tensor([[7, 8]])).logits.shape[-1] == 50  # the output embedding is there again
+        return [entry[name] for entry in trainer.state.log_history for name in ("loss", "eval_loss") if name in entry]
+
+    plain = losses()
+    torch._dynamo.reset()
+    counters.clear()
+    assert losses(torch_compile=True) == pytest.approx(plain, rel=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert any((tmp_path / "inductor").iterdir())
