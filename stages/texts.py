@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.artifacts import to_arrow, to_numpy
+from stages.artifacts import damaged, to_arrow, to_numpy
 from stages.config import Flatten
-from stages.errors import StageError
 
 Item = TypeVar("Item")
 _END: Any = object()
@@ -30,6 +29,10 @@ class TextFile:
         self._path, self._flatten = path, flatten
         with named_damage(path):
             metadata = pq.read_metadata(path)
+        texts = {column.path for column in metadata.schema if str(column.logical_type) == "String"}
+        for name in flatten.columns:
+            if (f"{name}.list.element" if name == "answers.text" else name) not in texts:
+                raise damaged(path, f"no column {name} of text, as download writes it")
         self.num_documents: int = metadata.num_rows
         self.num_groups: int = metadata.num_row_groups
 
@@ -38,7 +41,7 @@ class TextFile:
 
     def groups(self, numbers: Iterable[int]) -> Iterator[pa.Array]:
         """The texts of the row groups numbered `numbers`, an array of strings each."""
-        with named_damage(self._path), pq.ParquetFile(self._path) as file:
+        with named_damage(self._path), pq.ParquetFile(self._path, page_checksum_verification=True) as file:
             for number in numbers:
                 yield self._read(file, number)
 
@@ -49,6 +52,8 @@ class TextFile:
         for name in names:
             values = table.column(name.partition(".")[0]).combine_chunks()
             columns.append(join(values.field("text"), self._flatten.joiner) if name == "answers.text" else values)
+            if columns[-1].null_count:
+                raise damaged(self._path, f"nulls in {name}, where download writes none")
         if len(columns) == 1:
             return columns[0]
         # Row by row, as lists. (Arrow's own join of columns, told to skip nulls, leaves out rows that are all null.)
@@ -83,7 +88,7 @@ def named_damage(file: Path) -> Iterator[None]:
     except (pa.ArrowInvalid, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise  # the system's: no such file, no permission
-        raise StageError(f"{file} is damaged ({error}): delete it and run `dvc repro`") from None
+        raise damaged(file, error) from None
 
 
 def ahead(items: Iterable[Item]) -> Iterator[Item]:

@@ -70,9 +70,13 @@ def main(config: TokenizeConfig) -> None:
     flatten = config.data.flatten
     files = {split: TextFile(Path(config.raw) / f"{split}.parquet", flatten) for split in SPLITS}
     with staged(config.out) as directory:
-        prepare_tokenizer(config.model.tokenizer, files["train"], directory / "tokenizer")
-        tokenizer = load_tokenizer(directory / "tokenizer")
-        vocabulary = vocabulary_of(tokenizer, directory / "tokenizer", config.tokenize.wrap, config.tokenize.requires)
+        copy = directory / "tokenizer"
+        prepare_tokenizer(config.model.tokenizer, files["train"], copy)
+        try:
+            tokenizer = load_tokenizer(copy)
+            vocabulary = vocabulary_of(tokenizer, copy, config.tokenize.wrap, config.tokenize.requires)
+        except StageError as error:  # in words for its source: the copy vanishes with this run
+            raise StageError(str(error).replace(str(copy), str(config.model.tokenizer.path))) from None
         engine_name, engine = choose_engine(tokenizer, sample(list(files.values())))
         log.info("vocabulary of %d tokens, encoded by %s", vocabulary.size, engine_name)
         decoder = Decoder(tokenizer)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from stages.artifacts import TokenIds, read_json, token_dtype
+from stages.artifacts import TokenIds, damaged, read_json, token_dtype
 from stages.config import TrainedTokenizer
 from stages.errors import StageError
 
@@ -56,7 +57,16 @@ class Vocabulary:
     @classmethod
     def read(cls, tokens: str | Path) -> "Vocabulary":
         """The vocabulary of the tokens in the directory `tokens`."""
-        return cls(**read_json(Path(tokens) / "stats.json")["vocabulary"])
+        file = Path(tokens) / "stats.json"
+        try:
+            read: Vocabulary = TypeAdapter(cls).validate_json(json.dumps(read_json(file)["vocabulary"]), strict=True)
+        except (KeyError, TypeError, ValidationError) as error:
+            raise damaged(file, f"no vocabulary in it: {type(error).__name__}") from None
+        if not all(
+            0 <= number < read.size for number in [*read.special.values(), *read.prefix, *read.suffix, *read.lead]
+        ):
+            raise damaged(file, f"a control token is outside of its {read.size} tokens")
+        return read
 
 
 def vocabulary_of(tokenizer: Tokenizer, directory: Path, wrap: str, requires: Iterable[str]) -> Vocabulary:
@@ -88,7 +98,13 @@ def special_tokens(tokenizer: Tokenizer, directory: Path) -> dict[str, int]:
     special = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         file = directory / name
-        for role, token in (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}).items():
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except ValueError as error:
+            raise StageError(f"{file} is not JSON: {error}") from None
+        if not isinstance(settings, dict):
+            raise StageError(f"{file} is not a JSON object")
+        for role, token in settings.items():
             content = token.get("content") if isinstance(token, dict) else token
             if role.endswith("_token") and isinstance(content, str):
                 token_id = tokenizer.token_to_id(content)
@@ -98,14 +114,25 @@ def special_tokens(tokenizer: Tokenizer, directory: Path) -> dict[str, int]:
 
 
 def _special_tokens_by_transformers(directory: Path) -> dict[str, int]:
-    # Old repositories leave them to defaults in transformers' code, at 5 s of imports.
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    # Old repositories leave them to defaults in transformers' code.
+    tokenizer = _by_transformers(directory)
     roles = tokenizer.special_tokens_map
     return {
         role: tokenizer.convert_tokens_to_ids(token) for role, token in sorted(roles.items()) if isinstance(token, str)
     }
+
+
+def _by_transformers(directory: Path) -> Any:
+    """The tokenizer in `directory` as transformers makes it, at 5 s of imports; never by code that lies there."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a tokenizer's own class raises
+        raise StageError(
+            f"{directory} holds no tokenizer that transformers can make (by its own code; code of a repository is never"
+            f" run): {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -117,11 +144,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         except Exception as error:  # tokenizers raises bare Exceptions
             raise StageError(f"{file} is not a tokenizer: {error}") from None
     else:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        ).backend_tokenizer
+        tokenizer = _by_transformers(directory).backend_tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
