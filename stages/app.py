@@ -1,5 +1,6 @@
 """What makes a module a stage: a Hydra application that checks its config, logs, and ends clearly on error."""
 
+import errno
 import logging
 import os
 import signal
@@ -26,6 +27,30 @@ WRITE_NOTHING = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_loggi
 
 log = logging.getLogger("stage")
 
+# What makes a stage need half the memory, by stage.
+_AT_ONCE = "halve hardware.evaluate_batch_tokens (conf/hardware; changes no figure)"
+HALVE_MEMORY = {
+    "train": "halve hardware.per_device_batch_size (conf/hardware; null is the whole batch_size; gradients add up to"
+    " the same step), or set trainer.gradient_checkpointing: true (conf/task); if it was in validation, " + _AT_ONCE,
+    "evaluate": _AT_ONCE,
+    "baseline": _AT_ONCE,
+    "download": "a .json array is read whole: give it as .jsonl; data.count_near_duplicates: false (conf/data) holds no"
+    " document in memory",
+    "": "run it on a machine with more memory, or give it fewer or shorter documents (max_records in conf/data)",
+}
+
+# Libraries raise errors of their own where the disk is full: safetensors, tokenizers, SQLite.
+NO_SPACE = ("No space left on device", "os error 28", "database or disk is full")
+FREE_SPACE = (
+    "free some (`dvc gc --workspace` keeps the workspace's artifacts alone; TMPDIR and LM_REPRO_CACHE move temporary"
+    " files), then run the same command again"
+)
+REMEDIES = {
+    errno.EACCES: ": this user may not read or write there: change its owner or mode (chown, chmod)",
+    errno.EROFS: ": nothing can be written there: run in a workspace on a writable disk",
+    errno.ELOOP: ": a symbolic link that leads to itself",
+}
+
 
 def run(stage: str, schema: type[Schema], main: Callable[[Schema], None]) -> None:
     """Run `main` on the config that Hydra composes for `stage` from conf/ and the command line; exit 1 on an error."""
@@ -44,7 +69,7 @@ def run(stage: str, schema: type[Schema], main: Callable[[Schema], None]) -> Non
         except Exception as error:
             if os.environ.get("LM_REPRO_DEBUG") == "1":
                 raise
-            sys.exit(f"{stage}: error: {describe(error)}")
+            sys.exit(f"{stage}: error: {describe(error, stage)}")
         log.info("done in %.1f s", time.monotonic() - started)
 
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=stage)(job)()
@@ -78,13 +103,23 @@ def _words(process: psutil.Process) -> list[str]:
         return []
 
 
-def describe(error: Exception) -> str:
+def describe(error: Exception, stage: str = "") -> str:
     """One or two lines for `error`: its own words where it was written for users, its type as well where it was not."""
     if isinstance(error, StageError):
         return str(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"out of memory{text and f' ({text})'}\n  {HALVE_MEMORY.get(stage, HALVE_MEMORY[''])}"
+    if getattr(error, "errno", None) == errno.ENOSPC or any(sign in text for sign in NO_SPACE):
+        return f"no space left on the disk{_of(error)} ({text})\n  {FREE_SPACE}"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {error} (LM_REPRO_DEBUG=1 shows where)"
+        return f"{error.strerror}{_of(error)}{REMEDIES.get(error.errno or 0, '')}"
+    return f"{type(error).__name__}: {text} (LM_REPRO_DEBUG=1 shows where)"
+
+
+def _of(error: Exception) -> str:
+    filename = getattr(error, "filename", None)
+    return f": {filename}" if filename else ""
 
 
 def start_logging(stage: str) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -121,6 +122,16 @@ class HubData:
     """Splits read, one after the other."""
 
 
+_IN_ADDRESS = re.compile(r"(://[^/@:]*):[^/@]+@")
+_IN_QUERY = re.compile(r"([?&][^=&]*(?:token|secret|password|signature|credential|api_?key|sig)=)[^&]+", re.IGNORECASE)
+
+
+def without_credentials(path: str) -> str | None:
+    """`path` with *** in place of the passwords and tokens that it holds; None where it holds none."""
+    shown = _IN_QUERY.sub(r"\1***", _IN_ADDRESS.sub(r"\1:***@", path))
+    return shown if shown != path else None
+
+
 @part
 class SourceData:
     """What `download` reads of conf/data/NAME.yaml."""
@@ -143,6 +154,12 @@ class SourceData:
 
     @model_validator(mode="after")
     def _matches_source(self) -> "SourceData":
+        if shown := without_credentials(self.path):
+            raise ValueError(
+                f"data.path={shown}: a path with credentials would stand in dvc.lock and in logs; leave them out, and"
+                " give them to fsspec by its configuration (~/.config/fsspec/*.json or an environment variable such as"
+                " FSSPEC_HTTPS, docs/security.md)"
+            )
         if self.source == "sample" and self.path != SAMPLE:
             raise ValueError(
                 f"data.path={self.path}: data.name=sample reads {SAMPLE} alone; set data.name=files for your own text"
@@ -236,6 +253,12 @@ class Model:
         elif "model_type" not in self.config:
             raise ValueError("model.config.model_type is missing: a model without path needs its architecture's name")
         return self
+
+
+def check_task(model: Model, task: str) -> None:
+    """Raise ValueError unless `model` is for `task`."""
+    if model.task != task:
+        raise ValueError(f"{task}.model: this model is for task={model.task}")
 
 
 def check_pin(where: str, path: str, revision: str | None, files: dict[str, str] | None) -> None:

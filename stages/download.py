@@ -63,6 +63,8 @@ def main(config: DownloadConfig) -> None:
             look_for_near_duplicates(directory, ledger, drop=data.deduplicate == "near")
         ledger.check(data)
         write_json(directory / "stats.json", ledger.as_json(data, commit))
+    if ledger.first_malformed:
+        log.warning("%d malformed records left out; the first: %s", ledger.skipped["malformed"], ledger.first_malformed)
     log.info("%d records -> %s (%s)", ledger.records_in, config.out, ledger.summary())
 
 
@@ -76,6 +78,7 @@ class Ledger:
         self.answers_out = 0
         self.answers_of_duplicates = 0
         self.records_out = Counter(dict.fromkeys(SPLITS, 0))
+        self.first_malformed = ""
         self.skipped = Counter({"malformed": 0, "without_answers": 0, "exact_duplicate": 0, "near_duplicate": 0})
         self.exact_duplicates = ExactDuplicates()
         self.num_exact_duplicates = 0
@@ -85,8 +88,16 @@ class Ledger:
         """Raise StageError unless every split has records; assert that none was lost on the way."""
         assert self.records_in == self.records_out.total() + self.skipped.total()
         assert self.answers_in == self.answers_out + self.answers_dropped + self.answers_of_duplicates
+        source = data.hub.id if data.hub else data.path
         if not self.records_in:
-            raise StageError(f"{data.hub.id if data.hub else data.path} holds no records")
+            raise StageError(f"{source} holds no records")
+        if not self.records_out.total():
+            columns = ", ".join(data.columns.texts)
+            malformed = f"; malformed: {self.first_malformed}" if self.first_malformed else ""
+            raise StageError(
+                f"{source} holds no record with an answer ({self.summary()}): what columns in conf/data names"
+                f" ({columns}) is missing, empty or [deleted] in every record{malformed}"
+            )
         empty = [split for split in SPLITS if not self.records_out[split]]
         if empty:
             remedy = "give more records, or raise its share in conf/data (split)"
@@ -135,6 +146,7 @@ def place(row: Row, data: SourceData, ledger: Ledger) -> tuple[str, Record] | No
                 " on_bad_record: skip leaves such records out)"
             ) from None
         ledger.skipped["malformed"] += 1
+        ledger.first_malformed = ledger.first_malformed or f"{row.where}: {error}"
         return None
     num_answers = len(record["answers"]["text"])
     ledger.answers_in += num_answers + dropped
@@ -202,8 +214,9 @@ class SplitWriter:
     """Writes records to a Parquet file in row groups that the records alone decide."""
 
     def __init__(self, file: Path) -> None:
-        # Texts hardly repeat: a dictionary of them costs time in writing and in reading.
-        self._writer = pq.ParquetWriter(file, ELI5, compression="zstd", use_dictionary=False)
+        # Texts hardly repeat: a dictionary of them costs time in writing and in reading. Checksums: zstd alone lets
+        # some flipped bits through as other text.
+        self._writer = pq.ParquetWriter(file, ELI5, compression="zstd", use_dictionary=False, write_page_checksum=True)
         self._rows: list[Record] = []
         self._num_characters = 0
 

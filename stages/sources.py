@@ -5,10 +5,11 @@ import io
 import json
 import logging
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import fsspec
@@ -30,6 +31,16 @@ FORMATS = {
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 OWN_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
 PARQUET_ROWS = 1000  # read at once
+# How files begin that are not what the name says. None is the beginning of text.
+SIGNATURES = {
+    b"\x1f\x8b": "gzip (.gz)",
+    b"\x28\xb5\x2f\xfd": "zstd (.zst)",
+    b"\xfd7zXZ": "xz (.xz)",
+    b"PAR1\x15": "Parquet (.parquet)",
+    b"PK\x03\x04": "a zip archive (none is unpacked)",
+    b"\xff\xfe": "UTF-16 text (only UTF-8 is read)",
+    b"\xfe\xff": "UTF-16 text (only UTF-8 is read)",
+}
 
 
 class Row(NamedTuple):
@@ -70,15 +81,25 @@ def find_files(path: str) -> list[tuple[Any, str]]:
                 raise StageError(
                     f"data.path={path}: unknown format; give it one of {', '.join(FORMATS)} (.gz, .zst may follow)"
                 )
-    except (ImportError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         if isinstance(error, StageError):
             raise
         raise StageError(f"data.path={path}: {error}") from None
     if not files and "://" in path:
         raise StageError(f"data.path={path}: there is no such file, or its server does not answer")
     if not files:
+        refuse_unreadable(path)
         raise StageError(f"data.path={path}: no such file, or a directory without {', '.join(FORMATS)} files")
     return [(file_system, file) for file in files]
+
+
+def refuse_unreadable(path: str) -> None:
+    """Raise the system's own error where `path` cannot be looked at: fsspec takes that for an absent file."""
+    local = Path(path)
+    if os.path.lexists(local):
+        local.stat()
+        if local.is_dir():
+            next(local.iterdir(), None)
 
 
 def format_of(file: str) -> str | None:
@@ -109,14 +130,30 @@ def read_rows(file_system: Any, file: str, text_record: str = "file") -> Iterato
     split, kind = own_split(file), format_of(file)
     try:
         with _open(file_system, file) as stream:
-            readers = {"jsonl": _jsonl, "json": _json, "parquet": _parquet, "csv": _csv}
-            rows = _text(stream, text_record) if kind == "text" else readers[str(kind)](stream)
+            readers = {"jsonl": _jsonl, "json": _json, "csv": _csv}
+            if kind == "parquet":
+                rows = _parquet(stream)
+            else:
+                lines = io.BufferedReader(stream)
+                refuse_other_content(lines.peek(8), file)
+                rows = _text(lines, text_record) if kind == "text" else readers[str(kind)](lines)
             for place, value in rows:
                 yield Row(f"{file}:{place}", split, value)
     except (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowInvalid) as error:
-        if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) is not None:
-            raise  # the system's or the network's; decompressors raise OSErrors without a number
+        if isinstance(error, FileNotFoundError):  # over HTTP without a number
+            raise StageError(f"{file}: no such file") from None
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; decompressors' have no number
+            raise OSError(error.errno, error.strerror or str(error), error.filename or file) from None
         raise StageError(f"{file} is damaged or cut short: {error}") from None
+    except _UnreadableError as error:
+        raise StageError(f"{file}:{error}") from None
+
+
+def refuse_other_content(beginning: bytes, file: str) -> None:
+    """Raise StageError if a file of text begins as none does."""
+    for signature, content in SIGNATURES.items():
+        if beginning.startswith(signature):
+            raise StageError(f"{file} holds {content}, not what its name says: rename or convert it")
 
 
 def _open(file_system: Any, file: str) -> Any:
@@ -155,11 +192,10 @@ def _jsonl(stream: Any) -> Iterator[tuple[int, Any]]:
 
 def _json(stream: Any) -> Iterator[tuple[int, Any]]:
     """An array of records, read whole; a .json file of lines is read as lines."""
-    buffered = io.BufferedReader(stream)
-    if not buffered.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from _jsonl(buffered)
+    if not stream.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _jsonl(stream)
         return
-    value = _parse(buffered.read().removeprefix(b"\xef\xbb\xbf"))
+    value = _parse(stream.read().removeprefix(b"\xef\xbb\xbf"))
     if isinstance(value, BadRecordError):
         yield 1, value
     else:
@@ -174,12 +210,28 @@ def _parquet(stream: Any) -> Iterator[tuple[int, Any]]:
             yield number, value
 
 
+class _UnreadableError(Exception):
+    """A CSV file of which no one can say what its records are, so that none can be left out."""
+
+
 def _csv(stream: Any) -> Iterator[tuple[int, Any]]:
     """The rows below the header, each at its first line."""
     csv.field_size_limit(2**31 - 1)
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(lines, strict=True)
     header: list[str] = []
+    for number, cells in _cells(csv.reader(lines, strict=True)):
+        if not header:
+            header = _header(number, cells)
+        elif isinstance(cells, BadRecordError):
+            yield number, cells
+        elif len(cells) != len(header):
+            yield number, BadRecordError(f"{len(cells)} columns, not as many as the header's {len(header)}")
+        else:
+            yield number, dict(zip(header, cells, strict=True))
+
+
+def _cells(reader: Any) -> Iterator[tuple[int, list[str] | BadRecordError]]:
+    """The rows that are not empty, each at its first line."""
     while True:
         number = reader.line_num + 1
         try:
@@ -188,17 +240,26 @@ def _csv(stream: Any) -> Iterator[tuple[int, Any]]:
         except StopIteration:
             return
         except csv.Error as error:
+            if reader.line_num > number:  # there may be many records in it
+                raise _UnreadableError(
+                    f"{number}: not CSV: a quote that opens there does not close as it should up to line"
+                    f" {reader.line_num} ({error}): close it, or double it if it is text"
+                ) from None
             yield number, BadRecordError(f"not CSV: {error}")
-            continue
         except UnicodeEncodeError:
             yield number, BadRecordError("not UTF-8")
-            continue
-        if not header:
-            header = cells
-        elif cells and len(cells) != len(header):
-            yield number, BadRecordError(f"{len(cells)} columns, not as many as the header's {len(header)}")
-        elif cells:
-            yield number, dict(zip(header, cells, strict=True))
+        else:
+            if cells:
+                yield number, cells
+
+
+def _header(number: int, cells: list[str] | BadRecordError) -> list[str]:
+    """The names of the columns."""
+    if isinstance(cells, BadRecordError):
+        raise _UnreadableError(f"{number}: the header is {cells}")
+    if twice := [name for name in cells if cells.count(name) > 1]:
+        raise _UnreadableError(f"{number}: the header has two columns {twice[0]!r}: rename one")
+    return cells
 
 
 def _text(stream: Any, text_record: str) -> Iterator[tuple[int, Any]]:
@@ -232,12 +293,15 @@ def resolve_commit(hub: HubData) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    if Path(hub.id).exists():
+        # The library would read that instead, at no revision.
+        raise StageError(f"hub.id={hub.id} is a path here: set data.name=files and data.path={hub.id} to read it")
     ways_on = "\n  Ways on: a network, or the data set in a file (data.name=files, data.path=FILE)."
     if reason := hub_unreachable():
         raise StageError(f"the data set {hub.id} cannot be read, the Hub cannot be reached: {reason}{ways_on}")
     try:
         return str(HfApi().dataset_info(hub.id, revision=hub.revision, timeout=CONNECT_SECONDS).sha)
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:  # ValueError: no name that a data set can have
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StageError(
             f"the Hub has no data set {hub.id} at revision {hub.revision}: {first_line}{ways_on}"

@@ -302,7 +302,7 @@ _FILLER = b'{"title": "t", "answers.text": "x"}\n'
     ("name", "raw", "line", "message"),
     [
         ("a.jsonl", _FILLER * 2 + b"\xff\n" + _FILLER, 3, "not UTF-8"),
-        ("a.jsonl", "{}".encode("utf-16"), 1, "not UTF-8"),
+        ("a.jsonl", b"\xffa", 1, "not UTF-8"),
         ("a.jsonl", _FILLER + b"\n\n{'a': 1}\n" + _FILLER, 4, "not JSON"),
         ("a.jsonl", _FILLER + b'{"a": "x\x00y"}\n', 2, "not JSON"),
         ("a.jsonl", _FILLER + b'{"a": "cut sho', 2, "not JSON"),
@@ -313,7 +313,7 @@ _FILLER = b'{"title": "t", "answers.text": "x"}\n'
         ("a.csv", b"title,text\na,b\nc,d,e\n", 3, "3 columns.* 2"),
         ("a.csv", b'title,text\na,"two\nlines"\nc\n', 4, "1 columns.* 2"),
         ("a.csv", b'title,text\n"a"b,c\nd,e\n', 2, "not CSV"),
-        ("a.csv", b'title,text\na,b\nc,"never closed\nd,e\n', 3, "not CSV"),
+        ("a.csv", b'title,text\na,b\nc,"never closed\n', 3, "not CSV"),
         ("a.csv", b"title,text\na,b\nc,\xff\nd,e\n", 3, "not UTF-8"),
         ("a.txt", b"one\n\xfftwo\nthree", 2, "not UTF-8"),
     ],
