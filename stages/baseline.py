@@ -13,7 +13,7 @@ from pydantic import ValidationInfo, field_validator
 
 from stages.app import run
 from stages.artifacts import Documents, write_json
-from stages.config import Evaluate, Hardware, Model, ObjectiveName, Seed, part
+from stages.config import Evaluate, Hardware, Model, ObjectiveName, Seed, check_task, part
 from stages.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,14 @@ class BaselineConfig:
     """Directory of tokenize's shards."""
     out: str
     """File to write."""
+
+    @field_validator("objective")
+    @classmethod
+    def _is_the_models(cls, objective: ObjectiveName, info: ValidationInfo) -> ObjectiveName:
+        model = info.data.get("model")
+        if model is not None:
+            check_task(model, objective.name)
+        return objective
 
     @field_validator("evaluate")
     @classmethod

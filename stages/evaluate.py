@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationInfo, field_validator
 
 from stages.app import run
-from stages.artifacts import Blocks, Documents, read_json, write_json, write_text
+from stages.artifacts import Blocks, Documents, damaged, read_json, write_json, write_text
 from stages.config import Evaluate, Hardware, Objective, Samples, part
 from stages.errors import StageError
 from stages.pretrained import usable_positions
@@ -80,7 +80,9 @@ def main(config: EvaluateConfig) -> None:
             block_size,
         )
     objective = make_objective(name, vocabulary, config.objective, model)
-    before = read_json(config.baseline)[name]
+    before = read_json(config.baseline).get(name) or {}
+    if missing := {"validation", "test"} - set(before):
+        raise damaged(config.baseline, f"no {name} figures of {' and '.join(sorted(missing))}")
     metrics = {split: evaluate_split(config, split, model, objective, vocabulary, before[split]) for split in before}
     samples = make_samples(config.samples, name, model, tokens / "tokenizer", vocabulary)
     write_text(config.samples_out, samples)

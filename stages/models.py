@@ -69,7 +69,16 @@ def _build(model: Model, vocabulary: Vocabulary, seed: int, scratch: Path) -> An
             raise StageError(
                 f"model.config.{key}: {config.model_type} has no such value; {nearest(key, list(config.to_dict()))}"
             )
-        setattr(config, key, value)
+        try:
+            setattr(config, key, value)
+        except Exception as error:  # as below
+            raise StageError(f"model.config.{key}={value!r}: {in_a_line(error)}") from None
+    masked = type(config) in getattr(transformers, AUTO_CLASS["mlm"])._model_mapping
+    if model.task == "causal" and masked and not getattr(config, "is_decoder", True):
+        raise StageError(
+            f"task=causal: {config.model_type} attends to the tokens on both sides and would read what it predicts: set"
+            " model.config.is_decoder: true, or take it for task=mlm"
+        )
     torch.manual_seed(seed)
     if model.from_scratch:
         config.vocab_size = vocabulary.size
@@ -79,7 +88,10 @@ def _build(model: Model, vocabulary: Vocabulary, seed: int, scratch: Path) -> An
             raise StageError(
                 f"{config.model_type} numbers positions from its pad token, and the tokenizer has no pad_token"
             )
-        return auto.from_config(config, dtype=torch.float32)
+        try:
+            return auto.from_config(config, dtype=torch.float32)
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise StageError(f"model.config makes no {config.model_type}: {in_a_line(error)}") from None
     _link(weights_files("model", str(model.path), model.revision, model.files), scratch)
     return _load(auto, scratch, config, str(model.path))
 
@@ -109,8 +121,11 @@ def _configuration(model: Model, scratch: Path) -> Any:
     _link(pinned_files("model", model.path, model.revision, model.files, names, names[:1]), scratch)
     try:
         config = AutoConfig.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise StageError(f"model.path={model.path}: its config.json cannot be used: {error}") from None
+    except Exception as error:  # each architecture checks its values in its own way
+        reason = in_a_line(error).replace(str(scratch), str(model.path))
+        if "trust_remote_code" in reason:
+            reason = "its model_type is none of transformers' own, and code that comes with a model is never run"
+        raise StageError(f"model.path={model.path}: its config.json cannot be used: {reason}") from None
     if model_type not in (None, config.model_type):
         raise StageError(f"model.config.model_type={model_type}: the checkpoint {model.path} is a {config.model_type}")
     return config
@@ -128,11 +143,23 @@ def _load(auto: Any, directory: Path, config: Any, where: str) -> Any:
             output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise StageError(f"the weights in {where} cannot be loaded: {error}") from None
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
+        raise StageError(f"the weights in {where} cannot be loaded: {in_a_line(error)}") from None
+    names = sorted(info["missing_keys"])
+    if body := [name for name in names if name.startswith(f"{loaded.base_model_prefix}.")]:
+        raise StageError(
+            f"the weights in {where} do not fit the model: {len(body)} are missing ({body[0]}, ...); config.json or"
+            " model.config asks for another shape"
+        )
+    if unused := sorted(info["unexpected_keys"]):
+        log.warning("%d weights of the checkpoint are not used: %s ...", len(unused), ", ".join(unused[:3]))
+    if names:
         log.warning("%d weights are not in the checkpoint and start fresh: %s ...", len(names), ", ".join(names[:3]))
     return loaded
+
+
+def in_a_line(error: Exception) -> str:
+    """What `error` says, without its line breaks."""
+    return " ".join(str(error).split())
 
 
 def _check_positions(config: Any, model: Model) -> None:

@@ -24,12 +24,21 @@ VOCABULARY_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+CONVERT = (
+    "pickled weights can run code when they are read, so they are not: where you trust them, convert them with"
+    " transformers' from_pretrained(DIRECTORY) and save_pretrained(DIRECTORY), which writes model.safetensors"
+)
 SINGLE_WEIGHTS, SHARDED_WEIGHTS = "model.safetensors", "model.safetensors.index.json"
 
 # Architectures that number positions from pad_token_id + 1 on, so that the first of their embeddings are never used.
 OFFSET_POSITIONS = ("camembert", "roberta", "xlm-roberta")
 
 CONNECT_SECONDS = 5.0  # for one answer of the Hub before it counts as unreachable
+
+
+class NoneFoundError(StageError):
+    """A source that has none of the files without which it is of no use."""
 
 
 def pinned_files(
@@ -51,14 +60,24 @@ def pinned_files(
     """
     found = _local(key, path, hashes, names) if hashes is not None else _hub(key, path, str(revision), names, required)
     if not any(name in found for name in required):
-        raise StageError(f"{key}.path={path} has none of {', '.join(required)}")
+        raise NoneFoundError(f"{key}.path={path} has none of {', '.join(required)}")
     return found
+
+
+def only_pickles(directory: Path) -> str:
+    """`, only FILE` for the first pickle that `directory` holds by its name; empty where there is none."""
+    pickles = sorted(file for file in directory.iterdir() if file.suffix in PICKLES)
+    return f", only {pickles[0]}" if pickles else ""
 
 
 def weights_files(key: str, path: str, revision: str | None, hashes: dict[str, str] | None) -> dict[str, Path]:
     """The safetensors files of a pinned checkpoint, with the index where there are several."""
     required = (SINGLE_WEIGHTS, SHARDED_WEIGHTS)
-    found = pinned_files(key, path, revision, hashes, required, required)
+    try:
+        found = pinned_files(key, path, revision, hashes, required, required)
+    except NoneFoundError as error:
+        only = only_pickles(Path(path).expanduser()) if hashes is not None else ""
+        raise StageError(f"{error}{only}: {CONVERT}") from None
     if SINGLE_WEIGHTS in found:
         return {SINGLE_WEIGHTS: found[SINGLE_WEIGHTS]}
     shards = sorted(set(re.findall(r'"([^"/\\]+\.safetensors)"', found[SHARDED_WEIGHTS].read_text(encoding="utf-8"))))

@@ -26,8 +26,10 @@ from stages.config import (
     Positive,
     Seed,
     check_isolation,
+    check_task,
     part,
 )  # fmt: skip
+from stages.errors import StageError
 from stages.interruption import signals_as_request
 from stages.trainer_arguments import problems, resolve
 from stages.vocabulary import Vocabulary
@@ -71,9 +73,8 @@ class TrainConfig:
     @classmethod
     def _is_the_models(cls, objective: Objective, info: ValidationInfo) -> Objective:
         model = info.data.get("model")
-        if model is not None and model.task != objective.name:
-            raise ValueError(f"{objective.name}.model: this model is for task={model.task}")
         if model is not None:
+            check_task(model, objective.name)
             check_isolation(objective, model.config.get("model_type"))
         return objective
 
@@ -141,6 +142,8 @@ def main(config: TrainConfig) -> None:
     use_cache = getattr(model.config, "use_cache", None)
     objective = make_objective(config.objective.name, vocabulary, config.objective, model)
     train, validation = Blocks(blocks / "train"), Blocks(blocks / "validation")
+    if train.block_size != config.block_size:
+        raise StageError(f"block_size={config.block_size}: the blocks in {blocks} hold {train.block_size} tokens each")
     log.info("%d blocks of %d tokens, %d per step", len(train), train.block_size, config.batch_size)
     with checkpoint_directory(name_of(config)) as directory:
         trainer = make_trainer(config, model, objective, train, validation, str(directory))

@@ -201,7 +201,7 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        for name in ("loss", "eval_loss"):
+        for name in ("loss", "eval_loss", "train_loss"):  # train_loss: of all steps, those after the last log too
             if logs and not math.isfinite(logs.get(name, 0.0)):
                 before = [step for step in Checkpoints(Path(args.output_dir), 1).steps() if step < state.global_step]
                 raise StageError(

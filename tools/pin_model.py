@@ -16,7 +16,15 @@ from typing import Any
 import yaml
 
 from stages.artifacts import write_text
-from stages.pretrained import OFFSET_POSITIONS, TOKENIZER_FILES, VOCABULARY_FILES, sha256, usable_positions
+from stages.pretrained import (
+    CONVERT,
+    OFFSET_POSITIONS,
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    only_pickles,
+    sha256,
+    usable_positions,
+)  # fmt: skip
 
 CONF = Path("conf/model")
 SCRATCH_POSITIONS = 512  # within every architecture's defaults, or set
@@ -79,8 +87,7 @@ def pin(directory: Path, task: str | None, from_scratch: bool, model_type: str |
     weights = sorted(file.name for file in directory.glob("*.safetensors*"))
     if not weights and not from_scratch:
         raise ValueError(
-            f"{directory} has no *.safetensors weights (pickled ones are not read: load and save them with"
-            " save_pretrained), or use --from-scratch"
+            f"{directory} has no *.safetensors weights{only_pickles(directory)}: {CONVERT}; or use --from-scratch"
         )
     positions = usable_positions(settings)
     if positions is None:
