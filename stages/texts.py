@@ -51,9 +51,10 @@ class TextFile:
         columns = []
         for name in names:
             values = table.column(name.partition(".")[0]).combine_chunks()
-            columns.append(join(values.field("text"), self._flatten.joiner) if name == "answers.text" else values)
-            if columns[-1].null_count:
+            answers = values.field("text") if name == "answers.text" else None
+            if values.null_count or (answers is not None and (answers.null_count or answers.flatten().null_count)):
                 raise damaged(self._path, f"nulls in {name}, where download writes none")
+            columns.append(values if answers is None else join(answers, self._flatten.joiner))
         if len(columns) == 1:
             return columns[0]
         # Row by row, as lists. (Arrow's own join of columns, told to skip nulls, leaves out rows that are all null.)

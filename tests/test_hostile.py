@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from hostile import AS_ANYONE, error_of, files_below, needs_modes, process_error
 
 from stages.artifacts import SPLITS
 
-SKIP = "data.on_bad_record=skip"
+SKIP, OWN = "data.on_bad_record=skip", "data.split.by=source"
 BOM = b"\xef\xbb\xbf"
 
 
@@ -92,7 +91,7 @@ REFUSED = [
     Case("all records malformed", "a.jsonl", lines({"title": 1}), "; malformed: FILE:1: column 'title'", (SKIP,)),
     # other columns and types
     Case("missing column", "a.jsonl", lines({"title": "t"}), "FILE:1: no column 'answers.text'; there are: title (in"),
-    Case("renamed column", "a.jsonl", lines({"headline": "t", "body": "a"}), "there are: headline, body (in conf/data,"),
+    Case("renamed column", "a.jsonl", lines({"headline": "t", "body": "a"}), "there are: headline, body (in"),
     Case("column lost on the way", "a.jsonl", GOOD + lines({"title": "t"}), "FILE:61: no column 'answers.text'"),
     Case("number for a title", "a.jsonl", lines(record(title=5)), "FILE:1: column 'title' holds int, not text"),
     Case("number for a text", "a.jsonl", lines(record([5])), "FILE:1: column 'answers.text' holds int, not text"),
@@ -100,7 +99,7 @@ REFUSED = [
     Case("object for a text", "a.jsonl", lines(record({"a": 1})), "FILE:1: column 'answers.text' holds dict, not text"),
     Case("list of lists", "a.jsonl", lines(record([["a"]])), "FILE:1: column 'answers.text' holds list, not text"),
     Case("text for a struct", "a.jsonl", lines({"title": "t", "answers": "a"}), "FILE:1: no column 'answers.text'"),
-    Case("score of text", "a.jsonl", lines(record(["a"], **{"answers.score": ["x"]})), "'answers.score' holds something"),
+    Case("score of text", "a.jsonl", lines(record(["a"], **{"answers.score": ["x"]})), "'answers.score' holds some"),
     Case("array for a record", "a.jsonl", lines(["t", "a"]), "FILE:1: not an object with columns but list"),
     Case("null for a record", "a.json", b"null", "FILE:1: not an object with columns but NoneType"),
     Case("records below a key", "a.json", lines({"rows": questions(9)}), "no column 'title'; there are: rows"),
@@ -108,7 +107,7 @@ REFUSED = [
     Case("parquet of numbers", "a.parquet", parquet(record(5)), "FILE:1: column 'answers.text' holds int, not text"),
     Case("parquet of bytes", "a.parquet", parquet(record(b"\xff")), "FILE:1: column 'answers.text' holds bytes"),
     Case("csv of semicolons", "a.csv", csv("a;b", header="title;text"), "no column 'title'; there are: title;text"),
-    Case("csv with a column twice", "a.csv", csv("a,b,c", header="title,x,x"), "FILE:1: the header has two columns 'x'"),
+    Case("csv with a column twice", "a.csv", csv("a,b,c", header="title,x,x"), "FILE:1: the header has two columns"),
     Case("csv with a cell too many", "a.csv", csv(*ROWS, "a,b,c"), "FILE:62: 3 columns, not as many as the header's 2"),
     # bytes that are not text
     Case("invalid UTF-8", "a.jsonl", GOOD + b'{"title": "\xff"}', "FILE:61: not UTF-8 (byte 11 of the line)"),
@@ -116,14 +115,14 @@ REFUSED = [
     Case("invalid UTF-8 in a csv header", "a.csv", b"\xff" + csv(*ROWS), "FILE:1: the header is not UTF-8", (SKIP,)),
     Case("invalid UTF-8 in plain text", "a.txt", b"one\n\xfftwo", "FILE:2: not UTF-8 (byte 0 of the line)"),
     Case("UTF-16", "a.jsonl", GOOD.decode().encode("utf-16"), "FILE holds UTF-16 text (only UTF-8 is read)"),
-    Case("lone surrogate", "a.jsonl", rb'{"title": "\ud800", "answers.text": "a"}', "'title' holds half of a surrogate"),
+    Case("lone surrogate", "a.jsonl", rb'{"title": "\ud800", "answers.text": "a"}', "'title' holds half of a"),
     Case("raw NUL in JSON", "a.jsonl", GOOD.replace(b"Answer 3.", b"a\0b"), "FILE:4: not JSON: Invalid control char"),
     Case("NUL bytes alone", "a.jsonl", bytes(1000), "FILE:1: not JSON: Expecting value"),
     Case("deep nesting", "a.json", b"[" * 100_000, "FILE:1: not JSON: maximum recursion depth exceeded"),
     Case("huge integer", "a.jsonl", b'{"title": 1' + b"0" * 5000 + b"}", "FILE:1: not JSON: Exceeds the limit"),
     Case("old Mac line ends", "a.jsonl", GOOD.replace(b"\n", b"\r"), "FILE:1: not JSON: Extra data"),
     # damaged and misnamed files
-    Case("truncated gzip", "a.jsonl.gz", gzip.compress(GOOD)[:-20], "FILE is damaged or cut short: Compressed", (SKIP,)),
+    Case("truncated gzip", "a.jsonl.gz", gzip.compress(GOOD)[:-20], "FILE is damaged or cut short", (SKIP,)),
     Case("bit-flipped gzip", "a.jsonl.gz", flipped(lambda f: f.write_bytes(gzip.compress(GOOD)), 0.5), "is damaged or"),
     Case("truncated line", "a.jsonl", GOOD[:-9], "FILE:60: not JSON: Unterminated string"),
     Case("truncated parquet", "a.parquet", lambda f: (MANY(f), f.write_bytes(f.read_bytes()[:-9])), "FILE is damaged"),
@@ -141,11 +140,11 @@ REFUSED = [
     Case("absent file", "a.jsonl", lambda file: None, NO_FILE),
     Case("directory for a file", "a.jsonl", Path.mkdir, NO_FILE),
     Case("directory in a directory", "a", lambda path: (path / "b.jsonl").mkdir(parents=True), NO_FILE),
-    Case("symlink loop", "a.jsonl", lambda f: f.symlink_to(f), "Too many levels of symbolic links: FILE: a symbolic"),
+    Case("symlink loop", "a.jsonl", lambda f: f.symlink_to(f), "Too many levels of symbolic links: FILE: a sym"),
     Case("symlink to nowhere", "a.jsonl", lambda f: f.symlink_to(f / "gone"), ": FILE"),
-    Case("symlink loop in a directory", "a", directory(a=GOOD, b=None), "Too many levels of symbolic links: FILE/b.jsonl"),
+    Case("symlink loop in a directory", "a", directory(a=GOOD, b=None), "of symbolic links: FILE/b.jsonl"),
     # splits
-    Case("too few records", "a.jsonl", lines(*questions(2)), "no record for validation and test (train 2, validation 0"),
+    Case("too few records", "a.jsonl", lines(*questions(2)), "no record for validation and test (train 2, val"),
     Case(
         "split left empty by its share",
         "a.jsonl",
@@ -153,8 +152,8 @@ REFUSED = [
         "no record for test (train 5",
         ("data.split.train=0.9", "data.split.validation=0.0999999", "data.split.test=0.0000001"),
     ),
-    Case("own splits without names", "a.jsonl", GOOD, "FILE:1: split.by: source needs files", ("data.split.by=source",)),
-    Case("own splits, one alone", "test.jsonl", GOOD, "no record for train and validation (", ("data.split.by=source",)),
+    Case("own splits without names", "a.jsonl", GOOD, "FILE:1: split.by: source needs files", (OWN,)),
+    Case("own splits, one alone", "test.jsonl", GOOD, "no record for train and validation (", (OWN,)),
 ]  # fmt: skip
 
 
@@ -233,11 +232,11 @@ def test_hostile_source_without_permission_is_named_by_the_process(tmp_path: Pat
     said = process_error("download", "data=files", f"data.path={source}", f"out={tmp_path}/raw", prefix=AS_ANYONE)
     source.chmod(0o700)
     assert said.startswith(f"Permission denied: {source}: this user may not read or write there: change its owner")
-    assert os.listdir(tmp_path) == [name]
+    assert files_below(tmp_path) == [name]
 
 
 def test_hostile_source_ends_the_process_with_one_line_and_exit_code_1(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(GOOD[:-9])
     said = process_error("download", "data=files", f"data.path={tmp_path / 'a.jsonl'}", f"out={tmp_path}/raw")
     assert said.startswith(f"{tmp_path / 'a.jsonl'}:60: not JSON")
-    assert os.listdir(tmp_path) == ["a.jsonl"]
+    assert files_below(tmp_path) == ["a.jsonl"]
