@@ -80,9 +80,10 @@ def main(config: EvaluateConfig) -> None:
             block_size,
         )
     objective = make_objective(name, vocabulary, config.objective, model)
-    before = read_json(config.baseline).get(name) or {}
-    if missing := {"validation", "test"} - set(before):
-        raise damaged(config.baseline, f"no {name} figures of {' and '.join(sorted(missing))}")
+    figures = read_json(config.baseline)
+    before = figures.get(name) if isinstance(figures, dict) else None
+    if not isinstance(before, dict) or before.keys() != {"validation", "test"}:
+        raise damaged(config.baseline, f"no {name} figures of validation and test")
     metrics = {split: evaluate_split(config, split, model, objective, vocabulary, before[split]) for split in before}
     samples = make_samples(config.samples, name, model, tokens / "tokenizer", vocabulary)
     write_text(config.samples_out, samples)
