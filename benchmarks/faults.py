@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLS_IN_A_RUN = 5
+KILLS_IN_A_RUN = 8
 CUT = {
     "params.yaml": [(r"num_train_epochs: .*", "num_train_epochs: 1")],
     "conf/task/causal.yaml": [(r"max_documents: null", "max_documents: 4")],
