@@ -7,12 +7,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import hydra
 import psutil
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -54,6 +55,8 @@ REMEDIES = {
 
 def run(stage: str, schema: type[Schema], main: Callable[[Schema], None]) -> None:
     """Run `main` on the config that Hydra composes for `stage` from conf/ and the command line; exit 1 on an error."""
+    if place := names_a_target(sys.argv[1:]):
+        sys.exit(f"{stage}: error: {place} would have Hydra call code, which none of this project's may: take it out")
     sys.argv[1:1] = WRITE_NOTHING
 
     def job(composed: DictConfig) -> None:
@@ -73,6 +76,35 @@ def run(stage: str, schema: type[Schema], main: Callable[[Schema], None]) -> Non
         log.info("done in %.1f s", time.monotonic() - started)
 
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=stage)(job)()
+
+
+def names_a_target(arguments: list[str], conf: Path = CONF) -> str:
+    """The argument or the file of `conf` that names something for Hydra to call; empty where none does.
+
+    Stages call nothing by names in a config, but Hydra does before they begin: its callbacks, launcher and sweeper. Its
+    own list of what it calls is wider than what a conf/ that one was sent should be able to.
+    """
+    for argument in arguments:
+        if "_target_" in argument or argument.lstrip("+").startswith(("hydra.callbacks", "hydra/callbacks")):
+            return argument
+    for file in sorted(conf.rglob("*.yaml")):
+        try:
+            keys = set(_keys(yaml.load(file.read_text(encoding="utf-8"), yaml.SafeLoader)))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            continue  # Hydra says so of a file that is chosen
+        if found := keys & {"_target_", "hydra"}:
+            return f"{min(found)} in {file}"
+    return ""
+
+
+def _keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _keys(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _keys(item)
 
 
 def unchosen_groups() -> list[str]:

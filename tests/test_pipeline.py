@@ -1,6 +1,7 @@
 """The pipeline end to end, with the real DVC, in a copy of the repository at the smallest size."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,47 @@ def test_pipeline_unreachable_hub_is_said_with_the_ways_on(clean: Path, tmp_path
     for part in ("distilbert/distilgpt2", "cannot be reached", "tools.pin_model", "HF_HOME"):
         assert part in output
     assert not (clean / "data/tokens/causal").exists()
+
+
+def flip(file: Path) -> None:
+    """Turn a bit of `file` over."""
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data/raw/train.parquet",
+        "data/tokens/causal/train/shard-00000.arrow",
+        "data/tokens/causal/stats.json",
+        "data/tokens/causal/tokenizer/tokenizer.json",
+        "data/blocks/causal/train/shard-00000.arrow",
+        "models/causal/model.safetensors",
+    ],
+)
+def test_pipeline_artifact_that_changed_is_made_anew_before_it_is_used(clean: Path, name: str) -> None:
+    good = (clean / name).read_bytes()
+    flip(clean / name)
+    assert stages_run(run(clean, "dvc", "repro")) == set()  # the run cache has what the stage wrote
+    assert (clean / name).read_bytes() == good
+    assert run(clean, "git", "status", "--porcelain") == ""
+
+
+def test_pipeline_tokens_that_rot_without_a_trace_are_named_by_their_reader(clean: Path) -> None:
+    """DVC does not look into a file whose time and size are as they were; the checksum does."""
+    shard = clean / "data/tokens/causal/train/shard-00000.arrow"
+    times = (shard.stat().st_atime_ns, shard.stat().st_mtime_ns)
+    good = shard.read_bytes()
+    flip(shard)
+    os.utime(shard, ns=times)
+    output = run(clean, "dvc", "exp", "run", "-S", "block_size=32", check=False)
+    shard.write_bytes(good)  # DVC sees nothing to check out
+    os.utime(shard, ns=times)
+    assert "train/shard-00000.arrow is damaged (not the bytes that were written)" in output
+    assert not (clean / "data/blocks/causal").exists()
 
 
 @pytest.mark.slow
