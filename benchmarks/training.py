@@ -65,6 +65,7 @@ def main() -> None:
         curve = ", ".join(f"{loss:.3f}" for loss in found["losses"])
         print(
             f"{side:6} {found['tokens_per_second']:8,.0f} tokens/s  {found['peak_rss_bytes'] / 2**30:5.2f} GiB at most"
+            f"  evaluation {found['evaluation_tokens_per_second']:,.0f} tokens/s"
             f"  validation loss {curve}  {seconds_to(goal, found):.1f} s to {goal:.3f}"
         )
     result = {
@@ -168,6 +169,7 @@ class Clock:
     def __init__(self, model: Any, objective: Any, validation: Blocks, num_steps: int) -> None:
         self._model, self._objective, self._validation, self._num_steps = model, objective, validation, num_steps
         self._steps: list[float] = []
+        self._evaluation_seconds: list[float] = []
         self._seconds, self._losses = [0.0], [self._evaluate()]
         self._started = self._turn = time.perf_counter()
 
@@ -187,12 +189,18 @@ class Clock:
     def _evaluate(self) -> float:
         from stages.metrics import block_loss
 
-        return block_loss(self._model, self._objective, self._validation, 1024)
+        started = time.perf_counter()
+        loss = block_loss(self._model, self._objective, self._validation, 1024)
+        self._evaluation_seconds.append(time.perf_counter() - started)
+        return loss
 
     def report(self, tokens_per_step: int) -> dict[str, Any]:
         usual = statistics.median(self._steps[WARM_UP:] or self._steps)
         return {
             "tokens_per_second": tokens_per_step / usual,
+            "evaluation_tokens_per_second": self._validation.block_size
+            * len(self._validation)
+            / statistics.median(self._evaluation_seconds),
             "warm_up_seconds": sum(self._steps[:WARM_UP]) - usual * len(self._steps[:WARM_UP]),
             "seconds": self._seconds,
             "losses": self._losses,
