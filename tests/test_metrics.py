@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from data_helpers import write_raw
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import (
@@ -25,7 +26,8 @@ from toys import (
 )
 
 from stages.artifacts import Documents
-from stages.config import Evaluate, TrainedTokenizer
+from stages.config import Evaluate, Flatten, TrainedTokenizer
+from stages.encoding import tokenizers_engine
 from stages.loss import TokenLoss
 from stages.masking import IGNORED
 from stages.metrics import (
@@ -39,6 +41,7 @@ from stages.metrics import (
     window_nats,
 )
 from stages.objectives import NUM_PASSES, Window, evaluation_batch, make_objective
+from stages.texts import TextFile
 from stages.tokenize import tokenize_split
 from stages.vocabulary import load_tokenizer, train_tokenizer, vocabulary_of
 
@@ -139,7 +142,9 @@ def test_bits_per_byte_of_real_text_divides_by_its_utf8_bytes(tmp_path):
     train_tokenizer(roles, iter([texts]), tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     vocabulary = vocabulary_of(tokenizer, tmp_path / "tokenizer", "end_of_sequence", ["eos_token"])
-    tokenize_split(iter(texts), tokenizer, vocabulary, tmp_path / "split", count_lossy=False)
+    raw = write_raw(tmp_path / "raw", {"train": texts, "validation": [], "test": []})
+    file = TextFile(raw / "train.parquet", Flatten(columns=["answers.text"], joiner=" "))
+    tokenize_split(file, tokenizers_engine(tokenizer), vocabulary, tmp_path / "split", decoder=None)
     model = toy_model("gpt2", vocab_size=vocabulary.size)
     objective, config = make_objective("causal", vocabulary), Evaluate(context=16, max_documents=None)
     found = document_metrics(model, objective, Documents(tmp_path / "split"), vocabulary, config, 4096)

@@ -1,11 +1,13 @@
 """Training that was interrupted ends with the very bytes of training that was not."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from data_helpers import REPOSITORY, contents
@@ -54,6 +56,14 @@ def kill_at(monkeypatch):
             monkeypatch.setattr(BlockTrainer, "train", train)
 
     return kill
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache of this file's own: it leaves checkpoints, and other files look for none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LM_REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield Path(os.environ["LM_REPRO_CACHE"])
 
 
 @pytest.fixture(scope="module")
