@@ -145,7 +145,7 @@ def checksum(file: Path) -> str:
     """`crc32:` and the hexadecimal CRC-32 of the file's bytes: against damage, at 2.5 GB/s; not against forgery."""
     value = 0
     with file.open("rb") as stream:
-        while chunk := stream.read(2**24):
+        while chunk := stream.read(2**20):
             value = zlib.crc32(chunk, value)
     return f"crc32:{value:08x}"
 
