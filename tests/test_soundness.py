@@ -33,7 +33,10 @@ USERS: dict[str, dict[str, set[str]]] = {
         **{task: one(task, "train") for task in TASKS},
     },
     "conf/data/sample.yaml": {"": {"download"}, "path": set(), "flatten": both("tokenize")},
-    "conf/hardware/cpu.yaml": {"hardware": both("baseline", "train", "evaluate"), "trainer": both("train")},
+    "conf/hardware/cpu.yaml": {
+        "hardware": both("baseline", "train", "evaluate"),
+        **dict.fromkeys(("checkpoints", "trainer"), both("train")),
+    },
     **{
         f"conf/model/{name}.yaml": {"": one(task, "baseline", "train"), "tokenizer": one(task, "tokenize")}
         for name, task in {"tiny-gpt2": "causal", "tiny-roberta": "mlm"}.items()
