@@ -18,8 +18,9 @@ all: check
 env: .venv/ready
 
 .venv/ready: requirements.txt
-	@if command -v uv >/dev/null; then uv venv --quiet --clear --python '>=3.11' .venv; \
-	else rm -rf .venv && python3 -m venv .venv && .venv/bin/python -m pip install --quiet uv; fi
+	@# A new environment the first time alone: the uv that updates it may be its own.
+	@[ -e $@ ] || { rm -rf .venv; if command -v uv >/dev/null; then uv venv --quiet --python '>=3.11' .venv; \
+	else python3 -m venv .venv && .venv/bin/python -m pip install --quiet uv; fi; }
 	@# Bytecode now rather than at the first import of each stage: torch and transformers start in half the time.
 	$(UV) pip install --quiet --python .venv/bin/python --compile-bytecode --require-hashes -r requirements.txt
 	@touch $@
