@@ -30,13 +30,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from stages.artifacts import SPLITS, free_copy
 
+ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data/sample/askscience.jsonl"
 BLOCK_SIZE, MOST_TOKENS = 128, 1024  # the guide's block_size; where its tokenizer truncates
 VOCABULARY = 8192  # of the tokenizer made here where none is given
-SPLITS = ("train", "validation", "test")
 
 
 def main() -> None:
@@ -128,8 +128,12 @@ def perturbed(text: str, chance: random.Random) -> str:
     return " ".join(words)
 
 
+def sample_records() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+
+
 def write_documents(file: Path, number: int) -> None:
-    records = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+    records = sample_records()
     with file.open("w", encoding="utf-8") as lines:
         for index in range(number):
             record, chance = records[index % len(records)], random.Random(index)
@@ -143,13 +147,12 @@ def own_tokenizer(given: Path | None, directory: Path) -> Path:
     from stages.vocabulary import train_tokenizer
 
     if given is None:
-        texts = [json.loads(line)["answers"]["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+        texts = [record["answers"]["text"] for record in sample_records()]
         config = TrainedTokenizer(vocab_size=VOCABULARY, special_tokens={"eos_token": "<|endoftext|>"})
         train_tokenizer(config, iter(texts), directory)
     else:
         directory.mkdir()
-        for file in given.iterdir():
-            (directory / file.name).write_bytes(file.read_bytes())
+        free_copy(given, directory)
     settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     (directory / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": MOST_TOKENS}))
     return directory
