@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from stages.artifacts import Blocks
+from stages.attention import use_fast_kernels
 from stages.checkpoints import Checkpoints, damaged
 from stages.config import CheckpointSettings
 from stages.errors import StageError
@@ -98,6 +99,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
             nats = self._loss.sum(outputs.logits, objective.targets(labels))
             return nats / torch.clamp(num_items_in_batch, min=1)
 
+        use_fast_kernels(model)
         super().__init__(
             model=model,
             args=arguments,
