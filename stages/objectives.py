@@ -44,8 +44,8 @@ class Objective(Protocol):
     loss_metrics: tuple[str, str]
     """Names of the loss per block and its perplexity."""
 
-    def batch(self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int) -> dict[str, torch.Tensor]:
-        """Inputs and labels [num_blocks, block_size] int64 for the blocks numbered `indices`."""
+    def batch(self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int) -> dict[str, Any]:
+        """Inputs and labels [num_blocks, block_size] int64 for the blocks numbered `indices`, with the masks needed."""
 
     def targets(self, labels: torch.Tensor) -> torch.Tensor:
         """The token that the model's output at each position predicts, or IGNORED, of labels [..., block_size]."""
@@ -91,7 +91,7 @@ class Causal:
         self._isolate = config is not None and config.isolate_documents
         self._end = vocabulary.special["eos_token"]
 
-    def batch(self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int) -> dict[str, torch.Tensor]:
+    def batch(self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int) -> dict[str, Any]:
         input_ids = torch.from_numpy(blocks.astype(np.int64))
         labels = input_ids.clone()
         labels[:, 0] = IGNORED  # nothing stands before it; so counted, the labels are the tokens predicted
@@ -132,19 +132,28 @@ class Masked:
         # RoBERTa numbers positions from pad_token_id + 1 on.
         roberta = model is not None and model.config.model_type == "roberta"
         self._first_position = model.config.pad_token_id + 1 if roberta else 0
+        # ModernBERT's local layers see so many tokens to either side; a mask of ours takes the place of theirs.
+        modernbert = model is not None and model.config.model_type == "modernbert"
+        self._window = model.config.sliding_window if modernbert else None
 
-    def batch(self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int) -> dict[str, torch.Tensor]:
+    def batch(self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int) -> dict[str, Any]:
         config = self._config
         assert config is not None  # stages that make batches give one
         input_ids, labels = mask_blocks(blocks, indices, self._vocabulary, config, seed, epoch)
-        batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+        batch: dict[str, Any] = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
         if config.isolate_documents:
             starts = blocks == self._vocabulary.prefix[0]
             batch["position_ids"] = torch.from_numpy(segment_positions(starts) + self._first_position)
             segments = torch.from_numpy(starts.cumsum(axis=-1))
             apart = segments[:, None, :, None] != segments[:, None, None, :]
-            # Additive: boolean masks of this shape fail on eager attention.
-            batch["attention_mask"] = torch.zeros(apart.shape).masked_fill_(apart, torch.finfo(torch.float32).min)
+            batch["attention_mask"] = additive(apart)
+            if self._window is not None:
+                index = torch.arange(apart.shape[-1])
+                far = (index[:, None] - index).abs() > self._window
+                batch["attention_mask"] = {
+                    "full_attention": additive(apart),
+                    "sliding_attention": additive(apart | far),
+                }
         return batch
 
     def targets(self, labels: torch.Tensor) -> torch.Tensor:
@@ -165,6 +174,11 @@ class Masked:
                         yield Window(document, input_ids, chosen + len(prefix), text[chosen])
 
 
-def evaluation_batch(objective: Objective, blocks: TokenIds, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+def additive(apart: torch.Tensor) -> torch.Tensor:
+    """What attention scores gain where they are not `apart`: boolean masks of this shape fail on eager attention."""
+    return torch.zeros(apart.shape).masked_fill_(apart, torch.finfo(torch.float32).min)
+
+
+def evaluation_batch(objective: Objective, blocks: TokenIds, indices: Sequence[int]) -> dict[str, Any]:
     """A batch with the masks that are the same in every evaluation."""
     return objective.batch(blocks, indices, EVALUATION_SEED, EVALUATION_EPOCH)

@@ -12,7 +12,7 @@ from stages import loss as loss_module
 from stages.loss import TokenLoss
 from stages.masking import IGNORED
 
-MODELS = ["gpt2", "llama", "gpt_neo", "gptj", "roberta", "bert"]
+MODELS = ["gpt2", "llama", "gpt_neo", "gptj", "roberta", "bert", "modernbert"]
 
 
 def toy(model_type, **overrides):

@@ -29,7 +29,9 @@ MASKED = Vocabulary(
     suffix=[SEP],
     lead=[],
 )
-TASK = {"gpt2": "causal", "llama": "causal", "gpt_neo": "causal", "gptj": "causal", "roberta": "mlm", "bert": "mlm"}
+TASK = {"gpt2": "causal", "llama": "causal", "gpt_neo": "causal", "gptj": "causal"} | dict.fromkeys(
+    ("roberta", "bert", "modernbert"), "mlm"
+)
 VOCABULARY = {"causal": CAUSAL, "mlm": MASKED}
 
 # Weights far larger than a library's defaults: outputs far from uniform, so that what goes wrong shows.
@@ -87,11 +89,28 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "roberta": {"max_position_embeddings": 64 + PAD + 1, **_BERT},
     "bert": {"max_position_embeddings": 64, **_BERT},
+    "modernbert": {
+        "max_position_embeddings": 64,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "local_attention": 8,
+        "initializer_cutoff_factor": 2.0,
+        "pad_token_id": PAD,
+        "bos_token_id": CLS,
+        "eos_token_id": SEP,
+        "cls_token_id": CLS,
+        "sep_token_id": SEP,
+    },
 }
+# transformers has no other attention for these.
+EAGER = ("gpt_neo", "gptj")
 
 
-def toy_model(model_type: str, seed: int = 0, attention: str = "sdpa", **overrides: Any) -> Any:
+def toy_model(model_type: str, seed: int = 0, attention: str | None = None, **overrides: Any) -> Any:
     """A model with two layers of width 16 in evaluation mode, its weights drawn from `seed`."""
+    attention = attention or ("eager" if model_type in EAGER else "sdpa")
     config = AutoConfig.for_model(model_type, **{**_COMMON, **ARCHITECTURES[model_type], **overrides})
     auto = AutoModelForCausalLM if TASK[model_type] == "causal" else AutoModelForMaskedLM
     torch.manual_seed(seed)
