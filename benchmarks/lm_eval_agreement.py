@@ -26,10 +26,10 @@ from transformers import AutoTokenizer
 from stages.config import Columns
 from stages.encoding import tokenizers_engine
 from stages.metrics import document_nats, ratio_with_error
-from stages.models import load_trained
 from stages.objectives import make_objective
 from stages.records import to_record
 from stages.sources import find_files, read_rows
+from stages.trained import load_trained
 from stages.vocabulary import load_tokenizer, vocabulary_of
 
 

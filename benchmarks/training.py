@@ -239,7 +239,12 @@ def training_config(arguments: argparse.Namespace) -> Any:
     trainer = [f"++trainer.{name}={value}" for name, value in {**switches, "max_steps": arguments.steps}.items()]
     shape = [f"++model.config.{key}={value}" for key, value in arguments.model.items()]
     places = ["trainer.eval_strategy='no'", "tokens=-", "blocks=-", "out=-", "report=-"]
-    groups = [f"task={arguments.task}", f"model={TINY[arguments.task]}", f"hardware={arguments.hardware}"]
+    groups = [
+        f"task={arguments.task}",
+        f"model={TINY[arguments.task]}",
+        "adapter=none",
+        f"hardware={arguments.hardware}",
+    ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return load(TrainConfig, compose("train", [*groups, *values, *trainer, *shape, *places]), "train")
 

@@ -24,7 +24,7 @@ from stages.pretrained import sha256
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-LIBRARIES = ("accelerate", "numpy", "torch", "transformers")
+LIBRARIES = ("accelerate", "numpy", "peft", "torch", "transformers")
 
 
 def cache_directory() -> Path:

@@ -270,6 +270,25 @@ def check_pin(where: str, path: str, revision: str | None, files: dict[str, str]
         )
 
 
+# -- conf/adapter ------------------------------------------------------------------------------------------------------
+
+
+@whole
+class Adapter:
+    """Train low-rank additions to a model's linear layers in place of its weights (LoRA, arXiv 2106.09685)."""
+
+    rank: Positive
+    """Inner size of an addition."""
+    alpha: Annotated[float, Field(gt=0.0)]
+    """An addition is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Of an addition's inputs while training."""
+    targets: Annotated[list[str], Field(min_length=1)] | None
+    """Ends of the names of the layers that get one; null: every linear layer but the output embedding."""
+    merge: bool
+    """Write the model with the additions in its weights; false: the additions alone, with the name of their model."""
+
+
 # -- conf/task ---------------------------------------------------------------------------------------------------------
 
 
@@ -287,8 +306,8 @@ class ObjectiveName:
 
 
 # Architectures for which tests prove that documents of a block do not reach each other. (transformers' masks follow
-# reset position_ids in GPT-2 and Llama; RoBERTa and BERT need a mask of their own.)
-ISOLATION_PROVEN = {"causal": ("gpt2", "llama"), "mlm": ("roberta", "bert")}
+# reset position_ids in the causal ones; the others need a mask of their own.)
+ISOLATION_PROVEN = {"causal": ("gpt2", "gpt_neo", "gptj", "llama"), "mlm": ("bert", "modernbert", "roberta")}
 
 
 def check_isolation(objective: "Objective", model_type: str | None) -> None:

@@ -61,9 +61,10 @@ class EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> None:
-    from stages.models import load_trained, prepare_torch
+    from stages.models import prepare_torch
     from stages.objectives import make_objective
     from stages.samples import make_samples
+    from stages.trained import load_trained
 
     prepare_torch(config.hardware)
     name, tokens = config.objective.name, Path(config.tokens)

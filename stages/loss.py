@@ -99,8 +99,9 @@ class ChunkedSum(torch.autograd.Function):
             logits = F.linear(inputs, embedding, shift)
             total += to_gradient_(logits, targets[chunk])
             grad_hidden[chunk] = logits @ embedding
-            grad_weight = added(grad_weight, logits.t() @ inputs, weight)
-            if bias is not None:
+            if ctx.needs_input_grad[1]:  # not where an adapter is trained in its place
+                grad_weight = added(grad_weight, logits.t() @ inputs, weight)
+            if bias is not None and ctx.needs_input_grad[2]:
                 grad_bias = added(grad_bias, logits.sum(0), bias)
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         return total

@@ -57,22 +57,17 @@ def build_model(model: Model, vocabulary: Vocabulary, seed: int) -> Any:
     return built
 
 
-def _build(model: Model, vocabulary: Vocabulary, seed: int, scratch: Path) -> Any:
+def _build(model: Model, vocabulary: Vocabulary | None, seed: int, scratch: Path) -> Any:
     config = _configuration(model, scratch)
     auto = getattr(transformers, AUTO_CLASS[model.task])
     if type(config) not in auto._model_mapping:
         raise StageError(
             f"model.config.model_type={config.model_type}: transformers has no such model for task={model.task}"
         )
-    for key, value in model.config.items():
-        if key != "model_type" and not hasattr(config, key):
-            raise StageError(
-                f"model.config.{key}: {config.model_type} has no such value; {nearest(key, list(config.to_dict()))}"
-            )
-        try:
-            setattr(config, key, value)
-        except Exception as error:  # as below
-            raise StageError(f"model.config.{key}={value!r}: {in_a_line(error)}") from None
+    if unknown := [key for key in model.config if key != "model_type" and not hasattr(config, key)]:
+        names = nearest(unknown[0], list(config.to_dict()))
+        raise StageError(f"model.config.{unknown[0]}: {config.model_type} has no such value; {names}")
+    config = _overridden(config, model)
     masked = type(config) in getattr(transformers, AUTO_CLASS["mlm"])._model_mapping
     if model.task == "causal" and masked and not getattr(config, "is_decoder", True):
         raise StageError(
@@ -81,6 +76,7 @@ def _build(model: Model, vocabulary: Vocabulary, seed: int, scratch: Path) -> An
         )
     torch.manual_seed(seed)
     if model.from_scratch:
+        assert vocabulary is not None
         config.vocab_size = vocabulary.size
         for role in ("bos", "eos", "pad", "sep", "cls"):
             setattr(config, f"{role}_token_id", vocabulary.special.get(f"{role}_token"))
@@ -96,13 +92,40 @@ def _build(model: Model, vocabulary: Vocabulary, seed: int, scratch: Path) -> An
     return _load(auto, scratch, config, str(model.path))
 
 
+def _overridden(config: Any, model: Model) -> Any:
+    """`config` with the values of model.config."""
+    values = {key: value for key, value in model.config.items() if key != "model_type"}
+    if model.path is None:  # made anew, for values that follow from others (GPT-Neo's layers from their kinds)
+        try:
+            return type(config)(**values)
+        except Exception as error:  # each architecture checks its values in its own way
+            shown = ", ".join(f"model.config.{key}={value!r}" for key, value in values.items())
+            raise StageError(f"{shown}: {in_a_line(error)}") from None
+    for key, value in values.items():
+        try:
+            setattr(config, key, value)
+        except Exception as error:
+            raise StageError(f"model.config.{key}={value!r}: {in_a_line(error)}") from None
+    return config
+
+
 def _link(files: dict[str, Path], directory: Path) -> None:
     for name, file in files.items():
         (directory / name).symlink_to(file.resolve())
 
 
-def load_trained(task: str, directory: str | Path) -> Any:
-    """The model that train wrote into `directory`, in fp32 on the CPU."""
+def load_pretrained(model: Model) -> Any:
+    """The model of a pinned checkpoint, in fp32 on the CPU.
+
+    Raises:
+        StageError: as build_model.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        return _build(model, None, 0, Path(scratch))
+
+
+def load_directory(task: str, directory: str | Path) -> Any:
+    """The model that save_pretrained wrote into `directory`, in fp32 on the CPU."""
     return _load(getattr(transformers, AUTO_CLASS[task]), Path(directory), None, str(directory))
 
 

@@ -18,6 +18,7 @@ from stages.app import run
 from stages.artifacts import Blocks, free_copy, staged, versions, write_json
 from stages.checkpoints import LIBRARIES, cache_directory, checkpoint_directory, fingerprint
 from stages.config import (
+    Adapter,
     CheckpointSettings,
     EarlyStopping,
     Hardware,
@@ -31,6 +32,7 @@ from stages.config import (
 )  # fmt: skip
 from stages.errors import StageError
 from stages.interruption import signals_as_request
+from stages.trained import add_adapter, save_model
 from stages.trainer_arguments import problems, resolve
 from stages.vocabulary import Vocabulary
 
@@ -43,6 +45,8 @@ log = logging.getLogger(__name__)
 @part
 class TrainConfig:
     model: Model
+    adapter: Adapter | None
+    """Null: all weights are trained."""
     objective: Objective
     hardware: Hardware
     checkpoints: CheckpointSettings
@@ -68,6 +72,14 @@ class TrainConfig:
     """Directory of the curves to write."""
 
     # Each rule belongs to the last field that it needs, so that one mistake does not hide another.
+
+    @field_validator("adapter")
+    @classmethod
+    def _has_a_model(cls, adapter: Adapter | None, info: ValidationInfo) -> Adapter | None:
+        model = info.data.get("model")
+        if adapter is not None and not adapter.merge and model is not None and model.from_scratch:
+            raise ValueError("adapter.merge=false needs a pretrained model, which can be had again, to be added to")
+        return adapter
 
     @field_validator("objective")
     @classmethod
@@ -140,6 +152,8 @@ def main(config: TrainConfig) -> None:
     vocabulary = Vocabulary.read(tokens)
     model = build_model(config.model, vocabulary, config.seed)
     use_cache = getattr(model.config, "use_cache", None)
+    if config.adapter is not None:
+        model = add_adapter(model, config.adapter, config.model, config.seed)
     objective = make_objective(config.objective.name, vocabulary, config.objective, model)
     train, validation = Blocks(blocks / "train"), Blocks(blocks / "validation")
     if train.block_size != config.block_size:
@@ -167,7 +181,7 @@ def write(config: TrainConfig, trainer: "BlockTrainer", use_cache: bool | None) 
     if use_cache is not None:
         model.config.use_cache = use_cache  # the Trainer switches it off, which saved would make generation slow
     with staged(config.out) as directory:
-        model.save_pretrained(directory)
+        save_model(model, config.adapter, config.model, directory)
         free_copy(tokens / "tokenizer", directory, leave=["config.json"])
     with staged(config.report) as directory:
         write_curves(trainer.state.log_history, directory)

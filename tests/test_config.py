@@ -30,7 +30,7 @@ GROUPS = {
     "tokenize": {"data": "sample", "model": "tiny-gpt2", "task": "causal"},
     "group_texts": {},
     "baseline": {"model": "tiny-gpt2", "task": "causal", "hardware": "cpu"},
-    "train": {"model": "tiny-gpt2", "task": "causal", "hardware": "cpu"},
+    "train": {"model": "tiny-gpt2", "adapter": "none", "task": "causal", "hardware": "cpu"},
     "evaluate": {"task": "causal", "hardware": "cpu"},
 }
 FILES = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.glob("*/*.yaml"))
@@ -88,7 +88,7 @@ def test_config_files_of_a_group_that_dvc_tracks_by_key_have_the_same_keys(group
         ),
         ("train", ["learning_rate=.inf"], "learning_rate"),
         ("train", ["trainer.eval_strategy=false"], "in quotes: YAML takes a bare no for false"),
-        ("train", ["model.config.model_type=gpt_neo"], "objective.isolate_documents=true is not proven for gpt_neo"),
+        ("train", ["model.config.model_type=bloom"], "objective.isolate_documents=true is not proven for bloom"),
         ("tokenize", ["~model.tokenizer.train.special_tokens.eos_token"], "special_tokens has no eos_token"),
         ("evaluate", ["samples.max_new_tokens=null"], "samples.max_new_tokens is missing for objective.name=causal"),
         ("evaluate", ["task=mlm", "samples.prompts=[no mask]"], "'no mask' needs exactly one {mask}"),

@@ -72,6 +72,7 @@ def test_dvc_yaml_params_are_the_files_and_keys_that_the_stage_composes(name: st
         expected[f"conf/{group}/{choice}.yaml"] = used_keys(schema_of(command.stage), file, group)
     templates = {"${key}": chosen.get("task", ""), "${data.name}": chosen.get("data", "")}
     templates |= {"${item.model}": chosen.get("model", ""), "${hardware}": chosen.get("hardware", "")}
+    templates["${item.adapter}"] = chosen.get("adapter", "")
     actual: dict[str, set[str] | None] = {}
     for entry in declared[command.stage].get("params", []):
         for file, keys in entry.items():

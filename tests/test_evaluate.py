@@ -12,9 +12,9 @@ from stages.artifacts import Documents, read_json
 from stages.config import Evaluate, Samples
 from stages.errors import ConfigError, StageError
 from stages.metrics import document_metrics
-from stages.models import load_trained
 from stages.objectives import make_objective
 from stages.samples import make_samples
+from stages.trained import load_trained
 from stages.vocabulary import Vocabulary, load_tokenizer
 
 TASKS = ("causal", "mlm")

@@ -8,7 +8,7 @@ from toys import ARCHITECTURES, CAUSAL, MASKED, PAD, SIZE, TASK, VOCABULARY, toy
 
 from stages.config import Hardware, Model
 from stages.errors import StageError
-from stages.models import build_model, load_trained, prepare_torch
+from stages.models import build_model, load_directory, prepare_torch
 from stages.pretrained import sha256
 from stages.vocabulary import Vocabulary
 
@@ -182,8 +182,8 @@ def test_build_model_of_a_checkpoint_without_its_head_warns_and_draws_it_from_th
     assert torch.equal(models[2].bert.embeddings.word_embeddings.weight, encoder)
 
 
-def test_load_trained_gives_the_saved_weights_in_fp32(saved):
-    model = load_trained("mlm", saved["roberta"])
+def test_load_directory_gives_the_saved_weights_in_fp32(saved):
+    model = load_directory("mlm", saved["roberta"])
     assert same_weights(model, toy_model("roberta", seed=5))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.config.pad_token_id == PAD

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from stages.artifacts import Blocks
 from stages.errors import ConfigError, StageError
 from stages.metrics import block_loss
-from stages.models import load_trained
 from stages.objectives import make_objective
+from stages.trained import load_trained
 from stages.vocabulary import Vocabulary, load_tokenizer
 
 TASKS = ("causal", "mlm")

@@ -30,8 +30,8 @@ from stages.errors import ConfigError
 from stages.pretrained import sha256
 from tools.architectures import config_keys, model_types
 
-GROUPS = ("data", "model", "task", "hardware")
-GLOBAL_GROUPS = ("task", "hardware")  # their files contribute to the root (`# @package _global_`)
+GROUPS = ("data", "model", "adapter", "task", "hardware")
+GLOBAL_GROUPS = ("adapter", "task", "hardware")  # their files contribute to the root (`# @package _global_`)
 
 
 class Command(typing.NamedTuple):
@@ -121,7 +121,8 @@ def unknown_choices(commands: list[Command]) -> Iterator[str]:
     for command in commands:
         for group, name in choices(command).items():
             if name not in configurations(group):
-                key = {"data": "data.name", "model": f"{command.name.partition('@')[2]}.model"}.get(group, group)
+                task = command.name.partition("@")[2]
+                key = f"{task}.{group}" if group in ("model", "adapter") else {"data": "data.name"}.get(group, group)
                 yield f"{key}={name}: there is no conf/{group}/{name}.yaml; {nearest(name, configurations(group))}"
 
 
