@@ -1,0 +1,298 @@
+"""The model card of a published model: metadata that the Hub understands, and how the model came to be, in words.
+
+The same for the same commit, artifacts and conf/publish.yaml: it holds no time, and nothing of the machine's paths.
+"""
+
+import json
+import math
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+
+SPLITS = ("train", "validation", "test")
+PIPELINE = {"causal": "text-generation", "mlm": "fill-mask"}
+TITLE = {"causal": "Causal language modeling", "mlm": "Masked language modeling"}
+MEANING = {
+    "bits_per_byte": "bits per UTF-8 byte of text, less is better: each document on its own, windows of {context}"
+    " tokens; compares with any model and lossless tokenizer on the same documents",
+    "pseudo_bits_per_byte": "bits per UTF-8 byte of text, less is better: every token predicted once from both sides,"
+    " windows of {context} tokens; compares within one tokenizer, never with bits_per_byte",
+    "loss": "nats per predicted token over blocks of {block_size} tokens; belongs to that size and this tokenizer",
+    "perplexity": "exp(loss)",
+    "masked_loss": "nats per masked token over blocks of {block_size} tokens, masks that are the same in all"
+    " evaluations; belongs to that size and this tokenizer",
+    "masked_perplexity": "exp(masked_loss)",
+    "documents": "evaluated",
+    "tokens": "of text in them",
+    "bytes": "of text in them",
+}  # docs/metrics.md, in short
+
+
+class Run(NamedTuple):
+    """What made the artifacts in the workspace, as git and dvc.lock know it."""
+
+    task: str
+    commit: str
+    remote: str | None
+    """URL of the git repository, without credentials; None where it has none that others could reach."""
+    stages: dict[str, Any]
+    """Stages of dvc.lock that the model and its figures come from, first to last."""
+    text_in_git: bool
+    """Whether git holds the text at data.path."""
+    dvc_remote: bool
+    """Whether the repository names a DVC remote."""
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """params.yaml: what all tasks share, and this one's own."""
+        every = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+        others = {name.partition("@")[2] for name in yaml.safe_load(Path("dvc.lock").read_text("utf-8"))["stages"]}
+        return {key: value for key, value in every.items() if key == self.task or key not in others}
+
+
+def make_card(run: Run, repository: str | None, license: str | None, language: list[str] | None) -> ModelCard:
+    """The card; `repository` None leaves its place open."""
+    data, config = read_json("data/raw/stats.json"), read_json(f"models/{run.task}/config.json")
+    metrics = read_json(f"metrics/{run.task}.json")[run.task]
+    name = (repository or f"OWNER/{run.params[run.task]['model']}").partition("/")[2]
+    metadata = ModelCardData(
+        language=language,
+        license=license,
+        library_name="transformers",
+        pipeline_tag=PIPELINE[run.task],
+        tags=[config["model_type"], "lm-repro"],
+        base_model=base_model(run),
+        datasets=[data["source"]["hub"]] if "hub" in data["source"] else None,
+        model_name=name,
+        eval_results=list(results(run.task, metrics, data["source"])),
+    )
+    sections = [
+        f"# {name}\n\n{introduction(run, config, data['source'])}",
+        f"## Use\n\n{usage(run, repository or f'OWNER/{name}')}",
+        f"## Data\n\n{data_section(run, data)}",
+        f"## Results\n\n{metrics_section(run, metrics)}",
+        f"## Samples\n\n{samples(run.task)}",
+        f"## Parameters\n\n{parameters(run)}",
+        f"## Where it comes from\n\n{lineage(run)}",
+        f"## Make it again\n\n{reproduction(run, data['source'])}",
+        f"## License\n\n{license_section(license)}",
+    ]
+    return ModelCard(
+        f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(section.strip() for section in sections) + "\n"
+    )
+
+
+def read_json(path: str | Path) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def base_model(run: Run) -> str | None:
+    """The Hub repository of the checkpoint that training started from; None from scratch or from a local directory."""
+    model = locked_params(run)[f"conf/model/{run.params[run.task]['model']}.yaml"]
+    return model["path"] if not model["from_scratch"] and model["revision"] else None
+
+
+def results(task: str, metrics: dict[str, Any], source: dict[str, Any]) -> list[EvalResult]:
+    """Each figure of the trained model on each split; base figures and counts stand in the text."""
+    return [
+        EvalResult(
+            task_type=PIPELINE[task],
+            task_name=TITLE[task],
+            dataset_type=source.get("hub", "text"),
+            dataset_name=source["hub"] if "hub" in source else source["files"],
+            dataset_revision=source.get("commit"),
+            dataset_split=split,
+            metric_type=key,
+            metric_name=f"{key} ({split})",
+            metric_value=value,
+        )
+        for split in ("test", "validation")
+        for key, value in metrics[split].items()
+        if key in MEANING and isinstance(value, float)
+    ]
+
+
+def introduction(run: Run, config: dict[str, Any], source: dict[str, Any]) -> str:
+    start = f"fine-tuned from `{base}`" if (base := base_model(run)) else "trained from scratch"
+    model = locked_params(run)[f"conf/model/{run.params[run.task]['model']}.yaml"]
+    if not base and not model["from_scratch"]:
+        start = "fine-tuned from a local checkpoint, pinned by the hashes under Parameters"
+    size = sum(math.prod(shape) for shape in shapes(Path(f"models/{run.task}"))) / 1e6
+    return (
+        f"{TITLE[run.task]}: `{config['architectures'][0]}` with {size:.1f} M parameters, {start} on {origin(source)},"
+        " by lm-repro, a pipeline whose every number can be traced to its inputs. This card was written from its"
+        " records."
+    )
+
+
+def shapes(directory: Path) -> list[list[int]]:
+    """The shape of every stored tensor."""
+    found = []
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="np") as tensors:  # reads the header alone
+            found += [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    return found
+
+
+def origin(source: dict[str, Any]) -> str:
+    if "hub" in source:
+        return f"[{source['hub']}](https://huggingface.co/datasets/{source['hub']}) at commit `{source['commit']}`"
+    return f"`{source['files']}`"
+
+
+def usage(run: Run, repository: str) -> str:
+    prompt = locked_params(run)[f"conf/task/{run.task}.yaml"]["samples"]["prompts"][:1] or ["Once {mask} a time"]
+    text = json.dumps(prompt[0], ensure_ascii=False)
+    load = f'from transformers import pipeline\n\nmodel = pipeline("{PIPELINE[run.task]}", model="{repository}")\n'
+    if run.task == "causal":
+        return (
+            f"```python\n{load}"
+            f"start = model.tokenizer.eos_token  # it stood before every document in training\n"
+            f"prompt = {text}\n"
+            'print(prompt + model(start + prompt, max_new_tokens=60, return_full_text=False)[0]["generated_text"])\n```'
+        )
+    return f'```python\n{load}print(model({text}.replace("{{mask}}", model.tokenizer.mask_token)))\n```'
+
+
+def data_section(run: Run, data: dict[str, Any]) -> str:
+    name = run.params["data"]["name"]
+    sample = ": lm-repro's embedded sample of science questions and answers, CC0" if name == "sample" else ""
+    revision = f" (revision `{data['source']['revision']}`)" if "hub" in data["source"] else ""
+    rows = []
+    for split in SPLITS:
+        tokens = read_json(f"data/tokens/{run.task}/{split}/stats.json")
+        counts = [data["records_out"][split], tokens["documents"], tokens["text_tokens"], tokens["bytes"]]
+        rows.append(f"| {split} | " + " | ".join(f"{count:,}" for count in counts) + " |")
+    dropped = [f"{name.replace('_', ' ')}: {count:,}" for name, count in data["records_skipped"].items() if count]
+    twins = data["held_out_with_near_duplicate_in_train"]
+    looked = twins is not None and twins.get("looked_for")
+    near = f"{twins['validation']} of validation and {twins['test']} of test" if looked else "not looked for"
+    return "\n".join(
+        [
+            f"{origin(data['source'])}{revision}{sample}.",
+            f"{data['records_in']:,} records were read ({', '.join(dropped) or 'none'} left out),"
+            f" {data['answers_out']:,} of {data['answers_in']:,} answers kept. Held-out documents that train nearly"
+            f" has: {near}.",
+            "",
+            "| split | records | documents | tokens | bytes |\n|---|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
+def metrics_section(run: Run, metrics: dict[str, Any]) -> str:
+    context = locked_params(run)[f"conf/task/{run.task}.yaml"]["evaluate"]["context"]
+    rows = ["| metric | test | validation | |\n|---|---|---|---|"]
+    for key in metrics["test"]:
+        values = " | ".join(
+            f"{value:,}" if isinstance(value := metrics[s][key], int) else f"{value:.4f}" for s in SPLITS[:0:-1]
+        )
+        rows.append(f"| {key} | {values} | {meaning(key, context=context, block_size=run.params['block_size'])} |")
+    return "\n".join(
+        [*rows, "", "Experiments are chosen by validation; test is for reporting. Figures are computed in fp32."]
+    )
+
+
+def meaning(key: str, **values: int) -> str:
+    """What the figure `key` says, with its unit and what it may be compared with."""
+    if key.startswith("base_"):
+        return f"{key.removeprefix('base_')} of the model before training"
+    if key.endswith("_se"):
+        return f"standard error of {key.removesuffix('_se')} over documents"
+    return MEANING[key].format(**values)
+
+
+def samples(task: str) -> str:
+    """The page of samples that evaluate wrote, without its title."""
+    return Path(f"reports/samples/{task}.md").read_text(encoding="utf-8").partition("\n")[2].strip()
+
+
+def parameters(run: Run) -> str:
+    """Every value that dvc.lock tracks for these stages, by file; nothing else decided."""
+    files = {"params.yaml": run.params, **locked_params(run)}
+    return "\n\n".join(
+        f"`{file}`\n\n```yaml\n{yaml.safe_dump(public(values), sort_keys=False, allow_unicode=True)}```"
+        for file, values in files.items()
+    )
+
+
+def locked_params(run: Run) -> dict[str, Any]:
+    """File of conf/ to the keys that the stages used, as dvc.lock holds them."""
+    found: dict[str, Any] = {}
+    for stage in run.stages.values():
+        for file, values in stage.get("params", {}).items():
+            keys = found.setdefault(file, {})
+            for key, value in values.items():
+                section, _, rest = key.partition(".")  # `objective.name`, where a stage uses a part of a section
+                keys[section] = {**keys.get(section, {}), rest: value} if rest else value
+    return found
+
+
+def public(value: Any) -> Any:
+    """`value` with local absolute paths cut down to their last part: they name people and machines."""
+    if isinstance(value, dict):
+        return {
+            key: local_name(item) if key == "path" and isinstance(item, str) else public(item)
+            for key, item in value.items()
+        }
+    return value
+
+
+def local_name(path: str) -> str:
+    local = PurePath(path).is_absolute() or path.startswith(("~", ".."))
+    return f".../{PurePath(path).name}" if local else path
+
+
+def lineage(run: Run) -> str:
+    outs = {out["path"]: out["md5"] for stage in run.stages.values() for out in stage["outs"]}
+    deps = {
+        dep["path"]: dep.get("md5", dep.get("etag", dep.get("checksum", "?")))
+        for stage in run.stages.values()
+        for dep in stage["deps"]
+    }
+    versions: dict[str, str] = {}
+    for ledger in ("data/raw", f"data/tokens/{run.task}", f"reports/train/{run.task}"):
+        versions |= read_json(f"{ledger}/stats.json").get("versions", {})
+
+    def table(files: dict[str, str]) -> str:
+        return "```\n" + "\n".join(f"{md5:36}  {local_name(path)}" for path, md5 in files.items()) + "\n```"
+
+    repository = f" of {run.remote}" if run.remote else ""
+    return "\n\n".join(
+        [
+            f"Git commit `{run.commit}`{repository}, whose `dvc.lock` holds these md5 sums (`.dir`: of a directory's"
+            " listing).",
+            f"Made, first to last:\n\n{table(outs)}",
+            f"From:\n\n{table({path: md5 for path, md5 in sorted(deps.items()) if path not in outs})}",
+            "With " + ", ".join(f"{name} {number}" for name, number in sorted(versions.items())) + ".",
+        ]
+    )
+
+
+def reproduction(run: Run, source: dict[str, Any]) -> str:
+    pull = ["dvc pull          # the artifacts as they were; or, with the same bytes on the same kind of machine:"]
+    commands = [
+        f"git clone {run.remote or 'REPOSITORY'} lm-repro && cd lm-repro && git checkout {run.commit}",
+        "make env && source .venv/bin/activate",
+        *(pull if run.dvc_remote else []),
+        f"dvc repro evaluate@{run.task}",
+    ]
+    missing = (
+        "\n\nThe text is not in the repository: it was at `data.path`, and its md5 above tells whether another copy is"
+        " the same."
+    )
+    return (
+        "```console\n"
+        + "\n".join(f"$ {line}" for line in commands)
+        + "\n```"
+        + ("" if run.text_in_git or "hub" in source else missing)
+    )
+
+
+def license_section(license: str | None) -> str:
+    if license is None:
+        return "None has been chosen for this model: without its owner's leave it may not be used."
+    return f"`{license}`, for the model. Its data, and a checkpoint it started from, have licenses of their own."

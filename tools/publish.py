@@ -1,0 +1,284 @@
+"""Publish a trained model, its tokenizer and a card that says how it came to be on the Hugging Face Hub.
+
+Command python -m tools.publish causal [--dry-run [FILE]]
+
+Where to stands in conf/publish.yaml. The card is written from what git and dvc.lock hold, so that it is refused while
+the workspace is anything else. Not a stage: it has a side effect.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit, urlunsplit
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from pydantic import Field
+
+from stages.app import describe
+from stages.artifacts import write_text
+from stages.config import CONF, load, whole
+from stages.errors import StageError
+from stages.pretrained import CONVERT, PICKLES, hub_unreachable
+from tools.card import Run, make_card
+
+TASKS = ("causal", "mlm")
+# What must be as HEAD has it beside the files that dvc.lock names; conf/publish.yaml made nothing.
+DESCRIBING = ("dvc.yaml", "dvc.lock", "params.yaml", "stages", "conf", "metrics", ":(exclude)conf/publish.yaml")
+# What of an earlier model at the Hub would be read beside this one; what a user added there stays.
+STALE = (".safetensors", ".json", ".txt", ".model", *PICKLES)
+TOKENS = "https://huggingface.co/settings/tokens"
+
+
+@whole
+class Publication:
+    """What conf/publish.yaml says of a task."""
+
+    repository: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None
+    """OWNER/NAME on the Hub; null: it cannot be published yet."""
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")] | None
+    """The Hub's identifier of a license; null: none is chosen, and the card says so."""
+    language: str | list[str] | None
+    """Code or codes of the text's language."""
+    private: bool
+    """Of a repository that is created; a public one that is there is refused if true."""
+
+
+@whole
+class PublishConfig:
+    causal: Publication
+    mlm: Publication
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], prog="python -m tools.publish")
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument(
+        "--dry-run",
+        nargs="?",
+        type=Path,
+        const=Path("reports/cards/TASK.md"),
+        metavar="FILE",
+        help="write the card for review, publish nothing (default: reports/cards/TASK.md)",
+    )
+    arguments = parser.parse_args()
+    try:
+        publish(arguments.task, arguments.dry_run)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("LM_REPRO_DEBUG") == "1":
+            raise
+        sys.exit(f"publish: error: {describe(error)}")
+
+
+def publish(task: str, dry_run: Path | None) -> None:
+    settings = publication(task)
+    if settings.repository is None and dry_run is None:
+        raise StageError(
+            f"conf/publish.yaml: {task}.repository is null: write OWNER/NAME, the repository on the Hub to publish to"
+            " (`--dry-run` writes the card without)"
+        )
+    run, files = recorded_run(task)
+    language = [settings.language] if isinstance(settings.language, str) else settings.language
+    card = make_card(run, settings.repository, settings.license, language)
+    if settings.license is None:
+        print(f"publish: no license is chosen (conf/publish.yaml: {task}.license); the card says so", file=sys.stderr)
+    if not git("branch", "--remotes", "--contains", run.commit):
+        print(
+            f"publish: commit {run.commit[:7]}, which the card names, is on no remote yet: `git push`", file=sys.stderr
+        )
+    if dry_run is not None:
+        file = dry_run.with_name(dry_run.name.replace("TASK", task))
+        write_text(file, str(card))
+        print(f"{file}: the card, for review; published beside it would be {', '.join(files)}")
+        return
+    print(f"published at {upload(settings, card, Path(f'models/{task}'), files, run)}")
+
+
+def publication(task: str) -> Publication:
+    """What conf/publish.yaml says of `task`."""
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("publish")
+    except (HydraException, yaml.YAMLError) as error:
+        raise StageError(f"conf/publish.yaml: {' '.join(str(error).split())}") from None
+    settings: Publication = getattr(load(PublishConfig, composed, "conf/publish.yaml"), task)
+    return settings
+
+
+# -- what made the model -----------------------------------------------------------------------------------------------
+
+
+def recorded_run(task: str) -> tuple[Run, list[str]]:
+    """What git and dvc.lock hold of the model in the workspace, and the names of its files.
+
+    Raises:
+        StageError: if the workspace is not what they hold, naming what differs.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    commit = git("rev-parse", "--verify", "HEAD")
+    last = f"evaluate@{task}"
+    try:
+        with Repo() as repo:
+            changed = repo.status([last], with_deps=True)
+            names = [stage.addressing for stage in repo.stage.collect(last, with_deps=True)]
+            model = next(out for out in repo.stage.collect(f"train@{task}")[0].outs if out.def_path == f"models/{task}")
+            listing = model.get_obj()
+            dvc_remote = bool(repo.config.read("repo").get("core", {}).get("remote"))
+    except DvcException as error:
+        raise StageError(f"dvc.lock and dvc.yaml cannot be read: {error}; `git restore dvc.lock`?") from None
+    if changed:
+        raise StageError(
+            "the workspace is not what dvc.lock holds, so that the card would lie: "
+            + "; ".join(f"{name}: {', '.join(differences(items))}" for name, items in changed.items())
+            + f"\n  `dvc repro {last}` makes it so (`dvc checkout` restores files changed by hand); then commit"
+        )
+    locked = yaml.safe_load(Path("dvc.lock").read_text(encoding="utf-8"))["stages"]
+    order = list(yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"])
+    stages = {name: locked[name] for name in sorted(names, key=lambda name: order.index(name.partition("@")[0]))}
+    check_committed(stages)
+    if listing is None:
+        raise StageError(f"DVC's cache lacks the listing of models/{task}: run `dvc commit --force train@{task}`")
+    files = ["/".join(key) for key, _, _ in listing]
+    if pickles := [name for name in files if Path(name).suffix in PICKLES]:
+        raise StageError(f"models/{task}/{pickles[0]} is never published: {CONVERT}")
+    path = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["data"]["path"]
+    return Run(task, commit, public_remote(), stages, in_git(path), dvc_remote), sorted(files)
+
+
+def differences(items: list[Any]) -> list[str]:
+    """What `dvc status` says of a stage, in a few words each: `stages/train.py modified`, `changed command`."""
+    found = []
+    for item in items:
+        for change, paths in item.items() if isinstance(item, dict) else [(item, {})]:
+            found += [
+                f"{path} {how if isinstance(how, str) else ' '.join(how) + ' changed'}" for path, how in paths.items()
+            ]
+            found += [] if paths else [change]
+    return found
+
+
+def check_committed(stages: dict[str, Any]) -> None:
+    """Raise StageError unless HEAD holds the code, configuration, figures and text that `stages` stand on."""
+    outs = {out["path"] for stage in stages.values() for out in stage["outs"]}
+    deps = {dep["path"] for stage in stages.values() for dep in stage["deps"]} - outs
+    params = {file for stage in stages.values() for file in stage.get("params", {})}
+    here = sorted(path for path in deps | params if inside(path))
+    changed = git("diff", "--name-only", "HEAD", "--", *DESCRIBING, *here).splitlines()
+    code = [path for path in here if path.startswith(("conf/", "stages/"))]
+    changed += sorted({*code, "dvc.yaml", "dvc.lock", "params.yaml"} - set(git("ls-files").splitlines()))
+    if changed:
+        raise StageError(
+            f"not committed as in the workspace: {', '.join(dict.fromkeys(changed))}: the card names a commit, which"
+            " must hold what made the model: commit them (or `git restore` them)"
+        )
+
+
+def inside(path: str) -> bool:
+    """Whether `path` is in the repository rather than elsewhere on this machine or the network."""
+    return "://" not in path and Path(path).resolve().is_relative_to(Path.cwd().resolve())
+
+
+def in_git(path: str) -> bool:
+    """Whether git holds the file or the whole directory `path`."""
+    return inside(path) and bool(git("ls-files", "--", path)) and not git("ls-files", "--others", "--", path)
+
+
+def public_remote() -> str | None:
+    """The URL that others can clone from, without credentials; None where there is none."""
+    remotes = git("remote").splitlines()
+    if not remotes:
+        return None
+    url = git("remote", "get-url", "origin" if "origin" in remotes else remotes[0])
+    parts = urlsplit(url)
+    if parts.scheme in ("http", "https", "ssh", "git"):
+        user = "git@" if parts.scheme == "ssh" and parts.username == "git" else ""
+        return urlunsplit((parts.scheme, user + parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return url if url.startswith("git@") else None  # a path on this machine leads others nowhere
+
+
+def git(*arguments: str) -> str:
+    """What `git` prints."""
+    done = subprocess.run(["git", "-c", "core.quotePath=off", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise StageError(f"git {arguments[0]}: {(done.stderr.strip() or 'failed').splitlines()[0]}")
+    return done.stdout.strip()
+
+
+# -- to the Hub --------------------------------------------------------------------------------------------------------
+
+
+def upload(settings: Publication, card: Any, directory: Path, files: list[str], run: Run) -> str:
+    """Put `files` of `directory` and the card into the repository, in one commit, and give its address."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name = str(settings.repository)
+    if get_token() is None:
+        raise StageError(f"the Hub asks who you are: run `hf auth login`, or set HF_TOKEN to a token of {TOKENS}")
+    if unreachable := hub_unreachable():
+        raise StageError(f"the Hub cannot be reached: {unreachable}\n  Nothing was published; try again when it can")
+    try:
+        card.validate()
+        api = HfApi()
+        api.create_repo(name, private=settings.private, exist_ok=True)
+        there = api.model_info(name)
+        if settings.private and not there.private:
+            raise StageError(
+                f"{name} is there and public, and conf/publish.yaml says private: true: make it private on the Hub, or"
+                f" set {run.task}.private: false"
+            )
+        present = {sibling.rfilename for sibling in there.siblings or []}
+        stale = sorted(file for file in present - set(files) if "/" not in file and Path(file).suffix in STALE)
+        api.create_commit(
+            name,
+            [
+                CommitOperationAdd("README.md", str(card).encode()),
+                *(CommitOperationAdd(file, directory / file) for file in files),
+                *(CommitOperationDelete(file) for file in stale),
+            ],
+            commit_message=f"{run.task} of lm-repro commit {run.commit[:7]}",
+        )
+    except StageError:
+        raise
+    except HfHubHTTPError as error:
+        raise StageError(refusal(name, error)) from None
+    except ValueError as error:  # of card.validate: the Hub's own words
+        raise StageError(f"the Hub refuses the card's metadata (conf/publish.yaml?): {in_a_line(error)}") from None
+    except Exception as error:  # whichever HTTP library is below
+        cause = error.__cause__ or error
+        raise StageError(
+            f"publishing broke off ({type(cause).__name__}: {in_a_line(cause)})\n  Run it again: files that are there"
+            " already are not sent twice, and the model changes in one commit or not at all"
+        ) from None
+    if stale:
+        print(f"deleted there, left from an earlier model: {', '.join(stale)}")
+    return f"{constants.ENDPOINT}/{name}"
+
+
+def in_a_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def refusal(name: str, error: Any) -> str:
+    """What the Hub has against it, and what to do."""
+    status = error.response.status_code if error.response is not None else None
+    if status == 401:
+        return f"the Hub does not know the token (401): run `hf auth login`, or set HF_TOKEN to a token of {TOKENS}"
+    if status == 403:
+        return (
+            f"the token may not write to {name} (403): give it write access to {name.partition('/')[0]} ({TOKENS}), or"
+            " name another repository in conf/publish.yaml"
+        )
+    return f"the Hub refuses {name} ({status}): {(error.server_message or str(error)).strip().splitlines()[0]}"
+
+
+if __name__ == "__main__":
+    main()
