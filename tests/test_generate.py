@@ -1,0 +1,132 @@
+"""tools.generate on toy models, and the code that README.md shows for a trained model."""
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import CAUSAL_TOKENS, MLM_TOKENS, REPOSITORY, write_bpe
+from toys import ARCHITECTURES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from tools import generate
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PROMPTS = {"causal": "The sky is blue because", "mlm": "The sky is {mask} because"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with models/causal and models/mlm as train writes them."""
+    root = tmp_path_factory.mktemp("generate")
+    for task, model_type, tokens, auto in (
+        ("causal", "gpt2", CAUSAL_TOKENS, AutoModelForCausalLM),
+        ("mlm", "roberta", MLM_TOKENS, AutoModelForMaskedLM),
+    ):
+        directory = write_bpe(root / "models" / task, tokens)
+        config = AutoConfig.for_model(model_type, **{**ARCHITECTURES[model_type], "vocab_size": 300})
+        auto.from_config(config).save_pretrained(directory)
+    return root
+
+
+def say(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, directory: Path, *arguments: str
+) -> tuple[str, str]:
+    """What the command prints, and the error that it ends with, if any."""
+    monkeypatch.setattr(sys, "argv", ["generate", str(directory), *arguments])
+    try:
+        generate.main()
+    except SystemExit as error:
+        return capsys.readouterr().out, str(error)
+    return capsys.readouterr().out, ""
+
+
+@pytest.mark.parametrize("more", [[], ["--temperature", "0"], ["--top-k", "1"], ["--seed", "3"]])
+def test_generate_completes_a_prompt_the_same_for_the_same_arguments(
+    models: Path, capsys: Any, monkeypatch: Any, more: list[str]
+) -> None:
+    given = [models / "models/causal", PROMPTS["causal"], "--max-new-tokens", "12", *more]
+    first, error = say(capsys, monkeypatch, *given)
+    assert error == "" and first.startswith(PROMPTS["causal"]) and len(first) > len(PROMPTS["causal"]) + 1
+    assert say(capsys, monkeypatch, *given)[0] == first
+    if not more:
+        assert say(capsys, monkeypatch, *given, "--seed", "3")[0] != first
+
+
+def test_generate_stops_where_the_model_has_no_positions(models: Path, capsys: Any, monkeypatch: Any) -> None:
+    """Of 64: one for the end-of-sequence token before the prompt; the last new token is read by nobody."""
+    prompt = "x" * 60
+    for most in ("4", "500"):
+        said, error = say(capsys, monkeypatch, models / "models/causal", prompt, "--max-new-tokens", most)
+        assert error == "" and said.startswith(prompt)
+    assert say(capsys, monkeypatch, models / "models/causal", "x" * 63, "--max-new-tokens", "5")[1] == ""
+
+
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_generate_fills_a_mask_with_the_likeliest_tokens(
+    models: Path, capsys: Any, monkeypatch: Any, top_k: int
+) -> None:
+    said, error = say(capsys, monkeypatch, models / "models/mlm", PROMPTS["mlm"], "--top-k", str(top_k))
+    shares = [float(line.split("%")[0]) for line in said.splitlines()]
+    assert error == "" and len(shares) == top_k and shares == sorted(shares, reverse=True) and 0 < shares[0] <= 100
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt", "message"),
+    [
+        ("none", "a", "is no directory: `dvc repro`"),
+        ("..", "a", "holds no model: it has no config.json"),
+        ("causal", " ", "the prompt is empty"),
+        ("causal", "x" * 64, "the prompt has 65 tokens, the model positions for 64"),
+        ("mlm", "The sky", "the prompt has 0 masks"),
+        ("mlm", "{mask} is {mask}", "the prompt has 2 masks"),
+        ("mlm", "{mask} is <mask>", "the prompt has 2 masks"),
+        ("mlm", "{mask}" + "x" * 70, "the prompt has 73 tokens, the model positions for 64"),
+    ],
+)
+def test_generate_wrong_argument_is_said_in_a_line(
+    models: Path, capsys: Any, monkeypatch: Any, task: str, prompt: str, message: str
+) -> None:
+    said, error = say(capsys, monkeypatch, models / "models" / task, prompt)
+    assert said == "" and error.startswith("generate: error: ") and message in error and "\n" not in error
+
+
+def test_generate_reads_no_pickled_weights(models: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    (tmp_path / "config.json").write_bytes((models / "models/causal/config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    said, error = say(capsys, monkeypatch, tmp_path, "a")
+    assert said == "" and "only " in error and "pytorch_model.bin: pickled weights can run code" in error
+
+
+@pytest.mark.parametrize("option", [["--top-k", "0"], ["--temperature", "-1"], ["--max-new-tokens", "0"]])
+def test_generate_option_out_of_range_is_refused(
+    models: Path, capsys: Any, monkeypatch: Any, option: list[str]
+) -> None:
+    assert say(capsys, monkeypatch, models / "models/causal", "a", *option)[1] == "2"
+
+
+def test_generate_ends_quietly_on_ctrl_c(models: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(generate, "speak", lambda _: signal.raise_signal(signal.SIGINT))
+    assert say(capsys, monkeypatch, models / "models/causal", "a") == ("\n", "130")
+    assert capsys.readouterr().err == ""
+
+
+def test_generate_as_a_command_streams_and_is_quiet_beside(models: Path) -> None:
+    command = [sys.executable, "-m", "tools.generate", str(models / "models/causal"), PROMPTS["causal"]]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(PROMPTS["causal"])
+
+
+def test_generate_readme_code_loads_both_models_as_they_are(
+    models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert code is not None and "models/causal" in code[1] and "models/mlm" in code[1]
+    monkeypatch.chdir(models)
+    exec(code[1], {})
+    said = capsys.readouterr().out
+    assert said.startswith(PROMPTS["causal"]) and len(said.splitlines()) >= 2

@@ -1,0 +1,133 @@
+"""Let a trained model speak: complete a prompt, or fill a mask in it, whichever the model is for.
+
+Command python -m tools.generate models/causal "The sky is blue because" [--max-new-tokens 60] [--temperature 0.8]
+                                 [--top-k 50] [--seed 0]
+        python -m tools.generate models/mlm "The sky is {mask} because air scatters light." [--top-k 5]
+"""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from stages.errors import StageError
+from stages.pretrained import CONVERT, only_pickles, usable_positions
+from tools.pin_model import read_object, task_of
+
+TOP_K = {"causal": 50, "mlm": 5}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], prog="python -m tools.generate")
+    parser.add_argument("directory", type=Path, help="a model with its tokenizer: models/causal")
+    parser.add_argument("prompt", help="a beginning to complete; for a masked model, a sentence with one {mask}")
+    parser.add_argument("--max-new-tokens", type=int, default=60, help="(default: 60)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
+    parser.add_argument("--top-k", type=int, help="sampled from, or shown for a mask (defaults: 50, 5)")
+    parser.add_argument("--seed", type=int, default=0, help="another one draws another text (default: 0)")
+    arguments = parser.parse_args()
+    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
+        value = getattr(arguments, name)
+        if value is not None and not least <= value < 2**32:
+            parser.error(f"--{name.replace('_', '-')} {value}: it must be {least} or above")
+    try:
+        speak(arguments)
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
+    except (OSError, ValueError) as error:
+        if os.environ.get("LM_REPRO_DEBUG") == "1":
+            raise
+        sys.exit(f"generate: error: {' '.join(str(error).split())}")
+
+
+def speak(arguments: argparse.Namespace) -> None:
+    """Print what the model has to say.
+
+    Raises:
+        StageError: if there is no model in the directory, or the prompt does not suit it.
+    """
+    task = task_in(arguments.directory)
+    if not arguments.prompt.strip():
+        raise StageError("the prompt is empty: give the beginning of a text, or a sentence with one {mask}")
+
+    # Seconds of importing, not before the arguments are known to be good.
+    import transformers
+    from transformers import AutoTokenizer
+
+    from stages.models import load_trained
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = load_trained(task, arguments.directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.directory, local_files_only=True, trust_remote_code=False)
+    top_k = min(arguments.top_k or TOP_K[task], len(tokenizer))
+    transformers.set_seed(arguments.seed)
+    if task == "causal":
+        complete(model, tokenizer, arguments.prompt, arguments.max_new_tokens, arguments.temperature, top_k)
+    else:
+        fill(model, tokenizer, arguments.prompt, top_k)
+
+
+def task_in(directory: Path) -> str:
+    """The task of the model in `directory`: causal or mlm, as its own config.json says."""
+    if not directory.is_dir():
+        raise StageError(f"{directory} is no directory: `dvc repro` or `dvc pull` makes models/causal and models/mlm")
+    if not (directory / "config.json").is_file():
+        raise StageError(f"{directory} holds no model: it has no config.json")
+    if not any(directory.glob("*.safetensors")):
+        raise StageError(f"{directory} has no *.safetensors weights{only_pickles(directory)}: {CONVERT}")
+    return task_of(read_object(directory / "config.json"), directory)
+
+
+def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, top_k: int) -> None:
+    """Print `prompt` and its continuation, word by word as it comes, up to the end of the document at most."""
+    import torch
+    from transformers import GenerationConfig, TextStreamer
+
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise StageError("the tokenizer has no eos_token, with which a document begins and ends")
+    # As in training, the end-of-sequence token stands before a document.
+    ids = torch.tensor([[end, *tokenizer.encode(prompt, add_special_tokens=False)]])
+    # The last new token is not read again, so that it needs no position.
+    room = check_length(model, ids.shape[1]) + 1 - ids.shape[1]
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature > 0 else {}
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)  # not what a checkpoint came with
+    print(prompt, end="", flush=True)
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=min(max_new_tokens, room),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **drawn,
+    )
+
+
+def fill(model: Any, tokenizer: Any, prompt: str, top_k: int) -> None:
+    """Print the likeliest tokens for the mask in `prompt`, one a line behind its probability."""
+    from transformers import pipeline
+
+    if tokenizer.mask_token is None:
+        raise StageError("the tokenizer has no mask_token")
+    text = prompt.replace("{mask}", tokenizer.mask_token)
+    if (masks := text.count(tokenizer.mask_token)) != 1:
+        raise StageError(f"the prompt has {masks} masks: this is a masked model, give it a sentence with one {{mask}}")
+    check_length(model, len(tokenizer.encode(text)))
+    for found in pipeline("fill-mask", model=model, tokenizer=tokenizer, device="cpu")(text, top_k=top_k):
+        print(f"{found['score']:7.2%}  {found['token_str']!r}")
+
+
+def check_length(model: Any, num_tokens: int) -> int:
+    """The model's positions, a very large number where nothing bounds them; an error if the prompt needs more."""
+    positions = usable_positions(model.config.to_dict()) or sys.maxsize
+    if num_tokens > positions:
+        raise StageError(f"the prompt has {num_tokens} tokens, the model positions for {positions}: shorten it")
+    return positions
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` ends it without a word
+    main()
