@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -230,6 +231,17 @@ def test_publish_file_that_git_ignores_is_named(inside: Path) -> None:
         recorded_run("causal")
 
 
+@pytest.mark.parametrize("size", [0, 500])
+def test_publish_lock_that_is_cut_short_or_gone_is_refused(inside: Path, size: int) -> None:
+    lock = inside / "dvc.lock"
+    lock.write_bytes(lock.read_bytes()[:size])
+    with pytest.raises(StageError, match=r"dvc\.lock"):
+        recorded_run("causal")
+    lock.unlink()
+    with pytest.raises(StageError, match="the card would lie"):
+        recorded_run("causal")
+
+
 def test_publish_what_made_nothing_may_change(inside: Path) -> None:
     for file in ("conf/publish.yaml", "README.md", "stages/README"):
         (inside / file).touch()
@@ -359,9 +371,18 @@ def test_publish_refused_token_is_said_and_not_shown(named: Path, tmp_path: Path
     assert said.count("\n") <= 4  # with the notes on license and remote
 
 
-def test_publish_without_token_or_network_is_said_at_once(named: Path, tmp_path: Path) -> None:
+def test_publish_without_token_says_how_to_log_in(named: Path, tmp_path: Path) -> None:
     assert "run `hf auth login`" in publish(named, tmp_path, "http://127.0.0.1:9", "causal")
-    started = time.monotonic()
-    said = publish(named, tmp_path, "http://127.0.0.1:9", "causal", HF_TOKEN=TOKEN)
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_publish_without_network_is_said_within_seconds(named: Path, tmp_path: Path, listens: bool) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen()  # and never answers
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        started = time.monotonic()
+        said = publish(named, tmp_path, url, "causal", HF_TOKEN=TOKEN)
     assert time.monotonic() - started < 15
-    assert "the Hub cannot be reached: http://127.0.0.1:9: " in said and TOKEN not in said
+    assert said.startswith("exit 1") and f"the Hub cannot be reached: {url}: " in said and TOKEN not in said

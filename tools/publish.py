@@ -134,15 +134,16 @@ def recorded_run(task: str) -> tuple[Run, list[str]]:
             dvc_remote = bool(repo.config.read("repo").get("core", {}).get("remote"))
     except DvcException as error:
         raise StageError(f"dvc.lock and dvc.yaml cannot be read: {error}; `git restore dvc.lock`?") from None
+    order = list(yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"])
+    names.sort(key=lambda name: order.index(name.partition("@")[0]))  # DVC's own order varies
     if changed:
         raise StageError(
             "the workspace is not what dvc.lock holds, so that the card would lie: "
-            + "; ".join(f"{name}: {', '.join(differences(items))}" for name, items in changed.items())
+            + "; ".join(f"{name}: {', '.join(differences(changed[name]))}" for name in names if name in changed)
             + f"\n  `dvc repro {last}` makes it so (`dvc checkout` restores files changed by hand); then commit"
         )
     locked = yaml.safe_load(Path("dvc.lock").read_text(encoding="utf-8"))["stages"]
-    order = list(yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"])
-    stages = {name: locked[name] for name in sorted(names, key=lambda name: order.index(name.partition("@")[0]))}
+    stages = {name: locked[name] for name in names}
     check_committed(stages)
     if listing is None:
         raise StageError(f"DVC's cache lacks the listing of models/{task}: run `dvc commit --force train@{task}`")
@@ -250,8 +251,8 @@ def upload(settings: Publication, card: Any, directory: Path, files: list[str], 
         raise
     except HfHubHTTPError as error:
         raise StageError(refusal(name, error)) from None
-    except ValueError as error:  # of card.validate: the Hub's own words
-        raise StageError(f"the Hub refuses the card's metadata (conf/publish.yaml?): {in_a_line(error)}") from None
+    except ValueError as error:  # in the Hub's own words; the card's metadata are nearly all that it can dislike
+        raise StageError(f"the Hub refuses {name} (see conf/publish.yaml): {in_a_line(error)}") from None
     except Exception as error:  # whichever HTTP library is below
         cause = error.__cause__ or error
         raise StageError(
