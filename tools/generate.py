@@ -14,6 +14,7 @@ from typing import Any
 
 from stages.errors import StageError
 from stages.pretrained import CONVERT, only_pickles, usable_positions
+from stages.trained import BASE
 from tools.pin_model import read_object, task_of
 
 TOP_K = {"causal": 50, "mlm": 5}
@@ -57,7 +58,7 @@ def speak(arguments: argparse.Namespace) -> None:
     import transformers
     from transformers import AutoTokenizer
 
-    from stages.models import load_trained
+    from stages.trained import load_trained
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -72,9 +73,11 @@ def speak(arguments: argparse.Namespace) -> None:
 
 
 def task_in(directory: Path) -> str:
-    """The task of the model in `directory`: causal or mlm, as its own config.json says."""
+    """The task of the model in `directory`, or of what additions in it belong to: causal or mlm."""
     if not directory.is_dir():
         raise StageError(f"{directory} is no directory: `dvc repro` or `dvc pull` makes models/causal and models/mlm")
+    if (directory / BASE).is_file():
+        return str(read_object(directory / BASE).get("task"))
     if not (directory / "config.json").is_file():
         raise StageError(f"{directory} holds no model: it has no config.json")
     if not any(directory.glob("*.safetensors")):
