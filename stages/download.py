@@ -20,8 +20,9 @@ from stages.artifacts import SPLITS, staged, versions, write_json
 from stages.config import SourceData, part
 from stages.duplicates import ExactDuplicates, near_duplicates
 from stages.errors import StageError
+from stages.hub_data import read_hub, resolve_commit
 from stages.records import ELI5, BadRecordError, Record, split_key, split_of, to_record
-from stages.sources import Row, format_of, read, resolve_commit
+from stages.sources import Row, format_of, read
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +46,14 @@ def main(config: DownloadConfig) -> None:
     data = config.data
     log.info("reading %s", data.hub.id if data.hub else data.path)
     ledger = Ledger()
-    commit = resolve_commit(data.hub) if data.hub is not None else None
+    if data.hub is not None:
+        commit = resolve_commit(data.hub)
+        rows = read_hub(data.hub, commit)
+    else:
+        commit, rows = None, read(data)
     with staged(config.out) as directory:
         writers = {split: SplitWriter(directory / f"{split}.parquet") for split in SPLITS}
-        for row in read(data, commit):
+        for row in rows:
             if ledger.records_in == data.max_records:
                 break
             placed = place(row, data, ledger)

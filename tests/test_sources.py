@@ -5,10 +5,6 @@ import gzip
 import io
 import json
 import lzma
-import os
-import subprocess
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import REPOSITORY, questions, serving_files, source_data, write_jsonl
+from data_helpers import questions, serving_files, source_data, write_jsonl
 
-from stages.config import HubData
 from stages.errors import StageError
 from stages.records import BadRecordError
 from stages.sources import find_files, format_of, own_split, read
@@ -364,51 +359,3 @@ def test_read_of_a_damaged_parquet_file_names_it(tmp_path: Path, raw: bytes) -> 
     (tmp_path / "a.parquet").write_bytes(raw)
     with pytest.raises(StageError, match=f"{tmp_path / 'a.parquet'} is damaged or cut short"):
         values(tmp_path / "a.parquet")
-
-
-# -- data sets of the Hub, by a stand-in for the library --------------------------------------------------------------
-
-
-class _Datasets(types.ModuleType):
-    """A data set of one revision, `abc`."""
-
-    def __init__(self) -> None:
-        super().__init__("datasets")
-        self.utils = types.SimpleNamespace(logging=types.SimpleNamespace(set_verbosity_error=lambda: None))
-
-    def load_dataset(self, path: str, name: str | None, revision: str, split: str, streaming: bool) -> list[Any]:
-        if revision != "abc":
-            raise ValueError("no such revision")
-        return [{"name": name, "split": split, "n": number} for number in range(2)]
-
-
-def test_read_of_the_hub_gives_the_splits_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", _Datasets())
-    hub = HubData(id="o/n", config="c", revision="abc", splits=["train", "dev"])
-    rows = list(read(source_data("-", source="hub", hub=hub), "abc"))
-    assert [(row.where, row.split) for row in rows] == [
-        ("o/n[train]:0", "train"), ("o/n[train]:1", "train"),
-        ("o/n[dev]:0", "validation"), ("o/n[dev]:1", "validation"),
-    ]  # fmt: skip
-    assert rows[3].value == {"name": "c", "split": "dev", "n": 1}
-
-
-def test_read_of_the_hub_that_fails_names_data_set_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", _Datasets())
-    hub = HubData(id="o/n", config=None, revision="main", splits=["train"])
-    with pytest.raises(StageError, match=r"(?s)o/n \(revision main, split train\).*no such revision"):
-        list(read(source_data("-", source="hub", hub=hub), "main"))
-
-
-@pytest.mark.parametrize("offline", ["1", "0"])
-def test_resolve_commit_of_an_unreachable_hub_says_so_with_the_way_on(offline: str) -> None:
-    code = (
-        "from stages.config import HubData; from stages.sources import resolve_commit;"
-        "resolve_commit(HubData(id='o/n', config=None, revision='main', splits=['train']))"
-    )
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": offline}
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=REPOSITORY, check=False
-    )
-    for part in ("StageError", "o/n", "cannot be reached", "data.name=files"):
-        assert part in ended.stderr
