@@ -174,7 +174,7 @@ def choices(place: Path, tokenizer: Path) -> dict[str, list[str]]:
 
     pins = ",".join(f"{file.name}:'{sha256(file)}'" for file in sorted(tokenizer.iterdir()))
     source = ["model.tokenizer.train=null", f"+model.tokenizer.path={tokenizer}", f"+model.tokenizer.files={{{pins}}}"]
-    pinned = ["task=causal", "data=files", "data.path=-", "model=tiny-gpt2", *source]
+    pinned = ["task=causal", "data=files", "model=tiny-gpt2", *source]
     return {
         "tokenize": [*pinned, f"raw={place / 'raw'}", f"out={place / 'tokens'}"],
         "group_texts": [f"block_size={BLOCK_SIZE}", f"tokens={place / 'tokens'}", f"out={place / 'blocks'}"],

@@ -121,6 +121,16 @@ class HubData:
     splits: Annotated[list[str], Field(min_length=1)]
     """Splits read, one after the other."""
 
+    @model_validator(mode="after")
+    def _exists(self) -> "HubData":
+        if self.id.rpartition("/")[2] == "eli5" and self.id.partition("/")[0] in ("eli5", "defunct-datasets"):
+            raise ValueError(
+                f"data.hub.id={self.id}: the data set of the original guide is defunct: its source, Reddit's archive,"
+                " was closed, and the Hub serves it no more. Ways on: data.name=eli5_category (the guide's own"
+                " successor) or data.name=eli5_parquet (with r/askscience)"
+            )
+        return self
+
 
 _IN_ADDRESS = re.compile(r"(://[^/@:]*):[^/@]+@")
 _IN_QUERY = re.compile(r"([?&][^=&]*(?:token|secret|password|signature|credential|api_?key|sig)=)[^&]+", re.IGNORECASE)
@@ -141,10 +151,12 @@ class SourceData:
     """File, directory or fsspec URL; ignored by hub."""
     hub: HubData | None
     columns: Columns
+    filter: dict[str, Annotated[list[str | bool | int | float], Field(min_length=1)]] | None
+    """Column to the values that a record may have there; a record must match all. null or {}: none."""
     text_record: Literal["file", "paragraph", "line"]
     """What a record of plain text is."""
     max_records: Positive | None
-    """The first N records; null: all."""
+    """The first N records that pass the filter; null: all."""
     on_bad_record: Literal["error", "skip"]
     deduplicate: Literal["none", "exact", "near"]
     """exact: drop documents that came before; near: and those of train that nearly stand in validation or test."""

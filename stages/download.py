@@ -21,7 +21,7 @@ from stages.config import SourceData, part
 from stages.duplicates import ExactDuplicates, near_duplicates
 from stages.errors import StageError
 from stages.hub_data import read_hub, resolve_commit
-from stages.records import ELI5, BadRecordError, Record, split_key, split_of, to_record
+from stages.records import ELI5, BadRecordError, Record, mismatch, split_key, split_of, to_record
 from stages.sources import Row, format_of, read
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def main(config: DownloadConfig) -> None:
     with staged(config.out) as directory:
         writers = {split: SplitWriter(directory / f"{split}.parquet") for split in SPLITS}
         for row in rows:
-            if ledger.records_in == data.max_records:
+            if ledger.records_in - ledger.skipped["filtered"] == data.max_records:
                 break
             placed = place(row, data, ledger)
             if placed is not None:
@@ -84,7 +84,10 @@ class Ledger:
         self.answers_of_duplicates = 0
         self.records_out = Counter(dict.fromkeys(SPLITS, 0))
         self.first_malformed = ""
-        self.skipped = Counter({"malformed": 0, "without_answers": 0, "exact_duplicate": 0, "near_duplicate": 0})
+        self.first_filtered = ""
+        self.skipped = Counter(
+            {"malformed": 0, "filtered": 0, "without_answers": 0, "exact_duplicate": 0, "near_duplicate": 0}
+        )
         self.exact_duplicates = ExactDuplicates()
         self.num_exact_duplicates = 0
         self.near_duplicates: dict[str, int] | None = None
@@ -96,6 +99,8 @@ class Ledger:
         source = data.hub.id if data.hub else data.path
         if not self.records_in:
             raise StageError(f"{source} holds no records")
+        if self.skipped["filtered"] == self.records_in:
+            raise StageError(f"{source} holds no record that passes filter (conf/data): {self.first_filtered}")
         if not self.records_out.total():
             columns = ", ".join(data.columns.texts)
             malformed = f"; malformed: {self.first_malformed}" if self.first_malformed else ""
@@ -143,11 +148,15 @@ def place(row: Row, data: SourceData, ledger: Ledger) -> tuple[str, Record] | No
     try:
         if isinstance(row.value, BadRecordError):
             raise row.value
+        if (other := mismatch(row.value, data.filter or {})) is not None:
+            ledger.skipped["filtered"] += 1
+            ledger.first_filtered = ledger.first_filtered or f"{row.where}: {other}"
+            return None
         record, dropped = to_record(row.value, data.columns)
     except BadRecordError as error:
         if data.on_bad_record == "error":
             raise StageError(
-                f"{row.where}: {error} (in conf/data, columns names yours, and"
+                f"{row.where}: {error} (in conf/data, columns and filter name yours, and"
                 " on_bad_record: skip leaves such records out)"
             ) from None
         ledger.skipped["malformed"] += 1

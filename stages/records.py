@@ -3,7 +3,7 @@
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -58,6 +58,21 @@ def lookup(row: Mapping[str, Any], name: str) -> Any:
             raise BadRecordError(f"no column {name!r}; there are: {', '.join(map(str, row)) or 'none'}")
         value = value[step]
     return value
+
+
+def mismatch(row: Any, allowed: Mapping[str, Sequence[Any]]) -> str | None:
+    """The first column of `row`, with its value, that holds none of those `allowed` there; None where all do.
+
+    Raises:
+        BadRecordError: if there is no such column.
+    """
+    if not isinstance(row, Mapping):
+        return None  # to_record says what it is
+    for name, values in allowed.items():
+        value = lookup(row, name)
+        if value not in values:
+            return f"{name} is {value!r}, none of {', '.join(map(str, values))}"
+    return None
 
 
 def to_record(row: Any, columns: Columns) -> tuple[Record, int]:

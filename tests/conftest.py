@@ -75,7 +75,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "tokenize",
             f"task={task}",
             "data=files",
-            "data.path=unused",
             MODELS[task][0],
             "model.tokenizer.train.vocab_size=300",
             f"raw={root}/raw",

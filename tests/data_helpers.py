@@ -47,6 +47,7 @@ def source_data(path: Path | str, title: str | None = "title", texts: str = "ans
         "path": str(path),
         "hub": None,
         "columns": Columns(title=title, texts=[texts]),
+        "filter": None,
         "text_record": "file",
         "max_records": None,
         "on_bad_record": "error",

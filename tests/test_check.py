@@ -23,6 +23,7 @@ def checked(project: Path, *, wrong: bool = True) -> str:
         ("params.yaml", "causal__model", "tiny-gtp2", "there is no conf/model/tiny-gtp2.yaml; did you mean tiny-gpt2?"),
         ("params.yaml", "hardware", "cpuu", "did you mean cpu?"),
         ("params.yaml", "data__name", "sampel", "did you mean sample?"),
+        ("params.yaml", "data__name", "eli5", "defunct"),
         ("params.yaml", "data__path", "it's mine.txt", "does it hold a quote?"),
         ("params.yaml", "block_size", 1024, "above the model's positions, 512 (train@causal, train@mlm)"),
         ("params.yaml", "seed", -1, "seed=-1"),

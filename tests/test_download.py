@@ -176,6 +176,57 @@ def test_download_of_paragraphs_splits_them_by_their_text(tmp_path: Path) -> Non
     ]
 
 
+def tagged(number: int) -> list[dict[str, Any]]:
+    """Records of which every second is of r/askscience, and every third of Physics."""
+    return [
+        {**record, "subreddit": ("askscience", "other")[i % 2], "category": None if i % 3 else "Physics"}
+        for i, record in enumerate(questions(number))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "kept"),
+    [
+        (None, 120),
+        ({}, 120),
+        ({"subreddit": ["askscience"]}, 60),
+        ({"subreddit": ["other", "askscience"]}, 120),
+        ({"subreddit": ["askscience"], "category": ["Physics"]}, 20),
+    ],
+)
+def test_download_with_a_filter_keeps_the_records_that_match_all_and_counts_the_others(
+    tmp_path: Path, allowed: Any, kept: int
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", tagged(120))
+    ledger = run(source_data(file, filter=allowed, split=EVEN), tmp_path / "raw")
+    assert (sum(ledger["records_out"].values()), ledger["records_skipped"]["filtered"]) == (kept, 120 - kept)
+
+
+def test_download_with_a_filter_takes_the_first_records_that_pass_it(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", tagged(120))
+    data = source_data(file, filter={"subreddit": ["other"]}, max_records=40, split=EVEN)
+    ledger = run(data, tmp_path / "raw")
+    titles = {title for split_titles in titles_of(tmp_path / "raw").values() for title in split_titles}
+    assert titles == {f"Question {i}?" for i in range(1, 80, 2)}
+    assert (ledger["records_in"], ledger["records_skipped"]["filtered"]) == (80, 40)
+
+
+def test_download_with_a_filter_on_an_absent_column_names_those_there_are(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", tagged(9))
+    with pytest.raises(
+        StageError, match=r"no column 'flair'; there are: title, answers\.text, subreddit, category .*filter"
+    ):
+        run(source_data(file, filter={"flair": ["x"]}), tmp_path / "raw")
+
+
+def test_download_with_a_filter_that_nothing_passes_says_what_the_first_record_holds(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", tagged(9))
+    with pytest.raises(
+        StageError, match=r"no record that passes filter .*subreddit is 'askscience', none of Askscience"
+    ):
+        run(source_data(file, filter={"subreddit": ["Askscience"]}), tmp_path / "raw")
+
+
 @pytest.mark.parametrize("raw", [b"", b"\n \n"])
 def test_download_of_no_records_names_the_source(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(raw)

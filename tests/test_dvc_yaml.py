@@ -36,7 +36,7 @@ def used_keys(schema: Any, file: Path, group: str) -> set[str]:
         schema = next(field.type for field in dataclasses.fields(schema) if field.name == group)
     used: set[str] = set()
     for field in dataclasses.fields(schema):
-        if field.name not in keys or keys[field.name] == "???":  # ??? comes on the command line
+        if field.name not in keys:  # it comes on the command line
             continue
         partial = dataclasses.is_dataclass(field.type) and field.type.__pydantic_config__["extra"] == "ignore"
         names = [f"{field.name}.{part.name}" for part in dataclasses.fields(field.type)] if partial else [field.name]

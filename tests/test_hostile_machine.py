@@ -252,7 +252,7 @@ def test_hostile_disk_that_is_full_ends_download_with_the_way_to_free_some(tmp_p
 
 def test_hostile_disk_that_is_full_ends_tokenize(tmp_path: Path, full_disk: Path) -> None:
     raw = write_raw(tmp_path / "raw", in_each([f"{i * 7919} " * 400 for i in range(99)]))
-    choices = ["task=causal", "data=files", "data.path=-", "model=tiny-gpt2", f"raw={raw}", f"out={full_disk}/t"]
+    choices = ["task=causal", "data=files", "model=tiny-gpt2", f"raw={raw}", f"out={full_disk}/t"]
     assert process_error("tokenize", *choices).startswith(FULL)
     assert files_below(full_disk) == []
 
@@ -308,7 +308,7 @@ def test_hostile_workspace_without_permission_is_named(tmp_path: Path) -> None:
 
 def through_the_data_stages(tmp_path: Path, source: Path) -> Path:
     """Where the tokens of the source are, after all three stages have run."""
-    small = ["model=tiny-gpt2", "model.tokenizer.train.vocab_size=300", "task=causal", "data=files", "data.path=-"]
+    small = ["model=tiny-gpt2", "model.tokenizer.train.vocab_size=300", "task=causal", "data=files"]
     counted = "data.count_near_duplicates=false"
     raw, tokens, blocks = tmp_path / "raw", tmp_path / "tokens", tmp_path / "blocks"
     assert error_of("download", "data=files", f"data.path={source}", counted, f"out={raw}") == ""

@@ -112,7 +112,7 @@ BROKEN_RAW = [
 def test_hostile_raw_data_is_named_and_nothing_is_written(tmp_path: Path, case: Case) -> None:
     raw = write_raw(tmp_path / "raw", TEXTS)
     case.make(raw)
-    choices = ["task=causal", "data=files", "data.path=-", "model=tiny-gpt2", SMALL, f"raw={raw}"]
+    choices = ["task=causal", "data=files", "model=tiny-gpt2", SMALL, f"raw={raw}"]
     said = error_of("tokenize", *choices, f"out={tmp_path}/out/tokens", *case.overrides)
     assert case.message.replace("DIR", str(raw)) in said
     assert files_below(tmp_path / "out") == []
@@ -154,7 +154,7 @@ def test_hostile_tokenizer_is_named_by_its_own_place(tmp_path: Path, case: Case)
     choices = pinned_tokenizer(tmp_path / "mine")
     raw = write_raw(tmp_path / "raw", TEXTS)
     task = case.overrides or ("task=causal",)
-    said = error_of("tokenize", *choices, *task, "data=files", "data.path=-", f"raw={raw}", f"out={tmp_path}/out/t")
+    said = error_of("tokenize", *choices, *task, "data=files", f"raw={raw}", f"out={tmp_path}/out/t")
     assert case.message.replace("DIR", str(tmp_path / "mine")) in said
     assert ".tmp-" not in said
     assert files_below(tmp_path / "out") == []
@@ -167,7 +167,7 @@ def test_hostile_tokenizer_is_named_by_its_own_place(tmp_path: Path, case: Case)
 def test_hostile_model_of_another_task_is_refused_before_tokenizing(
     tmp_path: Path, task: str, model: str, token: str
 ) -> None:
-    choices = [f"task={task}", f"model={model}", "data=files", "data.path=-", f"raw={tmp_path}", f"out={tmp_path}/t"]
+    choices = [f"task={task}", f"model={model}", "data=files", f"raw={tmp_path}", f"out={tmp_path}/t"]
     assert f"has no {token}, which the task needs" in error_of("tokenize", *choices)
     measures = [f"task={task}", f"model={model}", "hardware=cpu", "seed=1", f"tokens={tmp_path}"]
     assert f"{task}.model: this model is for task=" in error_of("baseline", *measures, f"out={tmp_path}/b.json")
@@ -231,7 +231,7 @@ def test_hostile_text_that_spells_control_tokens_never_becomes_one(
 ) -> None:
     make(tmp_path / "mine")
     raw = write_raw(tmp_path / "raw", TEXTS | {"test": [literal]})
-    choices = [*pinned_tokenizer(tmp_path / "mine"), f"task={task}", "data=files", "data.path=-", f"raw={raw}"]
+    choices = [*pinned_tokenizer(tmp_path / "mine"), f"task={task}", "data=files", f"raw={raw}"]
     said = error_of("tokenize", *choices, f"out={tmp_path}/t")
     if said:
         assert not keeps
@@ -315,7 +315,7 @@ def test_hostile_vocabulary_above_uint16_is_stored_in_uint32(tmp_path: Path) -> 
     tokenizer.save(str(tmp_path / "mine/tokenizer.json"))
     (tmp_path / "mine" / SETTINGS).write_text(json.dumps({"eos_token": "</s>"}))
     raw = write_raw(tmp_path / "raw", {name: ["w2 w65535 w65536 w69999"] for name in TEXTS})
-    choices = [*pinned_tokenizer(tmp_path / "mine"), "task=causal", "data=files", "data.path=-", f"raw={raw}"]
+    choices = [*pinned_tokenizer(tmp_path / "mine"), "task=causal", "data=files", f"raw={raw}"]
     assert error_of("tokenize", *choices, f"out={tmp_path}/tokens") == ""
     assert error_of("group_texts", "block_size=3", f"tokens={tmp_path}/tokens", f"out={tmp_path}/blocks") == ""
     ids = Documents(tmp_path / "tokens/test")[0]

@@ -23,11 +23,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Stage to the heavy modules that it imported in a run over files."""
     place = tmp_path_factory.mktemp("imports")
     source = write_jsonl(place / "records.jsonl", questions(60))
-    text = ["data=files", f"data.path={source}"]
-    flatten = "data.flatten.columns=[title,selftext,answers.text]"
+    flat = ["data=files", "data.flatten.columns=[title,selftext,answers.text]"]
     overrides = {
-        "download": [*text, "data.count_near_duplicates=false", f"out={place}/raw"],
-        "tokenize": [*text, flatten, "task=causal", "model=tiny-gpt2", f"raw={place}/raw", f"out={place}/tokens"],
+        "download": ["data=files", f"data.path={source}", "data.count_near_duplicates=false", f"out={place}/raw"],
+        "tokenize": [*flat, "task=causal", "model=tiny-gpt2", f"raw={place}/raw", f"out={place}/tokens"],
         "group_texts": ["block_size=16", f"tokens={place}/tokens", f"out={place}/blocks"],
     }
     printed = {}

@@ -32,7 +32,7 @@ USERS: dict[str, dict[str, set[str]]] = {
         **{f"{task}.model": one(task, "tokenize", "baseline", "train") for task in TASKS},
         **{task: one(task, "train") for task in TASKS},
     },
-    "conf/data/sample.yaml": {"": {"download"}, "path": set(), "flatten": both("tokenize")},
+    "conf/data/sample.yaml": {"": {"download"}, "flatten": both("tokenize")},
     "conf/hardware/cpu.yaml": {
         "hardware": both("baseline", "train", "evaluate"),
         **dict.fromkeys(("checkpoints", "trainer"), both("train")),

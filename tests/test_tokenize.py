@@ -223,7 +223,7 @@ def test_tokenize_of_a_damaged_parquet_file_names_it(tmp_path: Path, split: str,
 def test_tokenize_of_the_composed_configs_matches_their_model(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw", SPLIT_TEXTS)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        choices = ["data=files", "data.path=x", "model=tiny-roberta", "task=mlm", f"raw={raw}", f"out={tmp_path / 't'}"]
+        choices = ["data=files", "model=tiny-roberta", "task=mlm", f"raw={raw}", f"out={tmp_path / 't'}"]
         main(load(TokenizeConfig, compose("tokenize", choices), "tokenize"))
     vocabulary = Vocabulary.read(tmp_path / "t")
     assert (vocabulary.prefix, vocabulary.suffix, vocabulary.special["mask_token"]) == ([0], [2], 4)
