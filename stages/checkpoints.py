@@ -19,19 +19,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stages.artifacts import versions
+from stages.cache import cache_directory
 from stages.pretrained import sha256
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LIBRARIES = ("accelerate", "numpy", "peft", "torch", "transformers")
-
-
-def cache_directory() -> Path:
-    """The user's cache directory for this project: what stands there may be deleted at any time."""
-    import platformdirs
-
-    return Path(os.environ.get("LM_REPRO_CACHE") or platformdirs.user_cache_path("lm-repro"))
 
 
 def fingerprint(config: Any, inputs: Iterable[Path], stage: str) -> str:

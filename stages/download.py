@@ -48,7 +48,7 @@ def main(config: DownloadConfig) -> None:
     ledger = Ledger()
     if data.hub is not None:
         commit = resolve_commit(data.hub)
-        rows = read_hub(data.hub, commit)
+        rows = read_hub(data.hub, commit, whole=data.max_records is None)
     else:
         commit, rows = None, read(data)
     with staged(config.out) as directory:

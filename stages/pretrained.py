@@ -2,13 +2,13 @@
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.errors import StageError
+from stages.hub import ANSWER_SECONDS, FAILURES, explain, hub_unreachable, page_of
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ SINGLE_WEIGHTS, SHARDED_WEIGHTS = "model.safetensors", "model.safetensors.index.
 
 # Architectures that number positions from pad_token_id + 1 on, so that the first of their embeddings are never used.
 OFFSET_POSITIONS = ("camembert", "roberta", "xlm-roberta")
-
-CONNECT_SECONDS = 5.0  # for one answer of the Hub before it counts as unreachable
 
 
 class NoneFoundError(StageError):
@@ -122,7 +120,7 @@ def _local(key: str, path: str, hashes: dict[str, str], names: Sequence[str]) ->
 def _hub(key: str, repository: str, revision: str, names: Sequence[str], required: Sequence[str]) -> dict[str, Path]:
     # Unlike transformers' own look-up, a cached revision costs no request and a dead network costs seconds.
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     found: dict[str, Path] = {}
     unknown = []
@@ -147,28 +145,12 @@ def _hub(key: str, repository: str, revision: str, names: Sequence[str], require
     log.info("fetching %s at %s from the Hub", repository, revision[:12])
     for name in unknown:
         try:
-            found[name] = Path(hf_hub_download(repository, name, revision=revision, etag_timeout=CONNECT_SECONDS))
+            found[name] = Path(hf_hub_download(repository, name, revision=revision, etag_timeout=ANSWER_SECONDS))
         except RemoteEntryNotFoundError:  # not its base class, which a server that fails half-way raises as well
             continue
-        except (HfHubHTTPError, OSError) as error:
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        except FAILURES as error:
             raise StageError(
-                f"{key}.path={repository} (revision {revision}): {name} could not be fetched: {first_line}"
+                f"{key}.path={repository} (revision {revision}): {name} could not be fetched:"
+                f" {explain(error, page_of(repository))}"
             ) from None
     return found
-
-
-def hub_unreachable() -> str:
-    """Why the Hub gives no answer, or the empty string where it does."""
-    from huggingface_hub import constants, get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    try:
-        get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
-    except Exception as error:  # whichever HTTP library is below: no answer is no answer
-        return f"{constants.ENDPOINT}: {error or type(error).__name__}"
-    return ""
-
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -16,7 +16,8 @@ from pydantic import Field, TypeAdapter, ValidationInfo, field_validator
 
 from stages.app import run
 from stages.artifacts import Blocks, free_copy, staged, versions, write_json
-from stages.checkpoints import LIBRARIES, cache_directory, checkpoint_directory, fingerprint
+from stages.cache import cache_directory
+from stages.checkpoints import LIBRARIES, checkpoint_directory, fingerprint
 from stages.config import (
     Adapter,
     CheckpointSettings,

@@ -1,23 +1,35 @@
-"""A Hugging Face Hub on the loopback: as much of it as a download of single files asks for."""
+"""A Hugging Face Hub on the loopback: as much of it as models, data sets and the files in them ask for."""
 
+import contextlib
 import hashlib
+import json
 import re
-from collections.abc import Callable
+import time
 from http.server import BaseHTTPRequestHandler
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from data_helpers import serving
 
-# Repository, revision and file name of https://huggingface.co/OWNER/NAME/resolve/REVISION/FILE.
-FILE_URL = re.compile(r"/(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+# /OWNER/NAME/resolve/REVISION/FILE of a model, with /datasets before it of a data set; /api/(models|datasets)/...
+FILE_URL = re.compile(r"/(?P<repository>(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+API_URL = re.compile(
+    r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+?)"
+    r"(?:/(?P<route>revision|tree|paths-info)/(?P<revision>[^/]+)(?:/(?P<path>.*))?)?"
+)
+
+Answer = tuple[int, dict[str, str], bytes]
 
 
 class MiniHub:
-    """Answers for `repositories`: repository to revision to file name to content.
+    """Answers for `repositories`: repository (`datasets/OWNER/NAME` of a data set) to revision to file name to content.
 
-    `failing` names files for which the server answers `refusal`. `requests` lists the paths that were asked for,
-    `authorizations` what the client showed for it.
+    A revision is a commit, or a name that `branches` gives a commit. What fails, and how, may change at any time:
+
+    failing: names of files, and `api`, for which the server answers `refusal`.
+    failures: this many requests are answered by `refusal`, then all is well; headers: what comes with a refusal.
+    seconds: before every answer. cut: this many answers of files end after half of their bytes. stall: seconds there.
+    requests: the paths that were asked for; authorizations: what the client showed for it.
     """
 
     def __init__(
@@ -25,52 +37,112 @@ class MiniHub:
         repositories: dict[str, dict[str, dict[str, bytes]]],
         failing: tuple[str, ...] = (),
         refusal: int = 403,
+        **changes: Any,
     ) -> None:
         self.repositories, self.failing, self.refusal = repositories, failing, refusal
+        self.branches: dict[str, str] = {}
+        self.headers: dict[str, str] = {}
+        self.failures, self.cut, self.seconds, self.stall = 0, 0, 0.0, 0.0
         self.requests: list[str] = []
         self.authorizations: set[str] = set()
+        for name, value in changes.items():
+            assert hasattr(self, name), name
+            setattr(self, name, value)
 
     def serve(self) -> Any:
         """A context in which the Hub runs; it gives the URL."""
-        return serving(_handler(self.answer, self.authorizations))
+        return serving(_handler(self))
 
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and content for `path`."""
-        self.requests.append(path)
-        match = FILE_URL.fullmatch(path)
-        if match is None and path.startswith("/api/") and "api" in self.failing:
-            return self.refusal, {}, b""
-        if match is None:
+    def answer(self, path: str, asked: dict[str, list[str]]) -> Answer:
+        """Status, headers and content for the escaped `path`, with the values of its query or form."""
+        self.requests.append(unquote(path))
+        if path == "/":
             return 200, {}, b"the front page"
-        repository, revision, file = match.group("repository", "revision", "file")
-        if file in self.failing:
-            return self.refusal, {}, b""
+        if self.failures > 0:
+            self.failures -= 1
+            return self.refusal, self.headers, b""
+        file, api = FILE_URL.fullmatch(path), API_URL.fullmatch(path)
+        match = file or api
+        name = unquote(match["file"]) if file and match else "api"
+        if name in self.failing:
+            return self.refusal, self.headers, b""
+        if match is None:
+            return 404, {}, b""
+        repository = match["repository"] if file else match["name"]
+        if api and api["kind"] == "datasets":
+            repository = f"datasets/{repository}"
         if repository not in self.repositories:
             return 404, {"X-Error-Code": "RepoNotFound"}, b""
+        revision = unquote(match["revision"] or "main")
+        revision = self.branches.get(revision, revision)
         if revision not in self.repositories[repository]:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        files = self.repositories[repository][revision]
+        if api:
+            return _json(_api(api, revision, files, asked))
         commit = {"X-Repo-Commit": revision}
-        content = self.repositories[repository][revision].get(file)
-        if content is None:
+        if name not in files:
             return 404, {"X-Error-Code": "EntryNotFound", **commit}, b""
-        return 200, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', **commit}, content
+        return 200, {"ETag": f'"{_digest(files[name])}"', "Accept-Ranges": "bytes", **commit}, files[name]
 
 
-def _handler(
-    answer: Callable[[str], tuple[int, dict[str, str], bytes]], authorizations: set[str]
-) -> type[BaseHTTPRequestHandler]:
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _json(value: Any) -> Answer:
+    return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
+
+
+def _api(match: re.Match[str], commit: str, files: dict[str, bytes], asked: dict[str, list[str]]) -> Any:
+    """What the API says of a repository's commit, or of the files and directories in it."""
+    if match["route"] in (None, "revision"):
+        siblings = [{"rfilename": name} for name in files]
+        return {"id": match["name"], "sha": commit, "private": False, "tags": [], "siblings": siblings}
+    directories = {name.rpartition("/")[0] for name in files} - {""}
+    directories |= {above.rpartition("/")[0] for above in directories} - {""}
+    entries = [
+        {"type": "file", "path": name, "size": len(content), "oid": _digest(content)} for name, content in files.items()
+    ]
+    entries += [{"type": "directory", "path": name, "size": 0, "oid": "0"} for name in sorted(directories)]
+    if match["route"] == "paths-info":
+        return [entry for entry in entries if entry["path"] in asked.get("paths", [])]
+    above = f"{unquote(match['path'])}/" if match["path"] else ""
+    below = [entry for entry in entries if str(entry["path"]).startswith(above)]
+    if asked.get("recursive", ["false"])[0].lower() not in ("true", "1"):
+        below = [entry for entry in below if "/" not in str(entry["path"]).removeprefix(above)]
+    return below
+
+
+def _handler(hub: MiniHub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            authorizations.add(self.headers.get("Authorization", ""))
-            status, headers, content = answer(unquote(urlsplit(self.path).path))
+            hub.authorizations.add(self.headers.get("Authorization", ""))
+            url = urlsplit(self.path)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+            asked = {"paths": json.loads(body)["paths"]} if body.startswith("{") else parse_qs(url.query or body)
+            status, headers, content = hub.answer(url.path, asked)
+            time.sleep(hub.seconds if url.path != "/" else 0.0)
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+            if status == 200 and wanted and "ETag" in headers:
+                first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
+                headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+                status, content = 206, content[first : last + 1]
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(content))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
+            if self.command == "HEAD":
+                return
+            if "ETag" in headers and hub.cut > 0 and len(content) > 1:
+                hub.cut -= 1
+                content = content[: len(content) // 2]
+            with contextlib.suppress(OSError):  # the client may have gone
+                self.wfile.write(content[: len(content) // 2])
+                time.sleep(hub.stall if "ETag" in headers else 0.0)
+                self.wfile.write(content[len(content) // 2 :])
 
-        do_HEAD = do_GET  # noqa: N815
+        do_HEAD = do_POST = do_GET  # noqa: N815
 
         def log_message(self, format: str, *args: Any) -> None:
             pass

@@ -283,7 +283,7 @@ def test_download_of_the_hub_records_its_revision_in_the_ledger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [download.Row(f"o/n[train]:{i}", "train", value) for i, value in enumerate(questions(40))]
-    monkeypatch.setattr(download, "read_hub", lambda hub, commit: iter(rows) if commit == "0f" else iter([]))
+    monkeypatch.setattr(download, "read_hub", lambda hub, commit, whole: iter(rows) if commit == "0f" else iter([]))
     monkeypatch.setattr(download, "resolve_commit", lambda hub: {"abc": "0f"}[hub.revision])
     hub = HubData(id="o/n", config=None, revision="abc", splits=["train"])
     ledger = run(source_data("-", source="hub", hub=hub, split=EVEN), tmp_path / "raw")

@@ -1,22 +1,16 @@
 """pretrained: local files by their hashes, and the Hub over real HTTP, each client a process of its own."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import REPOSITORY, hashes
+from data_helpers import hashes
+from hub_cases import COMMIT, LIMIT_SECONDS, MODELS, NAMES, REMOTE, Case, Client, outcome
 from mini_hub import MiniHub
 
 from stages.errors import StageError
 from stages.pretrained import pinned_files, sha256, usable_positions, weights_files
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-NAMES = ["tokenizer.json", "vocab.json", "tokenizer_config.json"]
-REMOTE = {"tokenizer.json": b"the tokenizer", "tokenizer_config.json": b"its settings"}
 
 # -- local directories -------------------------------------------------------------------------------------------------
 
@@ -138,47 +132,6 @@ def test_usable_positions_of_an_architecture_leave_out_those_it_never_uses(
 
 # -- the Hub -----------------------------------------------------------------------------------------------------------
 
-CLIENT = """
-import json, sys
-from stages.errors import StageError
-from stages.pretrained import pinned_files
-try:
-    found = pinned_files("model", sys.argv[1], sys.argv[2], None, sys.argv[3].split(","), ["tokenizer.json"])
-except StageError as error:
-    sys.exit(f"StageError: {error}")
-print(json.dumps({name: file.read_text() for name, file in found.items()}))
-"""
-
-
-class Client:
-    """Fetches files in a new process, which has this cache and knows this Hub."""
-
-    def __init__(self, cache: Path, url: str) -> None:
-        kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HUGGING"))}
-        own = {"HF_HOME": str(cache), "HF_ENDPOINT": url, "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(REPOSITORY)}
-        self.environment = kept | own
-
-    def run(
-        self, repository: str = "o/n", revision: str = COMMIT, names: list[str] = NAMES, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", CLIENT, repository, revision, ",".join(names)]
-        return subprocess.run(
-            command, env=self.environment | environment, capture_output=True, text=True, timeout=100, check=False
-        )
-
-    def fetch(self, *arguments: Any, **environment: str) -> Any:
-        """File name to content."""
-        done = self.run(*arguments, **environment)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    def error(self, *arguments: Any, **environment: str) -> str:
-        """The words of the StageError."""
-        done = self.run(*arguments, **environment)
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("StageError: "), done.stderr
-        return done.stderr
-
 
 def content(names: list[str]) -> dict[str, str]:
     return {name: REMOTE[name].decode() for name in names if name in REMOTE}
@@ -211,26 +164,13 @@ def test_hub_files_in_another_revision_are_not_taken_for_these(tmp_path: Path) -
         assert client.fetch("o/n", other) == {"tokenizer.json": "another"}
 
 
-@pytest.mark.parametrize("offline", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["gone", "offline"])
-def test_hub_files_neither_cached_nor_reachable_are_an_error_that_shows_the_ways_on(
-    tmp_path: Path, offline: dict[str, str]
-) -> None:
-    with MiniHub({}).serve() as url:
-        pass
-    error = Client(tmp_path, url).error(**offline)
-    assert f"model.path=o/n (revision {COMMIT})" in error
-    assert ("HF_HUB_OFFLINE" if offline else url) in error
-    assert "tools.pin_model DIRECTORY" in error
-    assert "HF_HOME" in error
-
-
-@pytest.mark.parametrize(("repository", "revision"), [("o/absent", COMMIT), ("o/n", "f" * 40), ("o/n", "v2.0")])
-def test_hub_files_of_an_unknown_repository_or_revision_are_an_error_that_names_it(
-    tmp_path: Path, repository: str, revision: str
-) -> None:
-    with MiniHub({"o/n": {COMMIT: REMOTE}}).serve() as url:
-        error = Client(tmp_path, url).error(repository, revision)
-    assert f"model.path={repository} (revision {revision})" in error
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
+def test_hub_files_in_every_case_come_or_are_an_error_that_shows_the_way_on(case: Case, tmp_path: Path) -> None:
+    found = outcome(case, "model", tmp_path)
+    assert found.failed == bool(case.words), found.said
+    for words in (*case.words, *case.notes, *((f"model.path={case.repository}",) if case.words else ())):
+        assert words in found.said
+    assert found.seconds < LIMIT_SECONDS
 
 
 def test_hub_files_without_a_required_one_are_an_error_that_names_it(tmp_path: Path) -> None:

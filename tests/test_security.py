@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,8 +19,8 @@ from stages.app import names_a_target
 from stages.artifacts import SPLITS
 from stages.config import CONF, HubData, without_credentials
 from stages.errors import StageError
+from stages.hub_data import read_hub, resolve_commit
 from stages.pretrained import weights_files
-from stages.sources import read, resolve_commit
 from tools.pin_model import pin
 
 SOURCES = sorted(file for name in ("stages", "tools", "benchmarks") for file in (REPOSITORY / name).glob("*.py"))
@@ -122,9 +121,8 @@ def test_security_data_set_with_a_script_is_refused_and_the_script_not_run(tmp_p
     (tmp_path / "set").mkdir()
     (tmp_path / "set/set.py").write_text(f"open({str(tmp_path / 'TOUCHED')!r}, 'w')\n")
     hub = HubData(id=str(tmp_path / "set"), config=None, revision="main", splits=["train"])
-    data: Any = type("Data", (), {"source": "hub", "hub": hub})
     with pytest.raises(StageError, match=f"the data set {tmp_path}/set .* could not be read"):
-        list(read(data, "main"))
+        list(read_hub(hub, "main", whole=False))
     assert not (tmp_path / "TOUCHED").exists()
 
 
@@ -187,7 +185,7 @@ def test_security_token_that_the_hub_is_shown_is_in_no_log_error_or_file(tmp_pat
     hub = MiniHub({"o/n": {COMMIT: files}}, ("tokenizer.json", "api") if refusal else (), refusal or 403)
     with hub.serve() as url:
         pinned = ["+model.tokenizer.path=o/n", f"+model.tokenizer.revision='{COMMIT}'", "~model.tokenizer.train"]
-        choices = ["task=causal", "data=files", "data.path=-", "model=tiny-gpt2", *pinned]
+        choices = ["task=causal", "data=files", "model=tiny-gpt2", *pinned]
         ran = said("tokenize", environment(tmp_path / "hf", url), *choices, f"raw={raw}", f"out={tmp_path}/tokens")
     assert ran.startswith("exit 0" if refusal is None else "exit 1"), ran
     assert f"Bearer {TOKEN}" in hub.authorizations  # or there was nothing to give away
@@ -201,7 +199,7 @@ def test_security_token_is_not_in_what_download_says_of_a_data_set_that_is_refus
     with hub.serve() as url:
         ran = said("download", environment(tmp_path / "hf", url), "data=hub", "data.path=-", f"out={tmp_path}/raw")
     assert ran.startswith("exit 1"), ran
-    assert "the Hub has no data set dany0407/eli5_category at revision main" in ran
+    assert "the data set dany0407/eli5_category cannot be read at revision main: access is refused (HTTP 401)" in ran
     assert f"Bearer {TOKEN}" in hub.authorizations
     assert TOKEN not in ran
     assert holders(tmp_path) == []

@@ -1,0 +1,219 @@
+"""What may happen between a client and the Hub, and what is said then: for tests and benchmarks/hub_cases.py."""
+
+import contextlib
+import dataclasses
+import gzip
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from data_helpers import REPOSITORY, questions
+from mini_hub import MiniHub
+
+COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
+NAMES = ["tokenizer.json", "vocab.json", "tokenizer_config.json"]
+REMOTE = {"tokenizer.json": b"the tokenizer", "tokenizer_config.json": b"its settings"}
+GATED = {"failing": ("api", *NAMES, "README.md", "data/train.parquet"), "headers": {"X-Error-Code": "GatedRepo"}}
+LIMIT_SECONDS = 15.0  # what a Hub that gives nothing may cost
+
+
+def parquet(rows: list[Any]) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), stream)
+    return stream.getvalue()
+
+
+def lines(rows: list[Any]) -> bytes:
+    return gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0)
+
+
+def records(number: int = 200) -> list[Any]:
+    """Records nested as ELI5's are."""
+    return [{"title": row["title"], "answers": {"text": row["answers.text"]}} for row in questions(number)]
+
+
+REPOSITORIES: dict[str, dict[str, dict[str, bytes]]] = {
+    "o/n": {COMMIT: REMOTE},
+    "datasets/o/n": {COMMIT: {"data/train.parquet": parquet(records())}},
+    "datasets/o/lines": {COMMIT: {"train.json.gz": lines(records())}},
+    "datasets/o/script": {
+        COMMIT: {"script.py": b"raise SystemExit('it ran')", "README.md": b"# Script"},
+        OTHER: {"default/train/0000.parquet": parquet(records())},
+    },
+}
+
+MODEL_CLIENT = """
+import json, sys
+from stages.errors import StageError
+from stages.pretrained import pinned_files
+try:
+    found = pinned_files("model", sys.argv[1], sys.argv[2], None, sys.argv[3].split(","), ["tokenizer.json"])
+except StageError as error:
+    sys.exit(f"StageError: {error}")
+print(json.dumps({name: file.read_text() for name, file in found.items()}))
+"""
+
+
+class Client:
+    """Asks the Hub at `url` in a new process, which has the cache below `place`."""
+
+    def __init__(self, place: Path, url: str) -> None:
+        kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HUGGING"))}
+        own = {"HF_HOME": str(place / "hf"), "HF_ENDPOINT": url, "NO_PROXY": "127.0.0.1"}
+        own |= {"PYTHONPATH": str(REPOSITORY), "LM_REPRO_CACHE": str(place / "lm-repro")}
+        self.environment, self.place = kept | own, place
+
+    def process(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *command],
+            env=self.environment | environment,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+
+    def run(
+        self, repository: str = "o/n", revision: str = COMMIT, names: list[str] = NAMES, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Files of a model."""
+        return self.process("-c", MODEL_CLIENT, repository, revision, ",".join(names), **environment)
+
+    def fetch(self, *arguments: Any, **environment: str) -> Any:
+        """File name to content, of a model."""
+        done = self.run(*arguments, **environment)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def error(self, *arguments: Any, **environment: str) -> str:
+        """The words of the StageError."""
+        done = self.run(*arguments, **environment)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("StageError: "), done.stderr
+        return done.stderr
+
+    def download(
+        self, repository: str = "o/n", revision: str = COMMIT, max_records: int | None = 100, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Stage download on a data set, whose outs then stand in `place`/raw."""
+        hub = [f"data.hub.id={repository}", f"data.hub.revision='{revision}'"]
+        split = ["data.split.train=0.4", "data.split.validation=0.3", "data.split.test=0.3"]
+        amount = [f"data.max_records={max_records or 'null'}", "data.count_near_duplicates=false"]
+        out = ["data=hub", "data.path=-", f"out={self.place}/raw"]
+        return self.process("-m", "stages.download", *hub, *split, *amount, *out, **environment)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    words: tuple[str, ...] = ()
+    """What the error says; none: the client gets what it asks for."""
+    hub: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What the Hub is told."""
+    warm: bool = False
+    """After a run that nothing disturbed."""
+    gone: bool = False
+    """The server is gone."""
+    repository: str = "o/n"
+    revision: str = COMMIT
+    whole: bool = False
+    """All files of a data set; else the first records."""
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What is said on the way."""
+
+
+HANGS = {"seconds": 60.0}
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+ACCESS = ("access is refused (HTTP 401)", "accept its terms on http://127.0.0.1", "hf auth login", "HF_TOKEN")
+
+MODELS = [
+    Case("first run"),
+    Case("cached run", warm=True),
+    Case("server gone, warm cache", warm=True, gone=True),
+    Case("server gone, cold cache", ("cannot be reached", "http://127.0.0.1", "tools.pin_model", "HF_HOME"), gone=True),
+    Case("offline, warm cache", warm=True, environment=OFFLINE),
+    Case("offline, cold cache", ("HF_HUB_OFFLINE is set", "tools.pin_model"), environment=OFFLINE),
+    Case("gated (401)", ACCESS, {**GATED, "refusal": 401}),
+    Case("gated (403)", ("access is refused (HTTP 403)", *ACCESS[1:]), {**GATED, "refusal": 403}),
+    Case("no such repository (404)", ("there is none", "/o/absent)", "check its name"), repository="o/absent"),
+    Case("no such revision", ("it has no such revision", "/o/n/commits/main"), revision=OTHER),
+    Case("500, then success", hub={"failures": 1, "refusal": 500}, notes=("HTTP 500: trying again",)),
+    Case("500 for ever", ("HTTP 500",), {"failures": 99, "refusal": 500}),
+    Case("download cut in the middle", hub={"cut": 1}),
+    Case("slow server (1 s an answer)", hub={"seconds": 1.0}),
+    Case("server that hangs", ("no answer in time",), HANGS),
+    Case("server that hangs within a file", ("no answer in time",), {"stall": 60.0}),
+]  # fmt: skip
+DATA = [
+    Case("first run"),
+    Case("first run, all records", whole=True),
+    Case("first run, json.gz", repository="o/lines"),
+    Case("first run, json.gz, all records", repository="o/lines", whole=True),
+    Case("branch", revision="main", hub={"branches": {"main": COMMIT}}),
+    Case("cached run", warm=True),
+    Case("cached run, all records", warm=True, whole=True),
+    Case("server gone, warm cache, all records", warm=True, gone=True, whole=True, notes=("only a copy in the cache",)),
+    Case("server gone, first records", ("127.0.0.1", "data.name=files", "is in no cache"), warm=True, gone=True),
+    Case("server gone, cold cache", ("cannot be reached", "http://127.0.0.1", "data.name=files"), gone=True,
+         revision="main"),
+    Case("offline, warm cache, all records", warm=True, whole=True, environment=OFFLINE),
+    Case("offline, cold cache", ("HF_HUB_OFFLINE is set", "data.name=files"), revision="main", environment=OFFLINE),
+    Case("gated (401)", ACCESS, {**GATED, "refusal": 401}),
+    Case("gated files (403)", ("access is refused", *ACCESS[1:]),
+         {**GATED, "failing": GATED["failing"][1:], "refusal": 403}),
+    Case("no such data set (404)", ("there is none", "/datasets/o/absent)", "check its name"), repository="o/absent"),
+    Case("no such revision", ("it has no such revision", "/datasets/o/n/commits/main"), revision=OTHER),
+    Case("script", ("it is a script", "never run", "refs/convert/parquet"), repository="o/script"),
+    Case("script, its copy in Parquet", repository="o/script", revision="refs/convert/parquet",
+         hub={"branches": {"refs/convert/parquet": OTHER}}),
+    Case("500, then success", hub={"failures": 1, "refusal": 500}, notes=("HTTP 500: trying again",)),
+    Case("500 for ever", ("HTTP 500",), {"failures": 999, "refusal": 500}),
+    Case("download cut in the middle", hub={"cut": 1}),
+    Case("download cut in the middle, all records", hub={"cut": 1}, whole=True),
+    Case("slow server (1 s an answer)", hub={"seconds": 1.0}),
+    Case("server that hangs", ("no answer in time",), HANGS),
+    Case("server that hangs within a file", ("no answer in time",), {"stall": 60.0}),
+    Case("server that hangs within a file, all records", ("no answer in time",), {"stall": 60.0}, whole=True),
+]  # fmt: skip
+
+
+@dataclasses.dataclass
+class Outcome:
+    seconds: float
+    failed: bool
+    said: str
+    """On stderr: the addresses' ports apart."""
+
+
+def outcome(case: Case, kind: str, place: Path) -> Outcome:
+    """What a client of `kind`, model or data, gets in `case`, with its cache below `place`."""
+    hub = MiniHub(REPOSITORIES)
+
+    def ask(url: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        client = Client(place, url)
+        if kind == "model":
+            return client.run(case.repository, case.revision, **environment)
+        return client.download(case.repository, case.revision, None if case.whole else 100, **environment)
+
+    with contextlib.ExitStack() as serving:
+        url = serving.enter_context(hub.serve())
+        if case.warm:
+            assert ask(url).returncode == 0
+        for name, value in case.hub.items():
+            setattr(hub, name, value)
+        if case.gone:
+            serving.close()
+        started = time.monotonic()
+        done = ask(url, **case.environment)
+        seconds = time.monotonic() - started
+    return Outcome(seconds, done.returncode != 0, re.sub(r"(127\.0\.0\.1):\d+", r"\1", done.stderr))
