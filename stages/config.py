@@ -269,6 +269,15 @@ class Model:
         return self
 
 
+def origin(source: TokenizerSource | Model) -> dict[str, Any] | None:
+    """For a ledger, what `source` is pinned to: a Hub revision, or the hashes of local files, wherever they stand."""
+    if source.path is None:
+        return None
+    if source.revision is not None:
+        return {"path": source.path, "revision": source.revision}
+    return {"path": Path(source.path).name, "files": source.files}
+
+
 def check_task(model: Model, task: str) -> None:
     """Raise ValueError unless `model` is for `task`."""
     if model.task != task:

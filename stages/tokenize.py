@@ -20,7 +20,7 @@ from pydantic import ValidationInfo, field_validator
 
 from stages.app import run
 from stages.artifacts import SPLITS, ShardWriter, TokenIds, staged, to_arrow, versions, write_json
-from stages.config import Flatten, ModelTokenizer, Tokenize, TokenizerSource, part
+from stages.config import Flatten, ModelTokenizer, Tokenize, TokenizerSource, origin, part
 from stages.encoding import Decoder, Encoded, Engine, choose_engine
 from stages.errors import StageError
 from stages.pretrained import TOKENIZER_FILES, VOCABULARY_FILES, pinned_files
@@ -90,11 +90,13 @@ def main(config: TokenizeConfig) -> None:
                 split,
                 *(ledger[key] for key in ("documents", "tokens", "bytes")),
             )
-        libraries = versions("fastokens", "numpy", "pyarrow", "tokenizers")
-        write_json(
-            directory / "stats.json",
-            {"vocabulary": asdict(vocabulary), "engine": engine_name, "versions": libraries},
-        )
+        ledger = {
+            "tokenizer": origin(config.model.tokenizer),  # null: trained here
+            "vocabulary": asdict(vocabulary),
+            "engine": engine_name,
+            "versions": versions("fastokens", "numpy", "pyarrow", "tokenizers"),
+        }
+        write_json(directory / "stats.json", ledger)
     log.info("-> %s", config.out)
 
 

@@ -29,6 +29,7 @@ from stages.config import (
     Seed,
     check_isolation,
     check_task,
+    origin,
     part,
 )  # fmt: skip
 from stages.errors import StageError
@@ -186,7 +187,7 @@ def write(config: TrainConfig, trainer: "BlockTrainer", use_cache: bool | None) 
         free_copy(tokens / "tokenizer", directory, leave=["config.json"])
     with staged(config.report) as directory:
         write_curves(trainer.state.log_history, directory)
-        write_json(directory / "stats.json", ledger(trainer))
+        write_json(directory / "stats.json", ledger(config.model, trainer))
 
 
 def keep_compiled() -> None:
@@ -250,10 +251,12 @@ def write_curves(history: list[dict[str, float]], directory: Path) -> None:
                 live.log_metric("validation/loss", float(entry["eval_loss"]))
 
 
-def ledger(trainer: "BlockTrainer") -> dict[str, Any]:
-    """What training saw; nothing that varies between two equal runs."""
+def ledger(model: Model, trainer: "BlockTrainer") -> dict[str, Any]:
+    """What training began with and saw; nothing that varies between two equal runs."""
     state = trainer.state
     return {
+        "model": origin(model),  # null: from its config alone
+        "from_scratch": model.from_scratch,
         "blocks": len(trainer.train_dataset),
         "steps": state.global_step,
         "epochs": state.epoch,
