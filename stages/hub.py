@@ -121,13 +121,13 @@ def hub_unreachable() -> str:
     if not isinstance(session, PatientClient):
         hooks = session.event_hooks
         set_client_factory(lambda: PatientClient(event_hooks=hooks, follow_redirects=True))
+    host = httpx.URL(constants.ENDPOINT).host
+    _silent.pop(host, None)
     try:
         httpx.head(constants.ENDPOINT, timeout=ANSWER_SECONDS)
     except Exception as error:  # whatever it is: no answer is no answer
-        reason = f"{constants.ENDPOINT}: {_words(error)}"
-        _silent[httpx.URL(constants.ENDPOINT).host] = reason
-        return reason
-    return ""
+        _silent[host] = f"{constants.ENDPOINT}: {_words(error)}"
+    return _silent.get(host, "")
 
 
 def page_of(repository: str, kind: str = "") -> str:
@@ -143,6 +143,8 @@ def explain(error: BaseException, page: str) -> str:
     answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
     status = answer.response.status_code if answer is not None else None
     words = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, HubSilentError):
+        return f"{words}: the Hub fails, try again later (https://status.huggingface.co tells of its state)"
     if isinstance(answer, RevisionNotFoundError):
         return f"it has no such revision: {page}/commits/main lists its commits"
     if isinstance(answer, RepositoryNotFoundError) and not isinstance(answer, GatedRepoError):

@@ -88,7 +88,7 @@ def _explain(error: Exception, hub: HubData, whole: bool) -> str:
             "it is a script, and code of others is never run. The Hub keeps a copy in Parquet of most such data sets:"
             " set hub.revision: refs/convert/parquet, or choose another data set"
         )
-    streamed = "" if whole else "\n  (What max_records has read in part is in no cache; with max_records: null it is.)"
+    streamed = "" if whole else "\n  (max_records streams, which fills no cache; max_records: null fills one.)"
     return explain(error, _page(hub)) + (WAYS_ON + streamed if isinstance(error, OSError) else "")
 
 

@@ -163,7 +163,7 @@ DATA = [
     Case("cached run", warm=True),
     Case("cached run, all records", warm=True, whole=True),
     Case("server gone, warm cache, all records", warm=True, gone=True, whole=True, notes=("only a copy in the cache",)),
-    Case("server gone, first records", ("127.0.0.1", "data.name=files", "is in no cache"), warm=True, gone=True),
+    Case("server gone, first records", ("127.0.0.1", "data.name=files", "fills no cache"), warm=True, gone=True),
     Case("server gone, cold cache", ("cannot be reached", "http://127.0.0.1", "data.name=files"), gone=True,
          revision="main"),
     Case("offline, warm cache, all records", warm=True, whole=True, environment=OFFLINE),

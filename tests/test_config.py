@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from stages.config import CONF, load
+from stages.config import CONF, TokenizerSource, TrainedTokenizer, load, origin
 from stages.errors import ConfigError
 from tools.check import schema_of
 
@@ -140,6 +140,13 @@ def test_config_missing_groups_and_values_are_named_without_their_parts() -> Non
     with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(ConfigError) as error:
         load(schema_of("train"), compose("train"), "train", unchosen=["model"])
     assert "model is not chosen: add model=NAME, one of distilgpt2, distilroberta, gpt2, " in str(error.value)
+
+
+def test_config_origin_names_what_a_source_is_pinned_to_and_not_where_it_stands() -> None:
+    assert origin(TokenizerSource(path="o/n", revision="0f")) == {"path": "o/n", "revision": "0f"}
+    assert origin(TokenizerSource(path="/here/n", files={"a": "0f"})) == {"path": "n", "files": {"a": "0f"}}
+    trained = TrainedTokenizer(vocab_size=300, special_tokens={})
+    assert origin(TokenizerSource(train=trained)) is None
 
 
 def test_config_warmup_ratio_is_taken_as_the_library_once_did() -> None:

@@ -164,7 +164,14 @@ def test_hub_files_in_another_revision_are_not_taken_for_these(tmp_path: Path) -
         assert client.fetch("o/n", other) == {"tokenizer.json": "another"}
 
 
-@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if case.name.endswith(("within a file", "for ever")) else ())
+        for case in MODELS
+    ],
+    ids=lambda case: case.name,
+)
 def test_hub_files_in_every_case_come_or_are_an_error_that_shows_the_way_on(case: Case, tmp_path: Path) -> None:
     found = outcome(case, "model", tmp_path)
     assert found.failed == bool(case.words), found.said
