@@ -153,6 +153,6 @@ def explain(error: BaseException, page: str) -> str:
             " HF_TOKEN"
         )
     if status in (401, 403) or "gated" in words:
-        said = f"HTTP {status}" if status else words
+        said = f"HTTP {status}" if status else "it is gated"
         return f"access is refused ({said}): accept its terms on {page}, then `hf auth login`, or set HF_TOKEN"
     return words

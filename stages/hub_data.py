@@ -10,7 +10,7 @@ from stages.artifacts import write_text
 from stages.cache import cache_directory
 from stages.config import HubData
 from stages.errors import StageError
-from stages.hub import ANSWER_SECONDS, FAILURES, explain, hub_unreachable, page_of
+from stages.hub import ANSWER_SECONDS, FAILURES, HubSilentError, explain, hub_unreachable, page_of
 from stages.sources import Row, own_split
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def resolve_commit(hub: HubData) -> str:
         commit = str(HfApi().dataset_info(hub.id, revision=hub.revision, timeout=ANSWER_SECONDS).sha)
     except FAILURES as error:
         raise StageError(
-            f"the data set {hub.id} cannot be read at revision {hub.revision}: {explain(error, _page(hub))}{WAYS_ON}"
+            f"the data set {hub.id} cannot be read at revision {hub.revision}: {_explain(error, hub)}"
         ) from None
     if not COMMIT.fullmatch(hub.revision):
         _notice_move(hub, commit)
@@ -74,26 +74,27 @@ def read_hub(hub: HubData, commit: str, whole: bool) -> Iterator[Row]:
             for index, value in enumerate(rows):
                 yield Row(f"{hub.id}[{name}]:{index}", own_split(name), value)
         except (*FAILURES, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            if isinstance(error, OSError) and error.strerror:  # the system's: a full disk
-                raise
+            reason: Exception = error
+            if isinstance(error, datasets.exceptions.DatasetsError) and isinstance(error.__cause__, Exception):
+                reason = error.__cause__  # "An error occurred while generating the dataset" says nothing
+            if isinstance(reason, OSError) and reason.strerror:  # the system's: a full disk
+                raise reason from None
+            words = _explain(reason, hub)
+            if not whole and WAYS_ON in words:
+                words += "\n  (max_records streams, which fills no cache; max_records: null fills one.)"
             raise StageError(
-                f"the data set {hub.id} (revision {commit}, split {name}) could not be read: "
-                + _explain(error, hub, whole)
+                f"the data set {hub.id} (revision {commit}, split {name}) could not be read: {words}"
             ) from None
 
 
-def _explain(error: Exception, hub: HubData, whole: bool) -> str:
+def _explain(error: Exception, hub: HubData) -> str:
     if "scripts are no longer supported" in str(error):
         return (
             "it is a script, and code of others is never run. The Hub keeps a copy in Parquet of most such data sets:"
             " set hub.revision: refs/convert/parquet, or choose another data set"
         )
-    streamed = "" if whole else "\n  (max_records streams, which fills no cache; max_records: null fills one.)"
-    return explain(error, _page(hub)) + (WAYS_ON + streamed if isinstance(error, OSError) else "")
-
-
-def _page(hub: HubData) -> str:
-    return page_of(hub.id, "datasets/")
+    silent = isinstance(error, HubSilentError | ConnectionError)  # the latter: offline, in the words of datasets
+    return explain(error, page_of(hub.id, "datasets/")) + (WAYS_ON if silent else "")
 
 
 def _memory(hub: HubData) -> Path:
