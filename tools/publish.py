@@ -23,7 +23,8 @@ from stages.app import describe
 from stages.artifacts import write_text
 from stages.config import CONF, load, whole
 from stages.errors import StageError
-from stages.pretrained import CONVERT, PICKLES, hub_unreachable
+from stages.hub import hub_unreachable
+from stages.pretrained import CONVERT, PICKLES
 from tools.card import Run, make_card
 
 TASKS = ("causal", "mlm")
