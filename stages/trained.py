@@ -1,6 +1,8 @@
 """What train writes and evaluate reads: a model, or low-rank additions to one (LoRA, through peft)."""
 
 import json
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ from pydantic import TypeAdapter
 from stages.artifacts import damaged, read_json, write_json
 from stages.config import Adapter, Model
 from stages.errors import StageError
+
+log = logging.getLogger(__name__)
 
 ADDITIONS = "adapter_model.safetensors"
 BASE = "base.json"  # beside additions alone: the config of the model that they are added to
@@ -23,6 +27,8 @@ def add_adapter(model: Any, adapter: Adapter, source: Model, seed: int) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
 
+    # transformers' message to peft, not to us.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=adapter.rank,
@@ -36,6 +42,7 @@ def add_adapter(model: Any, adapter: Adapter, source: Model, seed: int) -> Any:
     except ValueError as error:
         raise StageError(f"adapter.targets={adapter.targets}: {' '.join(str(error).split())}") from None
     config.base_model_name_or_path, config.revision = source.path, source.revision  # not the files it was read from
+    log.info("adapter: %.2f M parameters are trained", adapted.get_nb_trainable_parameters()[0] / 1e6)
     return adapted
 
 

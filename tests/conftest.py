@@ -98,7 +98,8 @@ def overrides(corpus: Path) -> Callable[..., list[str]]:
         common = [f"task={task}", "hardware=cpu", "hardware.num_threads=1", f"tokens={corpus}/tokens/{task}"]
         model = [*MODELS[task], "model.max_positions=64", "seed=42"]
         windows = ["evaluate.context=16"]
-        training = ["block_size=16", "learning_rate=0.01", "num_train_epochs=2", "batch_size=8"]
+        adapter = [] if any(item.startswith("adapter=") for item in more) else ["adapter=none"]
+        training = [*adapter, "block_size=16", "learning_rate=0.01", "num_train_epochs=2", "batch_size=8"]
         files = {
             "baseline": [f"out={out}/baseline.json"],
             "train": [f"blocks={corpus}/blocks-16/{task}", f"out={out}/model", f"report={out}/report"],

@@ -139,7 +139,7 @@ def test_config_all_problems_are_reported_at_once() -> None:
 def test_config_missing_groups_and_values_are_named_without_their_parts() -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(ConfigError) as error:
         load(schema_of("train"), compose("train"), "train", unchosen=["model"])
-    assert "model is not chosen: add model=NAME, one of distilgpt2, distilroberta, gpt2, " in str(error.value)
+    assert "model is not chosen: add model=NAME, one of bert, distilgpt2, distilroberta, " in str(error.value)
 
 
 def test_config_origin_names_what_a_source_is_pinned_to_and_not_where_it_stands() -> None:

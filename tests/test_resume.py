@@ -115,6 +115,20 @@ def test_training_killed_again_and_again_ends_with_the_same_bytes(run_toy, undis
     assert contents(tmp_path) == undisturbed("causal", *more)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_training_of_an_adapter_killed_ends_with_the_same_bytes(run_toy, undisturbed, kill_at, caplog, tmp_path, task):
+    more = [*EVERY, "adapter=lora", "adapter.dropout=0.1"]
+    kill_at(5)
+    with pytest.raises(Killed):
+        run_toy("train", task, tmp_path, *more)
+    kill_at(None)
+    caplog.set_level("INFO")
+    run_toy("train", task, tmp_path, *more)
+    assert resumed_from(caplog) == [5]
+    assert contents(tmp_path) == undisturbed(task, *more)
+    assert contents(tmp_path)["model/model.safetensors"] != undisturbed(task, *EVERY)["model/model.safetensors"]
+
+
 BEST = ["++trainer.load_best_model_at_end=true", "++trainer.save_strategy=epoch", "++trainer.eval_strategy=epoch"]
 RUINED = ["learning_rate=5", "++trainer.lr_scheduler_type=constant_with_warmup", "++trainer.warmup_steps=20"]
 
