@@ -1,7 +1,6 @@
 """tools.generate on toy models, and the code that README.md shows for a trained model."""
 
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -109,7 +108,10 @@ def test_generate_option_out_of_range_is_refused(
 
 
 def test_generate_ends_quietly_on_ctrl_c(models: Path, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(generate, "speak", lambda _: signal.raise_signal(signal.SIGINT))
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "speak", interrupted)
     assert say(capsys, monkeypatch, models / "models/causal", "a") == ("\n", "130")
     assert capsys.readouterr().err == ""
 
