@@ -278,9 +278,11 @@ def train_plainly(
     """What a step needs at least, on the batches of the pipeline."""
     import torch
 
+    from stages.attention import use_fast_kernels
     from stages.loss import TokenLoss
     from stages.masking import IGNORED
 
+    use_fast_kernels(model)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01, fused=True)
     loss = TokenLoss(model)
     model.train().config.use_cache = False
