@@ -65,7 +65,9 @@ def converted(directory: Path, name: str, to: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quantized = AutoModelForCausalLM.from_pretrained(directory, gguf_file=name)
-    model = type(quantized)(quantized.config)  # the loaded one refuses to be saved
+    config = quantized.config
+    del config.quantization_config  # the weights are whole again
+    model = type(quantized)(config)  # the loaded one refuses to be saved
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(to)
     AutoTokenizer.from_pretrained(directory, gguf_file=name).save_pretrained(to)
