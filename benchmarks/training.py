@@ -282,7 +282,7 @@ def train_plainly(
     from stages.loss import TokenLoss
     from stages.masking import IGNORED
 
-    use_fast_kernels(model)
+    use_fast_kernels(model, config.hardware.device)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01, fused=True)
     loss = TokenLoss(model)
     model.train().config.use_cache = False

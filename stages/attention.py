@@ -15,13 +15,16 @@ from transformers.masking_utils import sdpa_mask
 NAME = "sdpa_on_cpu"
 
 
-def use_fast_kernels(model: Any) -> None:
-    """Have `model` compute the same functions by faster means; neither its weights nor its configuration change."""
+def use_fast_kernels(model: Any, device: str) -> None:
+    """Have `model`, which is to train on `device`, compute the same functions by faster means.
+
+    Neither its weights nor the configuration that is saved change.
+    """
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):  # eight passes over memory, of which each keeps its result
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    if device == "cpu" and model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)

@@ -99,7 +99,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
             nats = self._loss.sum(outputs.logits, objective.targets(labels))
             return nats / torch.clamp(num_items_in_batch, min=1)
 
-        use_fast_kernels(model)
+        use_fast_kernels(model, arguments.device.type)  # where the Trainer will put it
         super().__init__(
             model=model,
             args=arguments,

@@ -120,7 +120,7 @@ def test_use_fast_kernels_changes_neither_logits_nor_gradients_nor_what_is_saved
     for fast in (False, True):
         model = toy_model(model_type)
         if fast:
-            use_fast_kernels(model)
+            use_fast_kernels(model, "cpu")
         logits = model.train()(tokens).logits
         F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
         found.append(
@@ -131,17 +131,24 @@ def test_use_fast_kernels_changes_neither_logits_nor_gradients_nor_what_is_saved
     assert found[0][2] == found[1][2]
 
 
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_use_fast_kernels_for_another_device_leaves_its_attention(device):
+    model = toy_model("gpt2")  # on the CPU still, as a model is before the Trainer moves it
+    use_fast_kernels(model, device)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_use_fast_kernels_leaves_no_activation_of_many_passes():
     model = toy_model("gpt2", activation_function="gelu_new")
     assert any(isinstance(module, NewGELUActivation) for module in model.modules())
-    use_fast_kernels(model)
+    use_fast_kernels(model, "cpu")
     assert not any(isinstance(module, NewGELUActivation) for module in model.modules())
     assert model.config.activation_function == "gelu_new"
 
 
 def test_attention_with_dropout_keeps_no_scores_for_the_backward_pass():
     model = toy_model("gpt2", attn_pdrop=0.1)
-    use_fast_kernels(model.train())
+    use_fast_kernels(model.train(), "cpu")
     sizes = []
 
     def pack(tensor):
