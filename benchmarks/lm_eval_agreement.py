@@ -23,7 +23,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
-from stages.config import Columns
+from stages.data_config import Columns
 from stages.encoding import tokenizers_engine
 from stages.metrics import document_nats, ratio_with_error
 from stages.objectives import make_objective

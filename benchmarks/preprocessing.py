@@ -143,7 +143,7 @@ def write_documents(file: Path, number: int) -> None:
 
 def own_tokenizer(given: Path | None, directory: Path) -> Path:
     """A directory with the tokenizer `given`, or with a byte-level BPE trained on the sample, that truncates."""
-    from stages.config import TrainedTokenizer
+    from stages.model_config import TrainedTokenizer
     from stages.vocabulary import train_tokenizer
 
     if given is None:
@@ -266,7 +266,7 @@ def by_engine(place: Path, tokenizer: Path) -> float:
 
 
 def text_file(file: Path) -> Any:
-    from stages.config import Flatten
+    from stages.data_config import Flatten
     from stages.texts import TextFile
 
     return TextFile(file, Flatten(columns=["answers.text"], joiner=" "))

@@ -13,7 +13,10 @@ from pydantic import ValidationInfo, field_validator
 
 from stages.app import run
 from stages.artifacts import Documents, write_json
-from stages.config import Evaluate, Hardware, Model, ObjectiveName, Seed, check_task, part
+from stages.config import Seed, part
+from stages.hardware_config import Hardware
+from stages.model_config import Model, check_task
+from stages.task_config import Evaluate, ObjectiveName
 from stages.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from stages.app import run
 from stages.artifacts import SPLITS, staged, versions, write_json
-from stages.config import SourceData, part
+from stages.config import part
+from stages.data_config import SourceData
 from stages.duplicates import ExactDuplicates, near_duplicates
 from stages.errors import StageError
 from stages.hub_data import read_hub, resolve_commit

@@ -16,9 +16,11 @@ from pydantic import ValidationInfo, field_validator
 
 from stages.app import run
 from stages.artifacts import Blocks, Documents, damaged, read_json, write_json, write_text
-from stages.config import Evaluate, Hardware, Objective, Samples, part
+from stages.config import part
 from stages.errors import StageError
+from stages.hardware_config import Hardware
 from stages.pretrained import usable_positions
+from stages.task_config import Evaluate, Objective, Samples
 from stages.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from stages.artifacts import write_text
 from stages.cache import cache_directory
-from stages.config import HubData
+from stages.data_config import HubData
 from stages.errors import StageError
 from stages.hub import ANSWER_SECONDS, FAILURES, HubSilentError, explain, hub_unreachable, page_of
 from stages.sources import Row, own_split

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stages.artifacts import TokenIds
-from stages.config import Objective
+from stages.task_config import Objective
 from stages.vocabulary import Vocabulary
 
 Uint64 = npt.NDArray[np.uint64]

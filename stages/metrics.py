@@ -14,12 +14,12 @@ import numpy.typing as npt
 import torch
 
 from stages.artifacts import Blocks, Documents
-from stages.config import Evaluate
 from stages.errors import StageError
 from stages.loss import TokenLoss
 from stages.masking import IGNORED
 from stages.objectives import Objective, Window, evaluation_batch
 from stages.precision import full_precision
+from stages.task_config import Evaluate
 from stages.vocabulary import Vocabulary
 
 WINDOWS_AT_ONCE = 8192  # sorted by length together, so that batches hold windows of like length

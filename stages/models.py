@@ -11,8 +11,10 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from stages.config import Hardware, Model, nearest
+from stages.config import nearest
 from stages.errors import StageError
+from stages.hardware_config import Hardware
+from stages.model_config import Model
 from stages.pretrained import OFFSET_POSITIONS, pinned_files, usable_positions, weights_files
 from stages.vocabulary import Vocabulary
 

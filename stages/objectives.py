@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from stages.artifacts import TokenIds
-from stages.config import Objective as ObjectiveConfig
-from stages.config import check_isolation
 from stages.errors import StageError
 from stages.masking import EVALUATION_EPOCH, EVALUATION_SEED, IGNORED, mask_blocks
+from stages.task_config import Objective as ObjectiveConfig
+from stages.task_config import check_isolation
 from stages.vocabulary import Vocabulary
 
 NUM_PASSES = 7  # of pseudo_bits_per_byte: near 1 / 0.15, and the same for all runs

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from stages.config import Columns, Split
+from stages.data_config import Columns, Split
 
 TEXTS = pa.list_(pa.string())
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.config import Samples
 from stages.precision import full_precision
 from stages.pretrained import usable_positions
+from stages.task_config import Samples
 from stages.vocabulary import Vocabulary, load_tokenizer
 
 

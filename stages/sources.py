@@ -17,7 +17,7 @@ import fsspec.core
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.config import SourceData
+from stages.data_config import SourceData
 from stages.errors import StageError
 from stages.records import BadRecordError
 

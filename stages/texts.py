@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.artifacts import damaged, to_arrow, to_numpy
-from stages.config import Flatten
+from stages.data_config import Flatten
 
 Item = TypeVar("Item")
 _END: Any = object()

@@ -20,11 +20,14 @@ from pydantic import ValidationInfo, field_validator
 
 from stages.app import run
 from stages.artifacts import SPLITS, ShardWriter, TokenIds, staged, to_arrow, versions, write_json
-from stages.config import Flatten, ModelTokenizer, Tokenize, TokenizerSource, origin, part
+from stages.config import part
+from stages.data_config import Flatten
 from stages.encoding import Decoder, Encoded, Engine, choose_engine
 from stages.errors import StageError
+from stages.model_config import ModelTokenizer, TokenizerSource, origin
 from stages.pretrained import TOKENIZER_FILES, VOCABULARY_FILES, pinned_files
 from stages.progress import Progress
+from stages.task_config import Tokenize
 from stages.texts import TextFile, ahead
 from stages.vocabulary import Vocabulary, load_tokenizer, train_tokenizer, vocabulary_of
 

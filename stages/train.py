@@ -18,22 +18,12 @@ from stages.app import run
 from stages.artifacts import Blocks, free_copy, staged, versions, write_json
 from stages.cache import cache_directory
 from stages.checkpoints import LIBRARIES, checkpoint_directory, fingerprint
-from stages.config import (
-    Adapter,
-    CheckpointSettings,
-    EarlyStopping,
-    Hardware,
-    Model,
-    Objective,
-    Positive,
-    Seed,
-    check_isolation,
-    check_task,
-    origin,
-    part,
-)  # fmt: skip
+from stages.config import Positive, Seed, part
 from stages.errors import StageError
+from stages.hardware_config import CheckpointSettings, Hardware
 from stages.interruption import signals_as_request
+from stages.model_config import Adapter, Model, check_task, origin
+from stages.task_config import EarlyStopping, Objective, check_isolation
 from stages.trained import add_adapter, save_model
 from stages.trainer_arguments import problems, resolve
 from stages.vocabulary import Vocabulary

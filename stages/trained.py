@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from stages.artifacts import damaged, read_json, write_json
-from stages.config import Adapter, Model
 from stages.errors import StageError
+from stages.model_config import Adapter, Model
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from transformers.trainer_callback import PrinterCallback
 from stages.artifacts import Blocks
 from stages.attention import use_fast_kernels
 from stages.checkpoints import Checkpoints, damaged
-from stages.config import CheckpointSettings
 from stages.errors import StageError
+from stages.hardware_config import CheckpointSettings
 from stages.interruption import Interrupted, Request
 from stages.loss import TokenLoss
 from stages.masking import IGNORED

@@ -13,8 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from stages.artifacts import TokenIds, damaged, read_json, token_dtype
-from stages.config import TrainedTokenizer
 from stages.errors import StageError
+from stages.model_config import TrainedTokenizer
 
 log = logging.getLogger(__name__)
 

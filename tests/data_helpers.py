@@ -16,7 +16,8 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from stages.artifacts import SPLITS, ShardWriter, TokenIds, to_arrow, write_json
-from stages.config import Columns, SourceData, Split, TrainedTokenizer
+from stages.data_config import Columns, SourceData, Split
+from stages.model_config import TrainedTokenizer
 from stages.pretrained import sha256
 from stages.records import ELI5
 from stages.vocabulary import train_tokenizer

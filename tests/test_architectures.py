@@ -8,7 +8,7 @@ import torch
 import yaml
 from toys import ARCHITECTURES, TASK, VOCABULARY, objective_config, toy_blocks, toy_trainer
 
-from stages.config import Adapter, Model
+from stages.model_config import Adapter, Model
 from stages.models import build_model, load_directory
 from stages.objectives import make_objective
 from stages.pretrained import sha256

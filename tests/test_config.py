@@ -9,8 +9,9 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from stages.config import CONF, TokenizerSource, TrainedTokenizer, load, origin
+from stages.config import CONF, load
 from stages.errors import ConfigError
+from stages.model_config import TokenizerSource, TrainedTokenizer, origin
 from tools.check import schema_of
 
 STAGES = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "publish")  # which no stage composes

@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 
 from stages import download
 from stages.artifacts import SPLITS
-from stages.config import CONF, SAMPLE, Columns, HubData, SourceData, load
+from stages.config import CONF, load
+from stages.data_config import SAMPLE, Columns, HubData, SourceData
 from stages.download import DownloadConfig, main
 from stages.errors import StageError
 from stages.records import ELI5

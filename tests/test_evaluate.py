@@ -9,11 +9,11 @@ import torch
 import transformers
 
 from stages.artifacts import Documents, read_json
-from stages.config import Evaluate, Samples
 from stages.errors import ConfigError, StageError
 from stages.metrics import document_metrics
 from stages.objectives import make_objective
 from stages.samples import make_samples
+from stages.task_config import Evaluate, Samples
 from stages.trained import load_trained
 from stages.vocabulary import Vocabulary, load_tokenizer
 

@@ -16,7 +16,7 @@ from toys import toy_model
 
 from stages import app, metrics
 from stages.artifacts import SPLITS, Blocks
-from stages.config import Model
+from stages.model_config import Model
 
 # -- models ------------------------------------------------------------------------------------------------------------
 

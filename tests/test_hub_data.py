@@ -11,7 +11,7 @@ from data_helpers import contents
 from hub_cases import COMMIT, DATA, LIMIT_SECONDS, OTHER, REPOSITORIES, Case, Client, outcome, parquet, records
 from mini_hub import MiniHub
 
-from stages.config import HubData
+from stages.data_config import HubData
 from stages.hub_data import read_hub
 
 FAST = ("branch", "server gone, warm cache, all records")  # of those with data in the end, which cost imports

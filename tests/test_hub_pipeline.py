@@ -11,7 +11,7 @@ from dvc_project import ALL, ROOT, TASKS, edit, run, stages_run
 from hub_cases import COMMIT, parquet
 from mini_hub import MiniHub
 
-from stages.config import TrainedTokenizer
+from stages.model_config import TrainedTokenizer
 from stages.vocabulary import train_tokenizer
 
 VOCABULARY = 400

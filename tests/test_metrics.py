@@ -26,7 +26,7 @@ from toys import (
 )
 
 from stages.artifacts import Documents
-from stages.config import Evaluate, Flatten, TrainedTokenizer
+from stages.data_config import Flatten
 from stages.encoding import tokenizers_engine
 from stages.loss import TokenLoss
 from stages.masking import IGNORED
@@ -40,7 +40,9 @@ from stages.metrics import (
     ratio_with_error,
     window_nats,
 )
+from stages.model_config import TrainedTokenizer
 from stages.objectives import NUM_PASSES, Window, evaluation_batch, make_objective
+from stages.task_config import Evaluate
 from stages.texts import TextFile
 from stages.tokenize import tokenize_split
 from stages.vocabulary import load_tokenizer, train_tokenizer, vocabulary_of

@@ -6,8 +6,9 @@ import pytest
 import torch
 from toys import ARCHITECTURES, CAUSAL, MASKED, PAD, SIZE, TASK, VOCABULARY, toy_model
 
-from stages.config import Hardware, Model
 from stages.errors import StageError
+from stages.hardware_config import Hardware
+from stages.model_config import Model
 from stages.models import build_model, load_directory, prepare_torch
 from stages.pretrained import sha256
 from stages.vocabulary import Vocabulary

@@ -25,11 +25,11 @@ from toys import (
     wrapped,
 )
 
-from stages.config import ISOLATION_PROVEN
 from stages.errors import StageError
 from stages.masking import IGNORED
 from stages.metrics import full_precision
 from stages.objectives import NUM_PASSES, evaluation_batch, make_objective, segment_positions
+from stages.task_config import ISOLATION_PROVEN
 
 LENGTHS = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 150)), min_size=1, max_size=5)
 CONTEXTS = st.integers(4, 70)

@@ -10,7 +10,8 @@ import yaml
 from data_helpers import CAUSAL_TOKENS, MLM_TOKENS, hashes, write_bpe
 from omegaconf import OmegaConf
 
-from stages.config import CONF, Model, ModelTokenizer, load
+from stages.config import CONF, load
+from stages.model_config import Model, ModelTokenizer
 from stages.pretrained import pinned_files, weights_files
 from tools import pin_model
 

@@ -9,7 +9,7 @@ from data_helpers import split, steady
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.config import Columns
+from stages.data_config import Columns
 from stages.records import ELI5, BadRecordError, lookup, normalise, split_key, split_of, to_record
 
 COLUMNS = Columns(title="title", texts=["answers.text"])

@@ -17,7 +17,8 @@ from mini_hub import MiniHub
 
 from stages.app import names_a_target
 from stages.artifacts import SPLITS
-from stages.config import CONF, HubData, without_credentials
+from stages.config import CONF
+from stages.data_config import HubData, without_credentials
 from stages.errors import StageError
 from stages.hub_data import read_hub, resolve_commit
 from stages.pretrained import weights_files

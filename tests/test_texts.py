@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.config import Flatten
+from stages.data_config import Flatten
 from stages.errors import StageError
 from stages.texts import TextFile
 

@@ -26,8 +26,11 @@ from tokenizers import Tokenizer, models
 
 from stages import encoding
 from stages.artifacts import SPLITS, Documents
-from stages.config import CONF, Flatten, ModelTokenizer, Tokenize, TokenizerSource, TrainedTokenizer, load
+from stages.config import CONF, load
+from stages.data_config import Flatten
 from stages.errors import StageError
+from stages.model_config import ModelTokenizer, TokenizerSource, TrainedTokenizer
+from stages.task_config import Tokenize
 from stages.tokenize import FlattenData, TokenizeConfig, main
 from stages.vocabulary import Vocabulary, load_tokenizer
 

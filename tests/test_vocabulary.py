@@ -20,8 +20,8 @@ from data_helpers import (
 from tokenizers import Tokenizer
 
 from stages.artifacts import write_json
-from stages.config import TrainedTokenizer
 from stages.errors import StageError
+from stages.model_config import TrainedTokenizer
 from stages.vocabulary import Vocabulary, load_tokenizer, special_tokens, train_tokenizer, vocabulary_of
 
 SPELT_OUT = ["<|endoftext|>", "<s>", "</s>", "<pad>", "<unk>", "<mask>", "[CLS]", "[SEP]", "[MASK]"]

@@ -11,8 +11,8 @@ from data_helpers import record_batch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, TrainingArguments
 
 from stages.artifacts import Blocks, Documents, ShardWriter, to_arrow
-from stages.config import CheckpointSettings
-from stages.config import Objective as ObjectiveConfig
+from stages.hardware_config import CheckpointSettings
+from stages.task_config import Objective as ObjectiveConfig
 from stages.training import BlockTrainer
 from stages.vocabulary import Vocabulary
 
