@@ -1,6 +1,7 @@
 """What makes a module a stage: a Hydra application that checks its config, logs, and ends clearly on error."""
 
 import errno
+import gc
 import logging
 import os
 import signal
@@ -15,11 +16,13 @@ import hydra
 import psutil
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from stages.config import CONF, load
+from stages.config import CONF, choices, load
 from stages.errors import StageError
 from stages.interruption import Interrupted, end_on_signals
+from stages.terminal import help_text, show_error
 
 Schema = TypeVar("Schema")
 
@@ -56,8 +59,15 @@ REMEDIES = {
 def run(stage: str, schema: type[Schema], main: Callable[[Schema], None]) -> None:
     """Run `main` on the config that Hydra composes for `stage` from conf/ and the command line; exit 1 on an error."""
     if place := names_a_target(sys.argv[1:]):
-        sys.exit(f"{stage}: error: {place} would have Hydra call code, which none of this project's may: take it out")
+        show_error(stage, f"{place} would have Hydra call code, which none of this project's may: take it out")
+        sys.exit(1)
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        document(stage, schema, sys.modules[main.__module__].__doc__ or "")
+        return
     sys.argv[1:1] = WRITE_NOTHING
+    # Importing torch and transformers makes millions of objects that stay: looking through them again and again at the
+    # usual threshold, and once more at the end, took 2.2 of evaluate's 12.4 s.
+    gc.set_threshold(100_000, 20, 20)
 
     def job(composed: DictConfig) -> None:
         start_logging(stage)
@@ -72,10 +82,29 @@ def run(stage: str, schema: type[Schema], main: Callable[[Schema], None]) -> Non
         except Exception as error:
             if os.environ.get("LM_REPRO_DEBUG") == "1":
                 raise
-            sys.exit(f"{stage}: error: {describe(error, stage)}")
+            show_error(stage, describe(error, stage))
+            sys.exit(1)
         log.info("done in %.1f s", time.monotonic() - started)
 
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=stage)(job)()
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def document(stage: str, schema: Any, documentation: str) -> None:
+    """Print help for `stage`, with the values of the configurations that the command line chooses."""
+    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra.compose(stage, overrides)
+    except HydraException as error:
+        show_error(stage, str(error))
+        sys.exit(1)
+    root = yaml.safe_load((CONF / f"{stage}.yaml").read_text(encoding="utf-8"))
+    groups = [group for entry in root["defaults"] if isinstance(entry, dict) for group in entry]
+    choices_of = {group: choices(group) for group in groups}
+    sys.stdout.write(help_text(documentation, schema, composed, choices_of) + "\n")
 
 
 def names_a_target(arguments: list[str], conf: Path = CONF) -> str:

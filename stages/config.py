@@ -38,7 +38,9 @@ def load(schema: type[Schema], composed: DictConfig, stage: str, unchosen: list[
     try:
         return TypeAdapter(schema).validate_json(json.dumps(values))
     except ValidationError as error:
-        problems = [f"{group} is not chosen: add {group}=NAME, one of {_choices(group)}" for group in unchosen or []]
+        problems = [
+            f"{group} is not chosen: add {group}=NAME, one of {', '.join(choices(group))}" for group in unchosen or []
+        ]
         # A rule may find several things, a line each.
         found = [problem for item in error.errors() for problem in _problem(dict(item), stage).split("\n")]
         problems += [problem for problem in found if not (unchosen and problem.endswith(" is missing"))]
@@ -52,8 +54,9 @@ def _without_missing(value: Any) -> Any:
     return {key: _without_missing(item) for key, item in value.items() if item != "???"}
 
 
-def _choices(group: str) -> str:
-    return ", ".join(sorted(file.stem for file in (CONF / group).glob("*.yaml")))
+def choices(group: str) -> list[str]:
+    """Names of the configurations of a group."""
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
 def _problem(item: dict[str, Any], stage: str) -> str:

@@ -25,8 +25,11 @@ class Split:
     seed: Seed
     """Draws another hash split."""
     train: Fraction
+    """Share of the records; the three add up to 1."""
     validation: Fraction
+    """Share of the records."""
     test: Fraction
+    """Share of the records."""
 
     @model_validator(mode="after")
     def _adds_up(self) -> "Split":
@@ -75,10 +78,13 @@ class SourceData:
     """What `download` reads of conf/data/NAME.yaml."""
 
     source: Literal["sample", "files", "hub"]
+    """sample: the embedded corpus; files: those at `path`; hub: a data set of the Hugging Face Hub."""
     path: str
     """File, directory or fsspec URL; ignored by hub."""
     hub: HubData | None
+    """The data set, for source hub; null for the others."""
     columns: Columns
+    """Where ELI5's fields stand in a record."""
     filter: dict[str, Annotated[list[str | bool | int | float], Field(min_length=1)]] | None
     """Column to the values that a record may have there; a record must match all. null or {}: none."""
     text_record: Literal["file", "paragraph", "line"]
@@ -86,11 +92,13 @@ class SourceData:
     max_records: Positive | None
     """The first N records that pass the filter; null: all."""
     on_bad_record: Literal["error", "skip"]
+    """error: a malformed record ends the stage, named by file and line; skip: it is counted in the ledger."""
     deduplicate: Literal["none", "exact", "near"]
     """exact: drop documents that came before; near: and those of train that nearly stand in validation or test."""
     count_near_duplicates: bool
     """Look for near duplicates across the split where they are not dropped, too; costs memory per held-out document."""
     split: Split
+    """Which records are trained on, chosen by and reported."""
 
     @model_validator(mode="after")
     def _matches_source(self) -> "SourceData":

@@ -10,6 +10,7 @@ from stages.config import Positive, whole
 @whole
 class Hardware:
     device: Literal["cpu", "cuda", "mps"]
+    """Where the model is trained and evaluated, as torch names it."""
     num_threads: Positive
     """Threads of a process on the CPU."""
     per_device_batch_size: Positive | None

@@ -30,9 +30,13 @@ class TokenizerSource:
     """Either `train`, or `path` with a pin: a Hub `revision` or the hashes of local `files`."""
 
     train: TrainedTokenizer | None = None
+    """A byte-level BPE of its own, trained on the training split; null: the tokenizer at `path`."""
     path: str | None = None
+    """A Hub repository or a local directory."""
     revision: str | None = None
+    """Commit of a Hub repository."""
     files: dict[str, str] | None = None
+    """File name to sha256 of a local directory, as tools/pin_model writes them."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "TokenizerSource":
@@ -59,6 +63,7 @@ class Model:
     path: str | None
     """A Hub repository or a local directory; null: built from `config` alone."""
     revision: str | None
+    """Commit of a Hub repository."""
     files: dict[str, str] | None
     """File name to sha256 of a local directory, as tools/pin_model writes them."""
     from_scratch: bool

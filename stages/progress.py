@@ -1,9 +1,10 @@
 """Progress of a long loop: a bar on a terminal, a plain line now and then where the output is piped."""
 
 import logging
-import sys
 import time
 from typing import Any
+
+from stages.terminal import is_plain
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ class Progress:
         self._started = self._last_line = time.monotonic()
         self._first: int | None = None
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if not is_plain():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar

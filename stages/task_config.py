@@ -18,6 +18,7 @@ class Tokenize:
 @part
 class ObjectiveName:
     name: Literal["causal", "mlm"]
+    """causal: predict the next token; mlm: predict masked ones."""
 
 
 # Architectures for which tests prove that documents of a block do not reach each other. (transformers' masks follow
@@ -38,6 +39,7 @@ def check_isolation(objective: "Objective", model_type: str | None) -> None:
 @whole
 class Objective:
     name: Literal["causal", "mlm"]
+    """causal: predict the next token; mlm: predict masked ones."""
     isolate_documents: bool
     """Attention and positions restart at each document inside a block."""
     mlm_probability: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None

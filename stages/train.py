@@ -51,7 +51,9 @@ class TrainConfig:
     block_size: Positive
     """Tokens in a training sequence."""
     learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    """Of AdamW at its highest; trainer.lr_scheduler_type says how it falls."""
     num_train_epochs: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    """Passes over the training blocks; may be a fraction."""
     batch_size: Positive
     """Sequences in an optimizer step, whatever the hardware."""
     tokens: str

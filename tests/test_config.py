@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,9 +154,8 @@ def test_config_warmup_ratio_is_taken_as_the_library_once_did() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("flag", [["--help"], ["--cfg", "job"]])
-def test_config_stage_shows_itself_without_arguments(stage: str, flag: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", f"stages.{stage}", *flag]
+def test_config_stage_shows_its_config_without_arguments(stage: str) -> None:
+    command = [sys.executable, "-m", f"stages.{stage}", "--cfg", "job"]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=CONF.parent, check=False)
     assert shown.returncode == 0, shown.stderr
     last_key = next(iter(reversed(yaml.safe_load((CONF / f"{stage}.yaml").read_text(encoding="utf-8")))))

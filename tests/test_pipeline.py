@@ -20,7 +20,12 @@ def test_pipeline_check_and_summary_speak_of_this_run(clean: Path) -> None:
     assert "11 stages is in order" in run(clean, sys.executable, "-m", "tools.check")
     summary = run(clean, sys.executable, "-m", "tools.summary")
     figures = json.loads((clean / "metrics/causal.json").read_text())["causal"]["test"]
-    assert f"{figures['bits_per_byte']:.3f} after" in summary
+    row = next(line for line in summary.splitlines() if line.strip().startswith("causal"))
+    assert row.split()[1:5] == [
+        "tiny-gpt2",
+        "bits_per_byte",
+        *(f"{figures[key]:.3f}" for key in ("base_bits_per_byte", "bits_per_byte")),
+    ]
     assert "dvc exp run -S block_size=256" in summary
 
 

@@ -1,0 +1,104 @@
+"""What stages show: help that names every key with its meaning, plain errors where piped."""
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from stages.config import CONF
+from stages.terminal import keys
+from tools.check import schema_of
+
+STAGES = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "publish")
+
+
+def python(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    kept = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=CONF.parent,
+        env={**kept, **environment},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_terminal_keys_are_each_explained(stage: str) -> None:
+    unexplained = [key.name for key in keys(schema_of(stage)) if not key.meaning]
+    assert unexplained == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_terminal_help_names_what_a_stage_reads_and_writes_its_groups_and_all_its_keys(stage: str) -> None:
+    done = python(f"stages.{stage}", "--help")
+    assert done.returncode == 0, done.stderr
+    for part in ("Reads ", "Writes ", "Command ", "--cfg job", "--hydra-help"):
+        assert part in done.stdout
+    root = yaml.safe_load((CONF / f"{stage}.yaml").read_text(encoding="utf-8"))
+    for group in (group for entry in root["defaults"] if isinstance(entry, dict) for group in entry):
+        for name in (file.stem for file in (CONF / group).glob("*.yaml")):
+            assert name in done.stdout
+    listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ") and line.endswith(")")]
+    assert {key.name for key in keys(schema_of(stage))} <= set(listed) | set(done.stdout.split())
+    assert max(map(len, done.stdout.partition("Keys,")[2].splitlines()[1:])) <= 80
+
+
+def test_terminal_help_shows_the_values_of_the_chosen_configurations_and_their_range() -> None:
+    shown = python("stages.train", "--help", "hardware=cpu", "block_size=64", COLUMNS="200").stdout
+    assert "hardware.num_threads = 2  (int >= 1)" in shown
+    assert "block_size = 64  (int >= 1)" in shown
+    assert "seed  (int >= 0 < 4294967296)" in shown
+
+
+def test_terminal_help_with_an_unknown_choice_names_the_choices() -> None:
+    done = python("stages.train", "--help", "hardware=abacus")
+    assert done.returncode == 1
+    assert "hardware/abacus" in done.stderr
+    assert "cpu_bf16" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+WRONG = ("stages.group_texts", "block_size=0", "tokens=a", "out=b")
+
+
+def on_a_terminal(**environment: str) -> str:
+    """What the wrong command writes to a terminal."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", *WRONG]
+    process = subprocess.Popen(
+        command, stdout=theirs, stderr=theirs, cwd=CONF.parent, env={**os.environ, **environment}
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    except OSError:  # the process, the terminal's last user, has ended
+        pass
+    os.close(ours)
+    assert process.wait() == 1
+    return shown.decode()
+
+
+def test_terminal_error_is_a_panel_on_a_terminal() -> None:
+    shown = on_a_terminal(TERM="xterm")
+    assert "╭" in shown
+    assert "group_texts: error" in shown
+    assert "block_size=0" in shown
+
+
+def test_terminal_error_is_plain_under_no_color() -> None:
+    shown = on_a_terminal(TERM="xterm", NO_COLOR="1")
+    assert shown.startswith("group_texts: error: block_size=0")
+    assert "\x1b" not in shown
+
+
+def test_terminal_error_is_plain_where_piped() -> None:
+    done = python(*WRONG)
+    assert done.returncode == 1
+    assert done.stderr.startswith("group_texts: error: block_size=0")
