@@ -19,7 +19,7 @@ def main() -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("task", "model", "test split"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("before training", "after", "change"):
+    for heading in ("before", "trained", "change"):
         table.add_column(heading, no_wrap=True, justify="right")
     for task in ("causal", "mlm"):
         metrics = json.loads(Path(f"metrics/{task}.json").read_text(encoding="utf-8"))[task]["test"]
