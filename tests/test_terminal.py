@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from stages.config import CONF
-from stages.terminal import keys
+from stages.keys import keys_of
 from tools.check import schema_of
 
 STAGES = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "publish")
@@ -29,7 +29,7 @@ def python(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_terminal_keys_are_each_explained(stage: str) -> None:
-    unexplained = [key.name for key in keys(schema_of(stage)) if not key.meaning]
+    unexplained = [key.name for key in keys_of(schema_of(stage)) if not key.meaning]
     assert unexplained == []
 
 
@@ -44,15 +44,15 @@ def test_terminal_help_names_what_a_stage_reads_and_writes_its_groups_and_all_it
         for name in (file.stem for file in (CONF / group).glob("*.yaml")):
             assert name in done.stdout
     listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ") and line.endswith(")")]
-    assert {key.name for key in keys(schema_of(stage))} <= set(listed) | set(done.stdout.split())
+    assert {key.name for key in keys_of(schema_of(stage))} <= set(listed) | set(done.stdout.split())
     assert max(map(len, done.stdout.partition("Keys,")[2].splitlines()[1:])) <= 80
 
 
 def test_terminal_help_shows_the_values_of_the_chosen_configurations_and_their_range() -> None:
     shown = python("stages.train", "--help", "hardware=cpu", "block_size=64", COLUMNS="200").stdout
-    assert "hardware.num_threads = 2  (int >= 1)" in shown
-    assert "block_size = 64  (int >= 1)" in shown
-    assert "seed  (int >= 0 < 4294967296)" in shown
+    assert "hardware.num_threads = 2  (whole number from 1)" in shown
+    assert "block_size = 64  (whole number from 1)" in shown
+    assert "seed  (whole number from 0 to below 4294967296)" in shown
 
 
 def test_terminal_help_with_an_unknown_choice_names_the_choices() -> None:
