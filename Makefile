@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # uv where it is installed; where it is not, the environment brings its own.
 UV := $(shell command -v uv 2>/dev/null || echo .venv/bin/uv)
 
-.PHONY: all env check repro compare test test-all lint format requirements clean
+.PHONY: all env check repro compare report test test-all lint format requirements clean
 
 all: check
 	dvc repro
@@ -33,6 +33,9 @@ repro: check
 
 compare: env
 	@python -m tools.compare
+
+report: env
+	@python -m tools.report
 
 test: env
 	python -m pytest -q

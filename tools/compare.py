@@ -41,14 +41,28 @@ def main() -> None:
             print(f"\n{title}", *lines, sep="\n")
 
 
-def rows(revisions: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def rows(shown: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The committed revisions and their experiments that have results: name, params and metrics by file."""
-    for revision in revisions:
-        found = [revision] if revision["rev"] != "workspace" else []
-        found += [item for experiment in revision.get("experiments") or [] for item in experiment["revs"]]
-        for row in found:
-            if row.get("data") and row["data"].get("metrics"):
-                yield {"name": row["name"] or row["rev"][:7], **row["data"]}
+    for row in revisions(shown):
+        if row["rev"] != "workspace" and (row.get("data") or {}).get("metrics"):
+            yield {"name": name_of(row), **row["data"]}
+
+
+def revisions(shown: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """All that `dvc exp show --json` shows: workspace and commits, each before its experiments.
+
+    An experiment has a key `executor` more: None, or what runs it or failed to.
+    """
+    for revision in shown:
+        yield revision
+        for experiment in revision.get("experiments") or []:
+            for row in experiment["revs"]:
+                yield {**row, "executor": experiment.get("executor")}
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """What one calls a revision: its name, or the beginning of its commit."""
+    return str(row.get("name") or (row["rev"] if row["rev"] == "workspace" else row["rev"][:7]))
 
 
 def differences(found: list[dict[str, Any]]) -> list[str]:
@@ -57,8 +71,7 @@ def differences(found: list[dict[str, Any]]) -> list[str]:
     Below the table: as columns beside the metrics they would not fit into a terminal.
     """
     params = [dict(flat(row["params"])) for row in found]
-    keys = list(dict.fromkeys(key for values in params for key in values))
-    changed = [key for key in keys if len({values.get(key) for values in params}) > 1]
+    changed = differing(params)
     lines = [
         (row["name"], [f"{key}={values[key]}" for key in changed if key in values])
         for row, values in zip(found, params, strict=True)
@@ -67,8 +80,17 @@ def differences(found: list[dict[str, Any]]) -> list[str]:
     return [f"  {name:{width}}  {' '.join(values)}" for name, values in lines] if changed else []
 
 
+def differing(params: list[dict[str, str]]) -> list[str]:
+    """The keys whose values are not the same in all rows."""
+    keys = dict.fromkeys(key for values in params for key in values)
+    return [key for key in keys if len({values.get(key) for values in params}) > 1]
+
+
 def flat(files: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each param of `dvc exp show --json` under the name that `-S` knows it by, and its value as JSON."""
+    """Each param of `dvc exp show --json` under the name that `-S` knows it by, and its value as JSON.
+
+    A file that could not be read at a revision has none.
+    """
 
     def leaves(prefix: str, content: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for key, value in content.items():
@@ -78,7 +100,7 @@ def flat(files: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield f"{prefix}{key}", json.dumps(value, ensure_ascii=False)
 
     for file, content in files.items():
-        yield from leaves("" if file == "params.yaml" else f"{file}:", content["data"])
+        yield from leaves("" if file == "params.yaml" else f"{file}:", content.get("data", {}))
 
 
 def over_seeds(found: list[dict[str, Any]], split: str) -> Iterator[str]:

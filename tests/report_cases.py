@@ -1,0 +1,82 @@
+"""What `dvc exp show --json` and the outs hold of a few runs, made up and small, with hostile names and texts."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from tools.report_data import Run, read_runs
+
+HOSTILE = "<img/src=x/onerror=alert(1)>"
+SAID = "# Samples\n\n> **Why** </script><script>alert(1)</script> ![p](http://example.org/p.png) [l](javascript:x)\n"
+
+
+def figures(task: str, bits: float) -> dict[str, Any]:
+    name = {"causal": "bits_per_byte", "mlm": "pseudo_bits_per_byte"}[task]
+    values = {name: bits, f"{name}_se": 0.02, f"base_{name}": 3.8, "loss": bits * 2, "documents": 2600}
+    return {f"metrics/{task}.json": {"data": {task: {"validation": values, "test": {**values, name: bits + 0.1}}}}}
+
+
+def row(rev: str, name: str | None, block_size: int, bits: float | None, **more: Any) -> dict[str, Any]:
+    params = {"params.yaml": {"data": {"seed": 1, "block_size": block_size, "causal": {"model": "tiny"}}}}
+    metrics = {} if bits is None else {**figures("causal", bits), **figures("mlm", 3.2)}
+    stamp = None if rev == "workspace" else "2025-05-01T10:00:00"
+    return {"rev": rev, "name": name, "data": {"timestamp": stamp, "params": params, "metrics": metrics}, **more}
+
+
+def experiment(state: str | None, *rows: dict[str, Any]) -> dict[str, Any]:
+    return {"revs": list(rows), "executor": None if state is None else {"state": state}, "name": rows[0]["name"]}
+
+
+def shown() -> list[dict[str, Any]]:
+    """The workspace, a commit, and experiments: done twice, failed, queued, and one whose commit cannot be read."""
+    failed = row("e" * 40, "broken", 64, 2.5, error={"msg": "Experiment run failed", "type": ""})
+    unread = {"rev": "d" * 40, "name": None, "data": None, "error": {"msg": "no <such> commit", "type": "SCMError"}}
+    commit = row("a" * 40, "main", 128, 2.5)
+    commit["experiments"] = [
+        experiment(None, row("b" * 40, "wide", 256, 2.25)),
+        experiment("success", row("c" * 40, HOSTILE, 1024, 2.75)),
+        experiment("failed", failed),
+        experiment("queued", row("f" * 40, None, 512, 2.5)),
+        experiment(None, unread),
+    ]
+    return [row("workspace", None, 128, 2.5), commit]
+
+
+def ledgers(task: str, block_size: int) -> dict[str, Any]:
+    counts = {"train": 199, "validation": 26, "test": 25}
+    raw = {
+        "records_in": 260,
+        "records_out": counts,
+        "records_skipped": {"malformed": 0, "without_answers": 10},
+        "answers_in": 564,
+        "answers_dropped": 15,
+        "answers_of_duplicates": 0,
+    }
+    files: dict[str, Any] = {"data/raw/stats.json": raw}
+    for split, count in counts.items():
+        tokens = {"documents": count, "tokens": 500 * count + 1, "text_tokens": 499 * count, "bytes": 1500 * count}
+        blocks, dropped = divmod(tokens["tokens"], block_size)
+        files[f"data/tokens/{task}/{split}/stats.json"] = tokens
+        files[f"data/blocks/{task}/{split}/stats.json"] = {
+            "block_size": block_size,
+            "blocks": blocks,
+            "dropped": dropped,
+        }
+    return files
+
+
+def read(rev: str, paths: list[str]) -> Iterator[str | None]:
+    """Texts of each revision; the hostile experiment's mlm curves are in no cache."""
+    size = {"b": 256, "c": 1024}.get(rev[0], 128)
+    files = {path: json.dumps(value) for task in ("causal", "mlm") for path, value in ledgers(task, size).items()}
+    for task in ("causal", "mlm"):
+        files[f"reports/samples/{task}.md"] = SAID.replace("Why", "Why" if size == 128 else f"Why {size}")
+        if (rev[0], task) != ("c", "mlm"):
+            for split, every in (("train", 1), ("validation", 10)):
+                lines = [f"{step}\t{6 - size / 1000 - step / 20}" for step in range(0, 31, every)]
+                files[f"reports/train/{task}/plots/metrics/{split}/loss.tsv"] = "\n".join(["step\tloss", *lines, ""])
+    yield from map(files.get, paths)
+
+
+def runs() -> list[Run]:
+    return read_runs(shown(), read)

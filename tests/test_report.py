@@ -1,0 +1,260 @@
+"""The report: what it reads of DVC's revisions, and the page as a browser shows it."""
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dvc_project import ROOT, environment, run
+from report_cases import HOSTILE, read, runs, shown
+
+from tools.report_data import alike, curve, curve_file, flow, read_runs
+from tools.report_page import bars_of, chosen_metrics, curves_of, metric_columns, render, samples_of
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def names(found: list[Any]) -> list[str]:
+    return [run.name for run in found]
+
+
+def test_runs_are_the_workspace_the_commits_and_their_experiments() -> None:
+    assert [(run.name, run.kind) for run in runs()] == [
+        ("workspace", "workspace"),
+        ("main", "commit"),
+        ("wide", "experiment"),
+        (HOSTILE, "experiment"),
+        ("broken", "experiment"),
+        ("fffffff", "experiment"),
+        ("ddddddd", "experiment"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("broken", "failed: Experiment run failed"),
+        ("fffffff", "queued"),
+        ("ddddddd", "failed: no <such> commit"),
+        ("main", ""),
+    ],
+)
+def test_runs_without_results_of_their_own_say_why_and_have_none(name: str, state: str) -> None:
+    (found,) = (run for run in runs() if run.name == name)
+    assert found.state == state
+    assert bool(found.metrics) == bool(found.files) == (not state)
+
+
+def test_runs_with_metrics_that_cannot_be_read_have_none_and_no_error() -> None:
+    revisions = shown()
+    revisions[0]["data"]["metrics"] = {
+        "metrics/causal.json": {"error": {"msg": "no file", "type": "FileNotFoundError"}}
+    }
+    found = read_runs(revisions, read)[0]
+    assert (found.metrics, found.state) == ({}, "no metrics")
+
+
+def test_runs_name_the_outs_that_are_in_no_cache() -> None:
+    assert {run.name: run.missing for run in runs() if run.missing} == {HOSTILE: ["reports/train/mlm"]}
+
+
+def test_runs_with_the_same_files_stand_together() -> None:
+    groups = alike(runs(), [curve_file("mlm", "train")])
+    assert [names(members) for members, _ in groups] == [["workspace", "main"], ["wide"]]
+
+
+def test_curve_reads_steps_and_losses_of_dvclive() -> None:
+    assert curve("step\tloss\n10\t4.5\n20\t4.25\n") == [(10, 4.5), (20, 4.25)]
+
+
+def test_flow_counts_each_step_and_what_was_dropped() -> None:
+    records, documents, tokens, blocks = flow("causal", [run for run in runs() if run.name != HOSTILE])
+    assert [[step.total for _, step in column] for column in (records, documents, tokens)] == [[250], [250], [125_003]]
+    assert [(names(members), step.unit, step.total) for members, step in blocks] == [
+        (["workspace", "main"], "blocks of 128 tokens", 975),
+        (["wide"], "blocks of 256 tokens", 486),
+    ]
+    notes = " ".join(note for column in (records, tokens, blocks) for _, step in column for note in step.notes)
+    for said in (
+        "260 read, 10 dropped (without answers: 10)",
+        "564 answers in them, 15 dropped",
+        "253 of them special",
+    ):
+        assert said in notes
+    assert [step.notes[0].split()[0] for _, step in blocks] == [str(125_003 - 975 * 128), str(125_003 - 486 * 256)]
+
+
+def test_flow_without_ledgers_is_empty() -> None:
+    assert flow("causal", [run for run in runs() if not run.files]) == []
+
+
+def test_columns_lead_with_the_metrics_that_compare_by_validation() -> None:
+    columns = metric_columns(runs())
+    assert [column.key for column in columns if not column.extra] == [
+        "causal.validation.bits_per_byte",
+        "mlm.validation.pseudo_bits_per_byte",
+        "causal.test.bits_per_byte",
+        "mlm.test.pseudo_bits_per_byte",
+    ]
+    assert chosen_metrics(columns) == ["causal.validation.bits_per_byte", "mlm.validation.pseudo_bits_per_byte"]
+
+
+def test_curves_hold_training_and_validation_of_each_group_of_runs() -> None:
+    found = curves_of("causal", runs())
+    assert found is not None
+    assert [len(trace["x"]) for trace in found.figure.spec["data"]] == [31, 4] * 3
+    assert found.rows[1] == ("wide", "30", "4.2440", "4.2440 at step 30")
+    assert "wide: 4.2440 at step 30" in found.figure.alt
+
+
+def test_bars_stand_beside_the_model_before_training() -> None:
+    figure = bars_of("causal.validation.bits_per_byte", runs())
+    after, before = figure.spec["data"]
+    assert (after["x"], before["x"]) == ([2.5, 2.5, 2.25, 2.75], [3.8] * 4)
+    assert "wide 2.2500 (before training 3.8000)" in figure.alt
+
+
+def test_samples_of_a_model_bring_no_markup_of_their_own() -> None:
+    pages = "".join(page for _, page in samples_of("causal", runs()))
+    assert "<strong>Why</strong>" in pages
+    assert set(re.findall(r"</?(\w+)", pages)) == {"blockquote", "p", "strong"}
+
+
+def test_page_is_the_same_for_the_same_runs() -> None:
+    assert render(runs()) == render(runs())
+
+
+def test_page_holds_no_hostile_name_as_markup() -> None:
+    page = render(runs())
+    body = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert "<img" not in body and HOSTILE not in body
+
+
+@pytest.mark.parametrize("repository", [False, True])
+def test_report_before_any_results_says_what_to_run(tmp_path: Path, repository: bool) -> None:
+    if repository:
+        run(tmp_path, "git", "init", "-q")
+        run(tmp_path, "dvc", "init", "-q")
+        run(tmp_path, "git", "commit", "-q", "-m", "nothing yet")
+    env = {**environment(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tools.report"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    said = "no results yet: run `dvc repro` first" if repository else "`dvc exp show` failed"
+    assert done.stderr.splitlines()[-1] == f"report: {said}"
+    assert not (tmp_path / "reports").exists()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    file.write_text(render(runs()), encoding="utf-8")
+    return file.as_uri()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: `apt-get install chromium`")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture(params=[(1280, "light"), (400, "dark")], ids=["wide-light", "narrow-dark"])
+def page(browser: Any, report: str, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The report, opened without a console error or a request; the test may add none either."""
+    width, scheme = request.param
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda asked: complaints.append(asked.url) if asked.url != report else None)
+    page.on("dialog", lambda dialog: complaints.append(dialog.message))
+    page.goto(report)
+    page.wait_for_selector(".plot .main-svg")
+    yield page
+    page.close()
+    assert complaints == []
+
+
+def column(page: Any, index: int) -> list[str]:
+    cells = page.locator(f".sortable tbody tr > :nth-child({index})")
+    return [text.strip().split("\n")[0] for text in cells.all_inner_texts()]
+
+
+def test_page_shows_table_and_plots_and_is_no_wider_than_the_window(page: Any) -> None:
+    assert page.locator(".sortable tbody tr").count() == 7
+    assert page.locator(".plot .main-svg:first-child").count() == 4
+    assert page.locator(".plot .scatterlayer .trace").count() == 2 * 2 + 3 * 2
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_page_follows_the_readers_scheme_in_figures_too(page: Any) -> None:
+    def colors() -> tuple[str, str, str]:
+        of = "(of, what) => getComputedStyle(document.querySelector(of))[what]"
+        return tuple(
+            page.evaluate(f"([of, what]) => ({of})(of, what)", [selector, what])
+            for selector, what in (
+                ("body", "backgroundColor"),
+                (".plot .main-svg", "backgroundColor"),
+                (".plot .xtick text", "fill"),
+            )
+        )
+
+    before = colors()
+    assert before[0] == before[1]
+    light = page.evaluate("matchMedia('(prefers-color-scheme: light)').matches")
+    page.emulate_media(color_scheme="dark" if light else "light")
+    page.wait_for_timeout(300)
+    after = colors()
+    assert after[0] == after[1]
+    assert all(one != other for one, other in zip(before, after, strict=True))
+
+
+def test_page_sorts_by_click_and_by_keyboard_with_empty_cells_last(page: Any) -> None:
+    page.click(".sortable th:nth-child(2) button")
+    assert column(page, 2) == ["64", "128", "128", "256", "512", "1024", ""]
+    page.keyboard.press("Enter")
+    assert column(page, 2) == ["1024", "512", "256", "128", "128", "64", ""]
+    assert page.locator("[aria-sort=descending]").inner_text().strip() == "block_size"
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    assert column(page, 3) == ["2.2500", "2.5000", "2.5000", "2.7500", "", "", ""]
+    assert page.locator("[aria-sort=ascending], [aria-sort=descending]").count() == 1
+
+
+def test_page_shows_all_metrics_when_asked(page: Any) -> None:
+    hidden = page.locator(".sortable th.extra").first
+    assert not hidden.is_visible()
+    page.check("#all-metrics")
+    assert hidden.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_page_names_what_it_shows_to_those_who_do_not_see_it(page: Any) -> None:
+    assert page.locator("html").get_attribute("lang") == "en"
+    alts = [plot.get_attribute("aria-label") or "" for plot in page.locator(".plot[role=img]").all()]
+    assert len(alts) == 4 and all("main" in alt for alt in alts)
+    assert page.locator("table:not(.sample table):not(:has(caption))").count() == 0
+    levels = [
+        int(level) for level in page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => h.tagName[1])")
+    ]
+    assert levels[0] == 1 and all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def test_report_of_the_pipeline_shows_its_experiments_curves_samples_and_ledgers(clean: Path) -> None:
+    run(clean, sys.executable, "-m", "tools.report")
+    page = (clean / "reports/report.html").read_text(encoding="utf-8")
+    specs = [json.loads(text) for text in re.findall(r'<script type="application/json">(.*?)</script>', page)]
+    curves = [trace for spec in specs for trace in spec["data"] if trace.get("mode")]
+    assert len(specs) == 4
+    assert len(curves) == 4 and all(trace["name"] == "main" for trace in curves)
+    assert "The sky is blue because" in page and "blocks of 64 tokens" in page and "in no cache" not in page

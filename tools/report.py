@@ -1,0 +1,42 @@
+"""Write reports/report.html: experiments, loss curves, metrics, samples and data on one page that needs no network.
+
+Command python -m tools.report [-n 3 | --all-commits | ...]
+
+Options are those of `dvc exp show` that choose revisions; without any, they are the workspace, the last commit and the
+experiments that started from it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tools.report_data import read_files, read_runs
+from tools.report_page import render
+
+OUT = Path("reports/report.html")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, prog="python -m tools.report", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _, options = parser.parse_known_args()
+    command = ["dvc", "exp", "show", "--json", *options]
+    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if shown.returncode:  # DVC has said why
+        sys.exit("report: `dvc exp show` failed")
+    runs = read_runs(json.loads(shown.stdout), read_files)
+    if not any(run.metrics for run in runs):
+        sys.exit("report: no results yet: run `dvc repro` first")
+    page = render(runs)
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    aside = OUT.with_name(f".tmp-{OUT.name}")
+    aside.write_text(page, encoding="utf-8")
+    aside.replace(OUT)
+    print(f"{OUT}: {len(runs)} runs, {OUT.stat().st_size / 1e6:.1f} MB. Open it in a browser.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""What the report shows, read from DVC: each revision's params, metrics, curves, samples and ledgers."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from dvc.api import DVCFileSystem
+from dvc.exceptions import DvcException
+
+from tools.compare import flat, name_of, revisions
+
+SPLITS = ("train", "validation", "test")
+
+
+class Run(NamedTuple):
+    """A revision: the workspace, a commit or an experiment."""
+
+    name: str
+    kind: str
+    """workspace, commit or experiment."""
+    state: str
+    """Why there are no results: "queued", say, or DVC's words on what failed; empty where there are."""
+    created: str
+    """When it was committed, in ISO 8601 to the minute; empty for the workspace."""
+    params: dict[str, str]
+    """Each under the name that `-S` knows it by, its value as JSON."""
+    metrics: dict[str, float]
+    """Such as causal.validation.bits_per_byte."""
+    files: dict[str, str]
+    """Path to text of the small outs that could be read."""
+    missing: list[str]
+    """The outs that could not: in no cache."""
+
+
+def read_runs(shown: list[dict[str, Any]], read: Callable[[str, list[str]], Iterator[str | None]]) -> list[Run]:
+    """A run for each row of `dvc exp show --json`.
+
+    `read(rev, paths)` gives the text of each path at a revision, None where there is none.
+    """
+    rows = list(revisions(shown))
+    # What is queued or failed holds the figures of the commit it starts from: they are not its own.
+    metrics = [{} if failure(row) else dict(numbers((row.get("data") or {}).get("metrics") or {})) for row in rows]
+    paths = [path for task in tasks(metrics) for path in small_outs(task)]
+    runs = []
+    for row, figures in zip(rows, metrics, strict=True):
+        data = row.get("data") or {}
+        texts = dict(zip(paths, read(row["rev"], paths), strict=True)) if figures else {}
+        runs.append(
+            Run(
+                name=name_of(row),
+                kind="workspace" if row["rev"] == "workspace" else "experiment" if "executor" in row else "commit",
+                state=failure(row) or ("" if figures else "no metrics"),
+                created=(data.get("timestamp") or "")[:16],
+                params=dict(flat(data.get("params") or {})),
+                metrics=figures,
+                files={path: text for path, text in texts.items() if text is not None},
+                missing=sorted({out_of(path) for path, text in texts.items() if text is None}),
+            )
+        )
+    return runs
+
+
+def numbers(files: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Each number of metrics files under its dotted name; a file that could not be read has none."""
+    for name, value in flat({"params.yaml": {"data": merged(files)}}):
+        number = json.loads(value)
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            yield name, number
+
+
+def merged(files: dict[str, Any]) -> dict[str, Any]:
+    """The content of all metrics files: each holds its task alone."""
+    return {task: splits for file in files.values() for task, splits in (file.get("data") or {}).items()}
+
+
+def failure(row: dict[str, Any]) -> str:
+    """Why a row has no results of its own; empty where it should have."""
+    if row.get("error"):
+        return f"failed: {row['error']['msg']}"
+    state = (row.get("executor") or {}).get("state", "success")
+    return "" if state == "success" else str(state)
+
+
+def tasks(metrics: list[dict[str, float]]) -> list[str]:
+    """The tasks that any row has figures of."""
+    return list(dict.fromkeys(name.split(".")[0] for figures in metrics for name in figures))
+
+
+def small_outs(task: str) -> list[str]:
+    """The files that the report reads of a task, those of all tasks among them."""
+    return [*ledger_files(task), *(curve_file(task, split) for split in SPLITS[:2]), samples_file(task)]
+
+
+def ledger_files(task: str) -> list[str]:
+    kinds = (f"data/{kind}/{task}" for kind in ("tokens", "blocks"))
+    return ["data/raw/stats.json", *(f"{kind}/{split}/stats.json" for kind in kinds for split in SPLITS)]
+
+
+def curve_file(task: str, split: str) -> str:
+    return f"reports/train/{task}/plots/metrics/{split}/loss.tsv"
+
+
+def samples_file(task: str) -> str:
+    return f"reports/samples/{task}.md"
+
+
+def out_of(path: str) -> str:
+    """The out of dvc.yaml that holds `path`."""
+    return path if path.endswith(".md") else "/".join(path.split("/")[: 2 if path.startswith("data/raw/") else 3])
+
+
+def read_files(rev: str, paths: list[str]) -> Iterator[str | None]:
+    """The text of each path at a revision, from DVC's cache or its remote; None where it is in neither.
+
+    The revision `workspace` is the files as they stand there, and what DVC knows of those that do not.
+    """
+    files = DVCFileSystem(rev=None if rev == "workspace" else rev)
+    for path in paths:
+        try:
+            yield files.read_text(path, encoding="utf-8")
+        except (OSError, DvcException):
+            yield None
+
+
+def curve(text: str) -> list[tuple[int, float]]:
+    """(step, loss) pairs of a file that dvclive wrote."""
+    return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(io.StringIO(text), delimiter="\t")]
+
+
+def alike(runs: list[Run], paths: list[str]) -> list[tuple[list[Run], list[str | None]]]:
+    """Runs whose files are the same, and the files' texts, None for one that is missing; none for runs without any.
+
+    An experiment that changes one task leaves the other's as they were, and the workspace is often the last experiment.
+    """
+    groups: dict[tuple[str | None, ...], list[Run]] = {}
+    for run in runs:
+        texts = tuple(run.files.get(path) for path in paths)
+        if any(text is not None for text in texts):
+            groups.setdefault(texts, []).append(run)
+    return [(members, list(texts)) for texts, members in groups.items()]
+
+
+class Step(NamedTuple):
+    """What a stage handed on."""
+
+    unit: str
+    counts: tuple[tuple[str, int], ...]
+    """By split."""
+    notes: tuple[str, ...]
+    """What was dropped or added on the way here."""
+
+    @property
+    def total(self) -> int:
+        return sum(count for _, count in self.counts)
+
+
+Ledgers = dict[str, dict[str, Any]]  # by split
+
+
+def flow(task: str, runs: list[Run]) -> list[list[tuple[list[Run], Step]]]:
+    """Records, documents, tokens and blocks: what each came to, and in which runs. Empty where there are no ledgers."""
+    columns: list[dict[Step, list[Run]]] = [{}, {}, {}, {}]
+    for run in runs:
+        for column, step in zip(columns, steps(task, run.files), strict=True):
+            if step is not None:
+                column.setdefault(step, []).append(run)
+    return [[(members, step) for step, members in column.items()] for column in columns if column]
+
+
+def steps(task: str, files: dict[str, str]) -> tuple[Step | None, ...]:
+    """The four of a run; None for one whose ledgers are missing."""
+
+    def ledgers(kind: str) -> Ledgers | None:
+        texts = {split: files.get(f"data/{kind}/{task}/{split}/stats.json") for split in SPLITS}
+        return {split: json.loads(text) for split, text in texts.items() if text} if all(texts.values()) else None
+
+    raw, tokens, blocks = files.get("data/raw/stats.json"), ledgers("tokens"), ledgers("blocks")
+    return (
+        record_step(json.loads(raw)) if raw else None,
+        document_step(tokens) if tokens else None,
+        token_step(tokens) if tokens else None,
+        block_step(blocks) if blocks else None,
+    )
+
+
+def record_step(raw: dict[str, Any]) -> Step:
+    skipped = {name.replace("_", " "): count for name, count in raw["records_skipped"].items() if count}
+    why = f" ({', '.join(f'{name}: {count:,}' for name, count in skipped.items())})" if skipped else ""
+    lost = raw["answers_dropped"] + raw["answers_of_duplicates"]
+    notes = (
+        f"{raw['records_in']:,} read, {sum(skipped.values()):,} dropped{why}",
+        f"{raw['answers_in']:,} answers in them, {lost:,} dropped (empty, deleted or a duplicate's)",
+    )
+    return Step("records", tuple(raw["records_out"].items()), notes)
+
+
+def document_step(tokens: Ledgers) -> Step:
+    note = f"one of each record, {total(tokens, 'bytes'):,} bytes of text"
+    return Step("documents", by_split(tokens, "documents"), (note,))
+
+
+def token_step(tokens: Ledgers) -> Step:
+    special = total(tokens, "tokens") - total(tokens, "text_tokens")
+    notes = (
+        "none dropped: no document is cut short",
+        f"{special:,} of them special: they say where documents begin and end",
+    )
+    return Step("tokens", by_split(tokens, "tokens"), notes)
+
+
+def block_step(blocks: Ledgers) -> Step:
+    note = f"{total(blocks, 'dropped'):,} tokens dropped: less than a block was left at each split's end"
+    return Step(f"blocks of {blocks['train']['block_size']:,} tokens", by_split(blocks, "blocks"), (note,))
+
+
+def by_split(ledgers: Ledgers, key: str) -> tuple[tuple[str, int], ...]:
+    return tuple((split, ledger[key]) for split, ledger in ledgers.items())
+
+
+def total(ledgers: Ledgers, key: str) -> int:
+    return sum(count for _, count in by_split(ledgers, key))

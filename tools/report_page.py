@@ -1,0 +1,278 @@
+"""The report as one HTML page: tables, figures for plotly, samples and flows. It asks no network for anything.
+
+What experiments and models are called and what they say is text that anyone may have written: the template escapes all
+of it, plotly's labels are escaped as it reads them, samples are Markdown without links, pictures or HTML, and the
+page's own policy refuses every script but the two it brings and every request.
+"""
+
+import base64
+import hashlib
+import html
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from tools.compare import differing
+from tools.report_data import Run, alike, curve, curve_file, flow, samples_file, tasks
+
+HERE = Path(__file__).parent
+NUM_COLORS = 8  # of report_page.css
+MARKDOWN = MarkdownIt("zero").enable(["blockquote", "table", "emphasis", "backticks", "escape", "newline"])
+COMPARES = {
+    "bits_per_byte": "Bits per UTF-8 byte of text, less is better. It compares between all rows that were evaluated on"
+    " the same documents, whatever their block_size and tokenizer.",
+    "pseudo_bits_per_byte": "Bits per UTF-8 byte of text, less is better. It compares between rows with the same"
+    " tokenizer, and never with bits_per_byte.",
+}
+
+
+class Figure(NamedTuple):
+    title: str
+    spec: dict[str, Any]
+    """What plotly draws; a color that begins with -- is a variable of report_page.css."""
+    alt: str
+    height: int
+    """In pixels."""
+
+
+class Column(NamedTuple):
+    key: str
+    group: str
+    label: str
+    extra: bool
+    """Whether it is hidden at first."""
+
+
+def render(runs: list[Run]) -> str:
+    """The page."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    scripts = [get_plotlyjs(), (HERE / "report_page.js").read_text(encoding="utf-8")]
+    named = tasks([run.metrics for run in runs])
+    params, columns = differing([run.params for run in runs if run.params]), metric_columns(runs)
+    twin = workspace_twin(runs)
+    drawn = [run for run in runs if twin is None or run.kind != "workspace"]
+    return environment.get_template("report_page.html").render(
+        style=Markup((HERE / "report_page.css").read_text(encoding="utf-8")),
+        scripts=[Markup(script) for script in scripts],
+        policy=" ".join(f"'sha256-{digest(script)}'" for script in scripts),
+        runs=runs,
+        twin=twin,
+        params=[split_name(param) for param in params],
+        columns=columns,
+        rows=[(run, [cell(run, key) for key in [*params, *(column.key for column in columns)]]) for run in runs],
+        curves={task: curves_of(task, drawn) for task in named},
+        bars=[(bars_of(key, drawn), COMPARES[key.rpartition(".")[2]]) for key in chosen_metrics(columns)],
+        samples={task: samples_of(task, drawn) for task in named},
+        flows={task: flow(task, drawn) for task in named},
+        label=label,
+    )
+
+
+def digest(script: str) -> str:
+    """By which a content security policy knows a script."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def workspace_twin(runs: list[Run]) -> str | None:
+    """The commit or experiment that the workspace is as, so that figures need not show it twice."""
+    workspace = next((run for run in runs if run.kind == "workspace"), None)
+    if workspace is None:
+        return None
+    same = (run for run in runs if (run.params, run.metrics) == (workspace.params, workspace.metrics))
+    return next((run.name for run in same if run is not workspace), None)
+
+
+def split_name(param: str) -> tuple[str, str]:
+    """The file of a param, empty for params.yaml, and its key there."""
+    file, colon, key = param.partition(":")
+    return (file, key) if colon else ("", param)
+
+
+def metric_columns(runs: list[Run]) -> list[Column]:
+    """The figures that compare, validation first; then all others, hidden until they are asked for."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.metrics))
+
+    def column(key: str) -> Column:
+        group, _, name = key.rpartition(".")
+        return Column(key, group.replace(".", " "), name, name not in COMPARES)
+
+    def order(column: Column) -> tuple[bool, bool]:
+        return column.extra, not column.group.endswith("validation")
+
+    return sorted(map(column, keys), key=order)
+
+
+def chosen_metrics(columns: list[Column]) -> list[str]:
+    """One chooses among experiments by these."""
+    return [column.key for column in columns if not column.extra and column.group.endswith("validation")]
+
+
+class Cell(NamedTuple):
+    text: str
+    value: str
+    """What to sort by, as JSON; empty where there is nothing."""
+
+
+def cell(run: Run, key: str) -> Cell:
+    """A param, or a metric with the digits that one compares by."""
+    if key in run.params:
+        value = json.loads(run.params[key])
+        return Cell(value if isinstance(value, str) else run.params[key], run.params[key])
+    if key in run.metrics:
+        return Cell(shown(run.metrics[key]), json.dumps(run.metrics[key]))
+    return Cell("", "")
+
+
+def shown(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:.4f}"
+
+
+def label(members: list[Run]) -> str:
+    return ", ".join(run.name for run in members)
+
+
+def color(run: Run, runs: list[Run]) -> str:
+    """The same for a run in every figure."""
+    return f"--series-{runs.index(run) % NUM_COLORS}"
+
+
+class Curves(NamedTuple):
+    figure: Figure
+    rows: list[tuple[str, str, str, str]]
+    """Runs, steps, last training loss, lowest validation loss with its step."""
+
+
+def curves_of(task: str, runs: list[Run]) -> Curves | None:
+    """Training and validation loss of all runs of a task; None where there are no curves. Runs alike share a line."""
+    traces, rows = [], []
+    for members, texts in alike(runs, [curve_file(task, split) for split in ("train", "validation")]):
+        name = label(members)
+        training, validation = (curve(text) if text else [] for text in texts)
+        kinds = (
+            ("training", training, "lines", {"width": 1.5}),
+            ("validation", validation, "lines+markers", {"dash": "dot"}),
+        )
+        for kind, points, mode, line in kinds:
+            traces.append(
+                {
+                    "name": html.escape(shortened(name, 48)),
+                    "legendgroup": name,
+                    "showlegend": kind == "training",
+                    "x": [step for step, _ in points],
+                    "y": [loss for _, loss in points],
+                    "mode": mode,
+                    "line": {**line, "color": color(members[0], runs)},
+                    "marker": {"size": 8},
+                    "hovertemplate": f"%{{y:.4f}} at step %{{x}}<extra>{html.escape(name)}, {kind}</extra>",
+                }
+            )
+        step, lowest = min(validation, key=lambda point: point[1], default=(0, None))
+        rows.append(
+            (
+                name,
+                str(max((step for step, _ in training), default="")),
+                shown(training[-1][1]) if training else "",
+                f"{shown(lowest)} at step {step}" if lowest is not None else "",
+            )
+        )
+    if not rows:
+        return None
+    axes = {"xaxis": axis("step"), "yaxis": axis("loss (nats per predicted token)")}
+    layout = {
+        **axes,
+        "legend": {"orientation": "h", "x": 0, "yref": "container", "y": 0, "yanchor": "bottom"},
+        "margin": {"l": 56, "r": 8, "t": 32, "b": 40},
+    }
+    ends = "; ".join(f"{name}: {lowest or 'no validation loss'}" for name, _, _, lowest in rows)
+    alt = f"Training and validation loss of {task} by step, a line for each run. Lowest validation loss of {ends}."
+    return Curves(Figure(f"Loss of {task}", {"data": traces, "layout": layout}, alt, 420), rows)
+
+
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    return {
+        "title": {"text": title, "standoff": 8},
+        "gridcolor": "--rule",
+        "zerolinecolor": "--rule",
+        "automargin": True,
+        **more,
+    }
+
+
+def bars_of(key: str, runs: list[Run]) -> Figure:
+    """A metric of all runs that have it, beside the same of the model before training."""
+    group, _, name = key.rpartition(".")
+    found = [run for run in runs if key in run.metrics]
+    base = f"{group}.base_{name}"
+    # Category names need not be unique, nor short: bars stand at positions, which names label.
+    places = list(range(len(found)))
+    after = {
+        "name": "after training",
+        "x": [run.metrics[key] for run in found],
+        "error_x": {
+            "array": [run.metrics.get(f"{key}_se", 0) for run in found],
+            "color": "--ink",
+            "thickness": 1,
+            "width": 3,
+        },
+        "marker": {"color": [color(run, runs) for run in found]},
+        "insidetextfont": {"color": "--paper"},
+    }
+    before = {
+        "name": "before training",
+        "x": [run.metrics.get(base) for run in found],
+        "marker": {"color": "--base"},
+        "insidetextfont": {"color": "--ink"},
+    }
+    common = {"type": "bar", "orientation": "h", "y": places, "texttemplate": "%{x:.4f}", "insidetextanchor": "start"}
+    common |= {"textposition": "inside", "hovertemplate": "%{x:.4f}<extra>%{fullData.name}</extra>"}
+    names = {
+        "tickvals": places,
+        "ticktext": [html.escape(shortened(run.name, 24)) for run in found],
+        "autorange": "reversed",
+    }
+    layout = {
+        "xaxis": axis("bits per byte", rangemode="tozero"),
+        "yaxis": {
+            "automargin": True,
+            "showgrid": False,
+            "ticks": "outside",
+            "ticklen": 6,
+            "tickcolor": "--paper",
+            **names,
+        },
+        "bargap": 0.25,
+        "showlegend": False,
+        "margin": {"l": 8, "r": 16, "t": 32, "b": 40},
+    }
+    title = f"{group.replace('.', ', ')}: {name}"
+    each = "; ".join(f"{run.name} {before_after(run, key, base)}" for run in found)
+    return Figure(
+        title,
+        {"data": [{**common, **after}, {**common, **before}], "layout": layout},
+        f"{title}, a pair of bars for each run, after and before training: {each}.",
+        96 + 56 * len(found),
+    )
+
+
+def before_after(run: Run, key: str, base: str) -> str:
+    before = f" (before training {shown(run.metrics[base])})" if base in run.metrics else ""
+    return f"{shown(run.metrics[key])}{before}"
+
+
+def shortened(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def samples_of(task: str, runs: list[Run]) -> list[tuple[str, Markup]]:
+    """Runs and what their model says, without the page's title; those that say the same once."""
+    return [
+        (label(members), Markup(MARKDOWN.render((texts[0] or "").partition("\n")[2])))
+        for members, texts in alike(runs, [samples_file(task)])
+    ]
