@@ -241,7 +241,7 @@ def test_page_shows_all_metrics_when_asked(page: Any) -> None:
 
 def test_page_names_what_it_shows_to_those_who_do_not_see_it(page: Any) -> None:
     assert page.locator("html").get_attribute("lang") == "en"
-    alts = [plot.get_attribute("aria-label") or "" for plot in page.locator(".plot[role=img]").all()]
+    alts = [plot.get_attribute("aria-label") or "" for plot in page.locator("figure").all()]
     assert len(alts) == 4 and all("main" in alt for alt in alts)
     assert page.locator("table:not(.sample table):not(:has(caption))").count() == 0
     levels = [
@@ -254,7 +254,21 @@ def test_report_of_the_pipeline_shows_its_experiments_curves_samples_and_ledgers
     run(clean, sys.executable, "-m", "tools.report")
     page = (clean / "reports/report.html").read_text(encoding="utf-8")
     specs = [json.loads(text) for text in re.findall(r'<script type="application/json">(.*?)</script>', page)]
-    curves = [trace for spec in specs for trace in spec["data"] if trace.get("mode")]
+    curves = [trace for spec in specs for trace in spec["data"] if "mode" in trace]
     assert len(specs) == 4
-    assert len(curves) == 4 and all(trace["name"] == "main" for trace in curves)
-    assert "The sky is blue because" in page and "blocks of 64 tokens" in page and "in no cache" not in page
+    assert [trace["name"] for trace in curves] == ["main"] * 4 and all(trace["x"] for trace in curves)
+    assert "as main" in page and "The sky is blue because" in page and "blocks of 64 tokens" in page
+    assert "in no cache" not in page
+
+
+def test_report_without_the_cache_shows_what_the_workspace_holds_and_says_what_is_missing(clean: Path) -> None:
+    cache = clean / ".dvc/cache"
+    cache.rename(clean / ".dvc/aside")
+    try:
+        run(clean, sys.executable, "-m", "tools.report")
+    finally:
+        (clean / ".dvc/aside").rename(cache)
+    page = (clean / "reports/report.html").read_text(encoding="utf-8")
+    (missing,) = re.findall(r"<li>(.*?): (.*?)</li>", page)
+    assert missing[0] == "main" and "reports/train/causal" in missing[1] and "data/raw" in missing[1]
+    assert set(re.findall(r'"name": "(.*?)"', page)) >= {"workspace"}

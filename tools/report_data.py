@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
+from dvc_data.index import DataIndexDirError
 
 from tools.compare import flat, name_of, revisions
 
@@ -120,7 +121,7 @@ def read_files(rev: str, paths: list[str]) -> Iterator[str | None]:
     for path in paths:
         try:
             yield files.read_text(path, encoding="utf-8")
-        except (OSError, DvcException):
+        except (OSError, DvcException, DataIndexDirError):
             yield None
 
 

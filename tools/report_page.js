@@ -37,7 +37,7 @@ function draw() {
     return Array.isArray(value) ? value.map(resolve) : resolve(value);
   };
   for (const plot of document.querySelectorAll(".plot")) {
-    const { data, layout } = JSON.parse(plot.nextElementSibling.textContent, colors);
+    const { data, layout, config } = JSON.parse(plot.nextElementSibling.textContent, colors);
     const ink = resolve("--ink");
     const paper = resolve("--paper");
     const whole = {
@@ -50,7 +50,7 @@ function draw() {
       hovermode: "closest",
       uirevision: "kept", // zoom and hidden lines outlive a change of colors
     };
-    Plotly.react(plot, data, whole, { responsive: true, displaylogo: false });
+    Plotly.react(plot, data, whole, { responsive: true, displaylogo: false, ...config });
   }
 }
 

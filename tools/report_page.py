@@ -85,8 +85,9 @@ def workspace_twin(runs: list[Run]) -> str | None:
     workspace = next((run for run in runs if run.kind == "workspace"), None)
     if workspace is None:
         return None
-    same = (run for run in runs if (run.params, run.metrics) == (workspace.params, workspace.metrics))
-    return next((run.name for run in same if run is not workspace), None)
+    holds = (workspace.params, workspace.metrics, workspace.files)
+    others = (run for run in runs if run is not workspace)
+    return next((run.name for run in others if (run.params, run.metrics, run.files) == holds), None)
 
 
 def split_name(param: str) -> tuple[str, str]:
@@ -192,7 +193,8 @@ def curves_of(task: str, runs: list[Run]) -> Curves | None:
     }
     ends = "; ".join(f"{name}: {lowest or 'no validation loss'}" for name, _, _, lowest in rows)
     alt = f"Training and validation loss of {task} by step, a line for each run. Lowest validation loss of {ends}."
-    return Curves(Figure(f"Loss of {task}", {"data": traces, "layout": layout}, alt, 420), rows)
+    config = {"modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
+    return Curves(Figure(f"Loss of {task}", {"data": traces, "layout": layout, "config": config}, alt, 420), rows)
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
@@ -248,6 +250,7 @@ def bars_of(key: str, runs: list[Run]) -> Figure:
             **names,
         },
         "bargap": 0.25,
+        "dragmode": False,
         "showlegend": False,
         "margin": {"l": 8, "r": 16, "t": 32, "b": 40},
     }
@@ -255,7 +258,7 @@ def bars_of(key: str, runs: list[Run]) -> Figure:
     each = "; ".join(f"{run.name} {before_after(run, key, base)}" for run in found)
     return Figure(
         title,
-        {"data": [{**common, **after}, {**common, **before}], "layout": layout},
+        {"data": [{**common, **after}, {**common, **before}], "layout": layout, "config": {"displayModeBar": False}},
         f"{title}, a pair of bars for each run, after and before training: {each}.",
         96 + 56 * len(found),
     )
