@@ -239,6 +239,26 @@ def test_page_shows_all_metrics_when_asked(page: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+def test_page_offers_no_upload_of_its_figures(page: Any) -> None:
+    labels = {button.get_attribute("aria-label") for button in page.locator(".modebar-btn").all()}
+    assert labels == {"Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes", "Download plot as a PNG"}
+
+
+def test_page_zooms_by_drag_and_says_a_loss_on_hover(page: Any) -> None:
+    plot = page.locator(".plot").first
+    plot.scroll_into_view_if_needed()
+    point = plot.locator(".point").nth(1).bounding_box()
+    page.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
+    page.wait_for_selector(".hoverlayer text")
+    assert "5.3720 at step 10" in page.locator(".hoverlayer text").all_text_contents()
+    area = plot.locator(".nsewdrag").first.bounding_box()
+    page.mouse.move(area["x"] + area["width"] * 0.1, area["y"] + area["height"] * 0.1)
+    page.mouse.down()
+    page.mouse.move(area["x"] + area["width"] * 0.5, area["y"] + area["height"] * 0.9, steps=5)
+    page.mouse.up()
+    page.wait_for_function("document.querySelector('.plot').layout.xaxis.range[1] < 20")
+
+
 def test_page_names_what_it_shows_to_those_who_do_not_see_it(page: Any) -> None:
     assert page.locator("html").get_attribute("lang") == "en"
     alts = [plot.get_attribute("aria-label") or "" for plot in page.locator("figure").all()]

@@ -38,14 +38,14 @@ function draw() {
   };
   for (const plot of document.querySelectorAll(".plot")) {
     const { data, layout, config } = JSON.parse(plot.nextElementSibling.textContent, colors);
-    const ink = resolve("--ink");
-    const paper = resolve("--paper");
+    const [ink, paper, panel] = ["--ink", "--paper", "--panel"].map(resolve);
+    const family = "system-ui, sans-serif";
     const whole = {
       ...layout,
       paper_bgcolor: paper,
       plot_bgcolor: paper,
-      font: { family: "system-ui, sans-serif", size: 13, color: ink },
-      hoverlabel: { bgcolor: resolve("--panel"), bordercolor: resolve("--rule"), font: { color: ink }, namelength: -1 },
+      font: { family, size: 13, color: ink },
+      hoverlabel: { bgcolor: panel, bordercolor: resolve("--rule"), font: { family, color: ink }, namelength: -1 },
       modebar: { bgcolor: paper, color: resolve("--muted"), activecolor: ink },
       hovermode: "closest",
       uirevision: "kept", // zoom and hidden lines outlive a change of colors

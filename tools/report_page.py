@@ -193,7 +193,9 @@ def curves_of(task: str, runs: list[Run]) -> Curves | None:
     }
     ends = "; ".join(f"{name}: {lowest or 'no validation loss'}" for name, _, _, lowest in rows)
     alt = f"Training and validation loss of {task} by step, a line for each run. Lowest validation loss of {ends}."
-    config = {"modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
+    # Named one by one: left to itself, plotly also offers to upload the figure to its makers.
+    buttons = [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]]
+    config = {"modeBarButtons": buttons, "toImageButtonOptions": {"filename": f"loss-{task}"}}
     return Curves(Figure(f"Loss of {task}", {"data": traces, "layout": layout, "config": config}, alt, 420), rows)
 
 
