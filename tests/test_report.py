@@ -277,7 +277,7 @@ def test_report_of_the_pipeline_shows_its_experiments_curves_samples_and_ledgers
     curves = [trace for spec in specs for trace in spec["data"] if "mode" in trace]
     assert len(specs) == 4
     assert [trace["name"] for trace in curves] == ["main"] * 4 and all(trace["x"] for trace in curves)
-    assert "as main" in page and "The sky is blue because" in page and "blocks of 64 tokens" in page
+    assert "as main" in page and "The reason the sky is blue is" in page and "blocks of 64 tokens" in page
     assert "in no cache" not in page
 
 
