@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from stages.config import CONF
+from stages.keys import describe
 from tools import document
-from tools.keys import describe
 
 FILES = sorted(file.relative_to(CONF).as_posix() for file in CONF.glob("*/*.yaml"))
 

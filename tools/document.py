@@ -20,9 +20,9 @@ import yaml
 
 from stages.artifacts import write_text
 from stages.config import CONF
+from stages.keys import SECTION, Key, code, describe, keys_of, shown
 from stages.trainer_arguments import MERGED, OWNED, known_arguments
 from tools.check import GLOBAL_GROUPS, GROUPS, configurations, schema_of
-from tools.keys import SECTION, Key, code, describe, keys_of, shown
 from tools.publish import PublishConfig
 
 ROOT = CONF.parent
