@@ -35,7 +35,7 @@ log = logging.getLogger("stage")
 _AT_ONCE = "halve hardware.evaluate_batch_tokens (conf/hardware; changes no figure)"
 HALVE_MEMORY = {
     "train": "halve hardware.per_device_batch_size (conf/hardware; null is the whole batch_size; gradients add up to"
-    " the same step), or set trainer.gradient_checkpointing: true (conf/task); if it was in validation, " + _AT_ONCE,
+    " the same step), or set trainer.activation_checkpointing: true (conf/task); if it was in validation, " + _AT_ONCE,
     "evaluate": _AT_ONCE,
     "baseline": _AT_ONCE,
     "download": "a .json array is read whole: give it as .jsonl; data.count_near_duplicates: false (conf/data) holds no"

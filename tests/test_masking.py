@@ -48,6 +48,22 @@ def test_mix_of_reference_seed_gives_splitmix64s_published_outputs():
     assert mix(states).tolist() == published
 
 
+def splitmix64(state):
+    """The output function once more, in Python's integers."""
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+    return state ^ (state >> 31)
+
+
+@pytest.mark.parametrize(("seed", "epoch", "block"), [(42, 3, 0), (42, 3, 7), (2**32 - 1, EVALUATION_EPOCH, 2**40)])
+def test_random_uint64_is_a_splitmix64_sequence_keyed_by_seed_epoch_and_block(seed, epoch, block):
+    # Another generator would be as random, and would move the masks of everybody's experiments.
+    gamma = 0x9E3779B97F4A7C15
+    state = splitmix64((splitmix64((splitmix64(seed) + epoch) % 2**64) + gamma + block) % 2**64)
+    expected = [splitmix64((state + gamma * draw) % 2**64) for draw in (1, 2, 3)]
+    assert random_uint64(seed, epoch, [block], 3)[0].tolist() == expected
+
+
 @given(
     seed=st.integers(0, 2**32 - 1),
     epoch=st.integers(0, EVALUATION_EPOCH),

@@ -29,7 +29,7 @@ _ANSWERS = [{"a_id": "a", "text": "One.", "score": 5}, {"a_id": "b", "text": "Tw
 FLATTENED = _OTHERS | {f"answers.{key}": value for key, value in NESTED["answers"].items()}  # type: ignore[attr-defined]
 
 
-def record_of(title: str, text: str = "text") -> dict[str, Any]:
+def record_of(title: str, text: str | list[str] = "text") -> dict[str, Any]:
     return to_record({"title": title, "answers.text": text}, COLUMNS)[0]
 
 
@@ -153,6 +153,7 @@ def test_normalise_of_symbols_alone_keeps_them(text: str, expected: str) -> None
 
 def test_split_key_without_title_is_the_text() -> None:
     assert split_key(record_of(" ", "Some Text!")) == "some text"
+    assert split_key(record_of(" ", ["Some", "Text!"])) == "some text"
     assert split_key(record_of("Title", "Some Text!")) == "title"
 
 
