@@ -173,6 +173,7 @@ def page(browser: Any, report: str, request: pytest.FixtureRequest) -> Iterator[
     """The report, opened without a console error or a request; the test may add none either."""
     width, scheme = request.param
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.set_default_timeout(120_000)  # milliseconds: a busy machine takes many to read 5 MB
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
