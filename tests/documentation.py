@@ -1,0 +1,184 @@
+"""What the documentation tells its reader to type, and what is wrong with a command before it is run.
+
+A command is a line of a ```console fence that begins with `$ ` (`\\` continues it, `# ...` ends it), or a whole
+```python fence. A command in a sentence is a span between backticks that begins with a program.
+"""
+
+import contextlib
+import io
+import re
+import shlex
+import textwrap
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import yaml
+from dvc.cli.parser import get_main_parser
+from dvc_project import ROOT
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
+PROGRAMS = ("cd", "cp", "curl", "dvc", "export", "git", "hf", "make", "mkdir", "pre-commit", "python", "source", "uv")
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.DOTALL | re.MULTILINE)
+GROUPS = {
+    "data.name": "data",
+    "hardware": "hardware",
+}  # params.yaml's key to conf/'s group, beside TASK.model and .adapter
+OWN = ("benchmarks", "conf", "docs", "stages", "tests", "tools")  # directories all of whose files are in git
+
+
+class Command(NamedTuple):
+    """A command of a page."""
+
+    page: str
+    section: int
+    """Headings of second level above it."""
+    line: int
+    language: str
+    """console or python."""
+    text: str
+    """As it stands there, without prompt."""
+    answered: bool
+    """The page shows output below it."""
+
+    @property
+    def name(self) -> str:
+        """What the tables of test_docs.py call it: its first line, without comment."""
+        return without_comment(self.text.split("\n")[0]) if self.language == "console" else self.text.split("\n")[0]
+
+
+def page_text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def commands(page: str, text: str) -> Iterator[Command]:
+    """The commands in the fences of `text`, in order."""
+    for fence in FENCE.finditer(text):
+        first = text.count("\n", 0, fence.start()) + 2
+        section = text.count("\n## ", 0, fence.start())
+        content = textwrap.dedent(fence[3])
+        if fence[2] == "python":
+            yield Command(page, section, first, "python", content, answered=False)
+        if fence[2] == "console":
+            yield from typed(page, section, first, content.split("\n"))
+
+
+def typed(page: str, section: int, first: int, lines: list[str]) -> Iterator[Command]:
+    """The commands of a console's lines, of which the first is line `first` of the page."""
+    number = 0
+    while number < len(lines):
+        start = number
+        number += 1
+        if not lines[start].startswith("$ "):
+            continue
+        while lines[number - 1].endswith("\\"):
+            number += 1
+        text = "\n".join(lines[start:number]).removeprefix("$ ")
+        answered = number < len(lines) and lines[number].strip() != "" and not lines[number].startswith("$")
+        yield Command(page, section, first + start, "console", text, answered)
+
+
+def without_comment(text: str) -> str:
+    """A command's text up to a `#` that begins a word outside quotes."""
+    match = re.match(r"""(?:[^\s'"]+|'[^']*'|"(?:[^"\\]|\\.)*"|\s+(?!#))*""", text, flags=re.DOTALL)
+    assert match is not None
+    return match[0].strip()
+
+
+def spans(text: str) -> Iterator[str]:
+    """What stands between single backticks outside fences, each on one line."""
+    for match in re.finditer(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text)):
+        yield " ".join(match[1].split())
+
+
+def words_of(text: str) -> list[list[str]]:
+    """The words of each program that a command line starts; assignments before it and redirections are left out.
+
+    Raises:
+        ValueError: if a quote is not closed.
+    """
+    lexer = shlex.shlex(without_comment(text.replace("\\\n", " ")), posix=True, punctuation_chars="&|;()<>")
+    lexer.whitespace_split = True
+    lexer.commenters = ""
+    found: list[list[str]] = [[]]
+    for word in lexer:
+        if set(word) <= set("&|;()"):
+            found.append([])
+        elif found[-1] or not re.match(r"\w+=", word):
+            found[-1].append(word)
+    return [words[: words.index(">")] if ">" in words else words for words in found if words]
+
+
+def complaints(text: str, made: str = "") -> Iterator[str]:
+    """What is wrong with a command line: unknown programs, and modules, files, targets and options that are not there.
+
+    `made` is the text of the page up to the command, which may have had a file of conf/ made.
+    """
+    for program, *rest in words_of(text):
+        if program not in PROGRAMS:
+            yield f"{program} is no known program"
+        if program == "python":
+            yield from wrong_module(rest)
+        if program == "make":
+            yield from (f"no target {word}" for word in rest if word not in targets() and not word.startswith("-"))
+        if program == "dvc":
+            yield from wrong_options(rest)
+        for word in rest:
+            yield from (f"no file {name}" for name in named_files(word) if not (exists(name) or name in made))
+
+
+def wrong_module(words: list[str]) -> Iterator[str]:
+    """`python -m MODULE` or `python FILE` of the project's that is not there."""
+    if words[:1] == ["-m"] and words[1].split(".")[0] in OWN and not exists(f"{words[1].replace('.', '/')}.py"):
+        yield f"no module {words[1]}"
+    if words and words[0].endswith(".py") and not exists(words[0]):
+        yield f"no file {words[0]}"
+
+
+def targets() -> set[str]:
+    """What `make` makes."""
+    return set(re.findall(r"^([a-z-]+):", page_text("Makefile"), flags=re.MULTILINE))
+
+
+def wrong_options(words: list[str]) -> Iterator[str]:
+    """What DVC's own parser has against its arguments, and settings (`-S`) of keys that are nowhere."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            arguments = get_main_parser().parse_args(words)
+        except SystemExit as end:
+            if end.code:
+                yield f"dvc {' '.join(words)}: {said.getvalue().strip()}"
+            return
+        except Exception as error:  # DVC's own, on an unknown option
+            yield f"dvc {' '.join(words)}: {error}{said.getvalue()}"
+            return
+    for setting in getattr(arguments, "set_param", None) or []:
+        file, colon, assignment = setting.rpartition(":") if ":" in setting.partition("=")[0] else ("", "", setting)
+        key = assignment.partition("=")[0]
+        if not key.startswith("+") and exists(file or "params.yaml") and not has_key(file or "params.yaml", key):
+            yield f"{file}{colon}{key}: no such key"
+
+
+def has_key(file: str, dotted: str) -> bool:
+    """Whether a YAML file of the project has a key; what stands below an empty or null one is the user's own."""
+    value = yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
+    for key in dotted.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return not value
+        value = value[key]
+    return True
+
+
+def named_files(word: str) -> Iterator[str]:
+    """Files of the project that a word of a command names, a choice among those of conf/ included."""
+    yield from re.findall(rf"(?:^|[=:'\"])((?:{'|'.join(OWN)})/[\w./-]+\w)", word)
+    if match := re.fullmatch(r"([a-z]+(?:\.[a-z]+)?)=([\w.,-]+)", word):
+        task, _, group = match[1].rpartition(".")
+        group = GROUPS.get(match[1], group if task in ("causal", "mlm") and group in ("model", "adapter") else "")
+        if group:
+            yield from (f"conf/{group}/{choice}.yaml" for choice in match[2].split(","))
+
+
+def exists(name: str) -> bool:
+    """Whether a path is there; a word in capitals in it (TASK, NAME) stands for any."""
+    return (ROOT / name).exists() or any(ROOT.glob(re.sub(r"\b[A-Z]{3,}\b", "*", name)))
