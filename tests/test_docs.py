@@ -12,14 +12,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from documentation import PAGES, Command, commands, complaints, page_text, spans, without_comment, words_of
-from dvc_project import ROOT, edit, environment, run
+from documentation import FENCE, PAGES, Command, commands, complaints, page_text, spans, without_comment, words_of
+from dvc_project import ROOT, edit, environment, run, stages_run
 from hub_cases import COMMIT, parquet
 from mini_hub import MiniHub
 from test_hub_pipeline import questions, small_model
@@ -28,7 +29,9 @@ from upload_hub import UploadHub
 from tools import summary
 
 # Commands that are not run, by name (the first line, without comment), and why.
-NOT_RUN: dict[str, str] = {}
+NOT_RUN = {
+    "import logging": "a module of a stage: test_docs_stage_added_as_contributing_says_runs_once makes it one",
+}
 # What is put in the place of what a reader has and a test has not, or of what would take hours: a regular expression of
 # the command, and its replacement. $OUTSIDE is a directory beside the project's.
 REDUCTIONS = {
@@ -141,6 +144,21 @@ def test_docs_picture_of_the_pipeline_has_the_edges_that_dvc_draws() -> None:
         for task in ("@causal", "@mlm")
     }
     assert of_tasks == {"@causal": drawn, "@mlm": drawn}
+
+
+@pytest.mark.slow
+def test_docs_stage_added_as_contributing_says_runs_once(clean: Path) -> None:
+    module, conf, stage = (
+        textwrap.dedent(fence[3]) for fence in FENCE.finditer(page_text("CONTRIBUTING.md")) if fence[2] != "console"
+    )
+    (clean / "stages/lengths.py").write_text(module)
+    (clean / "conf/lengths.yaml").write_text(conf)
+    pipeline = (clean / "dvc.yaml").read_text()
+    (clean / "dvc.yaml").write_text(pipeline.replace("\n  baseline:", f"\n{textwrap.indent(stage, '  ')}\n  baseline:"))
+    run(clean, "python", "-m", "tools.check")
+    assert stages_run(run(clean, "dvc", "repro", "lengths@causal")) == {"lengths@causal"}
+    assert stages_run(run(clean, "dvc", "repro", "lengths@causal")) == set()
+    run(clean, "python", "-m", "pytest", "-q", "tests/test_dvc_yaml.py", "-k", "lengths")
 
 
 # -- running them ------------------------------------------------------------------------------------------------------

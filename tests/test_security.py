@@ -149,11 +149,15 @@ def test_security_pickled_weights_are_refused_with_the_way_to_convert_them(tmp_p
         pin(tmp_path, None, False, None)
 
 
-def test_security_dependencies_and_commits_are_scanned() -> None:
-    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
-    scanner = next(repo for repo in hooks if repo["repo"].endswith("/detect-secrets"))
-    assert re.fullmatch(r"v\d+\.\d+\.\d+|[0-9a-f]{40}", scanner["rev"])
-    assert [hook["id"] for hook in scanner["hooks"]] == ["detect-secrets"]
+@pytest.mark.parametrize(
+    ("line", "refused"), [("key = 'AKIAIOSFODNN7EXAMPLQ'", 1), ("COMMIT = '" + "0a" * 20 + "'", 0)]
+)
+def test_security_secret_in_a_commit_is_refused(tmp_path: Path, line: str, refused: int) -> None:
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    scanner = next(hook for hook in hooks if hook["id"] == "detect-secrets")
+    program = Path(sys.executable).parent / Path(scanner["entry"]).name
+    (tmp_path / "module.py").write_text(f"{line}\n")
+    assert subprocess.run([program, *scanner["args"], "module.py"], cwd=tmp_path, check=False).returncode == refused
 
 
 # -- no secret anywhere ------------------------------------------------------------------------------------------------
