@@ -42,7 +42,7 @@ class Command(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the tables of test_docs.py call it: its first line, without comment."""
+        """What the tables of test_docs_commands.py call it: its first line, without comment."""
         return without_comment(self.text.split("\n")[0]) if self.language == "console" else self.text.split("\n")[0]
 
 

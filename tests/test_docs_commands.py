@@ -2,7 +2,7 @@
 
 A page is read as its reader would type it: its commands run in one shell, in order, and the first that fails ends it.
 A section (`##`) begins with the workspace as the commit has it.
-`pytest tests/test_docs.py -m slow -s` runs them and says how many they were.
+`pytest tests/test_docs_commands.py -m slow -s` runs them and says how many they were.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
-from documentation import FENCE, PAGES, Command, commands, complaints, page_text, spans, without_comment, words_of
+from docs_commands import FENCE, PAGES, Command, commands, complaints, page_text, spans, without_comment, words_of
 from dvc_project import ROOT, edit, environment, run, stages_run
 from hub_cases import COMMIT, parquet
 from mini_hub import MiniHub
