@@ -17,7 +17,22 @@ from dvc.cli.parser import get_main_parser
 from dvc_project import ROOT
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
-PROGRAMS = ("cd", "cp", "curl", "dvc", "export", "git", "hf", "make", "mkdir", "pre-commit", "python", "source", "uv")
+PROGRAMS = (
+    "cd",
+    "cp",
+    "curl",
+    "dvc",
+    "export",
+    "git",
+    "hf",
+    "make",
+    "mkdir",
+    "pre-commit",
+    "python",
+    "source",
+    "timeout",
+    "uv",
+)
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.DOTALL | re.MULTILINE)
 GROUPS = {
     "data.name": "data",
@@ -122,8 +137,13 @@ def complaints(text: str, made: str = "") -> Iterator[str]:
             yield from (f"no target {word}" for word in rest if word not in targets() and not word.startswith("-"))
         if program == "dvc":
             yield from wrong_options(rest)
-        for word in rest:
-            yield from (f"no file {name}" for name in named_files(word) if not (exists(name) or name in made))
+        for word in rest[:-1] if program == "cp" else rest:
+            yield from (f"no file {name}" for name in named_files(word) if not exists(name) and not is_made(name, made))
+
+
+def is_made(name: str, text: str) -> bool:
+    """Whether `text` says how to make a file of conf/: by its path, or as what tools.pin_model calls it."""
+    return name in text or f"--name {name.split('/')[-1].removesuffix('.yaml')}\n" in text
 
 
 def wrong_module(words: list[str]) -> Iterator[str]:
@@ -146,7 +166,7 @@ def wrong_options(words: list[str]) -> Iterator[str]:
         try:
             arguments = get_main_parser().parse_args(words)
         except SystemExit as end:
-            if end.code:
+            if end.code and "required: cmd" not in said.getvalue():  # `dvc plots` names its commands, all of them
                 yield f"dvc {' '.join(words)}: {said.getvalue().strip()}"
             return
         except Exception as error:  # DVC's own, on an unknown option
