@@ -10,6 +10,7 @@ import re
 import shlex
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import yaml
@@ -17,27 +18,9 @@ from dvc.cli.parser import get_main_parser
 from dvc_project import ROOT
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
-PROGRAMS = (
-    "cd",
-    "cp",
-    "curl",
-    "dvc",
-    "export",
-    "git",
-    "hf",
-    "make",
-    "mkdir",
-    "pre-commit",
-    "python",
-    "source",
-    "timeout",
-    "uv",
-)
+PROGRAMS = set("cd cp curl dvc export git hf make mkdir pre-commit python source timeout uv".split())
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.DOTALL | re.MULTILINE)
-GROUPS = {
-    "data.name": "data",
-    "hardware": "hardware",
-}  # params.yaml's key to conf/'s group, beside TASK.model and .adapter
+GROUPS = {"data.name": "data", "hardware": "hardware"}  # key of params.yaml to the group in conf/ that it chooses from
 OWN = ("benchmarks", "conf", "docs", "stages", "tests", "tools")  # directories all of whose files are in git
 
 
@@ -143,7 +126,7 @@ def complaints(text: str, made: str = "") -> Iterator[str]:
 
 def is_made(name: str, text: str) -> bool:
     """Whether `text` says how to make a file of conf/: by its path, or as what tools.pin_model calls it."""
-    return name in text or f"--name {name.split('/')[-1].removesuffix('.yaml')}\n" in text
+    return name in text or re.search(rf"--name {Path(name).stem}\b", text) is not None
 
 
 def wrong_module(words: list[str]) -> Iterator[str]:
@@ -164,9 +147,10 @@ def wrong_options(words: list[str]) -> Iterator[str]:
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:
-            arguments = get_main_parser().parse_args(words)
+            # A word alone may stand for several commands (`dvc plots`).
+            arguments = get_main_parser().parse_args(words if len(words) > 1 else [*words, "--help"])
         except SystemExit as end:
-            if end.code and "required: cmd" not in said.getvalue():  # `dvc plots` names its commands, all of them
+            if end.code:
                 yield f"dvc {' '.join(words)}: {said.getvalue().strip()}"
             return
         except Exception as error:  # DVC's own, on an unknown option
