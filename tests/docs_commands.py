@@ -18,7 +18,7 @@ from dvc.cli.parser import get_main_parser
 from dvc_project import ROOT
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
-PROGRAMS = set("cd cp curl dvc export git hf make mkdir pre-commit python source timeout uv".split())
+PROGRAMS = ("cd", "cp", "dvc", "export", "git", "make", "mkdir", "pre-commit", "python", "source", "timeout")
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.DOTALL | re.MULTILINE)
 GROUPS = {"data.name": "data", "hardware": "hardware"}  # key of params.yaml to the group in conf/ that it chooses from
 OWN = ("benchmarks", "conf", "docs", "stages", "tests", "tools")  # directories all of whose files are in git
