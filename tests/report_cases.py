@@ -28,7 +28,7 @@ def experiment(state: str | None, *rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def shown() -> list[dict[str, Any]]:
-    """The workspace, a commit, and experiments: done twice, failed, queued, and one whose commit cannot be read."""
+    """The workspace, a commit, and experiments: done twice, failed, queued, running, and one that cannot be read."""
     failed = row("e" * 40, "broken", 64, 2.5, error={"msg": "Experiment run failed", "type": ""})
     unread = {"rev": "d" * 40, "name": None, "data": None, "error": {"msg": "no <such> commit", "type": "SCMError"}}
     commit = row("a" * 40, "main", 128, 2.5)
@@ -37,6 +37,7 @@ def shown() -> list[dict[str, Any]]:
         experiment("success", row("c" * 40, HOSTILE, 1024, 2.75)),
         experiment("failed", failed),
         experiment("queued", row("f" * 40, None, 512, 2.5)),
+        experiment("running", row("workspace", "under way", 32, 2.5)),
         experiment(None, unread),
     ]
     return [row("workspace", None, 128, 2.5), commit]

@@ -32,6 +32,7 @@ def test_runs_are_the_workspace_the_commits_and_their_experiments() -> None:
         (HOSTILE, "experiment"),
         ("broken", "experiment"),
         ("fffffff", "experiment"),
+        ("under way", "experiment"),
         ("ddddddd", "experiment"),
     ]
 
@@ -41,6 +42,7 @@ def test_runs_are_the_workspace_the_commits_and_their_experiments() -> None:
     [
         ("broken", "failed: Experiment run failed"),
         ("fffffff", "queued"),
+        ("under way", "running"),
         ("ddddddd", "failed: no <such> commit"),
         ("main", ""),
     ],
@@ -192,7 +194,7 @@ def column(page: Any, index: int) -> list[str]:
 
 
 def test_page_shows_table_and_plots_and_is_no_wider_than_the_window(page: Any) -> None:
-    assert page.locator(".sortable tbody tr").count() == 7
+    assert page.locator(".sortable tbody tr").count() == 8
     assert page.locator(".plot .main-svg:first-child").count() == 4
     assert page.locator(".plot .scatterlayer .trace").count() == 2 * 2 + 3 * 2
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -222,13 +224,13 @@ def test_page_follows_the_readers_scheme_in_figures_too(page: Any) -> None:
 
 def test_page_sorts_by_click_and_by_keyboard_with_empty_cells_last(page: Any) -> None:
     page.click(".sortable th:nth-child(2) button")
-    assert column(page, 2) == ["64", "128", "128", "256", "512", "1024", ""]
+    assert column(page, 2) == ["32", "64", "128", "128", "256", "512", "1024", ""]
     page.keyboard.press("Enter")
-    assert column(page, 2) == ["1024", "512", "256", "128", "128", "64", ""]
+    assert column(page, 2) == ["1024", "512", "256", "128", "128", "64", "32", ""]
     assert page.locator("[aria-sort=descending]").inner_text().strip() == "block_size"
     page.keyboard.press("Tab")
     page.keyboard.press("Space")
-    assert column(page, 3) == ["2.2500", "2.5000", "2.5000", "2.7500", "", "", ""]
+    assert column(page, 3) == ["2.2500", "2.5000", "2.5000", "2.7500", "", "", "", ""]
     assert page.locator("[aria-sort=ascending], [aria-sort=descending]").count() == 1
 
 

@@ -51,7 +51,7 @@ def read_runs(shown: list[dict[str, Any]], read: Callable[[str, list[str]], Iter
         runs.append(
             Run(
                 name=name_of(row),
-                kind="workspace" if row["rev"] == "workspace" else "experiment" if "executor" in row else "commit",
+                kind=kind(row),
                 state=failure(row) or ("" if figures else "no metrics"),
                 created=(data.get("timestamp") or "")[:16],
                 params=dict(flat(data.get("params") or {})),
@@ -61,6 +61,12 @@ def read_runs(shown: list[dict[str, Any]], read: Callable[[str, list[str]], Iter
             )
         )
     return runs
+
+
+def kind(row: dict[str, Any]) -> str:
+    if "executor" in row:  # one that runs in the workspace has its revision
+        return "experiment"
+    return "workspace" if row["rev"] == "workspace" else "commit"
 
 
 def numbers(files: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -178,7 +178,7 @@ def curves_of(task: str, runs: list[Run]) -> Curves | None:
         rows.append(
             (
                 name,
-                str(max((step for step, _ in training), default="")),
+                str(max((step for step, _ in [*training, *validation]), default="")),
                 shown(training[-1][1]) if training else "",
                 f"{shown(lowest)} at step {step}" if lowest is not None else "",
             )
