@@ -32,6 +32,7 @@ def main() -> None:
 def take(browser: Any, name: str, file: Path) -> None:
     scheme, width, first, most = TAKEN[name]
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.set_default_timeout(120_000)  # milliseconds
     page.goto(REPORT.resolve().as_uri())
     page.wait_for_selector(".plot .main-svg")
     top = page.locator(first).bounding_box()["y"]
