@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from docs_commands import FENCE, PAGES, Command, commands, complaints, page_text, spans, without_comment, words_of
@@ -178,7 +179,7 @@ def hubs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture
-def reader(clean: Path, tmp_path: Path, hubs: dict[str, str]) -> tuple[Path, dict[str, str]]:
+def reader(clean: Path, tmp_path: Path, hubs: dict[str, str]) -> Iterator[tuple[Path, dict[str, str]]]:
     """The project as its reader has it, cloned, with an environment, and the variables of a shell there."""
     place, origin = tmp_path / "lm-repro", tmp_path / "origin.git"
     shutil.copytree(clean, place, symlinks=True)
@@ -194,7 +195,11 @@ def reader(clean: Path, tmp_path: Path, hubs: dict[str, str]) -> tuple[Path, dic
     run(place, "git", "push", "-q", "-u", "origin", "main")
     (tmp_path / "home").mkdir()
     own = {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "home/hf"), "COLUMNS": "120"}
-    return place, environment(place) | hubs | own | {"OUTSIDE": str(tmp_path), "ORIGIN": str(origin)}
+    yield place, environment(place) | hubs | own | {"OUTSIDE": str(tmp_path), "ORIGIN": str(origin)}
+    for process in psutil.process_iter():  # DVC's queue leaves workers that wait for more
+        with contextlib.suppress(psutil.Error):
+            if Path(process.cwd()).is_relative_to(tmp_path):
+                process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -225,17 +230,18 @@ def test_docs_commands_of_a_page_run_in_order(
 ) -> None:
     directory, variables = reader
     wanted = [command for command in COMMANDS[page] if command.name not in NOT_RUN]
-    done = subprocess.run(
-        ["bash", "-c", script(wanted, directory)],
-        cwd=directory,
-        env=variables,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    outputs = re.split(rf"^{MARK} \d+\n", done.stdout, flags=re.MULTILINE)[1:]
+    log = directory.parent / "log"  # a file, since what is left in the background would hold a pipe open
+    with log.open("wb") as stream:
+        done = subprocess.run(
+            ["bash", "-c", script(wanted, directory)],
+            cwd=directory,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    outputs = re.split(rf"^{MARK} \d+\n", log.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     last = wanted[len(outputs) - 1]
     assert done.returncode == 0, f"{page}:{last.line}: {last.text}\n{outputs[-1]}"
     assert len(outputs) == len(wanted)
