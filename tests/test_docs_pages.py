@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 PLACEHOLDER = re.compile(r"\b(?:N|KEY|HOW|WHY|URL|(?!JSON)[A-Z]{4,})\b")
 HOLE = "\0"  # where a message of the sources has a value
 
@@ -56,9 +57,7 @@ def test_troubleshooting_message_that_was_reworded_is_noticed(known: list[str]) 
     assert not said_by("block_size=N: the SPLIT split has merely N tokens", known)
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
     broken = []
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
