@@ -96,6 +96,8 @@ def clean(project: Path) -> Path:
     run(project, "git", "read-tree", "HEAD")
     run(project, "git", "reset", "-q", "--hard")
     run(project, "git", "clean", "-qfd")
+    for ref in run(project, "git", "for-each-ref", "--format=%(refname)", "refs/exps").split():  # experiments
+        run(project, "git", "update-ref", "-d", ref)
     run(project, "dvc", "checkout", "-q", "--force")
     return project
 
