@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dvc_project import clean, project  # noqa: F401 (fixtures of several files)
+from dvc_project import clean, inside, project  # noqa: F401 (fixtures of several files)
 
 TASKS = ("causal", "mlm")
 BLOCK_SIZES = (8, 16)

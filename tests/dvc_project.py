@@ -109,3 +109,10 @@ def flatten(revisions: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for experiment in revision.get("experiments") or []:
             rows += experiment["revs"]
     return rows
+
+
+@pytest.fixture
+def inside(clean: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project as the current directory."""
+    monkeypatch.chdir(clean)
+    return clean

@@ -17,11 +17,8 @@ from toys import (
     SIZE,
     TASK,
     VOCABULARY,
-    objective_config,
-    save_blocks,
     save_documents,
     text_ids,
-    toy_blocks,
     toy_model,
 )
 
@@ -29,9 +26,7 @@ from stages.artifacts import Documents
 from stages.data_config import Flatten
 from stages.encoding import tokenizers_engine
 from stages.loss import TokenLoss
-from stages.masking import IGNORED
 from stages.metrics import (
-    block_loss,
     choose_documents,
     document_metrics,
     document_nats,
@@ -41,7 +36,7 @@ from stages.metrics import (
     window_nats,
 )
 from stages.model_config import TrainedTokenizer
-from stages.objectives import NUM_PASSES, Window, evaluation_batch, make_objective
+from stages.objectives import NUM_PASSES, Window, make_objective
 from stages.task_config import Evaluate
 from stages.texts import TextFile
 from stages.tokenize import tokenize_split
@@ -315,71 +310,6 @@ def test_document_nats_of_empty_documents_are_zero():
     assert nats[[0, 2]].tolist() == [0.0, 0.0]
     assert nats[1] > 1.0
     assert num_tokens == 5
-
-
-# -- the loss over blocks ----------------------------------------------------------------------------------------------
-
-
-def objective_of(model, isolate_documents=True):
-    task = TASK[model.config.model_type]
-    return make_objective(task, VOCABULARY[task], objective_config(task, isolate_documents), model)
-
-
-@pytest.mark.parametrize("model_type", MODELS)
-def test_block_loss_of_uneven_blocks_is_the_mean_over_tokens(tmp_path, model_type):
-    model = toy_model(model_type)
-    blocks = toy_blocks(tmp_path, TASK[model_type], 11, 24)
-    objective = objective_of(model)
-    total, counts = 0.0, []
-    for index in range(len(blocks)):
-        batch = evaluation_batch(objective, blocks[[index]], [index])
-        labels = batch.pop("labels")
-        if TASK[model_type] == "causal":
-            labels = torch.cat([labels[:, 1:], torch.full((1, 1), IGNORED)], dim=1)
-        with torch.no_grad():
-            # The mask too: torch's attention takes a mask of another type, and gives wrong numbers for it.
-            batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
-            shares = copy.deepcopy(model).double()(**batch, use_cache=False).logits[0].log_softmax(-1)
-        kept = labels[0] != IGNORED
-        total -= float(shares[kept].gather(-1, labels[0, kept][:, None]).sum())
-        counts.append(int(kept.sum()))
-    assert TASK[model_type] == "causal" or len(set(counts)) > 2
-    assert block_loss(model, objective, blocks, 4096) == pytest.approx(total / sum(counts), rel=1e-6)
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 50, 100, 4096])
-@pytest.mark.parametrize("model_type", MODELS)
-def test_block_loss_at_any_batch_size_is_equal(tmp_path, model_type, batch_tokens):
-    model = toy_model(model_type)
-    blocks = toy_blocks(tmp_path, TASK[model_type], 11, 24)
-    loss = block_loss(model, objective_of(model), blocks, batch_tokens)
-    assert loss == pytest.approx(block_loss(model, objective_of(model), blocks, 240), rel=1e-6)
-
-
-@pytest.mark.parametrize("model_type", MODELS)
-def test_block_loss_of_two_runs_has_the_same_digits(tmp_path, model_type):
-    model = toy_model(model_type)
-    blocks = toy_blocks(tmp_path, TASK[model_type], 11, 24)
-    losses = {block_loss(model, objective_of(model), blocks, 100) for _ in range(2)}
-    assert len(losses) == 1
-
-
-def test_block_loss_inside_bf16_autocast_is_that_of_fp32(tmp_path):
-    model = toy_model("bert")
-    blocks = toy_blocks(tmp_path, "mlm", 4, 24)
-    outside = block_loss(model, objective_of(model), blocks, 4096)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert block_loss(model, objective_of(model), blocks, 4096) == outside
-
-
-def test_block_loss_of_a_causal_model_equals_transformers_own_loss(tmp_path):
-    model = toy_model("gpt2")
-    ids = np.stack([text_ids(16, seed) for seed in range(4)])
-    blocks = save_blocks(tmp_path, ids)
-    input_ids = torch.from_numpy(ids.astype(np.int64))
-    with torch.no_grad():
-        stock = float(model(input_ids, labels=input_ids).loss)
-    assert block_loss(model, objective_of(model, False), blocks, 4096) == pytest.approx(stock, rel=1e-6)
 
 
 def test_num_passes_is_the_definitions_constant():

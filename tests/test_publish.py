@@ -1,10 +1,6 @@
 """tools.publish: what it refuses, the card that it writes, and what arrives at a Hub on the loopback."""
 
-import contextlib
-import io
-import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -14,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from data_helpers import contents
-from dvc_project import TASKS, edit, run
+from dvc_project import edit, run
 from huggingface_hub import ModelCard
 from test_security import TOKEN
-from upload_hub import UploadHub, metadata_problems
+from upload_hub import UploadHub
 
 from stages.errors import StageError
-from tools.card import MEANING, make_card, meaning, public
-from tools.publish import public_remote, recorded_run
+from tools.publish import recorded_run
 
 NAME = "someone/some-model"
 
@@ -51,127 +45,6 @@ def named(clean: Path) -> Path:
     """The project with a repository for its causal model."""
     edit(clean / "conf/publish.yaml", causal__repository=NAME)
     return clean
-
-
-@pytest.fixture
-def inside(clean: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The project as the current directory."""
-    monkeypatch.chdir(clean)
-    return clean
-
-
-# -- the card ----------------------------------------------------------------------------------------------------------
-
-
-def card_of(task: str, license: str | None = "mit", language: list[str] | None = None) -> ModelCard:
-    return make_card(recorded_run(task)[0], NAME, license, language)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_publish_card_metadata_reads_back_as_what_was_measured(inside: Path, tmp_path: Path, task: str) -> None:
-    card_of(task, language=["en"]).save(tmp_path / "README.md")
-    assert metadata_problems((tmp_path / "README.md").read_text()) == []
-    data = ModelCard.load(tmp_path / "README.md").data
-    measured = json.loads((inside / f"metrics/{task}.json").read_text())[task]
-    found = {(result.dataset_split, result.metric_type): result.metric_value for result in data.eval_results}
-    assert {split for split, _ in found} == {"validation", "test"}
-    assert all(measured[split][metric] == value for (split, metric), value in found.items())
-    assert {"causal": "bits_per_byte", "mlm": "pseudo_bits_per_byte"}[task] in {metric for _, metric in found}
-    assert (data.license, data.language, data.model_name) == ("mit", ["en"], "some-model")
-    assert data.pipeline_tag == {"causal": "text-generation", "mlm": "fill-mask"}[task]
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_publish_card_holds_every_figure_parameter_sample_and_sum(inside: Path, task: str) -> None:
-    text = str(card_of(task))
-    assert text == str(card_of(task))
-    assert run(inside, "git", "rev-parse", "HEAD").strip() in text
-    for key, value in json.loads((inside / f"metrics/{task}.json").read_text())[task]["test"].items():
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-        assert f"| {key} | {shown} | " in text
-    assert (inside / f"reports/samples/{task}.md").read_text().partition("\n")[2].strip() in text
-    locked = yaml.safe_load((inside / "dvc.lock").read_text())["stages"]
-    for name, stage in locked.items():
-        for item in [*stage["deps"], *stage["outs"]] if name.partition("@")[2] in ("", task) else []:
-            assert f"{item['md5']:36}  {item['path']}\n" in text
-    assert "num_train_epochs: 0.05" in text and "weight_decay: 0.01" in text and "max_records: 80" in text
-    assert {"causal", "mlm"} - {task} <= set(TASKS) and f"\n{({*TASKS} - {task}).pop()}:\n" not in text
-    assert f"torch {json.loads(Path(f'reports/train/{task}/stats.json').read_text())['versions']['torch']}" in text
-    assert str(inside) not in text
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_publish_card_code_runs(inside: Path, task: str) -> None:
-    code = re.search(r"```python\n(.*?)```", str(card_of(task)), flags=re.DOTALL)
-    assert code is not None
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        exec(code[1].replace(NAME, f"models/{task}"), {})
-    assert {"causal": "The reason the sky is blue is", "mlm": "'score'"}[task] in said.getvalue()
-
-
-def test_publish_card_without_license_says_so(inside: Path) -> None:
-    card = card_of("causal", license=None)
-    assert card.data.license is None
-    assert "## License\n\nNone has been chosen for this model" in str(card)
-
-
-def test_publish_card_of_a_hub_data_set_and_checkpoint_names_both(inside: Path) -> None:
-    found, _ = recorded_run("causal")
-    stages = json.loads(json.dumps(found.stages))
-    for stage in stages.values():
-        if model := stage.get("params", {}).get("conf/model/tiny-gpt2.yaml"):
-            model |= {"path": "owner/base", "revision": "abc", "from_scratch": False}
-    ledger = inside / "data/raw/stats.json"
-    stats = json.loads(ledger.read_text())
-    stats["source"] = {"hub": "owner/set", "revision": "main", "commit": "def"}
-    ledger.unlink()  # DVC links it to its cache
-    ledger.write_text(json.dumps(stats))
-    card = make_card(found._replace(stages=stages), None, None, None)
-    assert (card.data.base_model, card.data.datasets) == ("owner/base", ["owner/set"])
-    assert {result.dataset_revision for result in card.data.eval_results} == {"def"}
-    assert (
-        "fine-tuned from `owner/base` on [owner/set](https://huggingface.co/datasets/owner/set) at commit `def`"
-        in str(card)
-    )
-    assert metadata_problems(str(card)) == []
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_publish_every_metric_has_a_meaning(clean: Path, task: str) -> None:
-    for key in json.loads((clean / f"metrics/{task}.json").read_text())[task]["test"]:
-        assert meaning(key, context=128, block_size=64)
-    assert all(key in (clean / "docs/metrics.md").read_text() for key in MEANING)
-
-
-def test_publish_local_paths_are_not_in_the_card() -> None:
-    values = {"data": {"path": "/home/me/secret/a.txt", "joiner": "/"}, "path": "~/b", "model": {"path": "owner/name"}}
-    assert public(values) == {
-        "data": {"path": ".../a.txt", "joiner": "/"},
-        "path": ".../b",
-        "model": {"path": "owner/name"},
-    }
-
-
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        (f"https://me:{TOKEN}@host/a/b.git", "https://host/a/b.git"),
-        (f"https://{TOKEN}@host:8443/a/b", "https://host:8443/a/b"),
-        (f"https://host/a/b?token={TOKEN}", "https://host/a/b"),
-        ("git@github.com:a/b.git", "git@github.com:a/b.git"),
-        ("ssh://git@host:22/a/b", "ssh://git@host:22/a/b"),
-        ("/home/me/b", None),
-        ("file:///home/me/b", None),
-    ],
-)
-def test_publish_remote_is_named_without_credentials(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, shown: str | None
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    run(tmp_path, "git", "init", "-q")
-    run(tmp_path, "git", "remote", "add", "origin", url)
-    assert public_remote() == shown
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

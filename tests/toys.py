@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from stages.artifacts import Blocks, Documents, ShardWriter, to_arrow
 from stages.hardware_config import CheckpointSettings
+from stages.objectives import Objective, make_objective
 from stages.task_config import Objective as ObjectiveConfig
 from stages.training import BlockTrainer
 from stages.vocabulary import Vocabulary
@@ -121,6 +122,12 @@ def objective_config(task: str, isolate_documents: bool = False, **overrides: fl
     """The objective section of conf/task/`task`.yaml."""
     masking = {"mlm_probability": 0.15, "mask_replace_prob": 0.8, "random_replace_prob": 0.1, **overrides}
     return ObjectiveConfig(name=task, isolate_documents=isolate_documents, **(masking if task == "mlm" else {}))
+
+
+def objective_for(model: Any, isolate_documents: bool = True) -> Objective:
+    """The objective of a toy model's task."""
+    task = TASK[model.config.model_type]
+    return make_objective(task, VOCABULARY[task], objective_config(task, isolate_documents), model)
 
 
 def text_ids(length: int, seed: int = 0) -> np.ndarray:
