@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.data_config import Columns
-from stages.records import ELI5, BadRecordError, lookup, normalise, split_key, split_of, to_record
+from stages.records import ELI5, BadRecordError, lookup, mismatch, normalise, split_key, split_of, to_record
 
 COLUMNS = Columns(title="title", texts=["answers.text"])
 NESTED = {
     "q_id": "q1",
     "title": "Why?",
     "selftext": "I wonder.",
-    "document": "",
+    "document": "d1",
     "subreddit": "askscience",
     "answers": {"a_id": ["a", "b"], "text": ["One.", "Two."], "score": [5, -1]},
     "title_urls": {"url": ["http://x.org"]},
@@ -41,6 +41,30 @@ def test_lookup_of_a_flattened_and_nested_name_takes_the_flattened() -> None:
 def test_lookup_of_an_absent_column_names_it_and_those_there_are(row: dict[str, Any]) -> None:
     with pytest.raises(BadRecordError, match=r"'a\.b'.*" + (", ".join(row) or "none")):
         lookup(row, "a.b")
+
+
+def test_lookup_below_lists_of_structs_follows_every_step() -> None:
+    assert lookup({"a": [{"b": {"c": 1}}, {"b": {"c": 2}}]}, "a.b.c") == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "expected"),
+    [
+        ({"category": ["Physics", "Biology"]}, None),
+        ({"category": ["Physics"], "year": [2019, 2020]}, "year is 2021, none of 2019, 2020"),
+        ({"category": ["Chemistry"], "year": [2019]}, "category is 'Physics', none of Chemistry"),
+    ],
+)
+def test_mismatch_names_the_first_column_that_holds_another_value(
+    allowed: dict[str, Any], expected: str | None
+) -> None:
+    assert mismatch({"category": "Physics", "year": 2021}, allowed) == expected
+
+
+def test_mismatch_of_an_absent_column_is_a_bad_record_and_of_no_object_is_left_to_others() -> None:
+    with pytest.raises(BadRecordError, match="'year'"):
+        mismatch({"category": "Physics"}, {"year": [2021]})
+    assert mismatch("text", {"year": [2021]}) is None
 
 
 @pytest.mark.parametrize(
@@ -86,6 +110,19 @@ def test_to_record_without_answers_keeps_none(answers: Any) -> None:
 def test_to_record_whose_ids_or_scores_do_not_match_the_texts_fills_them(beside: dict[str, Any]) -> None:
     record, _ = to_record({"title": "t", "answers": {"text": ["x", "y"]} | beside}, COLUMNS)
     assert record["answers"] == {"text": ["x", "y"], "a_id": ["", ""], "score": [0, 0]}
+
+
+@pytest.mark.parametrize("scores", [[3.0, None], [2**63 - 1, -(2**63)], (0, 64)])
+def test_to_record_of_scores_as_data_frames_leave_them_keeps_them_as_whole_numbers(scores: Any) -> None:
+    record, _ = to_record({"title": "t", "answers": {"text": ["x", "y"], "score": scores}}, COLUMNS)
+    assert record["answers"]["score"] == [score or 0 for score in scores]
+    assert all(type(score) is int for score in record["answers"]["score"])
+
+
+@pytest.mark.parametrize("score", [2**63, -(2**63) - 1])
+def test_to_record_of_a_score_of_more_than_64_bits_says_so(score: int) -> None:
+    with pytest.raises(BadRecordError, match=r"'answers\.score'.*64 bits"):
+        to_record({"title": "t", "answers": {"text": ["x"], "score": [score]}}, COLUMNS)
 
 
 @pytest.mark.parametrize(
