@@ -58,7 +58,7 @@ def test_experiments_are_compared_applied_and_branched(clean: Path) -> None:
     assert "mlm.test" not in difference
     assert "learning_rate" in run(clean, "env", "COLUMNS=900", "dvc", "exp", "show", "--no-pager", "--only-changed")
     page = run(clean, "dvc", "plots", "diff", "main", "other", "--out", "plots").strip()
-    assert "Training loss" in Path(page.removeprefix("file://")).read_text(encoding="utf-8")
+    assert "causal: training loss" in Path(page.removeprefix("file://")).read_text(encoding="utf-8")
     shutil.rmtree(clean / "plots")
     run(clean, "dvc", "exp", "apply", "other")
     assert "0.02" in (clean / "params.yaml").read_text(encoding="utf-8")
