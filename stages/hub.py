@@ -17,7 +17,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 5.0  # without a byte before a request counts as failed
-PATIENCE_SECONDS = 9.0  # from the first failure to the last: with imports and the first look, 15 s for a dead network
+PATIENCE_SECONDS = 7.0  # from the first failure to the last: with imports and the first look, 15 s for a dead network
 
 PROGRESS_BYTES = 2**20  # of a file, that begin the patience anew: a server that hangs again and again gives a few
 FAILURES = (OSError, ValueError, httpx.HTTPError)  # what huggingface_hub raises; ValueError: of impossible names
