@@ -63,8 +63,20 @@ class EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> None:
+    launch = config.hardware.launch
+    if launch is None:
+        evaluate(config)
+        return
+    from stages.launch import run_in_processes
+
+    run_in_processes("evaluate", evaluate, config, launch)
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """The work of the stage, as one of the processes that do it does it."""
     from stages.models import prepare_torch
     from stages.objectives import make_objective
+    from stages.processes import rank, wait_for_all
     from stages.samples import make_samples
     from stages.trained import load_trained
 
@@ -88,9 +100,11 @@ def main(config: EvaluateConfig) -> None:
     if not isinstance(before, dict) or before.keys() != {"validation", "test"}:
         raise damaged(config.baseline, f"no {name} figures of validation and test")
     metrics = {split: evaluate_split(config, split, model, objective, vocabulary, before[split]) for split in before}
-    samples = make_samples(config.samples, name, model, tokens / "tokenizer", vocabulary)
-    write_text(config.samples_out, samples)
-    write_json(config.out, {name: metrics})
+    if not rank():
+        samples = make_samples(config.samples, name, model, tokens / "tokenizer", vocabulary)
+        write_text(config.samples_out, samples)
+        write_json(config.out, {name: metrics})
+    wait_for_all()
     log.info("-> %s, %s", config.out, config.samples_out)
 
 

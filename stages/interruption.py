@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: a stage ends with the exit code that these have, and training writes a checkpoint before."""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -34,17 +35,23 @@ class Request:
     """The signal that asked a loop to end at its next good moment; none as yet."""
 
     number: int | None = None
+    since = 0.0
+    """When it came, in seconds of time.monotonic."""
 
 
 @contextmanager
 def signals_as_request() -> Iterator[Request]:
-    """Within, the first SIGINT or SIGTERM becomes a request; a second one ends at once."""
+    """Within, the first SIGINT or SIGTERM becomes a request; another one a second later or more ends at once.
+
+    Ctrl-C reaches each of several processes twice: from the terminal and from the one that started them.
+    """
     request = Request()
 
     def note(number: int, _: FrameType | None) -> None:
-        request.number = number
-        for each in SIGNALS:
-            signal.signal(each, _raise)
+        if request.number is None:
+            request.number, request.since = number, time.monotonic()
+        elif time.monotonic() - request.since >= 1.0:
+            raise Interrupted(number)
 
     before = {number: signal.signal(number, note) for number in SIGNALS}
     try:

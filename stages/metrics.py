@@ -19,6 +19,7 @@ from stages.loss import TokenLoss
 from stages.masking import IGNORED
 from stages.objectives import Objective, Window, evaluation_batch
 from stages.precision import full_precision
+from stages.processes import rank, summed, world_size
 from stages.task_config import Evaluate
 from stages.vocabulary import Vocabulary
 
@@ -34,8 +35,13 @@ def document_metrics(
     documents), documents, tokens (of text), bytes.
     """
     chosen = choose_documents(len(documents), config.max_documents)
-    texts = (vocabulary.text_tokens(documents[index]) for index in chosen)
-    nats, num_tokens = document_nats(model, objective.windows(texts, config.context), len(chosen), batch_tokens)
+    mine = slice(rank(), None, world_size())  # of several processes, each takes its share
+    texts = (vocabulary.text_tokens(documents[index]) for index in chosen[mine])
+    nats, counts = np.zeros(len(chosen)), np.zeros(1)
+    nats[mine], counts[0] = document_nats(
+        model, objective.windows(texts, config.context), len(chosen[mine]), batch_tokens
+    )
+    nats, num_tokens = summed(nats), int(summed(counts)[0])
     num_bytes = documents.num_bytes[chosen]
     ratio, error = ratio_with_error(nats / math.log(2), num_bytes)
     return {
@@ -120,9 +126,12 @@ def row_sums(nats: torch.Tensor, rows: npt.NDArray[np.int64], num_rows: int) -> 
 
 def block_loss(model: Any, objective: Objective, blocks: Blocks, batch_tokens: int) -> float:
     """Nats per predicted token over all blocks, token-weighted; masks are those of every evaluation."""
-    loss, rows, total, count = TokenLoss(model), max(1, batch_tokens // blocks.block_size), 0.0, 0
+    loss, rows = TokenLoss(model), max(1, batch_tokens // blocks.block_size)
+    starts = range(0, len(blocks), rows)
+    sums, counts = np.zeros(len(starts)), np.zeros(len(starts))
     with full_precision(model), loss.hidden_outputs():
-        for start in range(0, len(blocks), rows):
+        for batch_index in range(rank(), len(starts), world_size()):  # of several processes, each takes its share
+            start = starts[batch_index]
             indices = range(start, min(start + rows, len(blocks)))
             batch = {
                 key: value.to(model.device)
@@ -133,6 +142,6 @@ def block_loss(model: Any, objective: Objective, blocks: Blocks, batch_tokens: i
             nats = loss.each(model(**batch).logits[predicted], targets[predicted])
             row = predicted.nonzero()[:, 0].cpu().numpy()
             # Block by block, so that the sum does not depend on how they are batched beyond the last digits.
-            total += math.fsum(row_sums(nats, row, len(indices)))
-            count += len(row)
-    return total / count
+            sums[batch_index] = math.fsum(row_sums(nats, row, len(indices)))
+            counts[batch_index] = len(row)
+    return float(sum(summed(sums).tolist()) / summed(counts).sum())

@@ -16,12 +16,14 @@ from stages.errors import StageError
 from stages.hardware_config import Hardware
 from stages.model_config import Model
 from stages.pretrained import OFFSET_POSITIONS, pinned_files, usable_positions, weights_files
+from stages.processes import world_size
 from stages.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
 # Accelerate takes precision, accumulation, compilation and more from these, where DVC cannot see them.
-LAUNCHER_VARIABLES = ("ACCELERATE_", "FSDP_", "LOCAL_RANK", "MASTER_", "RANK", "WORLD_SIZE")
+SETTINGS_OF_OTHERS = ("ACCELERATE_", "FSDP_")
+LAUNCHER_VARIABLES = ("LOCAL_RANK", "MASTER_", "RANK", "WORLD_SIZE")
 
 AUTO_CLASS = {"causal": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM"}
 
@@ -32,7 +34,8 @@ def prepare_torch(hardware: Hardware) -> None:
     Raises:
         StageError: if hardware.device is not available.
     """
-    for name in [name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)]:
+    others = SETTINGS_OF_OTHERS if world_size() > 1 else SETTINGS_OF_OTHERS + LAUNCHER_VARIABLES
+    for name in [name for name in os.environ if name.startswith(others)]:
         log.warning("%s is ignored: what trains a model stands in conf/", name)
         del os.environ[name]
     transformers.logging.set_verbosity_error()

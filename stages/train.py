@@ -7,6 +7,7 @@ Command python -m stages.train task=causal model=tiny-gpt2 hardware=cpu seed=42 
         report=reports/train/causal
 """
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -114,29 +115,48 @@ class TrainConfig:
     @classmethod
     def _divides(cls, batch_size: int, info: ValidationInfo) -> int:
         hardware = info.data.get("hardware")
-        at_once = hardware.per_device_batch_size if hardware is not None else None
-        if at_once is not None and batch_size % at_once:
-            raise ValueError(
-                f"batch_size={batch_size} is not a multiple of {at_once}, the sequences that the hardware takes at once"
-                " (hardware.per_device_batch_size)"
-            )
+        launch = hardware.launch if hardware is not None else None
+        if hardware is not None and (launch is None or launch.processes_per_machine is not None):
+            batches(batch_size, hardware, launch.processes_per_machine * launch.machines if launch else 1)
         return batch_size
 
-    @property
-    def per_device_batch_size(self) -> int:
-        """Sequences at once on a device."""
-        return self.hardware.per_device_batch_size or self.batch_size
 
-    @property
-    def accumulation_steps(self) -> int:
-        """Times that gradients are added up in an optimizer step."""
-        return self.batch_size // self.per_device_batch_size
+def batches(batch_size: int, hardware: Hardware, processes: int) -> tuple[int, int]:
+    """Sequences at once in each of `processes`, and the times that gradients are added up in an optimizer step.
+
+    Raises:
+        ValueError: if batch_size cannot be divided like this.
+    """
+    at_once = hardware.per_device_batch_size
+    whole = processes * (at_once or 1)
+    if batch_size % whole:
+        names = [f"{processes} processes (hardware.launch)"] if processes > 1 else []
+        names += [f"{at_once} sequences at once (hardware.per_device_batch_size)"] if at_once else []
+        fit = [whole * (batch_size // whole + extra) for extra in (0, 1)]
+        raise ValueError(
+            f"batch_size={batch_size} is not a multiple of {whole}: {' of '.join(names)};"
+            f" {' and '.join(str(size) for size in fit if size)} would be"
+        )
+    share = batch_size // processes
+    return at_once or share, share // (at_once or share)
 
 
 def main(config: TrainConfig) -> None:
+    launch = config.hardware.launch
+    if launch is None:
+        train(config)
+        return
+    from stages.launch import run_in_processes
+
+    run_in_processes("train", train, config, launch)
+
+
+def train(config: TrainConfig) -> None:
+    """The work of the stage, as one of the processes that do it does it."""
     from stages.models import build_model, prepare_torch
     from stages.objectives import make_objective
     from stages.precision import check_bf16
+    from stages.processes import of_the_first, rank, wait_for_all
     from stages.training import BlockTrainer  # noqa: F401  loaded before the fingerprint is taken
 
     prepare_torch(config.hardware)
@@ -149,15 +169,20 @@ def main(config: TrainConfig) -> None:
     if config.adapter is not None:
         model = add_adapter(model, config.adapter, config.model, config.seed)
     objective = make_objective(config.objective.name, vocabulary, config.objective, model)
-    train, validation = Blocks(blocks / "train"), Blocks(blocks / "validation")
-    if train.block_size != config.block_size:
-        raise StageError(f"block_size={config.block_size}: the blocks in {blocks} hold {train.block_size} tokens each")
-    log.info("%d blocks of %d tokens, %d per step", len(train), train.block_size, config.batch_size)
-    with checkpoint_directory(name_of(config)) as directory:
-        trainer = make_trainer(config, model, objective, train, validation, str(directory))
+    training, validation = Blocks(blocks / "train"), Blocks(blocks / "validation")
+    if training.block_size != config.block_size:
+        raise StageError(
+            f"block_size={config.block_size}: the blocks in {blocks} hold {training.block_size} tokens each"
+        )
+    log.info("%d blocks of %d tokens, %d per step", len(training), training.block_size, config.batch_size)
+    with contextlib.nullcontext() if rank() else checkpoint_directory(name_of(config)) as mine:
+        directory = of_the_first(str(mine))
+        trainer = make_trainer(config, model, objective, training, validation, directory)
         with signals_as_request() as request:
             trainer.train_on(request)
-        write(config, trainer, use_cache)
+        if not rank():
+            write(config, trainer, use_cache)
+        wait_for_all()
     log.info("%d steps -> %s", trainer.state.global_step, config.out)
 
 
@@ -193,8 +218,13 @@ def make_trainer(
     """The Trainer that `config` describes; its checkpoints stand in `directory`."""
     from transformers import EarlyStoppingCallback, TrainingArguments
 
+    from stages.processes import world_size
     from stages.training import BlockTrainer, TrainingProgress
 
+    try:
+        at_once, accumulation = batches(config.batch_size, config.hardware, world_size())
+    except ValueError as error:
+        raise StageError(str(error)) from None
     callbacks: list[Any] = [TrainingProgress(config.batch_size * config.block_size)]
     if config.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.threshold))
@@ -204,8 +234,8 @@ def make_trainer(
         "seed": config.seed,
         "learning_rate": config.learning_rate,
         "num_train_epochs": config.num_train_epochs,
-        "per_device_train_batch_size": config.per_device_batch_size,
-        "gradient_accumulation_steps": config.accumulation_steps,
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": accumulation,
         "remove_unused_columns": False,
         "report_to": "none",
         "disable_tqdm": True,
@@ -215,6 +245,7 @@ def make_trainer(
         "save_strategy": "no",
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": config.hardware.device == "cuda",
+        "ddp_find_unused_parameters": False,
     }
     arguments = TrainingArguments(**{**defaults, **resolve(config.trainer), **owned})
     return BlockTrainer(

@@ -1,5 +1,6 @@
 """transformers' Trainer with the project's own order, batches, loss and validation."""
 
+import contextlib
 import json
 import logging
 import math
@@ -24,53 +25,59 @@ from stages.loss import TokenLoss
 from stages.masking import IGNORED
 from stages.metrics import block_loss
 from stages.objectives import Objective
+from stages.processes import largest, of_the_first, rank, wait_for_all, world_size
 from stages.progress import Progress
 
 log = logging.getLogger(__name__)
 
-LOSS_FILE = "loss_since_log.json"
+LOSS_FILE = "loss_since_log-{}.json"  # of each process
 
 Batch = dict[str, torch.Tensor]
 
 
 class EpochSampler(Sampler[int]):
-    """Keys `epoch * num_blocks + block` in the order of an epoch, a function of (seed, epoch) alone."""
+    """Keys `epoch * num_blocks + block` in the order of an epoch, a function of (seed, epoch) alone.
 
-    def __init__(self, num_blocks: int, seed: int) -> None:
-        self._num_blocks, self._seed = num_blocks, seed
+    At its end, keys that stand for rows of which nothing is predicted, `~key`, make their number a multiple of
+    `at_once`, what all processes take at once: all batches have one shape (another one compiles the model anew), and no
+    process is given rows a second time, as Accelerate would do.
+    """
+
+    def __init__(self, num_blocks: int, seed: int, at_once: int) -> None:
+        self._num_blocks, self._seed, self._fill = num_blocks, seed, -num_blocks % at_once
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return self._num_blocks
+        return self._num_blocks + self._fill
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 2**20 + self._epoch)
-        for block in torch.randperm(self._num_blocks, generator=generator).tolist():
-            yield self._epoch * self._num_blocks + block
+        keys = [
+            self._epoch * self._num_blocks + block
+            for block in torch.randperm(self._num_blocks, generator=generator).tolist()
+        ]
+        yield from keys
+        yield from [~keys[0]] * self._fill
 
 
 class TrainingBlocks(Dataset[Batch]):
-    """Whole batches by their keys. Stateless: the epoch comes with the key, so it is right in any worker or process.
+    """Whole batches by EpochSampler's keys. Stateless: the epoch comes with the key, so it is right in any process."""
 
-    The last batch of an epoch is filled up with rows of which nothing is predicted, so that all have one shape (another
-    one compiles the model anew).
-    """
-
-    def __init__(self, blocks: Blocks, objective: Objective, seed: int, batch_size: int) -> None:
-        self._blocks, self._objective, self._seed, self._batch_size = blocks, objective, seed, batch_size
+    def __init__(self, blocks: Blocks, objective: Objective, seed: int) -> None:
+        self._blocks, self._objective, self._seed = blocks, objective, seed
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def __getitems__(self, keys: list[int]) -> Batch:
-        epoch = keys[0] // len(self)  # a batch never spans epochs
-        indices = [key % len(self) for key in keys]
-        indices += indices[:1] * (self._batch_size - len(keys))
+        real = [max(key, ~key) for key in keys]
+        epoch = real[0] // len(self)  # a batch never spans epochs
+        indices = [key % len(self) for key in real]
         batch = self._objective.batch(self._blocks[indices], indices, self._seed, epoch)
-        batch["labels"][len(keys) :] = IGNORED
+        batch["labels"][torch.tensor(keys) < 0] = IGNORED
         return batch
 
 
@@ -103,7 +110,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=TrainingBlocks(train, objective, arguments.seed, arguments.train_batch_size),
+            train_dataset=TrainingBlocks(train, objective, arguments.seed),
             eval_dataset=validation,
             data_collator=identity,
             compute_loss_func=loss,
@@ -116,7 +123,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         self._objective, self._validation, self._evaluate_batch_tokens = objective, validation, evaluate_batch_tokens
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        return EpochSampler(len(self.train_dataset), self.args.seed)
+        return EpochSampler(len(self.train_dataset), self.args.seed, self.args.train_batch_size * world_size())
 
     def compute_loss(self, *arguments: Any, **named: Any) -> Any:
         # The Trainer's own autocast ends with the model's forward pass; the output embedding is part of the loss here.
@@ -130,26 +137,33 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
             Interrupted: when `request` asked for the end; a checkpoint has then been written.
         """
         self.add_callback(Saving(request, self._seconds_between_checkpoints))
-        step = self._checkpoints.newest()
-        if step is None or not self._has_its_best(step):
+        step = of_the_first(None if rank() else self._to_go_on_from())
+        if step is None:
             self.train()
             return
         log.info("resuming from step %d", step)
         self.add_callback(Restoring(self, step))
         self.train(resume_from_checkpoint=str(self._checkpoints.path(step)))
 
-    def _has_its_best(self, step: int) -> bool:
-        """Whether the best model so far, where the end of the training asks for it, is there beside that of `step`."""
+    def _to_go_on_from(self) -> int | None:
+        """The step of the newest whole checkpoint, if the best model so far is there as well where it is asked for."""
+        step = self._checkpoints.newest()
+        if step is None:
+            return None
         state = json.loads((self._checkpoints.path(step) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         best = state["best_global_step"]
         damage = damaged(self._checkpoints.path(best)) if self.args.load_best_model_at_end and best else None
         if damage is not None:
             log.warning("the checkpoint of the best step, %d, is damaged (%s): training starts anew", best, damage)
-        return damage is None
+            return None
+        return step
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step, best, place = self.state.global_step, self.state.best_global_step, self.args.output_dir
-        with self._checkpoints.writing(step, best) as aside:
+        # One process makes the directory and seals it, behind the others' files; on several machines it is on a disk
+        # that they share.
+        with contextlib.nullcontext() if rank() else self._checkpoints.writing(step, best) as mine:
+            aside = Path(of_the_first(str(mine)))
             self.args.output_dir = str(aside)
             try:
                 super()._save_checkpoint(model, trial)
@@ -157,13 +171,15 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
                 self.args.output_dir = place
             # Of the mean that the next log line shows, which the Trainer starts anew.
             loss = {"sum": self._tr_loss.item(), "since_step": self._globalstep_last_logged}
-            (aside / f"checkpoint-{step}" / LOSS_FILE).write_text(json.dumps(loss), encoding="utf-8")
+            (aside / f"checkpoint-{step}" / LOSS_FILE.format(rank())).write_text(json.dumps(loss), encoding="utf-8")
+            wait_for_all()
+        wait_for_all()
         if best:
             self.state.best_model_checkpoint = str(self._checkpoints.path(best))
 
     def restore(self, step: int) -> None:
         """Take from the checkpoint of `step` what the Trainer leaves out of a resumption."""
-        loss = json.loads((self._checkpoints.path(step) / LOSS_FILE).read_text(encoding="utf-8"))
+        loss = json.loads((self._checkpoints.path(step) / LOSS_FILE.format(rank())).read_text(encoding="utf-8"))
         self._tr_loss.fill_(loss["sum"])
         self._globalstep_last_logged = loss["since_step"]
         if self.state.best_global_step:  # the cache may have been moved since
@@ -237,10 +253,13 @@ class Saving(TrainerCallback):  # type: ignore[misc]
         self._request, self._seconds = request, seconds
         self._saved = time.monotonic()
         self._postponed = False
+        self._asked: int | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        due = time.monotonic() - self._saved >= self._seconds or self._request.number is not None
-        wanted = control.should_save or (due and state.global_step < state.max_steps)
+        # What any of the processes was told, and what any clock says.
+        late, asked = largest([time.monotonic() - self._saved >= self._seconds, self._request.number or 0])
+        self._asked = asked or None
+        wanted = control.should_save or (max(late, asked) > 0 and state.global_step < state.max_steps)
         # At the end of an epoch its validation comes first: a run resumed from between them would leave it out.
         self._postponed = wanted and float(state.epoch or 0.0).is_integer()
         control.should_save = wanted and not self._postponed
@@ -251,6 +270,6 @@ class Saving(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._saved = time.monotonic()
-        if self._request.number is not None:
+        if self._asked is not None:
             message = f"stopped at step {state.global_step} of {state.max_steps}: `dvc repro` goes on from there"
-            raise Interrupted(self._request.number, message)
+            raise Interrupted(self._asked, message)

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from stages.artifacts import Blocks
 from stages.errors import ConfigError, StageError
+from stages.hardware_config import Hardware
 from stages.metrics import block_loss
 from stages.objectives import make_objective
+from stages.train import batches
 from stages.trained import load_trained
 from stages.vocabulary import Vocabulary, load_tokenizer
 
@@ -61,11 +63,29 @@ def test_train_config_with_several_mistakes_names_them_all(compose_stage, overri
     assert len(caught.value.problems) == len(more)
 
 
-@pytest.mark.parametrize(("per_device", "expected"), [("null", (8, 1)), ("4", (4, 2)), ("8", (8, 1))])
-def test_train_config_splits_batch_size_into_accumulation(compose_stage, overrides, tmp_path, per_device, expected):
-    more = [f"hardware.per_device_batch_size={per_device}"]
-    config = compose_stage("train", *overrides("train", "causal", tmp_path, *more))
-    assert (config.per_device_batch_size, config.accumulation_steps) == expected
+@pytest.mark.parametrize(
+    ("at_once", "processes", "expected"),
+    [(None, 1, (8, 1)), (4, 1, (4, 2)), (8, 1, (8, 1)), (None, 2, (4, 1)), (2, 2, (2, 2))],
+)
+def test_train_batches_are_batch_size_whatever_the_hardware(at_once, processes, expected):
+    assert batches(8, hardware(at_once), processes) == expected
+
+
+@pytest.mark.parametrize(
+    ("at_once", "processes", "message"),
+    [
+        (3, 1, "multiple of 3: 3 sequences at once .*; 6 and 9 would be"),
+        (None, 16, "multiple of 16: 16 processes .*; 16 would be"),
+        (4, 3, "multiple of 12: 3 processes .* of 4 sequences at once .*; 12 would be"),
+    ],
+)
+def test_train_batches_that_do_not_fit_name_what_would(at_once, processes, message):
+    with pytest.raises(ValueError, match=f"batch_size=8 is not a {message}"):
+        batches(8, hardware(at_once), processes)
+
+
+def hardware(at_once):
+    return Hardware(device="cpu", num_threads=1, per_device_batch_size=at_once, evaluate_batch_tokens=64)
 
 
 # -- outs --------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """What the Trainer is fed: the order of the blocks and their masks, however batched and resumed."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -25,24 +27,30 @@ from stages.vocabulary import Vocabulary
 NUM_BLOCKS, BLOCK_SIZE = 16, 24
 
 
-@given(num_blocks=st.integers(1, 200), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 1000))
-def test_epoch_sampler_of_any_epoch_is_a_permutation_of_that_epochs_keys(num_blocks, seed, epoch):
-    sampler = EpochSampler(num_blocks, seed)
+@given(
+    num_blocks=st.integers(1, 200),
+    seed=st.integers(0, 2**32 - 1),
+    epoch=st.integers(0, 1000),
+    at_once=st.integers(1, 9),
+)
+def test_epoch_sampler_of_any_epoch_is_a_permutation_of_that_epochs_keys(num_blocks, seed, epoch, at_once):
+    sampler = EpochSampler(num_blocks, seed, at_once)
     sampler.set_epoch(epoch)
-    keys = list(sampler)
-    assert len(sampler) == num_blocks
-    assert sorted(keys) == list(range(epoch * num_blocks, (epoch + 1) * num_blocks))
+    keys, epochs = list(sampler), range(epoch * num_blocks, (epoch + 1) * num_blocks)
+    assert sorted(keys[:num_blocks]) == list(epochs)
+    assert len(keys) == len(sampler) == math.ceil(num_blocks / at_once) * at_once
+    assert all(key < 0 and ~key in epochs for key in keys[num_blocks:])
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 1), (1, 0), (2**32 - 1, 0)])
 def test_epoch_sampler_of_another_epoch_or_seed_gives_another_order(seed, epoch):
-    first, other = EpochSampler(50, 0), EpochSampler(50, seed)
+    first, other = EpochSampler(50, 0, 1), EpochSampler(50, seed, 1)
     other.set_epoch(epoch)
     assert [key % 50 for key in first] != [key % 50 for key in other]
 
 
 def test_epoch_sampler_of_an_epoch_does_not_depend_on_those_before():
-    walked, fresh = EpochSampler(50, 0), EpochSampler(50, 0)
+    walked, fresh = EpochSampler(50, 0, 1), EpochSampler(50, 0, 1)
     list(walked)
     walked.set_epoch(1)
     list(walked)
@@ -53,7 +61,7 @@ def test_epoch_sampler_of_an_epoch_does_not_depend_on_those_before():
 
 def test_training_blocks_of_a_key_is_the_block_with_its_epochs_masks(tmp_path):
     blocks, vocabulary, config = toy_blocks(tmp_path, "mlm", 5, BLOCK_SIZE), VOCABULARY["mlm"], objective_config("mlm")
-    dataset = TrainingBlocks(blocks, make_objective("mlm", vocabulary, config), seed=9, batch_size=2)
+    dataset = TrainingBlocks(blocks, make_objective("mlm", vocabulary, config), seed=9)
     batch = dataset.__getitems__([3 * 5 + 4, 3 * 5 + 0])
     input_ids, labels = mask_blocks(blocks[[4, 0]], [4, 0], vocabulary, config, 9, 3)
     assert batch["input_ids"].tolist() == input_ids.tolist()
@@ -61,15 +69,15 @@ def test_training_blocks_of_a_key_is_the_block_with_its_epochs_masks(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["causal", "mlm"])
-def test_training_blocks_of_too_few_keys_are_filled_up_with_rows_that_predict_nothing(tmp_path, task):
+@pytest.mark.parametrize(("keys", "real"), [([7, 9, ~5, ~5], 2), ([~8, ~8], 0)])
+def test_training_blocks_of_keys_that_fill_up_predict_nothing(tmp_path, task, keys, real):
     blocks = toy_blocks(tmp_path, task, 5, BLOCK_SIZE)
     objective = make_objective(task, VOCABULARY[task], objective_config(task, isolate_documents=True))
-    whole, part = (TrainingBlocks(blocks, objective, 9, size).__getitems__([7, 9]) for size in (2, 5))
-    assert {name: list(value.shape[1:]) for name, value in part.items()} == {
-        name: list(value.shape[1:]) for name, value in whole.items()
-    }
-    assert all(len(value) == 5 and torch.equal(value[:2], whole[name]) for name, value in part.items())
-    assert (part["labels"][2:] == IGNORED).all()
+    dataset = TrainingBlocks(blocks, objective, 9)
+    filled, whole = dataset.__getitems__(keys), dataset.__getitems__([max(key, ~key) for key in keys])
+    assert all(torch.equal(filled[name], value) for name, value in whole.items() if name != "labels")
+    assert torch.equal(filled["labels"][:real], whole["labels"][:real])
+    assert (filled["labels"][real:] == IGNORED).all() and not (whole["labels"][real:] == IGNORED).all()
 
 
 # -- batches of the Trainer's own loader -------------------------------------------------------------------------------

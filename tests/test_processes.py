@@ -1,0 +1,196 @@
+"""Several processes: the numbers of one, whatever fails or interrupts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch.distributed as dist
+from data_helpers import REPOSITORY, contents
+
+from stages.artifacts import Blocks
+from stages.errors import StageError
+from stages.hardware_config import Hardware, Launch
+from stages.launch import run_in_processes
+from stages.processes import largest, of_the_first, rank, summed, world_size
+
+TASKS = ("causal", "mlm")
+TWO = "++hardware.launch={processes_per_machine: 2, machines: 1, rendezvous: null}"
+NO_DROPOUT = {
+    "causal": ["++model.config.resid_pdrop=0", "++model.config.embd_pdrop=0", "++model.config.attn_pdrop=0"],
+    "mlm": ["++model.config.hidden_dropout_prob=0", "++model.config.attention_probs_dropout_prob=0"],
+}
+FIFTY_STEPS = ["batch_size=12", "num_train_epochs=10", "trainer.logging_steps=1"]
+
+
+def losses(out):
+    lines = (out / "report/plots/metrics/train/loss.tsv").read_text(encoding="utf-8").splitlines()
+    column = lines[0].split("\t").index("loss")
+    return [float(line.split("\t")[column]) for line in lines[1:]]
+
+
+# -- the numbers of one ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one(run_toy, cache, tmp_path_factory):
+    """Task to what one process makes, without dropout and with every step's loss."""
+    roots = {task: tmp_path_factory.mktemp(f"one-{task}") for task in TASKS}
+    for task, root in roots.items():
+        run_toy("baseline", task, root, *NO_DROPOUT[task])
+        run_toy("train", task, root, *NO_DROPOUT[task], *FIFTY_STEPS)
+        run_toy("evaluate", task, root)
+    return roots
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], id="whole"),
+        pytest.param(["hardware.per_device_batch_size=3"], id="accumulated", marks=pytest.mark.slow),
+    ],
+)
+def test_training_in_two_processes_has_the_losses_of_one(run_toy, corpus, cache, one, tmp_path, task, more):
+    assert len(Blocks(corpus / f"blocks-16/{task}/train")) % 12  # rows that fill no batch are the hard part
+    run_toy("train", task, tmp_path, *NO_DROPOUT[task], *FIFTY_STEPS, TWO, *more)
+    expected = losses(one[task])
+    assert len(expected) >= 50
+    np.testing.assert_allclose(losses(tmp_path), expected, atol=1e-4)
+    assert contents(tmp_path / "report").keys() == contents(one[task] / "report").keys()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluate_in_two_processes_writes_the_metrics_of_one(run_toy, one, tmp_path, task):
+    outs = [f"out={tmp_path}/metrics.json", f"samples_out={tmp_path}/samples.md"]
+    run_toy("evaluate", task, one[task], TWO, *outs)
+    found, expected = (json.loads((root / "metrics.json").read_text())[task] for root in (tmp_path, one[task]))
+    assert found.keys() == expected.keys()
+    for split, figures in expected.items():
+        assert found[split] == pytest.approx(figures, rel=1e-6)
+    assert (tmp_path / "samples.md").read_text() == (one[task] / "samples.md").read_text()
+
+
+@pytest.mark.slow
+def test_training_in_two_processes_killed_ends_with_the_same_bytes(run_toy, cache, tmp_path, monkeypatch):
+    every = [TWO, "++trainer.save_strategy=steps", "++trainer.save_steps=3"]
+    run_toy("train", "causal", tmp_path / "undisturbed", *every)
+    monkeypatch.setattr("stages.train.train", train_and_be_killed)
+    with pytest.raises(StageError, match="SIGKILL"):
+        run_toy("train", "causal", tmp_path / "killed", *every)
+    assert not (tmp_path / "killed").exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("LM_REPRO_CACHE", str(cache))
+    run_toy("train", "causal", tmp_path / "killed", *every)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+
+
+def train_and_be_killed(config):
+    """The second of two processes ends without a word behind step 7."""
+    from transformers import TrainerCallback
+
+    from stages.train import train
+    from stages.training import BlockTrainer
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 7 and rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    original = BlockTrainer.train
+
+    def killed(self, *arguments, **named):
+        self.add_callback(Kill())
+        return original(self, *arguments, **named)
+
+    BlockTrainer.train = killed
+    train(config)
+
+
+# -- what the processes agree on, and how they end ---------------------------------------------------------------------
+
+CONFIG = Hardware(device="cpu", num_threads=1, per_device_batch_size=None, evaluate_batch_tokens=1)
+
+
+class Config:
+    hardware = CONFIG
+
+
+def in_two(work):
+    run_in_processes("train", work, Config(), Launch(processes_per_machine=2, machines=1, rendezvous=None))
+
+
+def agree(_):
+    assert (world_size(), {0, 1}) == (2, {rank(), 1 - rank()})
+    assert of_the_first(f"from {rank()}") == "from 0"
+    assert summed(np.array([1.0, rank()])).tolist() == [2.0, 1.0]
+    assert largest([rank(), 5 - rank()]) == [1, 5]
+
+
+def fail_alone(_):
+    if rank() == 1:
+        raise StageError("the second one's own words")
+    dist.barrier()
+
+
+def die_alone(_):
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def test_processes_agree():
+    in_two(agree)
+
+
+@pytest.mark.parametrize(("work", "message"), [(fail_alone, "the second one's own words"), (die_alone, "SIGKILL")])
+def test_processes_end_all_with_the_error_of_the_first_that_fails(work, message):
+    with pytest.raises(StageError, match=f"process 1 of 2: .*{message}"):
+        in_two(work)
+    children = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    assert [child for child in children if "spawn_main" in child] == []  # multiprocessing keeps a tracker of its own
+
+
+def test_processes_of_one_a_gpu_without_a_gpu_is_an_error():
+    with pytest.raises(StageError, match=r"processes_per_machine.*none here"):
+        run_in_processes("train", agree, Config(), Launch(processes_per_machine=None, machines=1, rendezvous=None))
+
+
+def test_launch_on_several_machines_without_a_meeting_place_is_an_error():
+    with pytest.raises(ValueError, match=r"machines=2 needs launch\.rendezvous"):
+        Launch(processes_per_machine=1, machines=2, rendezvous=None)
+
+
+@pytest.mark.slow  # processes with torch each
+@pytest.mark.parametrize(
+    ("number", "to_all", "code"),
+    [(signal.SIGTERM, False, 143), (signal.SIGINT, True, 130), (signal.SIGKILL, False, -9)],
+    ids=["SIGTERM", "Ctrl-C", "SIGKILL"],
+)
+def test_processes_told_to_end_leave_a_checkpoint_and_nobody_behind(overrides, cache, tmp_path, number, to_all, code):
+    command = overrides("train", "causal", tmp_path, TWO, "num_train_epochs=2000", f"seed={code % 99}")
+    before = set(cache.rglob("checkpoint-*/manifest.json"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.train", *command],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    time.sleep(40)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    said = process.communicate(timeout=90)[1]
+    assert process.returncode == code, said
+    assert "Traceback" not in said
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+    if number != signal.SIGKILL:
+        assert said.count("`dvc repro` goes on from there") == 1, said
+        assert set(cache.rglob("checkpoint-*/manifest.json")) - before
+    assert not (tmp_path / "model").exists()
