@@ -46,6 +46,7 @@ REDUCTIONS = {
     r"^(python benchmarks/preprocessing.py)$": r"\1 --documents 200 --guide-documents 200 --rounds 1",
     r"^(python benchmarks/engines.py)$": r"\1 --documents 200 --rounds 1",
     r"'DIR'": r"'models/causal'",
+    r"^mutmut run$": r"mutmut run 'stages.packing*'",
 }
 MARK = "=== command"
 
