@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig
@@ -16,7 +17,6 @@ from stages.errors import StageError
 from stages.hardware_config import Hardware
 from stages.model_config import Model
 from stages.pretrained import OFFSET_POSITIONS, pinned_files, usable_positions, weights_files
-from stages.processes import world_size
 from stages.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def prepare_torch(hardware: Hardware) -> None:
     Raises:
         StageError: if hardware.device is not available.
     """
-    others = SETTINGS_OF_OTHERS if world_size() > 1 else SETTINGS_OF_OTHERS + LAUNCHER_VARIABLES
+    others = SETTINGS_OF_OTHERS if dist.is_initialized() else SETTINGS_OF_OTHERS + LAUNCHER_VARIABLES
     for name in [name for name in os.environ if name.startswith(others)]:
         log.warning("%s is ignored: what trains a model stands in conf/", name)
         del os.environ[name]

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 from data_helpers import REPOSITORY, contents
+from test_resume import BEST
 
 from stages.artifacts import Blocks
 from stages.errors import StageError
@@ -74,6 +75,26 @@ def test_evaluate_in_two_processes_writes_the_metrics_of_one(run_toy, one, tmp_p
     for split, figures in expected.items():
         assert found[split] == pytest.approx(figures, rel=1e-6)
     assert (tmp_path / "samples.md").read_text() == (one[task] / "samples.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("more", [["adapter=lora"], BEST], ids=["adapter", "best model"])
+def test_training_in_two_processes_has_the_ledger_of_one(run_toy, cache, tmp_path, task, more):
+    for name, launch in (("one", []), ("two", [TWO])):
+        run_toy("train", task, tmp_path / name, *NO_DROPOUT[task], "trainer.logging_steps=1", *more, *launch)
+    one, two = (json.loads((tmp_path / name / "report/stats.json").read_text()) for name in ("one", "two"))
+    assert two.pop("best_validation_loss") == pytest.approx(one.pop("best_validation_loss"), abs=1e-4)
+    assert two == one
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-4)
+
+
+def test_training_in_a_launched_process_has_the_bytes_of_training_in_the_stages_own(run_toy, cache, tmp_path, capfd):
+    launch = "++hardware.launch={processes_per_machine: 1, machines: 1, rendezvous: null}"
+    run_toy("train", "causal", tmp_path / "launched", launch)
+    assert "is ignored" not in capfd.readouterr().err  # of what the launcher sets
+    run_toy("train", "causal", tmp_path / "own")
+    assert contents(tmp_path / "launched") == contents(tmp_path / "own")
 
 
 @pytest.mark.slow
