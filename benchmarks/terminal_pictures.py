@@ -66,7 +66,7 @@ def run(command: str, stream: pyte.ByteStream, seen: Callable[[], None]) -> None
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     kept = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS")}
     env = {**kept, "TERM": "xterm-256color"}
-    process = subprocess.Popen(command, shell=True, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    process = subprocess.Popen(["bash", "-c", command], stdin=theirs, stdout=theirs, stderr=theirs, env=env)
     os.close(theirs)
     while True:
         try:

@@ -18,7 +18,21 @@ from dvc.cli.parser import get_main_parser
 from dvc_project import ROOT
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
-PROGRAMS = ("cd", "cp", "dvc", "export", "git", "make", "mkdir", "pre-commit", "python", "source", "timeout")
+PROGRAMS = (
+    "cd",
+    "cp",
+    "dvc",
+    "export",
+    "git",
+    "make",
+    "mkdir",
+    "mutmut",
+    "pre-commit",
+    "python",
+    "source",
+    "timeout",
+    "uv",
+)
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.DOTALL | re.MULTILINE)
 GROUPS = {"data.name": "data", "hardware": "hardware"}  # key of params.yaml to the group in conf/ that it chooses from
 OWN = ("benchmarks", "conf", "docs", "stages", "tests", "tools")  # directories all of whose files are in git
