@@ -7,6 +7,7 @@ import fcntl
 import io
 import os
 import pty
+import re
 import shutil
 import struct
 import subprocess
@@ -22,9 +23,9 @@ from rich.text import Text
 
 PICTURES = Path("docs/images")
 COLUMNS, ROWS = 110, 40
-# Name: command, and what the screen shows when the picture is taken (None: at the command's end).
+# Name: command, and what a line shows when the picture is taken (a pattern; None: at the command's end).
 TAKEN: dict[str, tuple[str, str | None]] = {
-    "training": ("dvc repro --force --single-item train@causal", "250/418"),
+    "training": ("dvc repro --force --single-item train@causal", r" 4\d\d/627"),
     "summary": ("dvc repro --force --single-item evaluate@causal && python -m tools.summary", None),
     "error": ("python -m stages.group_texts block_size=12.5 tokens=data/tokens/causal out=data/blocks/causal", None),
 }
@@ -52,7 +53,7 @@ def screen_of(command: str, moment: str | None) -> list[Text]:
     found: list[Text] = []
 
     def seen() -> None:
-        if moment and not found and any(moment in line for line in screen.display):
+        if moment and not found and any(re.search(moment, line) for line in screen.display):
             found.extend(lines_of(screen))
 
     run(command, pyte.ByteStream(screen), seen)

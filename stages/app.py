@@ -183,9 +183,19 @@ def _of(error: Exception) -> str:
     return f": {filename}" if filename else ""
 
 
+class ToStderr(logging.Handler):
+    """Writes lines to what stderr is now: a bar on a terminal takes its place, so that they come above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+        except Exception:  # as the handlers of logging do: a line that cannot be written ends no stage
+            self.handleError(record)
+
+
 def start_logging(stage: str) -> None:
     """Log lines `stage: text` to stderr, of the project's own modules from INFO up and of libraries from ERROR up."""
-    handler = logging.StreamHandler()
+    handler = ToStderr()
     handler.setFormatter(logging.Formatter(f"{stage}: %(message)s"))
     logging.basicConfig(level=logging.ERROR, handlers=[handler], force=True)
     for name in ("stage", "stages", "__main__"):

@@ -66,10 +66,10 @@ def test_terminal_help_with_an_unknown_choice_names_the_choices() -> None:
 WRONG = ("stages.group_texts", "block_size=0", "tokens=a", "out=b")
 
 
-def on_a_terminal(**environment: str) -> str:
-    """What the wrong command writes to a terminal."""
+def on_a_terminal(*arguments: str, code: int, **environment: str) -> str:
+    """What Python writes to a terminal before it exits with `code`."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", *WRONG]
+    command = [sys.executable, *arguments]
     process = subprocess.Popen(
         command, stdout=theirs, stderr=theirs, cwd=CONF.parent, env={**os.environ, **environment}
     )
@@ -81,19 +81,38 @@ def on_a_terminal(**environment: str) -> str:
     except OSError:  # the process, the terminal's last user, has ended
         pass
     os.close(ours)
-    assert process.wait() == 1
+    assert process.wait() == code
     return shown.decode()
 
 
 def test_terminal_error_is_a_panel_on_a_terminal() -> None:
-    shown = on_a_terminal(TERM="xterm")
+    shown = on_a_terminal("-m", *WRONG, code=1, TERM="xterm")
     assert "╭" in shown
     assert "group_texts: error" in shown
     assert "block_size=0" in shown
 
 
+LOGGED_BESIDE_A_BAR = """
+import logging
+from stages.app import start_logging
+from stages.progress import Progress
+start_logging("train")
+bar = Progress("training", 10, "steps")
+bar.update(5)
+logging.getLogger("stage").info("validation loss 1")
+bar.close()
+"""
+
+
+def test_terminal_line_that_is_logged_beside_a_bar_has_a_line_of_its_own() -> None:
+    shown = on_a_terminal("-c", LOGGED_BESIDE_A_BAR, code=0, TERM="xterm")
+    before, _, _ = shown.partition("train: validation loss 1\r\n")
+    assert before != shown
+    assert before.endswith(("\r\n", "\x1b[2K"))  # a new line, or one wiped clean
+
+
 def test_terminal_error_is_plain_under_no_color() -> None:
-    shown = on_a_terminal(TERM="xterm", NO_COLOR="1")
+    shown = on_a_terminal("-m", *WRONG, code=1, TERM="xterm", NO_COLOR="1")
     assert shown.startswith("group_texts: error: block_size=0")
     assert "\x1b" not in shown
 
