@@ -74,6 +74,7 @@ def do(stage: str, work: Callable[[Any], None], config: Any) -> None:
         os.environ["NO_COLOR"] = "1"  # no bar of its own
     os.environ["OMP_NUM_THREADS"] = str(config.hardware.num_threads)  # else Accelerate chooses
     start_logging(stage)
+    logging.getLogger("__mp_main__").setLevel(logging.INFO)  # the stage's module, as it is called in here
     end_on_signals()
     threading.Thread(target=end_with_dvc, daemon=True).start()
     try:
