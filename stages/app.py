@@ -198,5 +198,6 @@ def start_logging(stage: str) -> None:
     handler = ToStderr()
     handler.setFormatter(logging.Formatter(f"{stage}: %(message)s"))
     logging.basicConfig(level=logging.ERROR, handlers=[handler], force=True)
-    for name in ("stage", "stages", "__main__"):
+    # A stage's module is __main__, and __mp_main__ in the processes that it starts.
+    for name in ("stage", "stages", "__main__", "__mp_main__"):
         logging.getLogger(name).setLevel(logging.INFO)

@@ -19,6 +19,7 @@ from stages.artifacts import Blocks, Documents, damaged, read_json, write_json, 
 from stages.config import part
 from stages.errors import StageError
 from stages.hardware_config import Hardware
+from stages.launch import run_in_processes
 from stages.pretrained import usable_positions
 from stages.task_config import Evaluate, Objective, Samples
 from stages.vocabulary import Vocabulary
@@ -63,13 +64,7 @@ class EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> None:
-    launch = config.hardware.launch
-    if launch is None:
-        evaluate(config)
-        return
-    from stages.launch import run_in_processes
-
-    run_in_processes("evaluate", evaluate, config, launch)
+    run_in_processes("evaluate", evaluate, config)
 
 
 def evaluate(config: EvaluateConfig) -> None:

@@ -7,15 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
-import torch
-import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from stages.app import describe, end_with_dvc, start_logging
 from stages.errors import StageError
-from stages.hardware_config import Launch
 from stages.interruption import Interrupted, end_on_signals
 
 SECONDS_TO_END = 60  # for a process that was told to, its checkpoint included
@@ -26,13 +20,24 @@ class ProcessError(Exception):
     """What ended the work of one of several processes, in words for users."""
 
 
-def run_in_processes(stage: str, work: Callable[[Any], None], config: Any, launch: Launch) -> None:
-    """Do `work(config)` in the processes that `launch` describes; it must be a function of a module.
+def run_in_processes(stage: str, work: Callable[[Any], None], config: Any) -> None:
+    """Do `work(config)` in the processes that config.hardware.launch describes; without one, in this process.
+
+    `work` must be a function of a module.
 
     Raises:
         StageError: the error of the first process that failed; the others have then been ended.
         Interrupted: if a signal ended them.
     """
+    launch = config.hardware.launch
+    if launch is None:
+        work(config)
+        return
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     here = launch.processes_per_machine or torch.cuda.device_count()
     if not here:
         raise StageError(
@@ -69,12 +74,14 @@ def run_in_processes(stage: str, work: Callable[[Any], None], config: Any, launc
 
 def do(stage: str, work: Callable[[Any], None], config: Any) -> None:
     """What each process does."""
+    import torch
+    import torch.distributed as dist
+
     if int(os.environ["RANK"]) > 0:
         logging.disable(logging.INFO)
         os.environ["NO_COLOR"] = "1"  # no bar of its own
     os.environ["OMP_NUM_THREADS"] = str(config.hardware.num_threads)  # else Accelerate chooses
     start_logging(stage)
-    logging.getLogger("__mp_main__").setLevel(logging.INFO)  # the stage's module, as it is called in here
     end_on_signals()
     threading.Thread(target=end_with_dvc, daemon=True).start()
     try:

@@ -23,6 +23,7 @@ from stages.config import Positive, Seed, part
 from stages.errors import StageError
 from stages.hardware_config import CheckpointSettings, Hardware
 from stages.interruption import signals_as_request
+from stages.launch import run_in_processes
 from stages.model_config import Adapter, Model, check_task, origin
 from stages.task_config import EarlyStopping, Objective, check_isolation
 from stages.trained import add_adapter, save_model
@@ -142,13 +143,7 @@ def batches(batch_size: int, hardware: Hardware, processes: int) -> tuple[int, i
 
 
 def main(config: TrainConfig) -> None:
-    launch = config.hardware.launch
-    if launch is None:
-        train(config)
-        return
-    from stages.launch import run_in_processes
-
-    run_in_processes("train", train, config, launch)
+    run_in_processes("train", train, config)
 
 
 def train(config: TrainConfig) -> None:

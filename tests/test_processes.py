@@ -135,15 +135,19 @@ def train_and_be_killed(config):
 
 # -- what the processes agree on, and how they end ---------------------------------------------------------------------
 
-CONFIG = Hardware(device="cpu", num_threads=1, per_device_batch_size=None, evaluate_batch_tokens=1)
-
 
 class Config:
-    hardware = CONFIG
+    """What a stage's config says of processes."""
+
+    def __init__(self, processes_per_machine):
+        launch = Launch(processes_per_machine=processes_per_machine, machines=1, rendezvous=None)
+        self.hardware = Hardware(
+            device="cpu", num_threads=1, per_device_batch_size=None, evaluate_batch_tokens=1, launch=launch
+        )
 
 
 def in_two(work):
-    run_in_processes("train", work, Config(), Launch(processes_per_machine=2, machines=1, rendezvous=None))
+    run_in_processes("train", work, Config(2))
 
 
 def agree(_):
@@ -179,7 +183,7 @@ def test_processes_end_all_with_the_error_of_the_first_that_fails(work, message)
 
 def test_processes_of_one_a_gpu_without_a_gpu_is_an_error():
     with pytest.raises(StageError, match=r"processes_per_machine.*none here"):
-        run_in_processes("train", agree, Config(), Launch(processes_per_machine=None, machines=1, rendezvous=None))
+        run_in_processes("train", agree, Config(None))
 
 
 def test_launch_on_several_machines_without_a_meeting_place_is_an_error():
