@@ -4,6 +4,8 @@ Command python -m benchmarks.report_pictures    (after `make report`)
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,19 @@ TAKEN = {
 
 
 def main() -> None:
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+    with chromium() as browser:
         for name in TAKEN:
             file = PICTURES / f"report-{name}.png"
             take(browser, name, file)
             print(f"{file}: {file.stat().st_size / 1e3:.0f} KB")
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser without a window, and the directory for what it takes."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
 
 
 def take(browser: Any, name: str, file: Path) -> None:

@@ -8,20 +8,18 @@ import io
 import os
 import pty
 import re
-import shutil
 import struct
 import subprocess
 import termios
 from collections.abc import Callable
-from pathlib import Path
 
 import pyte
-from playwright.sync_api import sync_playwright
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-PICTURES = Path("docs/images")
+from benchmarks.report_pictures import PICTURES, chromium
+
 COLUMNS, ROWS = 110, 40
 # Name: command, and what a line shows when the picture is taken (a pattern; None: at the command's end).
 TAKEN: dict[str, tuple[str, str | None]] = {
@@ -35,9 +33,7 @@ COLORS |= {"magenta": "#d69ae0", "cyan": "#79d7e0", "white": "#e6e6e6"}
 
 
 def main() -> None:
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+    with chromium() as browser:
         for name, (command, moment) in TAKEN.items():
             page = browser.new_page()
             page.set_content(html(f"$ {command}", screen_of(command, moment)))

@@ -5,19 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from toys import (
-    TASK,
-    objective_for,
-    save_blocks,
-    text_ids,
-    toy_blocks,
-    toy_model,
-)
+from toys import TASK, objective_for, save_blocks, text_ids, toy_blocks, toy_model
 
 from stages.masking import IGNORED
-from stages.metrics import (
-    block_loss,
-)
+from stages.metrics import block_loss
 from stages.objectives import evaluation_batch
 
 MODELS = ["gpt2", "llama", "roberta", "bert"]
