@@ -19,9 +19,10 @@ from hydra import compose, initialize_config_dir
 
 from stages.artifacts import Blocks
 from stages.config import CONF, load
+from stages.frameworks.trainer import make_trainer
 from stages.models import build_model, prepare_torch
 from stages.objectives import make_objective
-from stages.train import TrainConfig, make_trainer
+from stages.train import TrainConfig
 from stages.vocabulary import Vocabulary
 
 MODELS = {"causal": "tiny-gpt2", "mlm": "tiny-roberta"}

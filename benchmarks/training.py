@@ -262,8 +262,8 @@ def clock_callback(clock: Clock) -> Any:
 def train_ours(
     arguments: argparse.Namespace, config: Any, model: Any, objective: Any, train: Any, validation: Any, clock: Clock
 ) -> None:
+    from stages.frameworks.trainer import keep_compiled, make_trainer
     from stages.precision import check_bf16
-    from stages.train import keep_compiled, make_trainer
 
     check_bf16(config.hardware.device, config.trainer.get("bf16") is True)
     keep_compiled()

@@ -9,7 +9,6 @@ Command python -m stages.train task=causal model=tiny-gpt2 hardware=cpu seed=42 
 
 import contextlib
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationInfo, field_validator
 
 from stages.app import run
 from stages.artifacts import Blocks, free_copy, staged, versions, write_json
-from stages.cache import cache_directory
+from stages.batches import batches
 from stages.checkpoints import LIBRARIES, checkpoint_directory, fingerprint
 from stages.config import Positive, Seed, part
 from stages.errors import StageError
@@ -27,11 +26,11 @@ from stages.launch import run_in_processes
 from stages.model_config import Adapter, Model, check_task, origin
 from stages.task_config import EarlyStopping, Objective, check_isolation
 from stages.trained import add_adapter, save_model
-from stages.trainer_arguments import problems, resolve
+from stages.trainer_arguments import problems
 from stages.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from stages.training import BlockTrainer
+    from transformers import TrainerState
 
 log = logging.getLogger(__name__)
 
@@ -122,41 +121,18 @@ class TrainConfig:
         return batch_size
 
 
-def batches(batch_size: int, hardware: Hardware, processes: int) -> tuple[int, int]:
-    """Sequences at once in each of `processes`, and the times that gradients are added up in an optimizer step.
-
-    Raises:
-        ValueError: if batch_size cannot be divided like this.
-    """
-    at_once = hardware.per_device_batch_size
-    whole = processes * (at_once or 1)
-    if batch_size % whole:
-        names = [f"{processes} processes (hardware.launch)"] if processes > 1 else []
-        names += [f"{at_once} sequences at once (hardware.per_device_batch_size)"] if at_once else []
-        fit = [whole * (batch_size // whole + extra) for extra in (0, 1)]
-        raise ValueError(
-            f"batch_size={batch_size} is not a multiple of {whole}: {' of '.join(names)};"
-            f" {' and '.join(str(size) for size in fit if size)} would be"
-        )
-    share = batch_size // processes
-    return at_once or share, share // (at_once or share)
-
-
 def main(config: TrainConfig) -> None:
     run_in_processes("train", train, config)
 
 
 def train(config: TrainConfig) -> None:
     """The work of the stage, as one of the processes that do it does it."""
+    import stages.frameworks.trainer as framework  # loaded before the fingerprint is taken
     from stages.models import build_model, prepare_torch
     from stages.objectives import make_objective
-    from stages.precision import check_bf16
     from stages.processes import of_the_first, rank, wait_for_all
-    from stages.training import BlockTrainer  # noqa: F401  loaded before the fingerprint is taken
 
     prepare_torch(config.hardware)
-    check_bf16(config.hardware.device, config.trainer.get("bf16") is True)
-    keep_compiled()
     tokens, blocks = Path(config.tokens), Path(config.blocks)
     vocabulary = Vocabulary.read(tokens)
     model = build_model(config.model, vocabulary, config.seed)
@@ -172,13 +148,12 @@ def train(config: TrainConfig) -> None:
     log.info("%d blocks of %d tokens, %d per step", len(training), training.block_size, config.batch_size)
     with contextlib.nullcontext() if rank() else checkpoint_directory(name_of(config)) as mine:
         directory = of_the_first(str(mine))
-        trainer = make_trainer(config, model, objective, training, validation, directory)
         with signals_as_request() as request:
-            trainer.train_on(request)
+            model, state = framework.fit(config, model, objective, training, validation, directory, request)
         if not rank():
-            write(config, trainer, use_cache)
+            write(config, model, state, len(training), use_cache)
         wait_for_all()
-    log.info("%d steps -> %s", trainer.state.global_step, config.out)
+    log.info("%d steps -> %s", state.global_step, config.out)
 
 
 def name_of(config: TrainConfig) -> str:
@@ -189,74 +164,20 @@ def name_of(config: TrainConfig) -> str:
     return fingerprint(values, [Path(config.tokens) / "stats.json", Path(config.blocks)], __file__)
 
 
-def write(config: TrainConfig, trainer: "BlockTrainer", use_cache: bool | None) -> None:
+def write(config: TrainConfig, model: Any, state: "TrainerState", num_blocks: int, use_cache: bool | None) -> None:
     """Write the model and the curves."""
-    model, tokens = trainer.model, Path(config.tokens)
     if use_cache is not None:
         model.config.use_cache = use_cache  # the Trainer switches it off, which saved would make generation slow
     with staged(config.out) as directory:
         save_model(model, config.adapter, config.model, directory)
-        free_copy(tokens / "tokenizer", directory, leave=["config.json"])
+        free_copy(Path(config.tokens) / "tokenizer", directory, leave=["config.json"])
     with staged(config.report) as directory:
-        write_curves(trainer.state.log_history, directory)
-        write_json(directory / "stats.json", ledger(config.model, trainer))
-
-
-def keep_compiled() -> None:
-    """Have torch.compile keep its work for the next run: half a minute for a small model."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
-
-
-def make_trainer(
-    config: TrainConfig, model: Any, objective: Any, train: Blocks, validation: Blocks, directory: str
-) -> "BlockTrainer":
-    """The Trainer that `config` describes; its checkpoints stand in `directory`."""
-    from transformers import EarlyStoppingCallback, TrainingArguments
-
-    from stages.processes import world_size
-    from stages.training import BlockTrainer, TrainingProgress
-
-    try:
-        at_once, accumulation = batches(config.batch_size, config.hardware, world_size())
-    except ValueError as error:
-        raise StageError(str(error)) from None
-    callbacks: list[Any] = [TrainingProgress(config.batch_size * config.block_size)]
-    if config.early_stopping is not None:
-        callbacks.append(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.threshold))
-    owned = {
-        "output_dir": directory,
-        "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting
-        "seed": config.seed,
-        "learning_rate": config.learning_rate,
-        "num_train_epochs": config.num_train_epochs,
-        "per_device_train_batch_size": at_once,
-        "gradient_accumulation_steps": accumulation,
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": config.hardware.device == "cpu",
-    }
-    defaults = {
-        "save_strategy": "no",
-        "logging_nan_inf_filter": False,
-        "dataloader_pin_memory": config.hardware.device == "cuda",
-        "ddp_find_unused_parameters": False,
-    }
-    arguments = TrainingArguments(**{**defaults, **resolve(config.trainer), **owned})
-    return BlockTrainer(
-        model,
-        arguments,
-        objective,
-        train,
-        validation,
-        config.hardware.evaluate_batch_tokens,
-        config.checkpoints,
-        callbacks,
-    )
+        write_curves(state.log_history, directory)
+        write_json(directory / "stats.json", ledger(config.model, state, num_blocks))
 
 
 def write_curves(history: list[dict[str, float]], directory: Path) -> None:
-    """Curves over steps of the Trainer's own log history, as `dvc plots` reads them, through DVCLive."""
+    """Curves over steps of a log history as the Trainer keeps it, as `dvc plots` reads them, through DVCLive."""
     from dvclive import Live
 
     with Live(dir=str(directory), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False) as live:
@@ -269,13 +190,12 @@ def write_curves(history: list[dict[str, float]], directory: Path) -> None:
                 live.log_metric("validation/loss", float(entry["eval_loss"]))
 
 
-def ledger(model: Model, trainer: "BlockTrainer") -> dict[str, Any]:
+def ledger(model: Model, state: "TrainerState", num_blocks: int) -> dict[str, Any]:
     """What training began with and saw; nothing that varies between two equal runs."""
-    state = trainer.state
     return {
         "model": origin(model),  # null: from its config alone
         "from_scratch": model.from_scratch,
-        "blocks": len(trainer.train_dataset),
+        "blocks": num_blocks,
         "steps": state.global_step,
         "epochs": state.epoch,
         "best_step": state.best_global_step,

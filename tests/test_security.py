@@ -24,7 +24,7 @@ from stages.hub_data import read_hub, resolve_commit
 from stages.pretrained import weights_files
 from tools.pin_model import pin
 
-SOURCES = sorted(file for name in ("stages", "tools", "benchmarks") for file in (REPOSITORY / name).glob("*.py"))
+SOURCES = sorted(file for name in ("stages", "tools", "benchmarks") for file in (REPOSITORY / name).rglob("*.py"))
 TOKEN = "hf_MARKEDTOKENthatNoFileOrLogMayHold"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -101,7 +101,11 @@ def users_of(file: str, key: str) -> set[str]:
     return USERS[file][max(prefixes, key=len)]
 
 
-SOURCES = sorted(file.name for file in (ROOT / "stages").glob("*.py") if file.name != "__init__.py")
+SOURCES = sorted(
+    file.relative_to(ROOT / "stages").as_posix()
+    for file in (ROOT / "stages").rglob("*.py")
+    if file.name != "__init__.py"
+)
 COPIES = {
     "hardware/cpu": "hardware/other",
     "model/tiny-gpt2": "model/other-gpt2",
@@ -139,9 +143,7 @@ def test_soundness_changed_value_changes_exactly_the_stages_that_use_it(others: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "source", sorted(file.name for file in (ROOT / "stages").glob("*.py") if file.name != "__init__.py")
-)
+@pytest.mark.parametrize("source", SOURCES)
 def test_soundness_changed_source_file_changes_exactly_the_stages_that_import_it(others: Path, source: str) -> None:
     importing = [
         stage for stage in ("download", *PER_TASK) if f"stages/{source}" in project_imports(ROOT / f"stages/{stage}.py")

@@ -1,0 +1,88 @@
+"""Trains with transformers' Trainer."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
+
+from stages.artifacts import Blocks
+from stages.batches import batches
+from stages.cache import cache_directory
+from stages.errors import StageError
+from stages.interruption import Request
+from stages.precision import check_bf16
+from stages.processes import world_size
+from stages.trainer_arguments import resolve
+from stages.training import BlockTrainer, TrainingProgress
+
+if TYPE_CHECKING:
+    from stages.train import TrainConfig
+
+
+def fit(
+    config: "TrainConfig",
+    model: Any,
+    objective: Any,
+    train: Blocks,
+    validation: Blocks,
+    directory: str,
+    request: Request,
+) -> tuple[Any, TrainerState]:
+    """The trained `model` and the record of its training, from the newest checkpoint in `directory` if there is one.
+
+    Raises:
+        Interrupted: when `request` asked for the end; a checkpoint has then been written.
+    """
+    check_bf16(config.hardware.device, config.trainer.get("bf16") is True)
+    keep_compiled()
+    trainer = make_trainer(config, model, objective, train, validation, directory)
+    trainer.train_on(request)
+    return trainer.model, trainer.state
+
+
+def keep_compiled() -> None:
+    """Have torch.compile keep its work for the next run: half a minute for a small model."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
+
+
+def make_trainer(
+    config: "TrainConfig", model: Any, objective: Any, train: Blocks, validation: Blocks, directory: str
+) -> BlockTrainer:
+    """The Trainer that `config` describes; its checkpoints stand in `directory`."""
+    try:
+        at_once, accumulation = batches(config.batch_size, config.hardware, world_size())
+    except ValueError as error:
+        raise StageError(str(error)) from None
+    callbacks: list[Any] = [TrainingProgress(config.batch_size * config.block_size)]
+    if config.early_stopping is not None:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.threshold))
+    owned = {
+        "output_dir": directory,
+        "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting
+        "seed": config.seed,
+        "learning_rate": config.learning_rate,
+        "num_train_epochs": config.num_train_epochs,
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": accumulation,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": config.hardware.device == "cpu",
+    }
+    defaults = {
+        "save_strategy": "no",
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": config.hardware.device == "cuda",
+        "ddp_find_unused_parameters": False,
+    }
+    arguments = TrainingArguments(**{**defaults, **resolve(config.trainer), **owned})
+    return BlockTrainer(
+        model,
+        arguments,
+        objective,
+        train,
+        validation,
+        config.hardware.evaluate_batch_tokens,
+        config.checkpoints,
+        callbacks,
+    )
