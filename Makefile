@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # uv where it is installed; where it is not, the environment brings its own.
 UV := $(shell command -v uv 2>/dev/null || echo .venv/bin/uv)
 
-.PHONY: all env check repro compare report test test-all lint format requirements clean
+.PHONY: all env keras check repro compare report test test-all lint format requirements clean
 
 all: check
 	dvc repro
@@ -23,6 +23,13 @@ env: .venv/ready
 	else python3 -m venv .venv && .venv/bin/python -m pip install --quiet uv; fi; }
 	@# Bytecode now rather than at the first import of each stage: torch and transformers start in half the time.
 	$(UV) pip install --quiet --python .venv/bin/python --compile-bytecode --require-hashes -r requirements.txt
+	@touch $@
+
+# What framework: keras needs beside (docs/keras.md): two gigabytes.
+keras: .venv/keras
+
+.venv/keras: requirements-keras.txt .venv/ready
+	$(UV) pip install --quiet --python .venv/bin/python --compile-bytecode --require-hashes -r requirements-keras.txt
 	@touch $@
 
 check: env
@@ -54,6 +61,8 @@ format: env
 requirements: pyproject.toml
 	$(UV) pip compile --quiet --universal --extra dev --generate-hashes --no-emit-index-url --no-header \
 	  --python-version 3.11 pyproject.toml -o requirements.txt
+	$(UV) pip compile --quiet --universal --extra keras --generate-hashes --no-emit-index-url --no-header \
+	  --python-version 3.11 -c requirements.txt pyproject.toml -o requirements-keras.txt
 
 clean:
 	rm -rf .venv .dvc/cache .dvc/tmp data/raw data/tokens data/blocks models reports metrics/baseline

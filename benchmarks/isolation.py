@@ -52,7 +52,7 @@ def training_config(task: str, steps: int, batch_size: int) -> TrainConfig:
     values = ["seed=42", "block_size=128", "learning_rate=0.001", "num_train_epochs=100", f"batch_size={batch_size}"]
     trainer = [f"+trainer.max_steps={steps}", "trainer.eval_strategy=no"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        groups = [f"task={task}", f"model={MODELS[task]}", "adapter=none", "hardware=cpu"]
+        groups = [f"task={task}", f"model={MODELS[task]}", "adapter=none", "hardware=cpu", "framework=trainer"]
         return load(TrainConfig, compose("train", [*groups, *values, *trainer, *places]), "train")
 
 

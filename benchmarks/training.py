@@ -243,6 +243,7 @@ def training_config(arguments: argparse.Namespace) -> Any:
         f"task={arguments.task}",
         f"model={TINY[arguments.task]}",
         "adapter=none",
+        "framework=trainer",
         f"hardware={arguments.hardware}",
     ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -262,11 +263,9 @@ def clock_callback(clock: Clock) -> Any:
 def train_ours(
     arguments: argparse.Namespace, config: Any, model: Any, objective: Any, train: Any, validation: Any, clock: Clock
 ) -> None:
-    from stages.frameworks.trainer import keep_compiled, make_trainer
-    from stages.precision import check_bf16
+    from stages.frameworks.trainer import make_trainer, prepare
 
-    check_bf16(config.hardware.device, config.trainer.get("bf16") is True)
-    keep_compiled()
+    prepare(config)
     trainer = make_trainer(config, model, objective, train, validation, arguments.scratch)
     trainer.add_callback(clock_callback(clock))
     trainer.train()

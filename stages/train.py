@@ -1,13 +1,14 @@
-"""Stage `train@TASK`: blocks -> a trained model, through transformers' Trainer.
+"""Stage `train@TASK`: blocks -> a trained model, through transformers' Trainer or Keras.
 
 Reads   data/blocks/TASK/{train,validation}/, data/tokens/TASK/tokenizer/, the model's pinned checkpoint if it has one
 Writes  models/TASK/ (save_pretrained: config, safetensors, tokenizer), reports/train/TASK/ (curves, a ledger)
-Command python -m stages.train task=causal model=tiny-gpt2 hardware=cpu seed=42 block_size=128 learning_rate=0.002
-        num_train_epochs=3 batch_size=4 tokens=data/tokens/causal blocks=data/blocks/causal out=models/causal
-        report=reports/train/causal
+Command python -m stages.train task=causal model=tiny-gpt2 adapter=none hardware=cpu framework=trainer seed=42
+        block_size=128 learning_rate=0.002 num_train_epochs=3 batch_size=4 tokens=data/tokens/causal
+        blocks=data/blocks/causal out=models/causal report=reports/train/causal
 """
 
 import contextlib
+import importlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ from stages.batches import batches
 from stages.checkpoints import LIBRARIES, checkpoint_directory, fingerprint
 from stages.config import Positive, Seed, part
 from stages.errors import StageError
+from stages.framework_config import Framework, keras_refusals
 from stages.hardware_config import CheckpointSettings, Hardware
 from stages.interruption import signals_as_request
 from stages.launch import run_in_processes
@@ -65,6 +67,7 @@ class TrainConfig:
     """Directory of the model to write."""
     report: str
     """Directory of the curves to write."""
+    framework: Framework
 
     # Each rule belongs to the last field that it needs, so that one mistake does not hide another.
 
@@ -120,6 +123,13 @@ class TrainConfig:
             batches(batch_size, hardware, launch.processes_per_machine * launch.machines if launch else 1)
         return batch_size
 
+    @field_validator("framework")
+    @classmethod
+    def _can_do_it(cls, framework: Framework, info: ValidationInfo) -> Framework:
+        if framework.name == "keras" and (found := list(keras_refusals(info.data))):
+            raise ValueError("\n".join(f"framework=keras: {reason}" for reason in found))
+        return framework
+
 
 def main(config: TrainConfig) -> None:
     run_in_processes("train", train, config)
@@ -127,11 +137,12 @@ def main(config: TrainConfig) -> None:
 
 def train(config: TrainConfig) -> None:
     """The work of the stage, as one of the processes that do it does it."""
-    import stages.frameworks.trainer as framework  # loaded before the fingerprint is taken
     from stages.models import build_model, prepare_torch
     from stages.objectives import make_objective
     from stages.processes import of_the_first, rank, wait_for_all
 
+    framework = framework_of(config)
+    framework.prepare(config)  # loads its modules, before the fingerprint is taken
     prepare_torch(config.hardware)
     tokens, blocks = Path(config.tokens), Path(config.blocks)
     vocabulary = Vocabulary.read(tokens)
@@ -156,11 +167,17 @@ def train(config: TrainConfig) -> None:
     log.info("%d steps -> %s", state.global_step, config.out)
 
 
+def framework_of(config: TrainConfig) -> Any:
+    """The package that trains, the chosen one alone: another's libraries may not be there."""
+    return importlib.import_module(f"stages.frameworks.{config.framework.name}")
+
+
 def name_of(config: TrainConfig) -> str:
     """The fingerprint of a run: what it reads and how, but not where it writes or how often it is saved."""
     values = TypeAdapter(TrainConfig).dump_python(config)
     for key in ("checkpoints", "tokens", "blocks", "out", "report"):
         del values[key]
+    values["libraries"] = versions(*framework_of(config).libraries(config))
     return fingerprint(values, [Path(config.tokens) / "stats.json", Path(config.blocks)], __file__)
 
 
@@ -173,7 +190,7 @@ def write(config: TrainConfig, model: Any, state: "TrainerState", num_blocks: in
         free_copy(Path(config.tokens) / "tokenizer", directory, leave=["config.json"])
     with staged(config.report) as directory:
         write_curves(state.log_history, directory)
-        write_json(directory / "stats.json", ledger(config.model, state, num_blocks))
+        write_json(directory / "stats.json", ledger(config, state, num_blocks))
 
 
 def write_curves(history: list[dict[str, float]], directory: Path) -> None:
@@ -190,17 +207,17 @@ def write_curves(history: list[dict[str, float]], directory: Path) -> None:
                 live.log_metric("validation/loss", float(entry["eval_loss"]))
 
 
-def ledger(model: Model, state: "TrainerState", num_blocks: int) -> dict[str, Any]:
+def ledger(config: TrainConfig, state: "TrainerState", num_blocks: int) -> dict[str, Any]:
     """What training began with and saw; nothing that varies between two equal runs."""
     return {
-        "model": origin(model),  # null: from its config alone
-        "from_scratch": model.from_scratch,
+        "model": origin(config.model),  # null: from its config alone
+        "from_scratch": config.model.from_scratch,
         "blocks": num_blocks,
         "steps": state.global_step,
         "epochs": state.epoch,
         "best_step": state.best_global_step,
         "best_validation_loss": state.best_metric,
-        "versions": versions(*LIBRARIES),
+        "versions": versions(*LIBRARIES, *framework_of(config).libraries(config)),
     }
 
 

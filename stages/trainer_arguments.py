@@ -114,23 +114,44 @@ def resolve(arguments: dict[str, Any]) -> dict[str, Any]:
 @functools.cache
 def known_arguments() -> dict[str, TypeAdapter[Any]]:
     """Name to type of every field of the installed transformers.TrainingArguments."""
-    spec = find_spec("transformers")
-    assert spec is not None and spec.submodule_search_locations is not None
-    directory = Path(spec.submodule_search_locations[0])
-    trees = [
-        ast.parse((directory / name).read_text(encoding="utf-8")) for name in ("trainer_utils.py", "training_args.py")
-    ]
-    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+    classes = _classes()
     types: dict[str, Any] = {"Any": Any, "Literal": Literal, "dict": dict, "list": list, "str": str, "int": int}
     types |= {"float": float, "bool": bool, "None": None}
     for name, node in classes.items():
         values = list(_constants(node))
         if values and any(isinstance(base, ast.Name) and base.id.endswith("Enum") for base in node.bases):
             types[name] = Literal[tuple(values)]
-    fields = [node for node in classes["TrainingArguments"].body if isinstance(node, ast.AnnAssign)]
-    return {
-        field.target.id: _adapter(field.annotation, types) for field in fields if isinstance(field.target, ast.Name)
-    }
+    return {name: _adapter(field.annotation, types) for name, field in _fields().items()}
+
+
+def default_of(name: str) -> Any:
+    """The default of an argument; None as well where it is not written as a literal, or there is no such argument."""
+    field = _fields().get(name)
+    value = None if field is None else field.value
+    if isinstance(value, ast.Call):  # dataclasses.field
+        value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
+    try:
+        return ast.literal_eval(value) if value is not None else None
+    except ValueError:
+        return None
+
+
+@functools.cache
+def _classes() -> dict[str, ast.ClassDef]:
+    """The classes of the installed transformers' modules of arguments."""
+    spec = find_spec("transformers")
+    assert spec is not None and spec.submodule_search_locations is not None
+    directory = Path(spec.submodule_search_locations[0])
+    trees = [
+        ast.parse((directory / name).read_text(encoding="utf-8")) for name in ("trainer_utils.py", "training_args.py")
+    ]
+    return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _fields() -> dict[str, ast.AnnAssign]:
+    """The arguments, as they are declared."""
+    declared = [node for node in _classes()["TrainingArguments"].body if isinstance(node, ast.AnnAssign)]
+    return {node.target.id: node for node in declared if isinstance(node.target, ast.Name)}
 
 
 def _constants(node: ast.ClassDef) -> Iterator[str]:

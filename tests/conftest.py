@@ -99,7 +99,8 @@ def overrides(corpus: Path) -> Callable[..., list[str]]:
         model = [*MODELS[task], "model.max_positions=64", "seed=42"]
         windows = ["evaluate.context=16"]
         adapter = [] if any(item.startswith("adapter=") for item in more) else ["adapter=none"]
-        training = [*adapter, "block_size=16", "learning_rate=0.01", "num_train_epochs=2", "batch_size=8"]
+        framework = [] if any(item.startswith("framework=") for item in more) else ["framework=trainer"]
+        training = [*adapter, *framework, "block_size=16", "learning_rate=0.01", "num_train_epochs=2", "batch_size=8"]
         files = {
             "baseline": [f"out={out}/baseline.json"],
             "train": [f"blocks={corpus}/blocks-16/{task}", f"out={out}/model", f"report={out}/report"],

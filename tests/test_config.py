@@ -30,7 +30,7 @@ GROUPS = {
     "tokenize": {"data": "sample", "model": "tiny-gpt2", "task": "causal"},
     "group_texts": {},
     "baseline": {"model": "tiny-gpt2", "task": "causal", "hardware": "cpu"},
-    "train": {"model": "tiny-gpt2", "adapter": "none", "task": "causal", "hardware": "cpu"},
+    "train": {"model": "tiny-gpt2", "adapter": "none", "task": "causal", "hardware": "cpu", "framework": "trainer"},
     "evaluate": {"task": "causal", "hardware": "cpu"},
 }
 DEFUNCT = "data/eli5"  # which explains itself

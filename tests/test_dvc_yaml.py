@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,38 @@ from tools.check import GLOBAL_GROUPS, choices, pipeline, schema_of
 ROOT = Path(__file__).parent.parent
 
 
+# stages/train.py imports one package of stages/frameworks, by its config: dvc.yaml names the chosen one.
+FRAMEWORKS = sorted(file.parent.name for file in (ROOT / "stages/frameworks").glob("*/__init__.py"))
+CHOSEN = "stages/frameworks/${framework}"
+
+
 def project_imports(module: Path) -> set[str]:
     """Paths of the project's own modules that `module` imports, itself included, transitively, lazy imports too."""
     found, waiting = set(), [module]
     while waiting:
         file = waiting.pop()
         name = file.relative_to(ROOT).as_posix()
-        if name in found:
-            continue
-        found.add(name)
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            waiting += [ROOT / f"{name.replace('.', '/')}.py" for name in names if name and name.startswith("stages.")]
+        if name not in found:
+            found.add(name)
+            waiting += direct_imports(file)
     return found
+
+
+def direct_imports(file: Path) -> Iterator[Path]:
+    """The project's own modules that a file imports; each framework where it imports one by its name."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        match node:
+            case ast.JoinedStr(values=[ast.Constant(value="stages.frameworks."), ast.FormattedValue()]):
+                names += [f"stages.frameworks.{framework}" for framework in FRAMEWORKS]
+        yield from (file_of(name) for name in names if name and name.startswith("stages."))
+
+
+def file_of(module: str) -> Path:
+    """The file of a dotted name of a module or package."""
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def used_keys(schema: Any, file: Path, group: str) -> set[str]:
@@ -58,7 +77,16 @@ COMMANDS = {command.name: command for command in pipeline()}
 def test_dvc_yaml_source_files_are_those_that_the_stage_imports(name: str, declared: dict[str, Any]) -> None:
     stage = COMMANDS[name].stage
     sources = {path for path in declared[stage]["deps"] if path.startswith("stages/")}
-    assert sources == project_imports(ROOT / f"stages/{stage}.py")
+    imported = project_imports(ROOT / f"stages/{stage}.py")
+    assert sources == {CHOSEN if path.startswith("stages/frameworks/") else path for path in imported}
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_framework_package_imports_all_of_its_modules_and_no_other_framework(framework: str) -> None:
+    package = ROOT / "stages/frameworks" / framework
+    imported = {file for module in package.rglob("*.py") for file in direct_imports(module)}
+    found = {file for file in imported if ROOT / "stages/frameworks" in file.parents}
+    assert found | {package / "__init__.py"} == set(package.rglob("*.py"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -72,7 +100,7 @@ def test_dvc_yaml_params_are_the_files_and_keys_that_the_stage_composes(name: st
         expected[f"conf/{group}/{choice}.yaml"] = used_keys(schema_of(command.stage), file, group)
     templates = {"${key}": chosen.get("task", ""), "${data.name}": chosen.get("data", "")}
     templates |= {"${item.model}": chosen.get("model", ""), "${hardware}": chosen.get("hardware", "")}
-    templates["${item.adapter}"] = chosen.get("adapter", "")
+    templates |= {"${item.adapter}": chosen.get("adapter", ""), "${framework}": chosen.get("framework", "")}
     actual: dict[str, set[str] | None] = {}
     for entry in declared[command.stage].get("params", []):
         for file, keys in entry.items():

@@ -173,7 +173,9 @@ def test_hostile_model_of_another_task_is_refused_before_tokenizing(
     assert f"{task}.model: this model is for task=" in error_of("baseline", *measures, f"out={tmp_path}/b.json")
     values = ["block_size=8", "learning_rate=1", "num_train_epochs=1", "batch_size=1", f"blocks={tmp_path}"]
     outs = [f"out={tmp_path}/m", f"report={tmp_path}/r"]
-    assert f"{task}.model: this model is for task=" in error_of("train", "adapter=none", *measures, *values, *outs)
+    assert f"{task}.model: this model is for task=" in error_of(
+        "train", "adapter=none", "framework=trainer", *measures, *values, *outs
+    )
 
 
 def metaspace(d: Path) -> None:

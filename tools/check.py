@@ -30,7 +30,7 @@ from stages.errors import ConfigError
 from stages.pretrained import sha256
 from tools.architectures import config_keys, model_types
 
-GROUPS = ("data", "model", "adapter", "task", "hardware")
+GROUPS = ("data", "model", "adapter", "task", "hardware", "framework")
 GLOBAL_GROUPS = ("adapter", "task", "hardware")  # their files contribute to the root (`# @package _global_`)
 
 

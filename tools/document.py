@@ -50,6 +50,7 @@ ABOUT = {
     " what each takes.",
     "adapter": "Whether additions are trained in place of the weights. Chosen by `causal.adapter` and `mlm.adapter`.",
     "task": "What distinguishes causal from masked language modeling. Not chosen: both run.",
+    "framework": "What trains. Chosen by `framework`; [keras.md](keras.md) says what differs.",
     "hardware": "What it runs on. Chosen by `hardware`; [performance.md](performance.md) has figures.",
 }
 

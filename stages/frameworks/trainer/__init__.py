@@ -19,6 +19,21 @@ if TYPE_CHECKING:
     from stages.train import TrainConfig
 
 
+def prepare(config: "TrainConfig") -> None:
+    """Set what has to be set before a model is built.
+
+    Raises:
+        StageError: if this processor cannot do what `config` asks for.
+    """
+    check_bf16(config.hardware.device, config.trainer.get("bf16") is True)
+    keep_compiled()
+
+
+def libraries(_: "TrainConfig") -> tuple[str, ...]:
+    """The libraries that decide the result, beside those that decide it under every framework."""
+    return ()
+
+
 def fit(
     config: "TrainConfig",
     model: Any,
@@ -33,8 +48,6 @@ def fit(
     Raises:
         Interrupted: when `request` asked for the end; a checkpoint has then been written.
     """
-    check_bf16(config.hardware.device, config.trainer.get("bf16") is True)
-    keep_compiled()
     trainer = make_trainer(config, model, objective, train, validation, directory)
     trainer.train_on(request)
     return trainer.model, trainer.state

@@ -1,0 +1,78 @@
+"""Trains with Keras: `fit` of a model of KerasHub's layers, on JAX or TensorFlow, on the CPU."""
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.artifacts import Blocks
+from stages.cache import cache_directory
+from stages.errors import StageError
+from stages.interruption import Request
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+    from stages.train import TrainConfig
+
+log = logging.getLogger(__name__)
+
+# Keras and what it computes with take settings from these, where DVC cannot see them.
+SETTINGS_OF_OTHERS = ("JAX_", "KERAS_", "NPROC", "TF_DETERMINISTIC", "TF_ENABLE_", "TF_NUM_", "TF_XLA_", "XLA_")
+
+
+def prepare(config: "TrainConfig") -> None:
+    """Choose the backend and its threads, which are read when it is imported, and import it.
+
+    Raises:
+        StageError: if it is not installed.
+    """
+    ours = {
+        "KERAS_BACKEND": str(config.framework.backend),
+        "KERAS_HOME": str(cache_directory() / "keras"),  # where Keras writes its settings and reads them again
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache_directory() / "jax"),  # half a minute for a small model
+        "NPROC": str(config.hardware.num_threads),  # XLA's threads
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    for name in [name for name in os.environ if name.startswith(SETTINGS_OF_OTHERS)]:
+        if os.environ[name] != ours.get(name):
+            log.warning("%s is ignored: what trains a model stands in conf/", name)
+            del os.environ[name]
+    os.environ.update(ours)
+    try:
+        import stages.frameworks.keras.training  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise StageError(f"framework=keras: {error.name} is not installed: run `make keras`") from None
+    if config.framework.backend == "tensorflow":
+        import tensorflow
+
+        tensorflow.config.threading.set_intra_op_parallelism_threads(config.hardware.num_threads)
+        tensorflow.config.experimental.enable_op_determinism()
+
+
+def libraries(config: "TrainConfig") -> tuple[str, ...]:
+    """The libraries that decide the result, beside those that decide it under every framework."""
+    return ("keras", "keras-hub", str(config.framework.backend))
+
+
+def fit(
+    config: "TrainConfig",
+    model: Any,
+    objective: Any,
+    train: Blocks,
+    validation: Blocks,
+    directory: str,
+    request: Request,
+) -> tuple[Any, "TrainerState"]:
+    """The trained `model` and the record of its training, from the newest checkpoint in `directory` if there is one.
+
+    Raises:
+        StageError: if the model's configuration asks for what KerasHub's layers do not do.
+        Interrupted: when `request` asked for the end; a checkpoint has then been written.
+    """
+    from stages.frameworks.keras.training import Training
+
+    training = Training(config, model, objective, train, validation, Path(directory), request)
+    training.run()
+    return model, training.state
