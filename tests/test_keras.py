@@ -174,6 +174,7 @@ def test_keras_training_has_the_losses_and_ends_near_the_weights_of_the_trainer(
     # 20 steps of 8 an epoch; a schedule that rises and falls, clipping, decay and epsilon that are felt.
     more = ["num_train_epochs=2.5", "trainer.logging_steps=1", "trainer.weight_decay=0.3", "++trainer.warmup_steps=4"]
     more += ["++trainer.max_grad_norm=0.5", "++trainer.adam_epsilon=1e-4", "++trainer.adam_beta2=0.95"]
+    more += ["objective.mlm_probability=0.9"] if task == "mlm" else []  # batches of one shape: compiled once
     for framework in ("trainer", "keras"):
         run_toy("train", task, tmp_path / framework, f"framework={framework}", *more)
     for name in ("train/loss", "train/learning_rate", "train/grad_norm", "validation/loss"):
@@ -266,6 +267,7 @@ def test_keras_training_told_to_end_writes_a_checkpoint_and_goes_on(
 
 
 @needs_keras
+@pytest.mark.slow
 def test_keras_training_that_diverges_stops_with_the_step(run_toy, cache, models, tmp_path):
     more = ["learning_rate=1e30", "++trainer.max_grad_norm=0", "trainer.logging_steps=1"]
     with pytest.raises(StageError, match=r"loss is (nan|inf) at step \d+"):

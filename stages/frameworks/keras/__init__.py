@@ -40,6 +40,8 @@ def prepare(config: "TrainConfig") -> None:
             log.warning("%s is ignored: what trains a model stands in conf/", name)
             del os.environ[name]
     os.environ.update(ours)
+    import transformers.trainer  # noqa: F401  triton's LLVM, loaded behind TensorFlow's, ends the process
+
     try:
         import stages.frameworks.keras.training  # noqa: F401
     except ModuleNotFoundError as error:

@@ -226,11 +226,16 @@ class Flow(keras.callbacks.Callback):  # type: ignore[misc]
             self._tell("on_save")
 
     def on_train_end(self, logs: Any = None) -> None:
+        if steps := self._steps_since_log():
+            self._log({"train_loss": self._training.loss["sum"] / steps})  # where it diverged behind the last log
         self._tell("on_train_end")
+
+    def _steps_since_log(self) -> int:
+        return int(self._training.state.global_step - self._training.loss["since_step"])
 
     def _log_and_validate(self) -> None:
         training, state = self._training, self._training.state
-        steps = state.global_step - training.loss["since_step"]
+        steps = self._steps_since_log()
         if self._control.should_log and steps:
             self._sync()
             rate = float(training.schedule(state.global_step - 1))
