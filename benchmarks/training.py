@@ -6,7 +6,7 @@ Command python benchmarks/training.py --shape distilgpt2 --hardware cpu_bf16 --s
 Both sides train the same fresh model on the same blocks, each in a process of its own, and take turns of a second, so
 that a machine whose speed varies is the same for both. The guide's side is its script: Trainer, its TrainingArguments
 and DataCollatorForLanguageModeling, in fp32. `--against plain` puts a bare loop around the pipeline's own model,
-batches and loss in its place, to show what the Trainer costs.
+batches and loss in its place, to show what the Trainer costs; `--against keras` trains with framework: keras.
 
 tokens/s is that of the median step after the first WARM_UP ones; compile_seconds is what these took beyond such a step.
 Inductor's cache stays in the cache directory: with LM_REPRO_CACHE=$(mktemp -d) it is cold. The last line printed is one
@@ -14,6 +14,7 @@ JSON object.
 """
 
 import argparse
+import dataclasses
 import json
 import resource
 import statistics
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +89,11 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hardware", default="cpu")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--against", choices=("guide", "plain"), default="guide")
+    parser.add_argument("--against", choices=("guide", "plain", "keras"), default="guide")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--side", choices=("ours", "guide", "plain"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=("ours", "guide", "plain", "keras"), help=argparse.SUPPRESS)
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
     arguments = parser.parse_args(given)
     arguments.task, batch_size, arguments.vocab_size, arguments.model = SHAPES[arguments.shape]
@@ -170,6 +172,7 @@ class Clock:
         self._model, self._objective, self._validation, self._num_steps = model, objective, validation, num_steps
         self._steps: list[float] = []
         self._evaluation_seconds: list[float] = []
+        self.refresh: Callable[[], None] = lambda: None  # has `model` hold the weights that are trained
         self._seconds, self._losses = [0.0], [self._evaluate()]
         self._started = self._turn = time.perf_counter()
 
@@ -189,6 +192,7 @@ class Clock:
     def _evaluate(self) -> float:
         from stages.metrics import block_loss
 
+        self.refresh()
         started = time.perf_counter()
         loss = block_loss(self._model, self._objective, self._validation, 1024)
         self._evaluation_seconds.append(time.perf_counter() - started)
@@ -220,9 +224,8 @@ def train_side(arguments: argparse.Namespace) -> None:
     objective = make_objective(config.objective.name, vocabulary, config.objective, model)
     train, validation = Blocks(scratch / "train"), Blocks(scratch / "validation")
     clock = Clock(model, objective, validation, arguments.steps)
-    {"ours": train_ours, "guide": train_as_the_guide, "plain": train_plainly}[arguments.side](
-        arguments, config, model, objective, train, validation, clock
-    )
+    sides = {"ours": train_ours, "guide": train_as_the_guide, "plain": train_plainly, "keras": train_with_keras}
+    sides[arguments.side](arguments, config, model, objective, train, validation, clock)
     print(REPORT + json.dumps(clock.report(arguments.batch_size * arguments.block_size)))
 
 
@@ -269,6 +272,32 @@ def train_ours(
     trainer = make_trainer(config, model, objective, train, validation, arguments.scratch)
     trainer.add_callback(clock_callback(clock))
     trainer.train()
+
+
+def train_with_keras(
+    arguments: argparse.Namespace, config: Any, model: Any, objective: Any, train: Any, validation: Any, clock: Clock
+) -> None:
+    from stages.framework_config import Framework
+    from stages.frameworks import keras as framework
+    from stages.interruption import Request
+
+    settings = {name: value for name, value in config.trainer.items() if value and name != "max_steps"}
+    epochs = arguments.steps / -(-len(train) // config.batch_size)
+    chosen = Framework(name="keras", backend="jax")
+    config = dataclasses.replace(config, framework=chosen, trainer=settings, num_train_epochs=epochs)
+    framework.prepare(config)
+    from stages.frameworks.keras.models import to_torch
+    from stages.frameworks.keras.training import Training
+
+    training = Training(config, model, objective, train, validation, Path(arguments.scratch) / "keras", Request())
+    training.handler.add_callback(clock_callback(clock))
+
+    def refresh() -> None:
+        training.built.jax_state_sync()
+        to_torch(training.built, model)
+
+    clock.refresh = refresh
+    training.run()
 
 
 def train_plainly(

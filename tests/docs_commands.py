@@ -34,7 +34,8 @@ PROGRAMS = (
     "uv",
 )
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.DOTALL | re.MULTILINE)
-GROUPS = {"data.name": "data", "hardware": "hardware"}  # key of params.yaml to the group in conf/ that it chooses from
+# Key of params.yaml to the group in conf/ that it chooses from.
+GROUPS = {"data.name": "data", "hardware": "hardware", "framework": "framework"}
 OWN = ("benchmarks", "conf", "docs", "stages", "tests", "tools")  # directories all of whose files are in git
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ from tools import summary
 # Commands that are not run, by name (the first line, without comment), and why.
 NOT_RUN = {
     "import logging": "a module of a stage: test_docs_stage_added_as_contributing_says_runs_once makes it one",
+    "make keras": "three gigabytes of packages: .ci/run does it",
 }
+if find_spec("keras_hub") is None:
+    NOT_RUN["dvc exp run -n keras -S framework=keras"] = "Keras is not installed"
 # What is put in the place of what a reader has and a test has not, or of what would take hours: a regular expression of
 # the command, and its replacement. $OUTSIDE is a directory beside the project's.
 REDUCTIONS = {

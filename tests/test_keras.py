@@ -4,13 +4,14 @@ import csv
 import functools
 import json
 import signal
+import subprocess
 import sys
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from data_helpers import contents
+from data_helpers import REPOSITORY, contents
 from toys import TASK, objective_for, toy_blocks, toy_model, toy_trainer
 
 from stages.errors import ConfigError, StageError
@@ -204,6 +205,35 @@ def test_keras_training_with_another_seed_has_another_dropout(run_toy, undisturb
     monkeypatch.setattr(keras.utils, "set_random_seed", lambda seed: original(seed + 1))
     run_toy("train", "causal", tmp_path, *KERAS, *EVERY, *DROPOUT["causal"])
     assert contents(tmp_path)["model/model.safetensors"] != undisturbed("causal")["model/model.safetensors"]
+
+
+@needs_keras
+@pytest.mark.slow  # a process of its own: Keras has one backend
+def test_keras_on_tensorflow_has_the_losses_of_the_trainer_and_the_same_bytes_twice(
+    run_toy, overrides, cache, tmp_path
+):
+    run_toy("train", "mlm", tmp_path / "trainer", "trainer.logging_steps=1")
+    for name in ("one", "two"):
+        more = [*KERAS, "framework.backend=tensorflow", "trainer.logging_steps=1"]
+        command = [sys.executable, "-m", "stages.train", *overrides("train", "mlm", tmp_path / name, *more)]
+        subprocess.run(command, cwd=REPOSITORY, check=True)
+    for name in ("train/loss", "validation/loss"):
+        theirs, ours = (curve(tmp_path / framework, name) for framework in ("trainer", "one"))
+        assert ours.keys() == theirs.keys()
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), abs=1e-3)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.slow  # a process of its own
+def test_trainer_imports_nothing_of_keras(overrides, cache, tmp_path):
+    code = (
+        "import os, runpy, sys; os._exit = lambda code: None;"
+        "runpy.run_module('stages.train', run_name='__main__', alter_sys=True);"
+        "print(sorted({'jax', 'keras', 'keras_hub', 'tensorflow'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, *overrides("train", "causal", tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 class Killed(BaseException):
