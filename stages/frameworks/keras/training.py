@@ -286,7 +286,11 @@ class AdamW(keras.optimizers.AdamW):  # type: ignore[misc]
         self._epsilon = value
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
-        grads = [ops.convert_to_tensor(grad) for grad in grads]
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow
+
+            # An embedding's gradient comes as rows, some of them several times, of which each would be squared alone.
+            grads = [tensorflow.convert_to_tensor(grad) for grad in grads]
         norm = ops.sqrt(sum(ops.sum(ops.square(grad)) for grad in grads))
         self.norm.assign(norm)
         if self._max_norm > 0:
