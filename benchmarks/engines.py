@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.preprocessing import own_tokenizer, write_documents
-from stages.encoding import fastokens_engine, token_bytes, tokenizers_engine
+from stages.encoding import Tokenizers, fastokens_engine, token_bytes
 from stages.vocabulary import load_tokenizer
 
 AT_ONCE = 1000
@@ -65,7 +65,7 @@ def main() -> None:
 def engines(directory: Path) -> Iterator[tuple[str, Encode]]:
     """The installed libraries, the reference first."""
     tokenizer = load_tokenizer(directory)
-    reference, fast = tokenizers_engine(tokenizer), fastokens_engine(tokenizer)
+    reference, fast = Tokenizers(tokenizer), fastokens_engine(tokenizer)
     assert fast is not None
 
     def rows(engine: Any) -> Encode:

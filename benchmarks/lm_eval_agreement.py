@@ -24,7 +24,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from stages.data_config import Columns
-from stages.encoding import tokenizers_engine
+from stages.encoding import Tokenizers
 from stages.metrics import document_nats, ratio_with_error
 from stages.objectives import make_objective
 from stages.records import to_record
@@ -43,7 +43,7 @@ def main() -> None:
     texts = list(itertools.islice(documents(arguments.records), arguments.number))
     tokenizer = load_tokenizer(arguments.model)
     vocabulary = vocabulary_of(tokenizer, arguments.model, "end_of_sequence", ["eos_token"])
-    encoded = tokenizers_engine(tokenizer)(texts)
+    encoded = Tokenizers(tokenizer)(texts)
     ids = np.split(encoded.ids, encoded.offsets[1:-1])
     model = load_trained("causal", arguments.model)
     windows = make_objective("causal", vocabulary).windows(iter(ids), arguments.context)

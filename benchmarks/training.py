@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python benchm
 
 import numpy as np
 
-from stages.artifacts import Blocks, ShardWriter, to_arrow, token_dtype
+from stages.artifacts import Blocks, shard_name, to_arrow, token_dtype, write_checksums, write_shard
 from stages.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,8 +150,8 @@ def write_blocks(arguments: argparse.Namespace, directory: Path) -> None:
     held_out = min(VALIDATION_BLOCKS, len(blocks) // 4)
     for split, rows in {"train": blocks[:-held_out], "validation": blocks[-held_out:]}.items():
         column = pa.FixedSizeListArray.from_arrays(to_arrow(rows.reshape(-1)), size)
-        with ShardWriter(directory / split, schema) as writer:
-            writer.write(pa.record_batch([column], schema=schema))
+        written = write_shard(directory / split / shard_name(0), schema, [pa.record_batch([column], schema=schema)])
+        write_checksums(directory / split, [written])
 
 
 def vocabulary_of(arguments: argparse.Namespace) -> Vocabulary:

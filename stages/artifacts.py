@@ -4,10 +4,9 @@ import contextlib
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ from stages.errors import StageError
 SPLITS = ("train", "validation", "test")
 TokenIds = npt.NDArray[Any]  # uint16 or uint32, as token_dtype says
 
-# A shard ends after the row that takes it past this size: decided by the data alone, so that the same tokens give the
-# same files whatever wrote them.
+# Of a shard, about: where it ends is decided by the data alone, so that the same text gives the same files whatever
+# wrote them. Small enough that a cluster has work for many, large enough that DVC sees few files.
 SHARD_BYTES = 256 * 2**20
 CHECKSUMS = "shards.json"  # beside the shards: name to checksum
 
@@ -94,51 +93,37 @@ def to_arrow(values: npt.NDArray[Any]) -> pa.Array:
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
 
 
-class ShardWriter:
-    """Writes record batches of one schema to `shard-00000.arrow`, `shard-00001.arrow`, ... in `directory`.
+def shard_name(number: int) -> str:
+    """The file of a split's shard `number`, from 0."""
+    return f"shard-{number:05d}.arrow"
 
-    The bytes are a function of the sequence of batches: callers cut their rows into batches by data alone.
-    `shards.json` beside them holds their checksums: Arrow has none, and a flipped bit of an id would be another token.
+
+def write_shard(file: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> str:
+    """Write record batches, an empty one where there are none, to a shard and return its checksum.
+
+    The bytes are a function of the sequence of batches.
     """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    writer = pa.ipc.new_file(str(file), schema)
+    try:
+        for batch in batches:
+            writer.write_batch(batch)
+        if not writer.stats.num_record_batches:
+            writer.write_batch(pa.RecordBatch.from_pylist([], schema=schema))
+    except BaseException:
+        with contextlib.suppress(OSError):  # the disk may be full: what failed first is what counts
+            writer.close()
+        raise
+    writer.close()
+    return checksum(file)
 
-    def __init__(self, directory: Path, schema: pa.Schema) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._directory, self._schema = directory, schema
-        self._checksums: dict[str, str] = {}
-        self._file, self._bytes = directory, 0
-        self._writer: Any = None
 
-    def write(self, batch: pa.RecordBatch) -> None:
-        if self._writer is None:
-            self._file = self._directory / f"shard-{len(self._checksums):05d}.arrow"
-            self._writer = pa.ipc.new_file(str(self._file), self._schema)
-            self._bytes = 0
-        self._writer.write_batch(batch)
-        self._bytes += batch.nbytes
-        if self._bytes >= SHARD_BYTES:
-            self._close_shard()
+def write_checksums(directory: Path, checksums: Sequence[str]) -> None:
+    """Write those of the shards in `directory` beside them, in order.
 
-    def _close_shard(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            self._checksums[self._file.name] = checksum(self._file)
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            if self._writer is not None:
-                with contextlib.suppress(OSError):  # the disk may be full: what failed first is what counts
-                    self._writer.close()
-            return
-        if self._writer is None and not self._checksums:  # an empty split is one empty shard
-            self.write(pa.RecordBatch.from_pylist([], schema=self._schema))
-        self._close_shard()
-        write_json(self._directory / CHECKSUMS, self._checksums)
+    Arrow has none, and a flipped bit of an id would be another token.
+    """
+    write_json(directory / CHECKSUMS, {shard_name(number): value for number, value in enumerate(checksums)})
 
 
 def checksum(file: Path) -> str:
@@ -152,27 +137,36 @@ def checksum(file: Path) -> str:
 
 def shard_batches(directory: str | Path) -> Iterator[pa.RecordBatch]:
     """The record batches of all shards in `directory`, in order, memory-mapped."""
-    for file in shard_files(directory):
-        try:
-            with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
-                for index in range(reader.num_record_batches):
-                    yield reader.get_batch(index)
-        except pa.ArrowInvalid as error:
-            raise damaged(file, error) from None
+    for file, written in shard_files(directory).items():
+        check_shard(file, written)
+        yield from read_shard(file)
 
 
-def shard_files(directory: str | Path) -> list[Path]:
-    """The shards in `directory`, in order, found to be what was written."""
+def read_shard(file: Path) -> Iterator[pa.RecordBatch]:
+    """The record batches of a shard, memory-mapped."""
+    try:
+        with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
+            for index in range(reader.num_record_batches):
+                yield reader.get_batch(index)
+    except pa.ArrowInvalid as error:
+        raise damaged(file, error) from None
+
+
+def shard_files(directory: str | Path) -> dict[Path, str]:
+    """The shards in `directory`, in order, with the checksums that they were written with."""
     files = sorted(Path(directory).glob("shard-*.arrow"))
     if not files:
         raise StageError(f"{directory} holds no shards: run `dvc repro`")
     written = read_json(Path(directory) / CHECKSUMS)
     if not isinstance(written, dict) or [file.name for file in files] != list(written):
         raise StageError(f"{directory}: the shards are not those that {CHECKSUMS} names: {REMAKE.format(directory)}")
-    for file in files:
-        if not file.is_file() or checksum(file) != written[file.name]:
-            raise damaged(file, "not the bytes that were written")
-    return files
+    return {file: written[file.name] for file in files}
+
+
+def check_shard(file: Path, written: str) -> None:
+    """Raise StageError if a shard is not what was written with the checksum `written`."""
+    if not file.is_file() or checksum(file) != written:
+        raise damaged(file, "not the bytes that were written")
 
 
 def damaged(path: str | Path, how: object) -> StageError:

@@ -39,13 +39,13 @@ def choose_engine(tokenizer: Tokenizer, sample: list[str]) -> tuple[str, Engine]
     Args:
         sample: texts that a faster engine must encode to the very same ids to be chosen.
     """
-    reference = tokenizers_engine(tokenizer)
+    reference = Tokenizers(tokenizer)
     fast = fastokens_engine(tokenizer)
     if fast is None:
         return "tokenizers", reference
     try:
         differing = first_difference(fast(sample), reference(sample))
-    except Exception as error:  # fastokens raises what its Rust code meets
+    except Exception as error:  # as below
         log.warning("fastokens fails on this text (%s): tokenizers takes its place, exact but slower", error)
         return "tokenizers", reference
     if differing is not None:
@@ -66,38 +66,51 @@ def first_difference(one: Encoded, other: Encoded) -> int | None:
     return None
 
 
-def tokenizers_engine(tokenizer: Tokenizer) -> Engine:
+class Tokenizers:
     """Hugging Face tokenizers: any kind of tokenizer, and what the others are measured by."""
 
-    def encode(texts: list[str]) -> Encoded:
-        rows = [item.ids for item in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        tokenizer.encode_special_tokens = True  # text stays text; lost where a tokenizer is pickled
+        self._tokenizer = tokenizer
+
+    def __reduce__(self) -> tuple[type["Tokenizers"], tuple[Tokenizer]]:
+        return Tokenizers, (self._tokenizer,)
+
+    def __call__(self, texts: list[str]) -> Encoded:
+        rows = [item.ids for item in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         return Encoded(np.fromiter(itertools.chain.from_iterable(rows), np.uint32, int(offsets[-1])), offsets)
 
-    return encode
+
+class Fastokens:
+    """fastokens, for the byte-level BPE that it takes: others, and those with rules that it lacks, are an error."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        from fastokens import Tokenizer as FastTokenizer
+
+        content = tokenizer.to_str()
+        if not isinstance(tokenizer.post_processor, processors.ByteLevel | None):
+            # It refuses those that it does not know; control tokens are tokenize's to add.
+            content = json.dumps(json.loads(content) | {"post_processor": None})
+        self._tokenizer, self._fast = tokenizer, FastTokenizer.from_json_str(content)
+
+    def __reduce__(self) -> tuple[type["Fastokens"], tuple[Tokenizer]]:
+        return Fastokens, (self._tokenizer,)  # its own does not pickle
+
+    def __call__(self, texts: list[str]) -> Encoded:
+        ids, offsets = self._fast.encode_batch_flat(texts, split_special_tokens=True)
+        return Encoded(np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(np.int64))
 
 
 def fastokens_engine(tokenizer: Tokenizer) -> Engine | None:
-    """fastokens, where `tokenizer` is a byte-level BPE that it takes."""
-    from fastokens import Tokenizer as FastTokenizer
-
+    """fastokens, where it takes `tokenizer`."""
     if not isinstance(tokenizer.model, models.BPE) or not is_byte_level(tokenizer):
         return None
-    content = tokenizer.to_str()
-    if not isinstance(tokenizer.post_processor, processors.ByteLevel | None):
-        # It refuses those that it does not know; control tokens are tokenize's to add.
-        content = json.dumps(json.loads(content) | {"post_processor": None})
     try:
-        fast = FastTokenizer.from_json_str(content)
-    except Exception as error:  # as above
+        return Fastokens(tokenizer)
+    except Exception as error:  # it raises what its Rust code meets
         log.info("fastokens does not take this tokenizer (%s): tokenizers encodes", error)
         return None
-
-    def encode(texts: list[str]) -> Encoded:
-        ids, offsets = fast.encode_batch_flat(texts, split_special_tokens=True)
-        return Encoded(np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(np.int64))
-
-    return encode
 
 
 def is_byte_level(tokenizer: Tokenizer) -> bool:

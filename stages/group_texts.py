@@ -6,6 +6,7 @@ Command python -m stages.group_texts block_size=128 tokens=data/tokens/causal ou
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,15 +14,14 @@ import pyarrow as pa
 from pydantic import Field
 
 from stages.app import run
-from stages.artifacts import SPLITS, ShardWriter, shard_batches, staged, to_arrow, to_numpy, versions, write_json
+from stages.artifacts import SPLITS, shard_files, staged, versions, write_checksums, write_json
+from stages.block_shards import counted, pieces, write_blocks
 from stages.config import part
 from stages.errors import StageError
-from stages.packing import pack
+from stages.tasks import each
 from stages.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
-
-TOKENS_AT_ONCE = 2**20  # of an Arrow batch: fixed, so that the bytes follow from the tokens alone
 
 
 @part
@@ -56,25 +56,22 @@ def main(config: GroupTextsConfig) -> None:
 
 def group_split(tokens: Path, block_size: int, ids_type: pa.DataType, directory: Path) -> dict[str, Any]:
     """Write the blocks of a split and return its ledger, which accounts for every token."""
-    schema = pa.schema([("input_ids", pa.list_(ids_type, block_size))])
-    ledger = {"block_size": block_size, "documents": 0, "tokens_in": 0, "blocks": 0}
-
-    def stream() -> Any:
-        for batch in shard_batches(tokens):
-            column = batch.column("input_ids")
-            ids = to_numpy(column.flatten())
-            ledger["documents"] += len(column)
-            ledger["tokens_in"] += len(ids)
-            yield ids
-
-    with ShardWriter(directory, schema) as writer:
-        for blocks in pack(stream(), block_size, max(1, TOKENS_AT_ONCE // block_size)):
-            input_ids = pa.FixedSizeListArray.from_arrays(to_arrow(blocks.reshape(-1)), block_size)
-            writer.write(pa.record_batch([input_ids], schema=schema))
-            ledger["blocks"] += len(blocks)
-    dropped = ledger["tokens_in"] - ledger["blocks"] * block_size
+    shards = list(each(counted, list(shard_files(tokens).items())))
+    documents, tokens_in = (sum(counts) for counts in zip(*(shard[1:] for shard in shards), strict=True))
+    planned = list(pieces(shards, block_size, ids_type.bit_width // 8, directory))
+    write = partial(write_blocks, block_size=block_size, ids_type=ids_type)
+    write_checksums(directory, list(each(write, planned)))
+    blocks = sum(piece.num_blocks for piece in planned)
+    dropped = tokens_in - blocks * block_size
     assert 0 <= dropped < block_size  # only the end of the stream
-    return {**ledger, "dropped": dropped, "versions": versions("numpy", "pyarrow")}
+    return {
+        "block_size": block_size,
+        "documents": documents,
+        "tokens_in": tokens_in,
+        "blocks": blocks,
+        "dropped": dropped,
+        "versions": versions("numpy", "pyarrow"),
+    }
 
 
 if __name__ == "__main__":

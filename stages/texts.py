@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,15 @@ from stages.data_config import Flatten
 
 Item = TypeVar("Item")
 _END: Any = object()
+
+
+class Rows(NamedTuple):
+    """Some documents of a file."""
+
+    groups: range
+    """The row groups that hold them."""
+    first: int
+    """The number of the first of them in the file."""
 
 
 class TextFile:
@@ -31,10 +40,28 @@ class TextFile:
             metadata = pq.read_metadata(path)
         texts = {column.path for column in metadata.schema if str(column.logical_type) == "String"}
         for name in flatten.columns:
-            if (f"{name}.list.element" if name == "answers.text" else name) not in texts:
+            if _path(name) not in texts:
                 raise damaged(path, f"no column {name} of text, as download writes it")
         self.num_documents: int = metadata.num_rows
         self.num_groups: int = metadata.num_row_groups
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        paths = {_path(name) for name in flatten.columns}
+        columns = [index for index, column in enumerate(metadata.schema) if column.path in paths]
+        # The bytes of the texts of each row group, and the number of its first document.
+        self._sizes = [sum(group.column(index).total_uncompressed_size for index in columns) for group in groups]
+        self._first = np.cumsum([0, *(group.num_rows for group in groups)]).tolist()
+
+    def shards(self, size: int) -> list["Rows"]:
+        """Runs of row groups, each of at least `size` bytes but the last; of no documents, one without groups."""
+        ends = np.cumsum(self._sizes)
+        runs: list[Rows] = []
+        start = 0
+        while start < self.num_groups or not runs:
+            reached = size + (ends[start - 1] if start else 0)
+            end = min(int(np.searchsorted(ends, reached)) + 1, self.num_groups)
+            runs.append(Rows(range(start, end), self._first[start]))
+            start = end
+        return runs
 
     def __iter__(self) -> Iterator[pa.Array]:
         yield from self.groups(range(self.num_groups))
@@ -62,6 +89,11 @@ class TextFile:
         ends = np.arange(len(table) + 1) * len(names)
         values = pa.concat_arrays(columns).take(to_arrow(rows.ravel()))
         return join(pa.LargeListArray.from_arrays(to_arrow(ends), values), self._flatten.joiner)
+
+
+def _path(name: str) -> str:
+    """Where Parquet has the values of what `flatten` calls `name`."""
+    return f"{name}.list.element" if name == "answers.text" else name
 
 
 def join(lists: pa.Array, joiner: str) -> pa.Array:

@@ -13,27 +13,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import ValidationInfo, field_validator
 
 from stages.app import run
-from stages.artifacts import SPLITS, ShardWriter, TokenIds, staged, to_arrow, versions, write_json
+from stages.artifacts import (
+    SHARD_BYTES,
+    SPLITS,
+    shard_name,
+    staged,
+    to_arrow,
+    versions,
+    write_checksums,
+    write_json,
+)
 from stages.config import part
 from stages.data_config import Flatten
-from stages.encoding import Decoder, Encoded, Engine, choose_engine
+from stages.encoding import Decoder, Engine, choose_engine
 from stages.errors import StageError
 from stages.model_config import ModelTokenizer, TokenizerSource, origin
 from stages.pretrained import TOKENIZER_FILES, VOCABULARY_FILES, pinned_files
 from stages.progress import Progress
 from stages.task_config import Tokenize
-from stages.texts import TextFile, ahead
+from stages.tasks import are_spread, each
+from stages.texts import TextFile
+from stages.token_shards import Shard, TokenShards
 from stages.vocabulary import Vocabulary, load_tokenizer, train_tokenizer, vocabulary_of
 
 log = logging.getLogger(__name__)
-
-CONTROL_ROLES = {"eos_token", "mask_token", "cls_token", "sep_token", "pad_token", "bos_token"}  # unk stands for text
 
 # Documents by which a faster engine proves itself: the first and the longest of the first row groups, and some of a few
 # row groups of each split.
@@ -145,65 +151,23 @@ def tokenize_split(
         decoder: counts the documents that decoding does not give back, whose bits per byte compare with no other
             tokenizer's; None: they are not counted.
     """
-    schema = pa.schema([("input_ids", pa.large_list(pa.from_numpy_dtype(vocabulary.dtype))), ("num_bytes", pa.int32())])
-    ledger = {"documents": 0, "tokens": 0, "text_tokens": 0, "bytes": 0}
-    lossy = 0
-    with (
-        ShardWriter(directory, schema) as writer,
-        closing(Progress(directory.name, texts.num_documents, "documents")) as progress,
-    ):
-        # Reading, encoding and writing are a thread each: pyarrow, numpy and the engines all work without the lock.
-        read = ahead((group, group.to_pylist()) for group in texts)
-        for group, encoded in ahead((group, encode(strings)) for group, strings in read):
-            refuse_control_tokens(encoded, vocabulary, f"{directory.name} document", ledger["documents"])
-            if decoder is not None:
-                lossy += decoder.num_lossy(group, encoded)
-            ids, offsets = wrap(encoded, vocabulary, first=ledger["documents"] == 0)
-            num_bytes = pc.binary_length(group)
-            input_ids = pa.LargeListArray.from_arrays(to_arrow(offsets), to_arrow(ids))
-            writer.write(pa.record_batch([input_ids, num_bytes], schema=schema))
-            ledger["documents"] += len(group)
-            ledger["tokens"] += len(ids)
-            ledger["text_tokens"] += len(encoded.ids)
-            ledger["bytes"] += pc.sum(num_bytes, min_count=0).as_py()
+    ledger = {"documents": 0, "tokens": 0, "text_tokens": 0, "bytes": 0, "documents_lossy": 0}
+    shards = [
+        Shard(directory / shard_name(number), documents) for number, documents in enumerate(texts.shards(SHARD_BYTES))
+    ]
+    checksums = []
+    with closing(Progress(directory.name, texts.num_documents, "documents")) as progress:
+        write = TokenShards(texts, encode, vocabulary, decoder, None if are_spread() else progress.update)
+        for checksum, counts in each(write, shards):
+            checksums.append(checksum)
+            ledger = {key: ledger[key] + counts[key] for key in ledger}
             progress.update(ledger["documents"])
+    write_checksums(directory, checksums)
     wrapped = ledger["documents"] * len(vocabulary.prefix + vocabulary.suffix) + len(vocabulary.lead)
     assert ledger["tokens"] == ledger["text_tokens"] + wrapped * (ledger["documents"] > 0)
-    return ledger | ({"documents_lossy": lossy} if decoder is not None else {})
-
-
-def refuse_control_tokens(encoded: Encoded, vocabulary: Vocabulary, what: str, first: int) -> None:
-    """Raise StageError if a text became a token with a special role.
-
-    Byte-level BPE spells such a text in ordinary tokens; a tokenizer whose own vocabulary holds the control tokens as
-    pieces (Unigram) or as plain words cannot.
-    """
-    roles = [vocabulary.special[role] for role in CONTROL_ROLES & set(vocabulary.special)]
-    special = np.array([*vocabulary.control.tolist(), *roles], np.uint32)
-    found = np.isin(encoded.ids, special, kind="sort")  # a comparison for each of these few, faster than a table
-    if found.any():
-        number = int(np.searchsorted(encoded.offsets, found.argmax(), side="right")) - 1
-        raise StageError(
-            f"{what} {first + number} spells a control token, which this tokenizer cannot keep as text: take it out of"
-            " the text, or choose another tokenizer"
-        )
-
-
-def wrap(encoded: Encoded, vocabulary: Vocabulary, first: bool) -> tuple[TokenIds, npt.NDArray[np.int64]]:
-    """Each document with its control tokens, the split's lead before the first: ids and where the documents begin."""
-    prefix, suffix = vocabulary.prefix, vocabulary.suffix
-    lead = vocabulary.lead if first and len(encoded.offsets) > 1 else []
-    num_documents = len(encoded.offsets) - 1
-    # Of each document: where its prefix goes, where its suffix goes.
-    ends = np.stack([encoded.offsets[:-1], encoded.offsets[1:]], axis=1).ravel()
-    places = np.repeat(ends, [len(prefix), len(suffix)] * num_documents)
-    ids = encoded.ids.astype(vocabulary.dtype)
-    ids = np.insert(
-        ids, np.concatenate([np.zeros(len(lead), np.int64), places]), [*lead, *(prefix + suffix) * num_documents]
-    )
-    offsets = encoded.offsets + np.arange(num_documents + 1) * len(prefix + suffix) + len(lead)
-    offsets[0] = 0
-    return ids, offsets
+    if decoder is None:
+        del ledger["documents_lossy"]
+    return ledger
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from stages.artifacts import SPLITS, ShardWriter, TokenIds, to_arrow, write_json
+from stages.artifacts import SPLITS, TokenIds, shard_name, to_arrow, write_checksums, write_json, write_shard
 from stages.data_config import Columns, SourceData, Split
 from stages.model_config import TrainedTokenizer
 from stages.pretrained import sha256
@@ -119,18 +119,32 @@ def record_batch(rows: Sequence[TokenIds], num_bytes: Sequence[int], schema: pa.
     return pa.record_batch([input_ids, to_arrow(np.array(num_bytes, np.int32))], schema=schema)
 
 
+def write_shards(
+    directory: Path, schema: pa.Schema, batches: Sequence[pa.RecordBatch], per_shard: int | None = None
+) -> Path:
+    """The directory, with the batches in shards of `per_shard`; None: in one."""
+    size = per_shard or len(batches) or 1
+    cut = [batches[start : start + size] for start in range(0, max(1, len(batches)), size)]
+    shards = [write_shard(directory / shard_name(number), schema, some) for number, some in enumerate(cut)]
+    write_checksums(directory, shards)
+    return directory
+
+
 def write_tokens(
-    directory: Path, documents: Mapping[str, Sequence[Sequence[int]]], vocab_size: int = 300, rows: int = 3
+    directory: Path,
+    documents: Mapping[str, Sequence[Sequence[int]]],
+    vocab_size: int = 300,
+    rows: int = 3,
+    per_shard: int | None = None,
 ) -> Path:
     """The directory, with the shards and the vocabulary of tokenize: `rows` documents in an Arrow batch."""
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     schema = pa.schema([("input_ids", pa.large_list(pa.from_numpy_dtype(dtype))), ("num_bytes", pa.int32())])
     for name in SPLITS:
         arrays = [np.array(ids, dtype) for ids in documents[name]]
-        with ShardWriter(directory / name, schema) as writer:
-            for start in range(0, len(arrays), rows):
-                batch = arrays[start : start + rows]
-                writer.write(record_batch(batch, [len(ids) for ids in batch], schema))
+        cut = [arrays[start : start + rows] for start in range(0, len(arrays), rows)]
+        batches = [record_batch(batch, [len(ids) for ids in batch], schema) for batch in cut]
+        write_shards(directory / name, schema, batches, per_shard)
     vocabulary = {"size": vocab_size, "special": {"eos_token": 0}, "prefix": [], "suffix": [0], "lead": [0]}
     write_json(directory / "stats.json", {"vocabulary": vocabulary})
     return directory

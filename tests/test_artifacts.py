@@ -1,21 +1,19 @@
 """artifacts: whole or not at all, the same bytes for the same rows, readable across shards, damage named."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from data_helpers import contents, record_batch, steady
+from data_helpers import contents, record_batch, steady, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages import artifacts
 from stages.artifacts import (
     Blocks,
     Documents,
-    ShardWriter,
     free_copy,
     read_json,
     shard_batches,
@@ -26,6 +24,7 @@ from stages.artifacts import (
     token_dtype,
     versions,
     write_json,
+    write_shard,
     write_text,
 )  # fmt: skip
 from stages.errors import StageError
@@ -35,20 +34,19 @@ BLOCK = pa.schema([("input_ids", pa.list_(pa.uint16(), 3))])
 ROWS = [[1, 2], [], [3], [4, 5, 6, 7], [], [8], [9, 10]]
 
 
-def write_documents(directory: Path, rows: Sequence[Sequence[int]], at_once: int) -> Path:
-    with ShardWriter(directory, DOCUMENT) as writer:
-        for start in range(0, len(rows), at_once):
-            batch = [np.array(row, np.uint16) for row in rows[start : start + at_once]]
-            writer.write(record_batch(batch, [10 * len(row) for row in batch], DOCUMENT))
-    return directory
+def write_documents(directory: Path, rows: Sequence[Sequence[int]], at_once: int, per_shard: int | None = None) -> Path:
+    arrays = [np.array(row, np.uint16) for row in rows]
+    cut = [arrays[start : start + at_once] for start in range(0, len(rows), at_once)]
+    batches = [record_batch(batch, [10 * len(row) for row in batch], DOCUMENT) for batch in cut]
+    return write_shards(directory, DOCUMENT, batches, per_shard)
 
 
-def write_blocks(directory: Path, num_blocks: int, at_once: int) -> Path:
-    with ShardWriter(directory, BLOCK) as writer:
-        for start in range(0, num_blocks, at_once):
-            ids = np.arange(3 * start, 3 * min(start + at_once, num_blocks), dtype=np.uint16)
-            writer.write(pa.record_batch([pa.FixedSizeListArray.from_arrays(to_arrow(ids), 3)], schema=BLOCK))
-    return directory
+def write_blocks(directory: Path, num_blocks: int, at_once: int, per_shard: int | None = None) -> Path:
+    batches = []
+    for start in range(0, num_blocks, at_once):
+        ids = np.arange(3 * start, 3 * min(start + at_once, num_blocks), dtype=np.uint16)
+        batches.append(pa.record_batch([pa.FixedSizeListArray.from_arrays(to_arrow(ids), 3)], schema=BLOCK))
+    return write_shards(directory, BLOCK, batches, per_shard)
 
 
 # -- whole or not at all -----------------------------------------------------------------------------------------------
@@ -153,50 +151,32 @@ def test_to_numpy_of_a_slice_gives_the_slice() -> None:
     assert to_numpy(to_arrow(np.arange(9, dtype=np.uint16))[3:5]).tolist() == [3, 4]
 
 
-@pytest.mark.parametrize("shard_bytes", [1, 40, 2**28])
-def test_shard_writer_again_writes_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
-) -> None:
-    monkeypatch.setattr(artifacts, "SHARD_BYTES", shard_bytes)
-    one, two = (contents(write_documents(tmp_path / name, ROWS, 2)) for name in ("one", "two"))
+@pytest.mark.parametrize("per_shard", [1, 2, None])
+def test_shards_written_again_are_the_same_bytes(tmp_path: Path, per_shard: int | None) -> None:
+    one, two = (contents(write_documents(tmp_path / name, ROWS, 2, per_shard)) for name in ("one", "two"))
     assert one == two
 
 
-@pytest.mark.parametrize(("shard_bytes", "num_shards"), [(1, 7), (2**28, 1)])
-def test_shard_writer_begins_a_shard_when_one_is_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int, num_shards: int
-) -> None:
-    monkeypatch.setattr(artifacts, "SHARD_BYTES", shard_bytes)
-    files = shard_files(write_documents(tmp_path / "d", ROWS, 1))
-    assert [file.name for file in files] == [f"shard-{i:05d}.arrow" for i in range(num_shards)]
+def test_shard_whose_batches_fail_raises_the_error_itself(tmp_path: Path) -> None:
+    def batches() -> Iterator[pa.RecordBatch]:
+        raise KeyError
+        yield
+
+    with pytest.raises(KeyError):
+        write_shard(tmp_path / "d/shard-00000.arrow", DOCUMENT, batches())
 
 
-@pytest.mark.parametrize(("shard_bytes", "num_shards"), [(6, 7), (7, 4), (12, 4), (13, 3), (42, 1)])
-def test_shard_writer_ends_a_shard_with_the_row_that_fills_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int, num_shards: int
-) -> None:
-    monkeypatch.setattr(artifacts, "SHARD_BYTES", shard_bytes)
-    assert len(shard_files(write_blocks(tmp_path / "b", 7, at_once=1))) == num_shards  # of blocks of 6 bytes
-
-
-def test_shard_writer_of_no_batch_writes_one_empty_shard(tmp_path: Path) -> None:
+def test_documents_of_no_batch_are_none(tmp_path: Path) -> None:
     documents = Documents(write_documents(tmp_path / "d", [], 1))
-    assert len(shard_files(tmp_path / "d")) == 1
     assert (len(documents), documents.num_bytes.tolist()) == (0, [])
 
 
-def test_shard_writer_that_fails_raises_the_error_itself(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), ShardWriter(tmp_path / "d", DOCUMENT):
-        raise KeyError
-
-
-@pytest.mark.parametrize("shard_bytes", [1, 40, 2**28])
+@pytest.mark.parametrize("per_shard", [1, 2, None])
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7])
 def test_documents_across_batches_and_shards_are_those_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, shard_bytes: int
+    tmp_path: Path, at_once: int, per_shard: int | None
 ) -> None:
-    monkeypatch.setattr(artifacts, "SHARD_BYTES", shard_bytes)
-    documents = Documents(write_documents(tmp_path / "d", ROWS, at_once))
+    documents = Documents(write_documents(tmp_path / "d", ROWS, at_once, per_shard))
     assert [documents[i].tolist() for i in range(len(documents))] == ROWS
     assert documents.num_bytes.tolist() == [10 * len(row) for row in ROWS]
 
@@ -210,13 +190,12 @@ def test_documents_of_any_rows_are_those_written(
     assert [documents[i].tolist() for i in range(len(documents))] == rows
 
 
-@pytest.mark.parametrize("shard_bytes", [1, 30, 2**28])
+@pytest.mark.parametrize("per_shard", [1, 2, None])
 @pytest.mark.parametrize("at_once", [1, 2, 7])
 def test_blocks_across_batches_and_shards_are_those_written_in_any_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, shard_bytes: int
+    tmp_path: Path, at_once: int, per_shard: int | None
 ) -> None:
-    monkeypatch.setattr(artifacts, "SHARD_BYTES", shard_bytes)
-    blocks = Blocks(write_blocks(tmp_path / "b", 7, at_once))
+    blocks = Blocks(write_blocks(tmp_path / "b", 7, at_once, per_shard))
     whole = np.arange(21).reshape(7, 3)
     assert (len(blocks), blocks.block_size) == (7, 3)
     assert blocks[range(7)].tolist() == whole.tolist()
@@ -229,11 +208,8 @@ def test_blocks_of_an_empty_split_name_the_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_shard_batches_of_a_truncated_shard_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int
-) -> None:
-    monkeypatch.setattr(artifacts, "SHARD_BYTES", 1)
-    file = shard_files(write_documents(tmp_path / "d", ROWS, 2))[1]
+def test_shard_batches_of_a_truncated_shard_names_it(tmp_path: Path, keep: int) -> None:
+    file = list(shard_files(write_documents(tmp_path / "d", ROWS, 2, per_shard=1)))[1]
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(StageError, match=f"{file} is damaged.*dvc repro"):
         list(shard_batches(tmp_path / "d"))

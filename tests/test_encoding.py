@@ -19,11 +19,11 @@ from stages.encoding import (
     Decoder,
     Encoded,
     Engine,
+    Tokenizers,
     choose_engine,
     fastokens_engine,
     first_difference,
     token_bytes,
-    tokenizers_engine,
 )
 from stages.vocabulary import load_tokenizer
 
@@ -74,7 +74,7 @@ def byte_level(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     tokenizer = load_tokenizer(directory)
     fast = fastokens_engine(tokenizer)
     assert fast is not None
-    return ByteLevel(tokenizer, fast, tokenizers_engine(tokenizer), Decoder(tokenizer))
+    return ByteLevel(tokenizer, fast, Tokenizers(tokenizer), Decoder(tokenizer))
 
 
 def rows(encoded: Encoded) -> list[list[int]]:
@@ -122,10 +122,10 @@ def test_num_lossy_is_what_decoding_says(byte_level: ByteLevel, texts: list[str]
 def test_num_lossy_of_a_byte_level_tokenizer_counts_changed_documents(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_normalising(tmp_path / "t"))
     texts = ["e\u0301", "é", "", "plain"]  # the first is composed into the second
-    assert Decoder(tokenizer).num_lossy(pa.array(texts), tokenizers_engine(tokenizer)(texts)) == 1
+    assert Decoder(tokenizer).num_lossy(pa.array(texts), Tokenizers(tokenizer)(texts)) == 1
     part = pa.array(["x", *texts, "y"]).slice(1, 4)  # an array that begins inside its buffers
-    assert Decoder(tokenizer).num_lossy(part, tokenizers_engine(tokenizer)(texts)) == 1
-    assert Decoder(tokenizer).num_lossy(pa.array([], pa.string()), tokenizers_engine(tokenizer)([])) == 0
+    assert Decoder(tokenizer).num_lossy(part, Tokenizers(tokenizer)(texts)) == 1
+    assert Decoder(tokenizer).num_lossy(pa.array([], pa.string()), Tokenizers(tokenizer)([])) == 0
 
 
 def test_token_bytes_of_the_alphabet_are_all_bytes(tmp_path: Path) -> None:

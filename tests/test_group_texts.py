@@ -1,16 +1,19 @@
 """group_texts: blocks of a whole split, by a ledger that accounts for every token."""
 
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from data_helpers import contents, read_stats, write_tokens
+from data_helpers import contents, read_stats, steady, write_tokens
+from hypothesis import given
+from hypothesis import strategies as st
 
-from stages import artifacts, group_texts
+from stages import block_shards
 from stages.artifacts import SPLITS, Blocks, shard_files
 from stages.errors import StageError
-from stages.group_texts import GroupTextsConfig, main
+from stages.group_texts import GroupTextsConfig, group_split, main
 
 DOCUMENTS = {
     "train": [[0, 1, 2, 3, 0], [0], [4, 5, 6, 7, 8, 9, 10, 11, 12, 0], [13, 0]],
@@ -52,26 +55,50 @@ def test_group_texts_ledger_accounts_for_every_token(tmp_path: Path, block_size:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 100])
-@pytest.mark.parametrize("shard_bytes", [1, 2**28])
+@pytest.mark.parametrize("per_shard", [1, None])
 def test_group_texts_of_tokens_in_other_batches_and_shards_writes_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, shard_bytes: int
+    tmp_path: Path, rows: int, per_shard: int | None
 ) -> None:
     expected = contents(run(write_tokens(tmp_path / "tokens", DOCUMENTS), tmp_path / "blocks"))
-    with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "SHARD_BYTES", shard_bytes)
-        tokens = write_tokens(tmp_path / "cut", DOCUMENTS, rows=rows)
+    tokens = write_tokens(tmp_path / "cut", DOCUMENTS, rows=rows, per_shard=per_shard)
     assert contents(run(tokens, tmp_path / "again")) == expected
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 8])
+@pytest.mark.parametrize("rows", [1, 2, 100])
 def test_group_texts_across_batches_and_shards_keeps_the_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, rows: int
 ) -> None:
-    monkeypatch.setattr(group_texts, "TOKENS_AT_ONCE", at_once)
-    monkeypatch.setattr(artifacts, "SHARD_BYTES", 10)
-    out = run(write_tokens(tmp_path / "tokens", DOCUMENTS), tmp_path / "blocks")
-    assert len(shard_files(out / "train")) > 1
+    monkeypatch.setattr(block_shards, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(block_shards, "SHARD_BYTES", 10)
+    out = run(write_tokens(tmp_path / "tokens", DOCUMENTS, rows=rows, per_shard=1), tmp_path / "blocks")
+    assert len(shard_files(out / "train")) == 2  # of two blocks of 8 bytes
     assert list(chain(*blocks_of(out / "train"))) == STREAMS["train"][:16]
+
+
+@steady
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    per_shard=st.integers(1, 4),
+    block_size=st.integers(2, 5),
+    shard_bytes=st.integers(1, 60),
+    at_once=st.integers(1, 12),
+)
+def test_group_texts_of_any_shards_to_any_shards_keeps_the_stream(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], per_shard: int, block_size: int, **sizes: int
+) -> None:
+    place = tmp_path_factory.mktemp("any")
+    ends = np.cumsum([0, *lengths])
+    documents = [list(range(start, end)) for start, end in pairwise(ends.tolist())]
+    tokens = write_tokens(place / "tokens", DOCUMENTS | {"train": documents}, rows=1, per_shard=per_shard)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_shards, "SHARD_BYTES", sizes["shard_bytes"])
+        patch.setattr(block_shards, "TOKENS_AT_ONCE", sizes["at_once"])
+        ledger = group_split(tokens / "train", block_size, pa.uint16(), place / "blocks")
+    assert (ledger["documents"], ledger["tokens_in"]) == (len(lengths), sum(lengths))
+    assert ledger["blocks"] == sum(lengths) // block_size
+    if ledger["blocks"]:
+        assert list(chain(*blocks_of(place / "blocks"))) == list(range(ledger["blocks"] * block_size))
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])

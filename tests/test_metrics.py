@@ -24,7 +24,7 @@ from toys import (
 
 from stages.artifacts import Documents
 from stages.data_config import Flatten
-from stages.encoding import tokenizers_engine
+from stages.encoding import Tokenizers
 from stages.loss import TokenLoss
 from stages.metrics import (
     choose_documents,
@@ -141,7 +141,7 @@ def test_bits_per_byte_of_real_text_divides_by_its_utf8_bytes(tmp_path):
     vocabulary = vocabulary_of(tokenizer, tmp_path / "tokenizer", "end_of_sequence", ["eos_token"])
     raw = write_raw(tmp_path / "raw", {"train": texts, "validation": [], "test": []})
     file = TextFile(raw / "train.parquet", Flatten(columns=["answers.text"], joiner=" "))
-    tokenize_split(file, tokenizers_engine(tokenizer), vocabulary, tmp_path / "split", decoder=None)
+    tokenize_split(file, Tokenizers(tokenizer), vocabulary, tmp_path / "split", decoder=None)
     model = toy_model("gpt2", vocab_size=vocabulary.size)
     objective, config = make_objective("causal", vocabulary), Evaluate(context=16, max_documents=None)
     found = document_metrics(model, objective, Documents(tmp_path / "split"), vocabulary, config, 4096)

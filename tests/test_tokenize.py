@@ -24,8 +24,8 @@ from data_helpers import (
 from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, models
 
-from stages import encoding
-from stages.artifacts import SPLITS, Documents
+from stages import encoding, tokenize
+from stages.artifacts import SPLITS, Documents, shard_files
 from stages.config import CONF, load
 from stages.data_config import Flatten
 from stages.errors import StageError
@@ -109,6 +109,22 @@ def test_tokenize_of_row_groups_of_any_size_stores_the_same_documents(tmp_path: 
         one, other = Documents(whole / split), Documents(cut / split)
         assert [other[i].tolist() for i in range(len(other))] == [one[i].tolist() for i in range(len(one))]
         assert other.num_bytes.tolist() == one.num_bytes.tolist()
+        assert read_stats(cut / split) == read_stats(whole / split)
+
+
+@pytest.mark.parametrize("task", ROLES)
+@pytest.mark.parametrize("shard_bytes", [1, 100])
+def test_tokenize_to_several_shards_stores_the_same_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, shard_bytes: int
+) -> None:
+    raw = write_raw(tmp_path / "cut-raw", SPLIT_TEXTS, 1)
+    whole = run(tmp_path, task, raw=raw)
+    monkeypatch.setattr(tokenize, "SHARD_BYTES", shard_bytes)
+    cut = run(tmp_path, task, raw=raw, out="cut")
+    assert len(shard_files(cut / "train")) > (1 if shard_bytes > 1 else len(SPLIT_TEXTS["train"]) - 1)
+    for split in SPLITS:
+        one, other = Documents(whole / split), Documents(cut / split)
+        assert [other[i].tolist() for i in range(len(other))] == [one[i].tolist() for i in range(len(one))]
         assert read_stats(cut / split) == read_stats(whole / split)
 
 

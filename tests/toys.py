@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from data_helpers import record_batch
+from data_helpers import record_batch, write_shards
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, TrainingArguments
 
-from stages.artifacts import Blocks, Documents, ShardWriter, to_arrow
+from stages.artifacts import Blocks, Documents, to_arrow
 from stages.hardware_config import CheckpointSettings
 from stages.objectives import Objective, make_objective
 from stages.task_config import Objective as ObjectiveConfig
@@ -147,18 +147,14 @@ def save_documents(directory: Path, task: str, texts: Iterable[Sequence[int]], n
     rows = [np.array([*vocabulary.prefix, *text, *vocabulary.suffix], np.uint16) for text in texts]
     rows[0] = np.array([*vocabulary.lead, *rows[0]], np.uint16)
     schema = pa.schema([("input_ids", pa.large_list(pa.uint16())), ("num_bytes", pa.int32())])
-    with ShardWriter(directory, schema) as writer:
-        writer.write(record_batch(rows, list(num_bytes), schema))
-    return Documents(directory)
+    return Documents(write_shards(directory, schema, [record_batch(rows, list(num_bytes), schema)]))
 
 
 def save_blocks(directory: Path, ids: np.ndarray) -> Blocks:
     """A split of blocks as group_texts writes it, and read; `ids` is [num_blocks, block_size]."""
     schema = pa.schema([("input_ids", pa.list_(pa.uint16(), ids.shape[1]))])
     column = pa.FixedSizeListArray.from_arrays(to_arrow(ids.astype(np.uint16).reshape(-1)), ids.shape[1])
-    with ShardWriter(directory, schema) as writer:
-        writer.write(pa.record_batch([column], schema=schema))
-    return Blocks(directory)
+    return Blocks(write_shards(directory, schema, [pa.record_batch([column], schema=schema)]))
 
 
 def toy_blocks(directory: Path, task: str, num_blocks: int, block_size: int, seed: int = 0) -> Blocks:
