@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # uv where it is installed; where it is not, the environment brings its own.
 UV := $(shell command -v uv 2>/dev/null || echo .venv/bin/uv)
 
-.PHONY: all env keras check repro compare report test test-all lint format requirements clean
+.PHONY: all env keras ray check repro compare report test test-all lint format requirements clean
 
 all: check
 	dvc repro
@@ -30,6 +30,13 @@ keras: .venv/keras
 
 .venv/keras: requirements-keras.txt .venv/ready
 	$(UV) pip install --quiet --python .venv/bin/python --compile-bytecode --require-hashes -r requirements-keras.txt
+	@touch $@
+
+# What hardware: ray needs beside (docs/cluster.md): 260 megabytes.
+ray: .venv/ray
+
+.venv/ray: requirements-ray.txt .venv/ready
+	$(UV) pip install --quiet --python .venv/bin/python --compile-bytecode --require-hashes -r requirements-ray.txt
 	@touch $@
 
 check: env
@@ -61,8 +68,9 @@ format: env
 requirements: pyproject.toml
 	$(UV) pip compile --quiet --universal --extra dev --generate-hashes --no-emit-index-url --no-header \
 	  --python-version 3.11 pyproject.toml -o requirements.txt
-	$(UV) pip compile --quiet --universal --extra keras --generate-hashes --no-emit-index-url --no-header \
-	  --python-version 3.11 -c requirements.txt pyproject.toml -o requirements-keras.txt
+	for extra in keras ray; do $(UV) pip compile --quiet --universal --extra $$extra --generate-hashes \
+	  --no-emit-index-url --no-header --python-version 3.11 -c requirements.txt pyproject.toml \
+	  -o requirements-$$extra.txt; done
 
 clean:
 	rm -rf .venv .dvc/cache .dvc/tmp data/raw data/tokens data/blocks models reports metrics/baseline

@@ -12,7 +12,7 @@ def batches(batch_size: int, hardware: Hardware, processes: int) -> tuple[int, i
     at_once = hardware.per_device_batch_size
     whole = processes * (at_once or 1)
     if batch_size % whole:
-        names = [f"{processes} processes (hardware.launch)"] if processes > 1 else []
+        names = [f"{processes} processes (hardware.{'ray' if hardware.ray else 'launch'})"] if processes > 1 else []
         names += [f"{at_once} sequences at once (hardware.per_device_batch_size)"] if at_once else []
         fit = [whole * (batch_size // whole + extra) for extra in (0, 1)]
         raise ValueError(

@@ -24,7 +24,7 @@ from stages.pretrained import sha256
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST = "manifest-{}.json"  # of each process that wrote
 LIBRARIES = ("accelerate", "numpy", "peft", "torch", "transformers")
 
 
@@ -71,18 +71,19 @@ class Checkpoints:
         return None
 
     @contextmanager
-    def writing(self, step: int, best: int | None) -> Iterator[Path]:
+    def writing(self, step: int, best: int | None, writer: int = 0) -> Iterator[Path]:
         """A directory in which to make a directory `checkpoint-STEP`, that takes its place when it is on the disk.
 
         Args:
             best: the step of a checkpoint that stays however old it is.
+            writer: the number of the process that writes, where parts of several are put together.
         """
         aside = self.directory / ".tmp"
         shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
         aside.mkdir(parents=True)
         try:
             yield aside
-            seal(aside / self.path(step).name)
+            seal(aside / self.path(step).name, writer)
             shutil.rmtree(self.path(step), ignore_errors=True)
             (aside / self.path(step).name).rename(self.path(step))
             sync(self.directory)
@@ -93,20 +94,26 @@ class Checkpoints:
                 shutil.rmtree(self.path(old))
 
 
-def seal(checkpoint: Path) -> None:
+def seal(checkpoint: Path, writer: int) -> None:
     """Write the hashes of a checkpoint's files beside them, and wait until all of it is on the disk."""
+    manifest = checkpoint / MANIFEST.format(writer)
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     hashes = {file.relative_to(checkpoint).as_posix(): sha256(file) for file in files}
-    (checkpoint / MANIFEST).write_text(json.dumps(hashes), encoding="utf-8")
-    for path in (*files, checkpoint / MANIFEST, checkpoint):
+    manifest.write_text(json.dumps(hashes), encoding="utf-8")
+    for path in (*files, manifest, checkpoint):
         sync(path)
 
 
 def damaged(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None where nothing is."""
     try:
-        hashes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        changed = [name for name, digest in hashes.items() if sha256(checkpoint / name) != digest]
+        manifests = {checkpoint / MANIFEST.format(0), *checkpoint.glob(MANIFEST.format("*"))}
+        hashes = {
+            name: digest
+            for manifest in manifests
+            for name, digest in json.loads(manifest.read_text(encoding="utf-8")).items()
+        }
+        changed = [name for name, digest in sorted(hashes.items()) if sha256(checkpoint / name) != digest]
     except (OSError, ValueError) as error:
         return str(error)
     return f"{', '.join(changed)} changed" if changed else None

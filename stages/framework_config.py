@@ -53,8 +53,8 @@ def keras_refusals(values: Mapping[str, Any]) -> Iterator[str]:
     if values.get("early_stopping") is not None:
         yield "it keeps no best model to stop at: set early_stopping: null"
     hardware = values.get("hardware")
-    if hardware is not None and hardware.launch is not None:
-        yield "it works in one process: choose a hardware without hardware.launch"
+    if hardware is not None and (hardware.launch is not None or hardware.ray is not None):
+        yield "it works in one process: choose a hardware without hardware.launch and hardware.ray"
     if hardware is not None and hardware.device != "cpu":
         yield f"hardware.device={hardware.device}: it trains on the CPU: choose hardware: cpu"
     at_once = None if hardware is None else hardware.per_device_batch_size

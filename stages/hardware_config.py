@@ -16,13 +16,28 @@ class Launch:
     machines: Positive
     """Machines, on each of which the stage's command is started."""
     rendezvous: str | None
-    """HOST:PORT of one of the machines, where they find each other; null for one machine."""
+    """HOST:PORT of one of the machines, where they find each other; null: this one, where started_by starts them."""
+    started_by: list[str] | None = None
+    """Words before a command that start it on every machine (srun's); null: it is started by hand on each."""
 
     @model_validator(mode="after")
     def _meets_somewhere(self) -> "Launch":
-        if self.machines > 1 and self.rendezvous is None:
-            raise ValueError(f"launch.machines={self.machines} needs launch.rendezvous, HOST:PORT of one of them")
+        if self.machines > 1 and self.rendezvous is None and not self.started_by:
+            needed = "launch.rendezvous, HOST:PORT of one of them, or launch.started_by"
+            raise ValueError(f"launch.machines={self.machines} needs {needed}")
         return self
+
+
+@whole
+class RayTrain:
+    """Several processes of a Ray cluster, each with the weights and a share of every batch."""
+
+    workers: Positive
+    """Processes, each with num_threads CPUs, and a GPU where device is cuda."""
+    max_failures: Annotated[int, Field(ge=0)]
+    """Times that they start anew from the last checkpoint when one is lost."""
+    storage: str | None
+    """Where checkpoints are kept, on a disk that the machines share or at any fsspec URL; null: the cache directory."""
 
 
 @whole
@@ -36,7 +51,25 @@ class Hardware:
     evaluate_batch_tokens: Positive
     """Tokens at once in evaluation, on a device; changes no figure."""
     launch: Launch | None = None
-    """Null: one process."""
+    """Processes by torch's own launcher; null: one."""
+    ray: RayTrain | None = None
+    """Processes by Ray Train."""
+
+    @model_validator(mode="after")
+    def _has_one_launcher(self) -> "Hardware":
+        if self.launch is not None and self.ray is not None:
+            raise ValueError("hardware.launch and hardware.ray both start processes: give one")
+        return self
+
+    @property
+    def processes(self) -> int | None:
+        """How many work together; None: as many as there are GPUs."""
+        if self.ray is not None:
+            return self.ray.workers
+        if self.launch is None:
+            return 1
+        here = self.launch.processes_per_machine
+        return None if here is None else here * self.launch.machines
 
 
 @whole

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: a stage ends with the exit code that these have, and training writes a checkpoint before."""
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,9 @@ def signals_as_request() -> Iterator[Request]:
     Ctrl-C reaches each of several processes twice: from the terminal and from the one that started them.
     """
     request = Request()
+    if threading.current_thread() is not threading.main_thread():  # as Ray has it, and ends it by itself
+        yield request
+        return
 
     def note(number: int, _: FrameType | None) -> None:
         if request.number is None:

@@ -2,14 +2,19 @@
 
 import logging
 import os
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import psutil
+from hydra.core.hydra_config import HydraConfig
 
 from stages.app import describe, end_with_dvc, start_logging
 from stages.errors import StageError
+from stages.hardware_config import Launch
 from stages.interruption import Interrupted, end_on_signals
 
 SECONDS_TO_END = 60  # for a process that was told to, its checkpoint included
@@ -20,18 +25,31 @@ class ProcessError(Exception):
     """What ended the work of one of several processes, in words for users."""
 
 
-def run_in_processes(stage: str, work: Callable[[Any], None], config: Any) -> None:
-    """Do `work(config)` in the processes that config.hardware.launch describes; without one, in this process.
+def run_in_processes(
+    stage: str, work: Callable[[Any], None], config: Any, name_of: Callable[[Any], str] | None = None
+) -> None:
+    """Do `work(config)` in the processes that config.hardware describes; in this one where it describes none.
 
-    `work` must be a function of a module.
+    `work` must be a function of the stage's module.
+
+    Args:
+        name_of: gives the name of a config's run, by which its checkpoints are found again; None: it makes none.
 
     Raises:
         StageError: the error of the first process that failed; the others have then been ended.
         Interrupted: if a signal ended them.
     """
     launch = config.hardware.launch
+    if config.hardware.ray is not None:
+        from stages.ray_launch import run_on_ray
+
+        run_on_ray(stage, work, config, None if name_of is None else name_of(config))
+        return
     if launch is None:
         work(config)
+        return
+    if launch.started_by:
+        start_everywhere(stage, launch)
         return
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -70,6 +88,40 @@ def run_in_processes(stage: str, work: Callable[[Any], None], config: Any) -> No
         said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
         said = said.removeprefix(f"{ProcessError.__name__}: ")
         raise StageError(f"process {rank} of {here * launch.machines}: {said}") from None
+
+
+def start_everywhere(stage: str, launch: Launch) -> None:
+    """Start this stage's command on every machine by launch.started_by, where each starts its processes; wait for all.
+
+    Raises:
+        StageError: if it fails on one; it has said why.
+        Interrupted: if a signal ended them.
+    """
+    words = [word.format(machines=launch.machines) for word in launch.started_by or ()]
+    meeting = launch.rendezvous or f"{socket.gethostname()}:{free_port()}"
+    own = ["hardware.launch.started_by=null", f"hardware.launch.rendezvous='{meeting}'"]
+    command = [*words, sys.executable, "-m", f"stages.{stage}", *HydraConfig.get().overrides.task, *own]
+    try:
+        process = subprocess.Popen(command)
+    except OSError as error:
+        raise StageError(f"hardware.launch.started_by: {words[0]}: {error.strerror}") from None
+    try:
+        code = process.wait()
+    except Interrupted as interrupted:
+        process.send_signal(interrupted.number)
+        process.wait()
+        raise
+    if code in (130, 143):
+        raise Interrupted(code - 128)
+    if code:
+        raise StageError(f"{words[0]} ended with exit code {code}; the error stands above")
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("", 0))
+        return int(one.getsockname()[1])
 
 
 def do(stage: str, work: Callable[[Any], None], config: Any) -> None:

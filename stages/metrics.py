@@ -130,7 +130,8 @@ def block_loss(model: Any, objective: Objective, blocks: Blocks, batch_tokens: i
     starts = range(0, len(blocks), rows)
     sums, counts = np.zeros(len(starts)), np.zeros(len(starts))
     with full_precision(model), loss.hidden_outputs():
-        for batch_index in range(rank(), len(starts), world_size()):  # of several processes, each takes its share
+        for first in range(0, len(starts), world_size()):  # of several processes, each takes one of so many
+            batch_index = min(first + rank(), len(starts) - 1)  # again where they are fewer: shards need all at once
             start = starts[batch_index]
             indices = range(start, min(start + rows, len(blocks)))
             batch = {
@@ -144,4 +145,5 @@ def block_loss(model: Any, objective: Objective, blocks: Blocks, batch_tokens: i
             # Block by block, so that the sum does not depend on how they are batched beyond the last digits.
             sums[batch_index] = math.fsum(row_sums(nats, row, len(indices)))
             counts[batch_index] = len(row)
-    return float(sum(summed(sums).tolist()) / summed(counts).sum())
+    mine = np.arange(len(starts)) % world_size() == rank()
+    return float(sum(summed(sums * mine).tolist()) / summed(counts * mine).sum())

@@ -35,7 +35,8 @@ def prepare_torch(hardware: Hardware) -> None:
         StageError: if hardware.device is not available.
     """
     others = SETTINGS_OF_OTHERS if dist.is_initialized() else SETTINGS_OF_OTHERS + LAUNCHER_VARIABLES
-    for name in [name for name in os.environ if name.startswith(others)]:
+    own = {"ACCELERATE_TORCH_DEVICE"} if hardware.ray is not None else set()  # Ray says which GPU is whose
+    for name in [name for name in os.environ if name.startswith(others) and name not in own]:
         log.warning("%s is ignored: what trains a model stands in conf/", name)
         del os.environ[name]
     transformers.logging.set_verbosity_error()

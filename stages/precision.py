@@ -51,10 +51,16 @@ def full_precision(model: Any) -> Iterator[None]:
         model.forward = original
     if use_cache is not None:
         model.config.use_cache = False
+    # What a sharded model gathers in inference mode could not be trained with afterwards, and what it has gathered
+    # without gradients stays in the place of its parameters.
+    shards = [module for module in model.modules() if hasattr(module, "unshard")]
+    without_gradients = torch.no_grad() if shards else torch.inference_mode()
     try:
-        with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+        with without_gradients, torch.autocast(model.device.type, enabled=False):
             yield
     finally:
+        for module in shards:
+            module.reshard()
         if original is not None:
             model.forward = forward
         if use_cache is not None:

@@ -10,6 +10,7 @@ Command python -m stages.train task=causal model=tiny-gpt2 adapter=none hardware
 import contextlib
 import importlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,8 +91,8 @@ class TrainConfig:
 
     @field_validator("trainer")
     @classmethod
-    def _are_arguments(cls, trainer: dict[str, Any]) -> dict[str, Any]:
-        found = problems(trainer)
+    def _are_arguments(cls, trainer: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        found = [*problems(trainer), *sharding_problems(trainer, info.data.get("hardware"), info.data.get("adapter"))]
         evaluating, saving = trainer.get("eval_strategy", "no"), trainer.get("save_strategy", "no")
         if trainer.get("load_best_model_at_end") is True and (evaluating != saving or evaluating == "no"):
             found.append("trainer.load_best_model_at_end needs save_strategy and eval_strategy alike (epoch or steps)")
@@ -118,9 +119,8 @@ class TrainConfig:
     @classmethod
     def _divides(cls, batch_size: int, info: ValidationInfo) -> int:
         hardware = info.data.get("hardware")
-        launch = hardware.launch if hardware is not None else None
-        if hardware is not None and (launch is None or launch.processes_per_machine is not None):
-            batches(batch_size, hardware, launch.processes_per_machine * launch.machines if launch else 1)
+        if hardware is not None and hardware.processes is not None:
+            batches(batch_size, hardware, hardware.processes)
         return batch_size
 
     @field_validator("framework")
@@ -131,18 +131,33 @@ class TrainConfig:
         return framework
 
 
+def sharding_problems(trainer: dict[str, Any], hardware: Hardware | None, adapter: Adapter | None) -> Iterator[str]:
+    """Why a model cannot be sharded where trainer.fsdp asks for it."""
+    if not trainer.get("fsdp") or hardware is None:
+        return
+    if hardware.device != "cuda":
+        yield (
+            f"trainer.fsdp needs GPUs, and hardware.device is {hardware.device}: there Accelerate trains whole copies"
+            " without a word; hardware=multi_cpu does so openly"
+        )
+    if hardware.launch is None and hardware.ray is None:
+        yield "trainer.fsdp needs several processes: hardware.launch or hardware.ray"
+    if adapter is not None:
+        yield "trainer.fsdp shards all weights, and an adapter trains a few: adapter=none, or hardware=multi_gpu"
+
+
 def main(config: TrainConfig) -> None:
-    run_in_processes("train", train, config)
+    run_in_processes("train", train, config, name_of)
 
 
 def train(config: TrainConfig) -> None:
     """The work of the stage, as one of the processes that do it does it."""
     from stages.models import build_model, prepare_torch
     from stages.objectives import make_objective
-    from stages.processes import of_the_first, rank, wait_for_all
+    from stages.processes import rank, wait_for_all
 
     framework = framework_of(config)
-    framework.prepare(config)  # loads its modules, before the fingerprint is taken
+    framework.prepare(config)
     prepare_torch(config.hardware)
     tokens, blocks = Path(config.tokens), Path(config.blocks)
     vocabulary = Vocabulary.read(tokens)
@@ -157,8 +172,7 @@ def train(config: TrainConfig) -> None:
             f"block_size={config.block_size}: the blocks in {blocks} hold {training.block_size} tokens each"
         )
     log.info("%d blocks of %d tokens, %d per step", len(training), training.block_size, config.batch_size)
-    with contextlib.nullcontext() if rank() else checkpoint_directory(name_of(config)) as mine:
-        directory = of_the_first(str(mine))
+    with checkpoints_of(config) as directory:
         with signals_as_request() as request:
             model, state = framework.fit(config, model, objective, training, validation, directory, request)
         if not rank():
@@ -172,11 +186,30 @@ def framework_of(config: TrainConfig) -> Any:
     return importlib.import_module(f"stages.frameworks.{config.framework.name}")
 
 
+@contextlib.contextmanager
+def checkpoints_of(config: TrainConfig) -> Iterator[str]:
+    """The directory of the run's checkpoints: of all its processes, or with Ray, which puts them together, of this."""
+    from stages.processes import of_the_first, rank
+
+    if config.hardware.ray is not None:
+        from stages.ray_launch import own_checkpoints
+
+        with own_checkpoints() as own:
+            yield own
+    else:
+        with contextlib.nullcontext() if rank() else checkpoint_directory(name_of(config)) as mine:
+            yield of_the_first(str(mine))
+
+
 def name_of(config: TrainConfig) -> str:
     """The fingerprint of a run: what it reads and how, but not where it writes or how often it is saved."""
+    framework_of(config)  # its modules are part of it
     values = TypeAdapter(TrainConfig).dump_python(config)
     for key in ("checkpoints", "tokens", "blocks", "out", "report"):
         del values[key]
+    for started in (values["hardware"]["launch"], values["hardware"]["ray"]):
+        for key in ("rendezvous", "started_by", "max_failures", "storage"):
+            (started or {}).pop(key, None)
     values["libraries"] = versions(*framework_of(config).libraries(config))
     return fingerprint(values, [Path(config.tokens) / "stats.json", Path(config.blocks)], __file__)
 

@@ -121,7 +121,8 @@ def known_arguments() -> dict[str, TypeAdapter[Any]]:
         values = list(_constants(node))
         if values and any(isinstance(base, ast.Name) and base.id.endswith("Enum") for base in node.bases):
             types[name] = Literal[tuple(values)]
-    return {name: _adapter(field.annotation, types) for name, field in _fields().items()}
+    found = {name: _adapter(field.annotation, types) for name, field in _fields().items()}
+    return found | {"fsdp": TypeAdapter(bool | str | None, config=ConfigDict(strict=True))}  # as its help has it
 
 
 def default_of(name: str) -> Any:

@@ -98,7 +98,13 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         evaluate_batch_tokens: int,
         checkpoints: CheckpointSettings,
         callbacks: list[TrainerCallback],
+        each_saves: bool = False,
     ) -> None:
+        """
+        Args:
+            each_saves: whether each of several processes has a directory of checkpoints of its own, with its part.
+        """
+
         def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
             # Sum over tokens / tokens of the whole step: right under accumulation and several processes, where the
             # stock losses of RoBERTa, BERT and GPT-2 are not. A step without a masked token has loss 0.
@@ -119,6 +125,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
         self._checkpoints = Checkpoints(Path(arguments.output_dir), checkpoints.keep)
         self._seconds_between_checkpoints = 60.0 * checkpoints.minutes
+        self._each_saves = each_saves
         self._loss = TokenLoss(model)
         self._objective, self._validation, self._evaluate_batch_tokens = objective, validation, evaluate_batch_tokens
 
@@ -161,9 +168,10 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step, best, place = self.state.global_step, self.state.best_global_step, self.args.output_dir
         # One process makes the directory and seals it, behind the others' files; on several machines it is on a disk
-        # that they share.
-        with contextlib.nullcontext() if rank() else self._checkpoints.writing(step, best) as mine:
-            aside = Path(of_the_first(str(mine)))
+        # that they share. Or each does so with its own.
+        writes = self._each_saves or not rank()
+        with self._checkpoints.writing(step, best, rank()) if writes else contextlib.nullcontext() as mine:
+            aside = Path(str(mine) if self._each_saves else of_the_first(str(mine)))
             self.args.output_dir = str(aside)
             try:
                 super()._save_checkpoint(model, trial)

@@ -16,7 +16,7 @@ from test_resume import BEST
 
 from stages.artifacts import Blocks
 from stages.errors import StageError
-from stages.hardware_config import Hardware, Launch
+from stages.hardware_config import Hardware, Launch, RayTrain
 from stages.launch import run_in_processes
 from stages.processes import largest, of_the_first, rank, summed, world_size
 
@@ -133,6 +133,52 @@ def train_and_be_killed(config):
     train(config)
 
 
+FAKE_SRUN = """#!/bin/sh
+# As srun does on its nodes: the command so many times, side by side, and its worst exit code.
+nodes=${1#--nodes=}; shift
+pids=
+while [ "$nodes" -gt 0 ]; do "$@" & pids="$pids $!"; nodes=$((nodes - 1)); done
+worst=0
+for pid in $pids; do wait "$pid" || worst=$?; done
+exit $worst
+"""
+
+
+@pytest.fixture
+def started_by(tmp_path):
+    """What makes a launch one of two machines, both this one, that a stand-in for srun starts."""
+    srun = tmp_path / "srun"
+    srun.write_text(FAKE_SRUN)
+    srun.chmod(0o755)
+    return (
+        "++hardware.launch={processes_per_machine: 1, machines: 2, rendezvous: null,"
+        f" started_by: ['{srun}', '--nodes={{machines}}']}}"
+    )
+
+
+@pytest.mark.slow
+def test_training_on_two_machines_that_srun_starts_has_the_losses_of_one(overrides, cache, one, tmp_path, started_by):
+    command = overrides("train", "causal", tmp_path, *NO_DROPOUT["causal"], *FIFTY_STEPS, started_by)
+    code, said = stage("train", command)
+    assert code == 0, said
+    np.testing.assert_allclose(losses(tmp_path), losses(one["causal"]), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_error_on_machines_that_srun_starts_is_shown(overrides, cache, tmp_path, started_by):
+    code, said = stage("train", overrides("train", "causal", tmp_path, started_by, "block_size=32"))
+    assert code == 1
+    assert "block_size=32: the blocks in" in said
+    assert "Traceback" not in said
+
+
+def stage(name, command):
+    """The exit code of a stage as a process, and what it said."""
+    run = [sys.executable, "-m", f"stages.{name}", *command]
+    done = subprocess.run(run, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, check=False, timeout=300)
+    return done.returncode, done.stderr
+
+
 # -- what the processes agree on, and how they end ---------------------------------------------------------------------
 
 
@@ -186,6 +232,14 @@ def test_processes_of_one_a_gpu_without_a_gpu_is_an_error():
         run_in_processes("train", agree, Config(None))
 
 
+def test_two_launchers_are_an_error():
+    launch = Launch(processes_per_machine=1, machines=1, rendezvous=None)
+    ray = RayTrain(workers=2, max_failures=0, storage=None)
+    rest = {"device": "cpu", "num_threads": 1, "per_device_batch_size": None, "evaluate_batch_tokens": 1}
+    with pytest.raises(ValueError, match=r"hardware\.launch and hardware\.ray both start processes"):
+        Hardware(**rest, launch=launch, ray=ray)
+
+
 def test_launch_on_several_machines_without_a_meeting_place_is_an_error():
     with pytest.raises(ValueError, match=r"machines=2 needs launch\.rendezvous"):
         Launch(processes_per_machine=1, machines=2, rendezvous=None)
@@ -199,7 +253,7 @@ def test_launch_on_several_machines_without_a_meeting_place_is_an_error():
 )
 def test_processes_told_to_end_leave_a_checkpoint_and_nobody_behind(overrides, cache, tmp_path, number, to_all, code):
     command = overrides("train", "causal", tmp_path, TWO, "num_train_epochs=2000", f"seed={code % 99}")
-    before = set(cache.rglob("checkpoint-*/manifest.json"))
+    before = set(cache.rglob("checkpoint-*/manifest-0.json"))
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.train", *command],
         cwd=REPOSITORY,
@@ -217,5 +271,5 @@ def test_processes_told_to_end_leave_a_checkpoint_and_nobody_behind(overrides, c
     assert alive == []
     if number != signal.SIGKILL:
         assert said.count("`dvc repro` goes on from there") == 1, said
-        assert set(cache.rglob("checkpoint-*/manifest.json")) - before
+        assert set(cache.rglob("checkpoint-*/manifest-0.json")) - before
     assert not (tmp_path / "model").exists()

@@ -206,7 +206,7 @@ def left(cache):
     return Checkpoints(place, keep=2)
 
 
-FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json")
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest-0.json")
 DAMAGES = [*((file, "missing") for file in FILES), *((file, "cut") for file in FILES[:2]), (FILES[0], "flipped")]
 
 

@@ -1,5 +1,6 @@
 """Trains with transformers' Trainer."""
 
+import copy
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from stages.cache import cache_directory
 from stages.errors import StageError
 from stages.interruption import Request
 from stages.precision import check_bf16
-from stages.processes import world_size
+from stages.processes import rank, world_size
 from stages.trainer_arguments import resolve
 from stages.training import BlockTrainer, TrainingProgress
 
@@ -45,12 +46,20 @@ def fit(
 ) -> tuple[Any, TrainerState]:
     """The trained `model` and the record of its training, from the newest checkpoint in `directory` if there is one.
 
+    Of a sharded model, the first process alone has it.
+
     Raises:
         Interrupted: when `request` asked for the end; a checkpoint has then been written.
     """
+    sharded = bool(config.trainer.get("fsdp"))
+    whole = copy.deepcopy(model) if sharded and not rank() else None
     trainer = make_trainer(config, model, objective, train, validation, directory)
     trainer.train_on(request)
-    return trainer.model, trainer.state
+    if not sharded:
+        return trainer.model, trainer.state
+    from stages.sharding import gathered
+
+    return gathered(trainer.model, whole), trainer.state
 
 
 def keep_compiled() -> None:
@@ -69,6 +78,17 @@ def make_trainer(
     callbacks: list[Any] = [TrainingProgress(config.batch_size * config.block_size)]
     if config.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.threshold))
+    given = resolve(config.trainer)
+    if given.get("fsdp"):
+        from stages.sharding import Sharded, layers_of, without_twins
+
+        callbacks.append(Sharded())
+        model = without_twins(model)
+        given["fsdp_config"] = {"transformer_layer_cls_to_wrap": layers_of(model), **(given.get("fsdp_config") or {})}
+    if config.hardware.ray is not None:
+        from ray.train.huggingface.transformers import RayTrainReportCallback
+
+        callbacks.append(RayTrainReportCallback())
     owned = {
         "output_dir": directory,
         "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting
@@ -88,7 +108,7 @@ def make_trainer(
         "dataloader_pin_memory": config.hardware.device == "cuda",
         "ddp_find_unused_parameters": False,
     }
-    arguments = TrainingArguments(**{**defaults, **resolve(config.trainer), **owned})
+    arguments = TrainingArguments(**{**defaults, **given, **owned})
     return BlockTrainer(
         model,
         arguments,
@@ -98,4 +118,5 @@ def make_trainer(
         config.hardware.evaluate_batch_tokens,
         config.checkpoints,
         callbacks,
+        each_saves=config.hardware.ray is not None,
     )
