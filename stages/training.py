@@ -130,7 +130,9 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         self._objective, self._validation, self._evaluate_batch_tokens = objective, validation, evaluate_batch_tokens
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        return EpochSampler(len(self.train_dataset), self.args.seed, self.args.train_batch_size * world_size())
+        at_once = self.args.train_batch_size * world_size()
+        self._sampler = EpochSampler(len(self.train_dataset), self.args.seed, at_once)
+        return self._sampler
 
     def compute_loss(self, *arguments: Any, **named: Any) -> Any:
         # The Trainer's own autocast ends with the model's forward pass; the output embedding is part of the loss here.
@@ -190,6 +192,8 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         loss = json.loads((self._checkpoints.path(step) / LOSS_FILE.format(rank())).read_text(encoding="utf-8"))
         self._tr_loss.fill_(loss["sum"])
         self._globalstep_last_logged = loss["since_step"]
+        # Within an epoch, several processes skip what is done by one wrapper more than the Trainer looks through.
+        self._sampler.set_epoch(int(self.state.epoch or 0))
         if self.state.best_global_step:  # the cache may have been moved since
             self.state.best_model_checkpoint = str(self._checkpoints.path(self.state.best_global_step))
 
