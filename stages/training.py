@@ -30,6 +30,7 @@ from stages.progress import Progress
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = 2**16  # keys
 LOSS_FILE = "loss_since_log-{}.json"  # of each process
 
 Batch = dict[str, torch.Tensor]
@@ -55,12 +56,10 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 2**20 + self._epoch)
-        keys = [
-            self._epoch * self._num_blocks + block
-            for block in torch.randperm(self._num_blocks, generator=generator).tolist()
-        ]
-        yield from keys
-        yield from [~keys[0]] * self._fill
+        keys = self._epoch * self._num_blocks + torch.randperm(self._num_blocks, generator=generator)
+        for some in keys.split(AT_ONCE):  # as a list, all of many blocks would take five times their memory
+            yield from some.tolist()
+        yield from [~int(keys[0])] * self._fill
 
 
 class TrainingBlocks(Dataset[Batch]):
