@@ -23,8 +23,9 @@ class Launch:
     @model_validator(mode="after")
     def _meets_somewhere(self) -> "Launch":
         if self.machines > 1 and self.rendezvous is None and not self.started_by:
-            needed = "launch.rendezvous, HOST:PORT of one of them, or launch.started_by"
-            raise ValueError(f"launch.machines={self.machines} needs {needed}")
+            raise ValueError(
+                f"launch.machines={self.machines} needs launch.rendezvous, HOST:PORT of one of them, or started_by"
+            )
         return self
 
 

@@ -50,8 +50,13 @@ def run_on_ray(stage: str, work: Callable[[Any], None], config: Any, name: str |
     for kind, number in resources.items():
         there = ray.cluster_resources().get(kind, 0)
         if settings.workers * number > there:
-            needed = f"hardware.ray.workers={settings.workers} need {settings.workers * number} {kind}s"
-            log.warning("%s, and the cluster has %d: waiting for more", needed, there)
+            log.warning(
+                "hardware.ray.workers=%d need %d of %s, and the cluster has %d: waiting for more",
+                settings.workers,
+                settings.workers * number,
+                kind,
+                there,
+            )
     filesystem, root = storage(settings.storage)
     run = RunConfig(
         name=name or f"{stage}-{uuid.uuid4().hex}",
