@@ -29,6 +29,7 @@ PROGRAMS = (
     "mutmut",
     "pre-commit",
     "python",
+    "ray",
     "source",
     "timeout",
     "uv",

@@ -34,6 +34,7 @@ from tools import summary
 NOT_RUN = {
     "import logging": "a module of a stage: test_docs_stage_added_as_contributing_says_runs_once makes it one",
     "make keras": "three gigabytes of packages: .ci/run does it",
+    "make ray": "the packages of Ray: .ci/run does it",
 }
 if find_spec("keras_hub") is None:
     NOT_RUN["dvc exp run -n keras -S framework=keras"] = "Keras is not installed"
@@ -49,6 +50,7 @@ REDUCTIONS = {
     r"^(python -m tools.publish \w+)$": r"HF_ENDPOINT=$UPLOAD_HUB HF_TOKEN=hf_none \1",
     r"^(python benchmarks/preprocessing.py)$": r"\1 --documents 200 --guide-documents 200 --rounds 1",
     r"^(python benchmarks/engines.py)$": r"\1 --documents 200 --rounds 1",
+    r"^(python -m benchmarks.scale)$": r"\1 --documents 200 --shards 2",
     r"'DIR'": r"'models/causal'",
     r"^mutmut run$": r"mutmut run 'stages.packing*'",
 }
