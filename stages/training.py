@@ -57,7 +57,7 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 2**20 + self._epoch)
         keys = self._epoch * self._num_blocks + torch.randperm(self._num_blocks, generator=generator)
-        for some in keys.split(AT_ONCE):  # as a list, all of many blocks would take five times their memory
+        for some in torch.split(keys, AT_ONCE):  # as a list, all of many blocks would take five times their memory
             yield from some.tolist()
         yield from [~int(keys[0])] * self._fill
 
