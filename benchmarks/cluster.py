@@ -60,7 +60,7 @@ def main() -> None:
             stage(here, name, sample[name])
         for number in arguments.nodes:
             if number:
-                with nodes(number, Path(tempfile.mkdtemp()), place / "cache") as cluster:
+                with nodes(number, place / "cache") as cluster:
                     on_ray = ["hardware=ray", f"hardware.ray.workers={number}"]
                     result[f"nodes_{number}"] = measure(cluster.run, told, place, arguments.steps, on_ray, "ray")
             else:

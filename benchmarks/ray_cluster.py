@@ -3,8 +3,10 @@
 import contextlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,14 +56,15 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def nodes(number: int, place: Path, cache: Path) -> Iterator[Cluster]:
-    """A cluster of `number` nodes of a processor each; its files are in `place`, and its stages' in `cache`."""
+def nodes(number: int, cache: Path) -> Iterator[Cluster]:
+    """A cluster of `number` nodes of a processor each, whose stages keep checkpoints in `cache`."""
     up = "ip link set lo up && echo up && exec sleep 3600"
     holder = subprocess.Popen(["unshare", "-rn", "sh", "-c", up], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "up\n"
         cluster = Cluster(holder.pid, cache)
         ray = ["-m", "ray.scripts.scripts"]
+        place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: the names of sockets have 107 characters at most
         head = ["--head", "--port=6379", "--node-ip-address=127.0.0.1", f"--temp-dir={place}"]
         try:
             for node in (head, *[[f"--address={ADDRESS}"]] * (number - 1)):
@@ -70,6 +73,7 @@ def nodes(number: int, place: Path, cache: Path) -> Iterator[Cluster]:
             yield cluster
         finally:
             cluster.run(*ray, "stop", "--force")
+            shutil.rmtree(place, ignore_errors=True)
     finally:
         holder.kill()
         holder.wait()

@@ -32,8 +32,8 @@ run_stage(*sys.argv[1:])
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Cluster:
-    with nodes(2, tmp_path_factory.mktemp("ray"), cache) as cluster:
+def cluster(cache: Path) -> Cluster:
+    with nodes(2, cache) as cluster:
         yield cluster
 
 

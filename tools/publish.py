@@ -175,7 +175,10 @@ def check_committed(stages: dict[str, Any]) -> None:
     here = sorted(path for path in deps | params if inside(path))
     changed = git("diff", "--name-only", "HEAD", "--", *DESCRIBING, *here).splitlines()
     code = [path for path in here if path.startswith(("conf/", "stages/"))]
-    changed += sorted({*code, "dvc.yaml", "dvc.lock", "params.yaml"} - set(git("ls-files").splitlines()))
+    tracked = [Path(file) for file in git("ls-files").splitlines()]
+    known = {path.as_posix() for file in tracked for path in (file, *file.parents)}  # a package is a dependency, too
+    changed += sorted({*code, "dvc.yaml", "dvc.lock", "params.yaml"} - known)
+    changed += git("ls-files", "--others", "--exclude-standard", "--", *code).splitlines()
     if changed:
         raise StageError(
             f"not committed as in the workspace: {', '.join(dict.fromkeys(changed))}: the card names a commit, which"
