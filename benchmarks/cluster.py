@@ -50,14 +50,14 @@ def main() -> None:
         tokenizer = own_tokenizer(None, place / "tokenizer")
         stage(here, "download", download(place, arguments.documents, "raw"))
         told = choices(place, tokenizer)
-        sample = told | {
+        sample = {
             "download": ["data=sample", "data.path=data/sample/askscience.jsonl", f"out={place}/sample/raw"],
-            "tokenize": [*["task=causal", "data=sample", "model=tiny-gpt2"], f"raw={place}/sample/raw"],
+            "tokenize": ["task=causal", "data=sample", "model=tiny-gpt2", f"raw={place}/sample/raw"],
             "group_texts": ["block_size=128", f"tokens={place}/sample/tokens", f"out={place}/sample/blocks"],
         }
         sample["tokenize"].append(f"out={place}/sample/tokens")
-        for name in ("download", "tokenize", "group_texts"):
-            stage(here, name, sample[name])
+        for name, overrides in sample.items():
+            stage(here, name, overrides)
         for number in arguments.nodes:
             if number:
                 with nodes(number, place / "cache") as cluster:
