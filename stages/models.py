@@ -1,7 +1,6 @@
 """Models: built from a configuration or loaded from a pinned checkpoint of safetensors, never by remote code."""
 
 import logging
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from stages.config import nearest
+from stages.environment import forget
 from stages.errors import StageError
 from stages.hardware_config import Hardware
 from stages.model_config import Model
@@ -35,10 +35,8 @@ def prepare_torch(hardware: Hardware) -> None:
         StageError: if hardware.device is not available.
     """
     others = SETTINGS_OF_OTHERS if dist.is_initialized() else SETTINGS_OF_OTHERS + LAUNCHER_VARIABLES
-    own = {"ACCELERATE_TORCH_DEVICE"} if hardware.ray is not None else set()  # Ray says which GPU is whose
-    for name in [name for name in os.environ if name.startswith(others) and name not in own]:
-        log.warning("%s is ignored: what trains a model stands in conf/", name)
-        del os.environ[name]
+    # Ray says which GPU is whose.
+    forget(others, {"ACCELERATE_TORCH_DEVICE": None} if hardware.ray is not None else {})
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(hardware.num_threads)

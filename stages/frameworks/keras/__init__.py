@@ -1,12 +1,12 @@
 """Trains with Keras: `fit` of a model of KerasHub's layers, on JAX or TensorFlow, on the CPU."""
 
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.artifacts import Blocks
 from stages.cache import cache_directory
+from stages.environment import forget
 from stages.errors import StageError
 from stages.interruption import Request
 
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from transformers import TrainerState
 
     from stages.train import TrainConfig
-
-log = logging.getLogger(__name__)
 
 # Keras and what it computes with take settings from these, where DVC cannot see them.
 SETTINGS_OF_OTHERS = ("JAX_", "KERAS_", "NPROC", "TF_DETERMINISTIC", "TF_ENABLE_", "TF_NUM_", "TF_XLA_", "XLA_")
@@ -35,10 +33,7 @@ def prepare(config: "TrainConfig") -> None:
         "NPROC": str(config.hardware.num_threads),  # XLA's threads
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    for name in [name for name in os.environ if name.startswith(SETTINGS_OF_OTHERS)]:
-        if os.environ[name] != ours.get(name):
-            log.warning("%s is ignored: what trains a model stands in conf/", name)
-            del os.environ[name]
+    forget(SETTINGS_OF_OTHERS, ours)
     os.environ.update(ours)
     import transformers.trainer  # noqa: F401  triton's LLVM, loaded behind TensorFlow's, ends the process
 
