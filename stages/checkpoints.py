@@ -29,17 +29,16 @@ LIBRARIES = ("accelerate", "numpy", "peft", "torch", "transformers")
 
 
 def fingerprint(config: Any, inputs: Iterable[Path], stage: str) -> str:
-    """A name for the run of `config` (as JSON holds it) on the files below `inputs`: of all that decides its result.
+    """A name for the run of `config` (as JSON holds it) on the files `inputs`: of all that decides its result.
 
     That is these, the project's modules loaded so far with that of the stage (as a process, it has another name), the
     libraries' versions and the kind of machine.
     """
     sources = {stage, *(str(module.__file__) for name, module in sys.modules.items() if name.startswith("stages."))}
-    files = [file for root in inputs for file in sorted(root.rglob("*")) if file.is_file()]
     known = {
         "config": config,
         "sources": sorted((Path(file).name, sha256(Path(file))) for file in sources),
-        "inputs": [(file.name, sha256(file)) for file in files],
+        "inputs": [(file.name, sha256(file)) for file in inputs],
         "versions": versions(*LIBRARIES),
         "machine": [platform.machine(), platform.python_version()],
     }
@@ -69,6 +68,11 @@ class Checkpoints:
             log.warning("the checkpoint of step %d is damaged (%s) and left out", step, damage)
             shutil.rmtree(self.path(step))
         return None
+
+    def clear(self) -> None:
+        """Remove all checkpoints."""
+        for step in self.steps():
+            shutil.rmtree(self.path(step))
 
     @contextmanager
     def writing(self, step: int, best: int | None, writer: int = 0) -> Iterator[Path]:

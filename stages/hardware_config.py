@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.config import Positive, whole
+from stages.errors import StageError
 
 
 @whole
@@ -19,6 +20,15 @@ class Launch:
     """HOST:PORT of one of the machines, where they find each other; null: this one, where started_by starts them."""
     started_by: list[str] | None = None
     """Words before a command that start it on every machine (srun's); null: it is started by hand on each."""
+
+    @field_validator("rendezvous")
+    @classmethod
+    def _is_a_place(cls, rendezvous: str | None) -> str | None:
+        if rendezvous is not None:
+            host, _, port = rendezvous.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+                raise ValueError(f"launch.rendezvous={rendezvous} should be HOST:PORT")
+        return rendezvous
 
     @model_validator(mode="after")
     def _meets_somewhere(self) -> "Launch":
@@ -71,6 +81,15 @@ class Hardware:
             return 1
         here = self.launch.processes_per_machine
         return None if here is None else here * self.launch.machines
+
+
+def find_device(hardware: Hardware) -> None:
+    """Raise StageError if torch finds no hardware.device here."""
+    import torch
+
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[hardware.device]:
+        raise StageError(f"hardware.device={hardware.device}: torch finds no such device here; use hardware=cpu")
 
 
 @whole

@@ -1,20 +1,25 @@
 """Starts the processes of a stage that works in several, by torch's own launcher."""
 
+import contextlib
+import ctypes
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
 from hydra.core.hydra_config import HydraConfig
+from pydantic import TypeAdapter
 
 from stages.app import describe, end_with_dvc, start_logging
 from stages.errors import StageError
-from stages.hardware_config import Launch
+from stages.hardware_config import Launch, find_device
 from stages.interruption import Interrupted, end_on_signals
 
 SECONDS_TO_END = 60  # for a process that was told to, its checkpoint included
@@ -26,14 +31,18 @@ class ProcessError(Exception):
 
 
 def run_in_processes(
-    stage: str, work: Callable[[Any], None], config: Any, name_of: Callable[[Any], str] | None = None
+    stage: str,
+    work: Callable[[Any], None],
+    config: Any,
+    named: Callable[[Any], contextlib.AbstractContextManager[str]] | None = None,
 ) -> None:
     """Do `work(config)` in the processes that config.hardware describes; in this one where it describes none.
 
     `work` must be a function of the stage's module.
 
     Args:
-        name_of: gives the name of a config's run, by which its checkpoints are found again; None: it makes none.
+        named: gives a config's run a name by which its checkpoints are found again, and which no other has meanwhile;
+            None: it makes none.
 
     Raises:
         StageError: the error of the first process that failed; the others have then been ended.
@@ -43,7 +52,8 @@ def run_in_processes(
     if config.hardware.ray is not None:
         from stages.ray_launch import run_on_ray
 
-        run_on_ray(stage, work, config, None if name_of is None else name_of(config))
+        with contextlib.nullcontext() if named is None else named(config) as name:
+            run_on_ray(stage, work, config, name)
         return
     if launch is None:
         work(config)
@@ -54,6 +64,7 @@ def run_in_processes(
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     here = launch.processes_per_machine or torch.cuda.device_count()
@@ -61,33 +72,49 @@ def run_in_processes(
         raise StageError(
             "hardware.launch.processes_per_machine: null means one a GPU, and there is none here: give a number"
         )
+    find_device(config.hardware)
     alone = launch.machines == 1
-    if alone:  # else gloo listens where the machine's name leads
+    if alone:
+        # Nothing listens beyond the loopback: gloo would where the machine's name leads, and torch's stores everywhere,
+        # which unpickle what they are sent.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     for name in ("torch.distributed", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # they would tell what this function tells
-    description = LaunchConfig(
-        min_nodes=launch.machines,
-        max_nodes=launch.machines,
-        nproc_per_node=here,
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"{LOOPBACK}:0" if launch.rendezvous is None else launch.rendezvous,
-        run_id=stage,
-        local_addr=LOOPBACK if alone else None,
-        max_restarts=0,
-        shutdown_timeout=SECONDS_TO_END,
-    )
-    try:
-        elastic_launch(description, do)(stage, work, config)
-    except SignalException as signalled:
-        raise Interrupted(int(signalled.sigval)) from None
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode in (130, 143):
-            raise Interrupted(failure.exitcode - 128) from None
-        said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-        said = said.removeprefix(f"{ProcessError.__name__}: ")
-        raise StageError(f"process {rank} of {here * launch.machines}: {said}") from None
+    with tempfile.TemporaryDirectory() if alone else contextlib.nullcontext() as meeting:
+        description = LaunchConfig(
+            min_nodes=launch.machines,
+            max_nodes=launch.machines,
+            nproc_per_node=here,
+            rdzv_backend="c10d",
+            rdzv_endpoint=f"{meeting}/launcher" if alone else str(launch.rendezvous),
+            rdzv_configs={"store_type": "file" if alone else "tcp"},
+            run_id=stage,
+            local_addr=LOOPBACK if alone else None,
+            max_restarts=0,
+            shutdown_timeout=SECONDS_TO_END,
+        )
+        try:
+            elastic_launch(description, do)(stage, work, config, f"file://{meeting}/processes" if alone else "env://")
+        except SignalException as signalled:
+            raise Interrupted(int(signalled.sigval)) from None
+        except RendezvousError as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise StageError(
+                f"hardware.launch.rendezvous={launch.rendezvous}: the machines do not meet there: {reason}"
+            ) from None
+        except ChildFailedError as error:
+            raise told_by(error, here * launch.machines) from None
+
+
+def told_by(error: Any, number: int) -> BaseException:
+    """What the first of `number` processes to fail ended with, of a ChildFailedError."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode in (130, 143):
+        return Interrupted(failure.exitcode - 128)
+    said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+    said = said.removeprefix(f"{ProcessError.__name__}: ")
+    return StageError(f"process {rank} of {number}: {said}")
 
 
 def start_everywhere(stage: str, launch: Launch) -> None:
@@ -97,24 +124,29 @@ def start_everywhere(stage: str, launch: Launch) -> None:
         StageError: if it fails on one; it has said why.
         Interrupted: if a signal ended them.
     """
-    words = [word.format(machines=launch.machines) for word in launch.started_by or ()]
+    words = [word.replace("{machines}", str(launch.machines)) for word in launch.started_by or ()]
     meeting = launch.rendezvous or f"{socket.gethostname()}:{free_port()}"
     own = ["hardware.launch.started_by=null", f"hardware.launch.rendezvous='{meeting}'"]
     command = [*words, sys.executable, "-m", f"stages.{stage}", *HydraConfig.get().overrides.task, *own]
     try:
-        process = subprocess.Popen(command)
-    except OSError as error:
-        raise StageError(f"hardware.launch.started_by: {words[0]}: {error.strerror}") from None
+        process = subprocess.Popen(command, preexec_fn=end_with_parent if sys.platform == "linux" else None)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise StageError(f"hardware.launch.started_by: {words[0]}: {describe(error)}") from None
     try:
         code = process.wait()
-    except Interrupted as interrupted:
-        process.send_signal(interrupted.number)
+    except Interrupted:
+        process.send_signal(signal.SIGTERM)  # what srun passes on; of SIGINT, it tells how its tasks do
         process.wait()
         raise
     if code in (130, 143):
         raise Interrupted(code - 128)
     if code:
         raise StageError(f"{words[0]} ended with exit code {code}; the error stands above")
+
+
+def end_with_parent() -> None:
+    """Have Linux send this process SIGTERM when the one that started it is gone, however it went."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def free_port() -> int:
@@ -124,8 +156,8 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def do(stage: str, work: Callable[[Any], None], config: Any) -> None:
-    """What each process does."""
+def do(stage: str, work: Callable[[Any], None], config: Any, meeting: str) -> None:
+    """What each process does; it meets the others at `meeting`, as torch's init_process_group has it."""
     import torch
     import torch.distributed as dist
 
@@ -139,7 +171,14 @@ def do(stage: str, work: Callable[[Any], None], config: Any) -> None:
     try:
         if config.hardware.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if config.hardware.device == "cuda" else "gloo")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if config.hardware.device == "cuda" else "gloo",
+            init_method=meeting,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
+        if config.hardware.launch.machines > 1:
+            check_alike(config)
         work(config)
         dist.destroy_process_group()
     except Interrupted as interrupted:
@@ -150,6 +189,32 @@ def do(stage: str, work: Callable[[Any], None], config: Any) -> None:
         if os.environ.get("LM_REPRO_DEBUG") == "1":
             raise
         raise ProcessError(describe(error, stage)) from None
+
+
+def check_alike(config: Any) -> None:
+    """Raise StageError, in every process, unless all were started with the same config.
+
+    Each of several machines has a command of its own, and what they trained together with two would be nobody's.
+    """
+    from stages.processes import of_all, of_the_first
+
+    values = dict(flat(TypeAdapter(type(config)).dump_python(config, mode="json")))
+    for own in ("rendezvous", "started_by"):
+        values.pop(f"hardware.launch.{own}", None)
+    first = of_the_first(values)
+    differing = of_all(sorted(key for key in first | values if first.get(key) != values.get(key)))
+    for number, keys in enumerate(differing):
+        if keys:
+            raise StageError(f"process {number} was started with other values than process 0: {', '.join(keys)}")
+
+
+def flat(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings, each with its dotted name."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from flat(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, values
 
 
 def loopback_interface() -> str:

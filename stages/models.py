@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from stages.config import nearest
 from stages.environment import forget
 from stages.errors import StageError
-from stages.hardware_config import Hardware
+from stages.hardware_config import Hardware, find_device
 from stages.model_config import Model
 from stages.pretrained import OFFSET_POSITIONS, pinned_files, usable_positions, weights_files
 from stages.vocabulary import Vocabulary
@@ -40,9 +40,7 @@ def prepare_torch(hardware: Hardware) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(hardware.num_threads)
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[hardware.device]:
-        raise StageError(f"hardware.device={hardware.device}: torch finds no such device here; use hardware=cpu")
+    find_device(hardware)
 
 
 def build_model(model: Model, vocabulary: Vocabulary, seed: int) -> Any:

@@ -4,7 +4,7 @@ Each learns who it is from torch's distributed environment contract (RANK, WORLD
 MASTER_PORT), which stages/launch.py or another launcher sets.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,15 @@ def of_the_first(value: Value) -> Value:
     held = [value]
     dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
     return held[0]
+
+
+def of_all(value: Value) -> list[Value]:
+    """The values that the processes give, the first one's first."""
+    if not dist.is_initialized():
+        return [value]
+    held: list[Any] = [None] * world_size()
+    dist.all_gather_object(held, value)
+    return held
 
 
 def summed(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -61,5 +61,9 @@ def gathered(model: Any, like: Any) -> Any:
     """
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not rank():
-        like.load_state_dict(state, strict=False)  # without the names of twins, which are one parameter in `like`
+        # Without the names of twins, which are one parameter in `like`, so that it has all weights nevertheless.
+        found = like.load_state_dict(state, strict=False)
+        named = like.state_dict(keep_vars=True)
+        filled = {id(named[name]) for name in state if name in named}
+        assert not found.unexpected_keys and all(id(named[name]) in filled for name in found.missing_keys), found
     return like

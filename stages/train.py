@@ -147,7 +147,7 @@ def sharding_problems(trainer: dict[str, Any], hardware: Hardware | None, adapte
 
 
 def main(config: TrainConfig) -> None:
-    run_in_processes("train", train, config, name_of)
+    run_in_processes("train", train, config, named)
 
 
 def train(config: TrainConfig) -> None:
@@ -201,8 +201,17 @@ def checkpoints_of(config: TrainConfig) -> Iterator[str]:
             yield of_the_first(str(mine))
 
 
+@contextlib.contextmanager
+def named(config: TrainConfig) -> Iterator[str]:
+    """A name for the run that none other has meanwhile, and by which it is found again."""
+    with checkpoint_directory(name_of(config)) as place:
+        yield place.name
+
+
 def name_of(config: TrainConfig) -> str:
     """The fingerprint of a run: what it reads and how, but not where it writes or how often it is saved."""
+    from stages.processes import world_size
+
     framework_of(config)  # its modules are part of it
     values = TypeAdapter(TrainConfig).dump_python(config)
     for key in ("checkpoints", "tokens", "blocks", "out", "report"):
@@ -210,8 +219,11 @@ def name_of(config: TrainConfig) -> str:
     for started in (values["hardware"]["launch"], values["hardware"]["ray"]):
         for key in ("rendezvous", "started_by", "max_failures", "storage"):
             (started or {}).pop(key, None)
+    values["processes"] = config.hardware.processes or world_size()  # where the config leaves it to the GPUs
     values["libraries"] = versions(*framework_of(config).libraries(config))
-    return fingerprint(values, [Path(config.tokens) / "stats.json", Path(config.blocks)], __file__)
+    # The blocks by the checksums beside them, which are verified when they are read.
+    ledgers = [Path(config.tokens) / "stats.json", *sorted(Path(config.blocks).rglob("*.json"))]
+    return fingerprint(values, ledgers, __file__)
 
 
 def write(config: TrainConfig, model: Any, state: "TrainerState", num_blocks: int, use_cache: bool | None) -> None:

@@ -147,6 +147,8 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(Saving(request, self._seconds_between_checkpoints))
         step = of_the_first(None if rank() else self._to_go_on_from())
         if step is None:
+            if world_size() > 1:
+                self.add_callback(OwnDraws())
             self.train()
             return
         log.info("resuming from step %d", step)
@@ -163,6 +165,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         damage = damaged(self._checkpoints.path(best)) if self.args.load_best_model_at_end and best else None
         if damage is not None:
             log.warning("the checkpoint of the best step, %d, is damaged (%s): training starts anew", best, damage)
+            self._checkpoints.clear()  # those of the run before would be newer than the next ones
             return None
         return step
 
@@ -255,6 +258,13 @@ class Restoring(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._trainer.restore(self._step)
+
+
+class OwnDraws(TrainerCallback):  # type: ignore[misc]
+    """Gives each of several processes dropout of its own: the Trainer seeds all alike."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        torch.manual_seed(args.seed * 2**20 + rank())
 
 
 class Saving(TrainerCallback):  # type: ignore[misc]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,15 +11,18 @@ import time
 import numpy as np
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 from data_helpers import REPOSITORY, contents
 from test_resume import BEST
+from transformers import TrainingArguments
 
 from stages.artifacts import Blocks
 from stages.errors import StageError
 from stages.hardware_config import Hardware, Launch, RayTrain
 from stages.launch import run_in_processes
-from stages.processes import largest, of_the_first, rank, summed, world_size
+from stages.processes import largest, of_all, of_the_first, rank, summed, world_size
+from stages.training import OwnDraws
 
 TASKS = ("causal", "mlm")
 TWO = "++hardware.launch={processes_per_machine: 2, machines: 1, rendezvous: null}"
@@ -98,7 +102,7 @@ def test_training_in_a_launched_process_has_the_bytes_of_training_in_the_stages_
 
 
 @pytest.mark.slow
-def test_training_in_two_processes_killed_ends_with_the_same_bytes(run_toy, cache, tmp_path, monkeypatch):
+def test_training_in_two_processes_killed_ends_with_the_same_bytes(run_toy, cache, tmp_path, monkeypatch, capfd):
     every = [TWO, "++trainer.save_strategy=steps", "++trainer.save_steps=3"]
     run_toy("train", "causal", tmp_path / "undisturbed", *every)
     monkeypatch.setattr("stages.train.train", train_and_be_killed)
@@ -108,6 +112,7 @@ def test_training_in_two_processes_killed_ends_with_the_same_bytes(run_toy, cach
     monkeypatch.undo()
     monkeypatch.setenv("LM_REPRO_CACHE", str(cache))
     run_toy("train", "causal", tmp_path / "killed", *every)
+    assert "resuming from step 12" in capfd.readouterr().err
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
 
 
@@ -133,13 +138,20 @@ def train_and_be_killed(config):
     train(config)
 
 
-FAKE_SRUN = """#!/bin/sh
-# As srun does on its nodes: the command so many times, side by side, and its worst exit code.
+FAKE_SRUN = """#!/bin/bash
+# As srun does on its nodes: the command so many times, side by side, and its worst exit code. It passes SIGTERM on, and
+# tells nobody of one SIGINT.
 nodes=${1#--nodes=}; shift
 pids=
-while [ "$nodes" -gt 0 ]; do "$@" & pids="$pids $!"; nodes=$((nodes - 1)); done
+trap 'kill -TERM $pids' TERM
+trap 'echo srun: interrupt, one more within 1 sec to abort >&2' INT
+while [ "$nodes" -gt 0 ]; do setsid "$@" & pids="$pids $!"; nodes=$((nodes - 1)); done
 worst=0
-for pid in $pids; do wait "$pid" || worst=$?; done
+for pid in $pids; do
+  wait "$pid"; code=$?
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid"; code=$?; done
+  [ "$code" = 0 ] || worst=$code
+done
 exit $worst
 """
 
@@ -172,6 +184,28 @@ def test_an_error_on_machines_that_srun_starts_is_shown(overrides, cache, tmp_pa
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
+def test_machines_with_different_commands_do_not_train_together(overrides, cache, tmp_path):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{one.getsockname()[1]}"
+    launch = f"++hardware.launch={{processes_per_machine: 1, machines: 2, rendezvous: '{place}'}}"
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "stages.train", *overrides("train", "causal", tmp_path, launch, *more)],
+            cwd=REPOSITORY,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for more in ([], ["seed=7", "learning_rate=0.5"])
+    ]
+    said = [machine.communicate(timeout=120)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [1, 1], said
+    for words in said:
+        assert "process 1 was started with other values than process 0: learning_rate, seed" in words
+    assert not (tmp_path / "model").exists()
+
+
 def stage(name, command):
     """The exit code of a stage as a process, and what it said."""
     run = [sys.executable, "-m", f"stages.{name}", *command]
@@ -199,6 +233,7 @@ def in_two(work):
 def agree(_):
     assert (world_size(), {0, 1}) == (2, {rank(), 1 - rank()})
     assert of_the_first(f"from {rank()}") == "from 0"
+    assert of_all(f"from {rank()}") == ["from 0", "from 1"]
     assert summed(np.array([1.0, rank()])).tolist() == [2.0, 1.0]
     assert largest([rank(), 5 - rank()]) == [1, 5]
 
@@ -213,6 +248,28 @@ def die_alone(_):
     if rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
+
+
+def draw_alike(_):
+    """Fail unless the processes draw dropout of their own."""
+    arguments = TrainingArguments(output_dir="unused", seed=42, use_cpu=True)
+    OwnDraws().on_train_begin(arguments, None, None)
+    assert len({tuple(drawn) for drawn in of_all(torch.rand(4).tolist())}) == 2
+
+
+def listen_to_nobody(_):
+    family = [psutil.Process(os.getppid()), psutil.Process()]
+    places = [one.laddr.ip for process in family for one in process.net_connections() if one.status == "LISTEN"]
+    assert places
+    assert set(places) <= {"127.0.0.1"}, places
+
+
+def test_processes_of_one_machine_listen_on_the_loopback_alone():
+    in_two(listen_to_nobody)
+
+
+def test_processes_have_dropout_of_their_own():
+    in_two(draw_alike)
 
 
 def test_processes_agree():
@@ -240,6 +297,12 @@ def test_two_launchers_are_an_error():
         Hardware(**rest, launch=launch, ray=ray)
 
 
+@pytest.mark.parametrize("place", ["nonsense", "host:", ":29500", "localhost:abc", "127.0.0.1:99999"])
+def test_launch_with_a_meeting_place_that_is_none_is_an_error(place):
+    with pytest.raises(ValueError, match=f"launch.rendezvous={place} should be HOST:PORT"):
+        Launch(processes_per_machine=1, machines=2, rendezvous=place)
+
+
 def test_launch_on_several_machines_without_a_meeting_place_is_an_error():
     with pytest.raises(ValueError, match=r"machines=2 needs launch\.rendezvous"):
         Launch(processes_per_machine=1, machines=2, rendezvous=None)
@@ -251,8 +314,13 @@ def test_launch_on_several_machines_without_a_meeting_place_is_an_error():
     [(signal.SIGTERM, False, 143), (signal.SIGINT, True, 130), (signal.SIGKILL, False, -9)],
     ids=["SIGTERM", "Ctrl-C", "SIGKILL"],
 )
-def test_processes_told_to_end_leave_a_checkpoint_and_nobody_behind(overrides, cache, tmp_path, number, to_all, code):
-    command = overrides("train", "causal", tmp_path, TWO, "num_train_epochs=2000", f"seed={code % 99}")
+@pytest.mark.parametrize("by", ["torch", "srun"])
+def test_processes_told_to_end_leave_a_checkpoint_and_nobody_behind(
+    overrides, cache, tmp_path, started_by, by, number, to_all, code
+):
+    seed = f"seed={code % 99 + 100 * (by == 'srun')}"
+    launch = started_by if by == "srun" else TWO
+    command = overrides("train", "causal", tmp_path, launch, "num_train_epochs=2000", seed)
     before = set(cache.rglob("checkpoint-*/manifest-0.json"))
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.train", *command],
@@ -269,7 +337,7 @@ def test_processes_told_to_end_leave_a_checkpoint_and_nobody_behind(overrides, c
     assert "Traceback" not in said
     _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
-    if number != signal.SIGKILL:
+    if number != signal.SIGKILL or by == "srun":  # which the end of the stage tells to end
         assert said.count("`dvc repro` goes on from there") == 1, said
         assert set(cache.rglob("checkpoint-*/manifest-0.json")) - before
     assert not (tmp_path / "model").exists()

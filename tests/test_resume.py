@@ -185,11 +185,21 @@ def test_fingerprint_follows_the_bytes_of_the_inputs_and_not_their_places(corpus
     places = [f"tokens={tmp_path}/elsewhere/tokens/causal", f"blocks={tmp_path}/elsewhere/blocks-16/causal", "out=x"]
     settings = ["checkpoints.minutes=1", "checkpoints.keep=9"]
     assert name() == name(*places) == name(*places, *settings)
-    shard = tmp_path / "elsewhere/blocks-16/causal/train/shard-00000.arrow"
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
+    # Of the shards by their checksums, with which each is compared when it is read.
+    checksums = tmp_path / "elsewhere/blocks-16/causal/train/shards.json"
+    checksums.write_text(checksums.read_text().replace("0", "1"))
     assert name(*places) != name()
+
+
+def test_fingerprint_knows_the_number_of_gpus_that_a_config_leaves_open(
+    overrides, compose_stage, tmp_path, monkeypatch
+):
+    def name(number):
+        monkeypatch.setattr("stages.processes.world_size", lambda: number)
+        launch = "++hardware.launch={processes_per_machine: null, machines: 1, rendezvous: null}"
+        return name_of(compose_stage("train", *overrides("train", "causal", tmp_path, launch)))
+
+    assert name(2) == name(2) != name(4)
 
 
 @pytest.fixture
@@ -254,6 +264,14 @@ def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
     assert found.steps() == [2, 10, 11]
     assert found.newest() == 11
     assert (found.path(11) / "deep/file").read_text() == "11"
+
+
+def test_checkpoints_cleared_are_gone(tmp_path):
+    found = Checkpoints(tmp_path / "run", keep=2)
+    write_checkpoint(found, 1)
+    write_checkpoint(found, 2)
+    found.clear()
+    assert found.steps() == []
 
 
 def test_checkpoint_whose_writing_fails_is_not_there(tmp_path):
