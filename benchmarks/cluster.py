@@ -3,8 +3,8 @@
 Command python -m benchmarks.cluster [--documents N] [--steps N] [--nodes N ...]    (after `make ray`; 0: without)
 
 Each node has one processor of this machine, so that two cannot do more than its two cores. Preprocessing is tokenize
-and group_texts of the documents of benchmarks/preprocessing.py, in shards small enough for each node to get many; the
-bytes are compared. Training is tiny-gpt2's on the embedded sample, a thread a process: the rate is that of the steps
+and group_texts of the documents of benchmarks/preprocessing.py, in shards small enough for each node to get many.
+Training is tiny-gpt2's on the embedded sample, a thread a process: the rate is that of the steps
 between two runs, one with twice the other's. Starting takes what is left. The last line is one JSON object.
 """
 

@@ -33,6 +33,7 @@ class Cluster:
             "RAY_ADDRESS": ADDRESS,
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # several nodes on one address
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "disabled",  # else a token that the user has made is asked for
             "LM_REPRO_CACHE": str(cache),
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         }

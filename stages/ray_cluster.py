@@ -29,7 +29,9 @@ def connected() -> Any:
         # Its workers import the project from where this process does.
         path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         passed = {name: value for name, value in os.environ.items() if name.startswith("LM_REPRO_")}
-        address = os.environ.get("RAY_ADDRESS", "auto")
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+        if address == "local":
+            raise StageError("RAY_ADDRESS=local would have this stage start Ray: name a cluster, HOST:PORT")
         try:
             knock(address)
             ray.init(
@@ -37,10 +39,11 @@ def connected() -> Any:
                 runtime_env={"env_vars": {"PYTHONPATH": path, **passed}},
                 logging_level=logging.ERROR,
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise StageError(
                 f"no Ray cluster at {address}: {' '.join(str(error).split())[:200]}\n  start one on this machine"
-                " (`ray start --head`; docs/cluster.md says how to close it) or name one by RAY_ADDRESS"
+                " (`ray start --head`; docs/cluster.md says how to close it) or name one by RAY_ADDRESS; one that asks"
+                " for a token wants RAY_AUTH_MODE=token here as well"
             ) from None
     return ray
 

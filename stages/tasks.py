@@ -24,6 +24,18 @@ def are_spread() -> bool:
     return bool(place)
 
 
+def prepare() -> None:
+    """Find the cluster where pieces are to be its tasks.
+
+    Raises:
+        StageError: if there is none, or LM_REPRO_PREPROCESSING says neither.
+    """
+    if are_spread():
+        from stages.ray_cluster import connected
+
+        connected()
+
+
 def each(function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
     """`function` of each job, in order.
 

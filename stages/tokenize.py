@@ -34,7 +34,7 @@ from stages.model_config import ModelTokenizer, TokenizerSource, origin
 from stages.pretrained import TOKENIZER_FILES, VOCABULARY_FILES, pinned_files
 from stages.progress import Progress
 from stages.task_config import Tokenize
-from stages.tasks import are_spread, each
+from stages.tasks import are_spread, each, prepare
 from stages.texts import TextFile
 from stages.token_shards import Shard, TokenShards
 from stages.vocabulary import Vocabulary, load_tokenizer, train_tokenizer, vocabulary_of
@@ -77,6 +77,7 @@ class TokenizeConfig:
 
 
 def main(config: TokenizeConfig) -> None:
+    prepare()  # before a tokenizer is trained in vain
     flatten = config.data.flatten
     files = {split: TextFile(Path(config.raw) / f"{split}.parquet", flatten) for split in SPLITS}
     with staged(config.out) as directory:

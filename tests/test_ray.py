@@ -1,8 +1,10 @@
 """A Ray cluster: the bytes of one machine, the losses of one process, and a lost worker's work done all the same."""
 
+import contextlib
 import json
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,13 @@ import pytest
 from conftest import MODELS
 from data_helpers import contents
 from test_processes import NO_DROPOUT, losses
+from test_resume import RUINED
 
 from benchmarks.ray_cluster import Cluster, missing, nodes
-from stages.artifacts import SPLITS, shard_files
+from stages.artifacts import SPLITS, read_json, shard_files
+from stages.errors import StageError
+from stages.ray_cluster import connected
+from stages.ray_launch import storage
 
 if reason := missing():
     pytest.skip(reason, allow_module_level=True)
@@ -75,10 +81,20 @@ ON_RAY = ["hardware.num_threads=1", "++hardware.ray={workers: 2, max_failures: 1
 MANY_STEPS = ["batch_size=12", "num_train_epochs=40", "trainer.logging_steps=1"]
 
 
-def kill_a_worker_behind_a_checkpoint(storage: Path) -> None:
-    """End the second of the workers with SIGKILL when Ray has noted a checkpoint."""
+EVERY_TEN = ["++trainer.save_strategy=steps", "++trainer.save_steps=10"]
+
+
+def steps(storage: Path) -> Iterator[int]:
+    """Of the checkpoints there."""
+    for file in storage.rglob("trainer_state.json"):
+        with contextlib.suppress(OSError, StageError):  # it is being written, or gone by now
+            yield read_json(file)["global_step"]
+
+
+def kill_a_worker_behind_a_checkpoint(storage: Path, least: int = 10) -> None:
+    """End the second of the workers with SIGKILL when Ray has noted a checkpoint of the step `least` or a later one."""
     deadline = time.monotonic() + 300
-    while not list(storage.rglob("checkpoint_manager_snapshot.json")):
+    while not list(storage.rglob("checkpoint_manager_snapshot.json")) or max(steps(storage), default=0) < least:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     workers = [one for one in psutil.process_iter() if one.name().startswith("ray::RayTrain")]
@@ -87,22 +103,69 @@ def kill_a_worker_behind_a_checkpoint(storage: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "by_url"), [("causal", False), ("mlm", True)])
 def test_training_on_a_cluster_that_loses_a_worker_has_the_losses_of_one_process(
-    cluster: Cluster, cache: Path, overrides, run_toy, tmp_path: Path, task: str
+    cluster: Cluster, cache: Path, overrides, run_toy, tmp_path: Path, task: str, by_url: bool
 ) -> None:
+    storage = tmp_path / "storage" if by_url else cache / "ray"
+    kept = [f"hardware.ray.storage=file://{storage}"] if by_url else []
     run_toy("train", task, tmp_path / "one", *NO_DROPOUT[task], *MANY_STEPS)
-    every = ["++trainer.save_strategy=steps", "++trainer.save_steps=10"]
-    command = overrides("train", task, tmp_path / "ray", *NO_DROPOUT[task], *MANY_STEPS, *every, *ON_RAY)
+    command = overrides("train", task, tmp_path / "ray", *NO_DROPOUT[task], *MANY_STEPS, *EVERY_TEN, *ON_RAY, *kept)
     process = cluster.start("-m", "stages.train", *command)
-    kill_a_worker_behind_a_checkpoint(cache / "ray")
+    kill_a_worker_behind_a_checkpoint(storage)
     printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0, printed
     assert "resuming from step" in printed, printed
     expected = losses(tmp_path / "one")
     assert len(expected) >= 200
     np.testing.assert_allclose(losses(tmp_path / "ray"), expected, atol=1e-4)
-    assert not list((cache / "ray").iterdir())  # what is finished keeps nothing
+    assert not list(storage.iterdir())  # what is finished keeps nothing
+
+
+@pytest.mark.slow
+def test_training_on_a_cluster_that_loses_a_worker_still_has_the_best_model(
+    cluster: Cluster, cache: Path, overrides, tmp_path: Path
+) -> None:
+    best = ["checkpoints.keep=1", "++trainer.load_best_model_at_end=true", "trainer.eval_strategy=steps"]
+    more = [*RUINED, *EVERY_TEN, *best, "++trainer.eval_steps=10", *MANY_STEPS, *ON_RAY]
+    process = cluster.start("-m", "stages.train", *overrides("train", "causal", tmp_path, *more))
+    kill_a_worker_behind_a_checkpoint(cache / "ray", least=60)
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, printed
+    assert "resuming from step" in printed, printed
+    ledger = read_json(tmp_path / "report/stats.json")
+    assert ledger["best_step"] <= 30 and ledger["steps"] >= 200, ledger
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("/proc/nope", "nothing can be written there"),
+        ("file:///proc/nope", "nothing can be written there"),
+        ("http://127.0.0.1:9/x", "nothing can be written there"),
+        ("nonsense://x", "nothing can be written there"),
+        ("s3:/bucket/x", "neither a directory nor a URL"),
+        ("memory://x", "shared with no other"),
+    ],
+)
+def test_ray_storage_that_cannot_be_written_is_an_error_that_names_it(url: str, reason: str) -> None:
+    with pytest.raises(StageError, match=f"^hardware.ray.storage={url}.*{reason}"):
+        storage(url)
+
+
+def test_ray_storage_by_url_and_by_path_is_the_same_directory(tmp_path: Path) -> None:
+    for name, given in (("one", f"file://{tmp_path}/one"), ("two", f"{tmp_path}/two")):
+        filesystem, path = storage(given)
+        assert path == f"{tmp_path}/{name}"
+        with filesystem.open_output_stream(f"{path}/file") as file:
+            file.write(b"content")
+        assert (tmp_path / name / "file").read_bytes() == b"content"
+
+
+def test_ray_local_is_refused_as_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with pytest.raises(StageError, match="RAY_ADDRESS=local would have this stage start Ray"):
+        connected()
 
 
 @pytest.mark.slow

@@ -86,9 +86,9 @@ def make_trainer(
         model = without_twins(model)
         given["fsdp_config"] = {"transformer_layer_cls_to_wrap": layers_of(model), **(given.get("fsdp_config") or {})}
     if config.hardware.ray is not None:
-        from ray.train.huggingface.transformers import RayTrainReportCallback
+        from stages.ray_launch import reporting
 
-        callbacks.append(RayTrainReportCallback())
+        callbacks.append(reporting())
     owned = {
         "output_dir": directory,
         "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting
