@@ -25,7 +25,7 @@ env: .venv/ready
 	$(UV) pip install --quiet --python .venv/bin/python --compile-bytecode --require-hashes -r requirements.txt
 	@touch $@
 
-# What framework: keras needs beside (docs/keras.md): two gigabytes.
+# What framework: keras needs beside (docs/keras.md): three gigabytes.
 keras: .venv/keras
 
 .venv/keras: requirements-keras.txt .venv/ready

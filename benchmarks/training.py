@@ -96,6 +96,10 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--side", choices=("ours", "guide", "plain", "keras"), help=argparse.SUPPRESS)
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
     arguments = parser.parse_args(given)
+    if arguments.against == "keras" and (
+        arguments.compile or arguments.gradient_checkpointing or arguments.hardware != "cpu"
+    ):
+        parser.error("--against keras: it trains with --hardware cpu, without --compile and --gradient-checkpointing")
     arguments.task, batch_size, arguments.vocab_size, arguments.model = SHAPES[arguments.shape]
     arguments.batch_size = arguments.batch_size or batch_size
     return arguments

@@ -35,7 +35,8 @@ log = logging.getLogger("stage")
 _AT_ONCE = "halve hardware.evaluate_batch_tokens (conf/hardware; changes no figure)"
 HALVE_MEMORY = {
     "train": "halve hardware.per_device_batch_size (conf/hardware; null is the whole batch_size; gradients add up to"
-    " the same step), or set trainer.activation_checkpointing: true (conf/task); if it was in validation, " + _AT_ONCE,
+    " the same step), or set trainer.activation_checkpointing: true (conf/task); framework: keras has neither, there"
+    " halve batch_size; if it was in validation, " + _AT_ONCE,
     "evaluate": _AT_ONCE,
     "baseline": _AT_ONCE,
     "download": "a .json array is read whole: give it as .jsonl; data.count_near_duplicates: false (conf/data) holds no"
@@ -43,6 +44,8 @@ HALVE_MEMORY = {
     "": "run it on a machine with more memory, or give it fewer or shorter documents (max_records in conf/data)",
 }
 
+# As torch, JAX and TensorFlow say it.
+NO_MEMORY = ("out of memory", "can't allocate memory", "resource_exhausted", "oom when allocating")
 # Libraries raise errors of their own where the disk is full: safetensors, tokenizers, SQLite.
 NO_SPACE = ("No space left on device", "os error 28", "database or disk is full")
 FREE_SPACE = (
@@ -169,7 +172,7 @@ def describe(error: Exception, stage: str = "") -> str:
     if isinstance(error, StageError):
         return str(error)
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in NO_MEMORY):
         return f"out of memory{text and f' ({text})'}\n  {HALVE_MEMORY.get(stage, HALVE_MEMORY[''])}"
     if getattr(error, "errno", None) == errno.ENOSPC or any(sign in text for sign in NO_SPACE):
         return f"no space left on the disk{_of(error)} ({text})\n  {FREE_SPACE}"

@@ -9,6 +9,21 @@ from stages.config import whole
 from stages.trainer_arguments import default_of
 
 KERAS_ARCHITECTURES = ("bert", "gpt2", "roberta")
+# The values of a model's config that KerasHub's layers have, each under the names that an architecture gives it.
+DROPOUTS = {
+    "gpt2": ("embd_pdrop", "resid_pdrop", "attn_pdrop"),
+    **dict.fromkeys(("bert", "roberta"), ("hidden_dropout_prob", "attention_probs_dropout_prob")),
+}
+ACTIVATION = {"gpt2": "activation_function", "bert": "hidden_act", "roberta": "hidden_act"}
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
+FIXED = {
+    "add_cross_attention": False,
+    "is_decoder": False,
+    "reorder_and_upcast_attn": False,
+    "scale_attn_by_inverse_layer_idx": False,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": True,
+}
 # Arguments of `trainer` that Keras honours; any other may have its default alone.
 KERAS_ARGUMENTS = {
     "adam_beta1",
@@ -28,7 +43,11 @@ KERAS_ARGUMENTS = {
     "weight_decay",
 }
 # Values that are no defaults, and yet ask for what Keras does.
-KERAS_VALUES = {"optim": ("adamw_torch", "adamw_torch_fused"), "save_strategy": ("no", "steps", "epoch")}
+KERAS_VALUES = {
+    "logging_nan_inf_filter": (False,),
+    "optim": ("adamw_torch", "adamw_torch_fused"),
+    "save_strategy": ("no", "steps", "epoch"),
+}
 
 
 @whole
@@ -57,13 +76,13 @@ def keras_refusals(values: Mapping[str, Any]) -> Iterator[str]:
         yield "it works in one process: choose a hardware without hardware.launch and hardware.ray"
     if hardware is not None and hardware.device != "cpu":
         yield f"hardware.device={hardware.device}: it trains on the CPU: choose hardware: cpu"
+        return  # what else that file says is for such a device
     at_once = None if hardware is None else hardware.per_device_batch_size
     if at_once not in (None, values.get("batch_size", at_once)):
         yield f"hardware.per_device_batch_size={at_once}: it takes a batch at once and adds up no gradients: set null"
     model = values.get("model")
-    name = None if model is None else model.config.get("model_type")
-    if name not in (None, *KERAS_ARCHITECTURES):
-        yield unknown_architecture(name)
+    if model is not None and "model_type" in model.config:
+        yield from keras_model_refusals(model.config)
     for name, value in values.get("trainer", {}).items():
         known = KERAS_VALUES.get(name, () if name in KERAS_ARGUMENTS else (default_of(name),))
         if known and value not in known:
@@ -71,6 +90,18 @@ def keras_refusals(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"trainer.{name}={value}: it does not do that: {fits}"
 
 
-def unknown_architecture(name: str) -> str:
-    """Why a model of that architecture cannot be trained, and those that can."""
-    return f"{name} is not mapped to KerasHub's layers; there are {', '.join(KERAS_ARCHITECTURES)}"
+def keras_model_refusals(config: Mapping[str, Any]) -> Iterator[str]:
+    """What KerasHub's layers do not do of a model's config, or of those of its values that are known."""
+    name = config["model_type"]
+    if name not in KERAS_ARCHITECTURES:
+        yield f"{name} is not mapped to KerasHub's layers; there are {', '.join(KERAS_ARCHITECTURES)}"
+        return
+    rates = {key: config[key] for key in DROPOUTS[name] if key in config}
+    if len(set(rates.values())) > 1:
+        yield f"model.config: one rate of dropout for all, not {rates}"
+    activation = config.get(ACTIVATION[name], ACTIVATIONS[0])
+    if activation not in ACTIVATIONS:
+        yield f"model.config.{ACTIVATION[name]}={activation}: there are {', '.join(ACTIVATIONS)}"
+    for key, value in FIXED.items():
+        if config.get(key, value) != value:
+            yield f"model.config.{key}={config[key]}: it should be {value}"

@@ -40,6 +40,22 @@ def test_check_wrong_value_is_refused_by_name(clean: Path, file: str, key: str, 
     assert message in checked(clean)
 
 
+def test_check_of_an_extra_that_is_not_installed_says_what_installs_it(clean: Path) -> None:
+    hidden = clean / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text(
+        "import importlib.util as util\n"
+        "found = util.find_spec\n"
+        "util.find_spec = lambda name, *more: None if name in ('keras_hub', 'ray') else found(name, *more)\n"
+    )
+    edit(clean / "params.yaml", framework="keras")
+    output = run(clean, "sh", "-c", "PYTHONPATH=hidden python -m tools.check", check=False)
+    assert "framework=keras: KerasHub is not installed: run `make keras` (train@causal, train@mlm)" in output
+    edit(clean / "params.yaml", framework="trainer", hardware="ray")
+    output = run(clean, "sh", "-c", "PYTHONPATH=hidden python -m tools.check", check=False)
+    assert "hardware.ray: Ray is not installed: run `make ray`" in output
+
+
 def test_check_several_mistakes_are_reported_at_once(clean: Path) -> None:
     edit(clean / "params.yaml", seed=-1, block_size=9999, causal__model="none", hardware="none", mlm__batch_size=0)
     output = checked(clean)

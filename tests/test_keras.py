@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 
 import numpy as np
@@ -20,6 +21,7 @@ from stages.interruption import Interrupted
 from stages.masking import IGNORED
 from stages.models import load_directory
 from stages.precision import full_precision
+from stages.pretrained import sha256
 
 needs_keras = pytest.mark.skipif(find_spec("keras_hub") is None, reason="Keras is not installed: `make keras`")
 TASKS = ("causal", "mlm")
@@ -48,9 +50,10 @@ def models(compose_stage, overrides, tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """A cache of this file's own: it leaves checkpoints, and other files look for none."""
+    place = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LM_REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+        patch.setenv("LM_REPRO_CACHE", str(place))
+        yield place
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,7 @@ def test_keras_model_of_torch_weights_has_the_logits_of_torch(models, tmp_path, 
 @pytest.mark.parametrize(
     ("model_type", "values"),
     [
-        ("gpt2", {"activation_function": "gelu", "layer_norm_epsilon": 0.1, "n_inner": 24}),
+        ("gpt2", {"activation_function": "gelu", "layer_norm_epsilon": 0.1}),
         ("bert", {"hidden_act": "gelu_new", "layer_norm_eps": 0.1, "type_vocab_size": 1}),
         ("roberta", {"hidden_act": "relu", "layer_norm_eps": 0.1}),
     ],
@@ -113,8 +116,15 @@ def test_keras_model_takes_the_values_of_the_configuration(models, tmp_path, mod
     batch = objective_for(model).batch(toy_blocks(tmp_path, TASK[model_type], 2, 24)[[0, 1]], [0, 1], 7, 0)
     ours, theirs = logits(models, model, batch)
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    plain, _ = logits(models, with_weights(toy_model(model_type), model), batch) if "n_inner" not in values else (0, 0)
+    plain, _ = logits(models, with_weights(toy_model(model_type), model), batch)
     assert np.abs(ours - plain).max() > 1e-3
+
+
+@needs_keras
+def test_keras_model_has_the_inner_width_of_the_configuration(models, tmp_path):
+    model = toy_model("gpt2", n_inner=24)
+    batch = objective_for(model).batch(toy_blocks(tmp_path, "causal", 2, 24)[[0, 1]], [0, 1], 7, 0)
+    np.testing.assert_allclose(*logits(models, model, batch), atol=1e-4)
 
 
 def with_weights(model, other):
@@ -209,14 +219,32 @@ def test_keras_training_with_another_seed_has_another_dropout(run_toy, undisturb
 
 @needs_keras
 @pytest.mark.slow  # a process of its own: Keras has one backend
-def test_keras_on_tensorflow_has_the_losses_of_the_trainer_and_the_same_bytes_twice(
-    run_toy, overrides, cache, tmp_path
+@pytest.mark.parametrize("task", TASKS)
+def test_keras_on_tensorflow_has_the_losses_of_the_trainer_and_the_same_bytes_however_it_is_interrupted(
+    run_toy, overrides, tmp_path, task, monkeypatch
 ):
-    run_toy("train", "mlm", tmp_path / "trainer", "trainer.logging_steps=1")
+    monkeypatch.setenv("LM_REPRO_CACHE", str(tmp_path / "cache"))
+    every = ["trainer.logging_steps=1", "num_train_epochs=40", "learning_rate=1e-3"]
+    run_toy("train", task, tmp_path / "trainer", *every)
     for name in ("one", "two"):
-        more = [*KERAS, "framework.backend=tensorflow", "trainer.logging_steps=1"]
-        command = [sys.executable, "-m", "stages.train", *overrides("train", "mlm", tmp_path / name, *more)]
-        subprocess.run(command, cwd=REPOSITORY, check=True)
+        more = [
+            *KERAS,
+            "framework.backend=tensorflow",
+            "++trainer.save_strategy=steps",
+            "++trainer.save_steps=5",
+            *every,
+        ]
+        command = [sys.executable, "-m", "stages.train", *overrides("train", task, tmp_path / name, *more)]
+        if name == "two":
+            killed = subprocess.Popen(command, cwd=REPOSITORY)
+            while not list((tmp_path / "cache").rglob("checkpoint-*/manifest-0.json")):
+                assert killed.poll() is None
+                time.sleep(0.01)
+            killed.kill()
+            killed.wait()
+            assert not (tmp_path / "two").exists()
+        done = subprocess.run(command, cwd=REPOSITORY, check=True, stderr=subprocess.PIPE, text=True)
+        assert (name == "two") == ("resuming from step" in done.stderr), done.stderr
     for name in ("train/loss", "validation/loss"):
         theirs, ours = (curve(tmp_path / framework, name) for framework in ("trainer", "one"))
         assert ours.keys() == theirs.keys()
@@ -304,6 +332,38 @@ def test_keras_training_that_diverges_stops_with_the_step(run_toy, cache, models
         run_toy("train", "causal", tmp_path, *KERAS, *more)
 
 
+def checkpoint(directory):
+    """The settings that start from the model saved there."""
+    pins = ", ".join(f"{name}: '{sha256(directory / name)}'" for name in ("config.json", "model.safetensors"))
+    model_type = json.loads((directory / "config.json").read_text())["model_type"]
+    values = [f"model.path={directory}", "model.from_scratch=false", f"model.files={{{pins}}}"]
+    return [*values, f"model.config={{model_type: {model_type}}}"]
+
+
+@needs_keras
+@pytest.mark.parametrize("task", TASKS)
+def test_keras_training_from_a_checkpoint_has_the_losses_of_the_trainer(run_toy, cache, models, tmp_path, task):
+    run_toy("train", task, tmp_path / "before")
+    saved = tmp_path / "before/model"
+    more = [*checkpoint(saved), "trainer.logging_steps=1"]
+    for framework in ("trainer", "keras"):
+        run_toy("train", task, tmp_path / framework, f"framework={framework}", *more)
+    theirs, ours = (list(curve(tmp_path / name, "train/loss").values()) for name in ("trainer", "keras"))
+    assert len(ours) == 16
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    assert ours[0] < next(iter(curve(tmp_path / "before", "train/loss").values())) - 0.1
+
+
+@needs_keras
+def test_keras_training_of_a_model_with_another_pad_token_is_refused(run_toy, cache, models, tmp_path, corpus):
+    run_toy("train", "mlm", tmp_path / "before")
+    saved = tmp_path / "before/model"
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "pad_token_id": config["pad_token_id"] + 1}))
+    with pytest.raises(StageError, match=r"framework=keras: model.config.pad_token_id=\d+, and the tokenizer's is \d+"):
+        run_toy("train", "mlm", tmp_path, *KERAS, *checkpoint(saved))
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +375,10 @@ def test_keras_training_that_diverges_stops_with_the_step(run_toy, cache, models
         (["hardware.device=mps"], "hardware.device=mps: it trains on the CPU"),
         (["hardware.per_device_batch_size=4"], "per_device_batch_size=4: it takes a batch at once"),
         (["model.config.model_type=gptj"], "gptj is not mapped to KerasHub's layers; there are bert, gpt2, roberta"),
+        (["model.config.attn_pdrop=0.3"], "one rate of dropout for all"),
+        (["++model.config.reorder_and_upcast_attn=true"], "reorder_and_upcast_attn=True: it should be False"),
+        (["++model.config.activation_function=mish"], "model.config.activation_function=mish: there are gelu, "),
+        (["hardware=gpu"], "hardware.device=cuda: it trains on the CPU"),
         (["trainer.bf16=true"], "trainer.bf16=True: it does not do that: leave it at False"),
         (["trainer.optim=adafactor"], "trainer.optim=adafactor: it does not do that: leave it at adamw_torch or"),
         (["++trainer.lr_scheduler_type=cosine"], "trainer.lr_scheduler_type=cosine: it does not do that"),
@@ -331,9 +395,8 @@ def test_keras_config_that_it_cannot_do_is_a_config_error_that_says_so(
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("hardware", ["cpu"])
-def test_keras_config_of_the_defaults_is_in_order(compose_stage, overrides, tmp_path, task, hardware):
-    config = compose_stage("train", *overrides("train", task, tmp_path, *KERAS, f"hardware={hardware}"))
+def test_keras_config_of_the_defaults_is_in_order(compose_stage, overrides, tmp_path, task):
+    config = compose_stage("train", *overrides("train", task, tmp_path, *KERAS))
     assert (config.framework.name, config.framework.backend) == ("keras", "jax")
 
 
@@ -348,7 +411,6 @@ def test_keras_that_is_not_installed_is_a_stage_error_with_the_command(compose_s
     monkeypatch.setenv("LM_REPRO_CACHE", str(tmp_path))
     for name in [name for name in sys.modules if name.startswith("stages.frameworks.keras.")]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("keras", "keras_hub"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(StageError, match=r"^framework=keras: keras is not installed: run `make keras`$"):
+    monkeypatch.setitem(sys.modules, "keras_hub", None)
+    with pytest.raises(StageError, match=r"^framework=keras: keras_hub is not installed: run `make keras`$"):
         framework.prepare(compose_stage("train", *overrides("train", "causal", tmp_path, *KERAS)))

@@ -14,6 +14,7 @@ import sys
 import typing
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,21 @@ def problems_of(command: Command) -> list[str]:
     unknown = [group for group, name in choices(command).items() if name not in configurations(group)]
     known = [item for item in command.overrides if item.partition("=")[0] not in unknown]
     try:
-        load(schema_of(command.stage), compose(command.stage, known), command.stage, unchosen=unknown)
+        config = load(schema_of(command.stage), compose(command.stage, known), command.stage, unchosen=unknown)
     except ConfigError as error:
         return [problem for problem in error.problems if " is not chosen: " not in problem]
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         return [" ".join(str(error).split())]
-    return []
+    return list(missing_packages(config))
+
+
+def missing_packages(config: Any) -> Iterator[str]:
+    """Libraries of an extra that a stage's config asks for and that are not installed."""
+    framework, hardware = getattr(config, "framework", None), getattr(config, "hardware", None)
+    if framework is not None and framework.name == "keras" and find_spec("keras_hub") is None:
+        yield "framework=keras: KerasHub is not installed: run `make keras`"
+    if hardware is not None and hardware.ray is not None and find_spec("ray") is None:
+        yield "hardware.ray: Ray is not installed: run `make ray`"
 
 
 def choices(command: Command) -> dict[str, str]:

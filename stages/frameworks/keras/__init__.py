@@ -1,6 +1,9 @@
 """Trains with Keras: `fit` of a model of KerasHub's layers, on JAX or TensorFlow, on the CPU."""
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,10 @@ if TYPE_CHECKING:
     from stages.train import TrainConfig
 
 # Keras and what it computes with take settings from these, where DVC cannot see them.
-SETTINGS_OF_OTHERS = ("JAX_", "KERAS_", "NPROC", "TF_DETERMINISTIC", "TF_ENABLE_", "TF_NUM_", "TF_XLA_", "XLA_")
+SETTINGS_OF_OTHERS = (
+    *("JAX_", "KERAS_", "NPROC", "PJRT_", "XLA_"),
+    *("TF_DETERMINISTIC", "TF_ENABLE_", "TF_NUM_", "TF_XLA_"),
+)
 
 
 def prepare(config: "TrainConfig") -> None:
@@ -31,6 +37,7 @@ def prepare(config: "TrainConfig") -> None:
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache_directory() / "jax"),  # half a minute for a small model
         "NPROC": str(config.hardware.num_threads),  # XLA's threads
+        "PJRT_NPROC": str(config.hardware.num_threads),  # the same, and read before
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     forget(SETTINGS_OF_OTHERS, ours)
@@ -38,19 +45,37 @@ def prepare(config: "TrainConfig") -> None:
     import transformers.trainer  # noqa: F401  triton's LLVM, loaded behind TensorFlow's, ends the process
 
     try:
-        import stages.frameworks.keras.training  # noqa: F401
+        with silence():
+            import keras_hub  # noqa: F401
+            import tensorflow  # which KerasHub needs with any backend
     except ModuleNotFoundError as error:
         raise StageError(f"framework=keras: {error.name} is not installed: run `make keras`") from None
-    if config.framework.backend == "tensorflow":
-        import tensorflow
+    import stages.frameworks.keras.training  # noqa: F401  the fingerprint of a run is of what is loaded
 
+    tensorflow.config.set_visible_devices([], "GPU")
+    if config.framework.backend == "tensorflow":
         tensorflow.config.threading.set_intra_op_parallelism_threads(config.hardware.num_threads)
         tensorflow.config.experimental.enable_op_determinism()
 
 
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Within, nothing is written to stderr: TensorFlow's own code tells of the GPUs that it does not find."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def libraries(config: "TrainConfig") -> tuple[str, ...]:
     """The libraries that decide the result, beside those that decide it under every framework."""
-    return ("keras", "keras-hub", str(config.framework.backend))
+    backend = ("jax", "jaxlib") if config.framework.backend == "jax" else ("tensorflow",)
+    return ("keras", "keras-hub", *backend)
 
 
 def fit(

@@ -15,28 +15,16 @@ import torch
 from keras import layers, ops
 
 from stages.errors import StageError
-from stages.framework_config import unknown_architecture
+from stages.framework_config import ACTIVATION, DROPOUTS, keras_model_refusals
 
-ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+tanh_gelu = functools.partial(keras.activations.gelu, approximate=True)
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {  # those of framework_config
     "gelu": functools.partial(keras.activations.gelu, approximate=False),
-    "gelu_new": functools.partial(keras.activations.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(keras.activations.gelu, approximate=True),
+    "gelu_new": tanh_gelu,
+    "gelu_pytorch_tanh": tanh_gelu,
     "relu": keras.activations.relu,
     "silu": keras.activations.silu,
-}
-# Values of a config that the layers have, each under the names that an architecture gives it.
-DROPOUTS = {
-    "gpt2": ("embd_pdrop", "resid_pdrop", "attn_pdrop"),
-    **dict.fromkeys(("bert", "roberta"), ("hidden_dropout_prob", "attention_probs_dropout_prob")),
-}
-ACTIVATION = {"gpt2": "activation_function", "bert": "hidden_act", "roberta": "hidden_act"}
-FIXED = {
-    "add_cross_attention": False,
-    "is_decoder": False,
-    "reorder_and_upcast_attn": False,
-    "scale_attn_by_inverse_layer_idx": False,
-    "scale_attn_weights": True,
-    "tie_word_embeddings": True,
+    "swish": keras.activations.silu,
 }
 
 
@@ -124,20 +112,8 @@ def build(model: Any) -> BlockModel:
 
 def check(config: Any) -> None:
     """Raise StageError unless the layers can do what `config` asks for."""
-    name = config.model_type
-    if name not in DROPOUTS:
-        raise StageError(f"framework=keras: {unknown_architecture(name)}")
-    rates = {key: getattr(config, key) for key in DROPOUTS[name]}
-    if len(set(rates.values())) > 1:
-        raise StageError(f"framework=keras: model.config: one rate of dropout for all, not {rates}")
-    activation = getattr(config, ACTIVATION[name])
-    if activation not in ACTIVATIONS:
-        raise StageError(
-            f"framework=keras: model.config.{ACTIVATION[name]}={activation}: there are {', '.join(ACTIVATIONS)}"
-        )
-    for key, value in FIXED.items():
-        if getattr(config, key, value) != value:
-            raise StageError(f"framework=keras: model.config.{key}={getattr(config, key)}: it should be {value}")
+    for reason in keras_model_refusals(config.to_dict()):
+        raise StageError(f"framework=keras: {reason}")
 
 
 def block(config: Any, intermediate: int, epsilon: float, index: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from stages.artifacts import Blocks
 from stages.checkpoints import Checkpoints
+from stages.errors import StageError
 from stages.frameworks.keras.models import build, decays, to_torch
 from stages.interruption import Request
 from stages.masking import IGNORED
@@ -25,6 +26,7 @@ from stages.metrics import block_loss
 from stages.objectives import Objective
 from stages.trainer_arguments import resolve
 from stages.training import EpochSampler, Saving, TrainingBlocks, TrainingProgress
+from stages.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from stages.train import TrainConfig
@@ -33,7 +35,9 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "variables.safetensors"
 LOSS_FILE = "loss_since_log.json"
-POSITION_STEPS = 4  # the logits that a masked model makes are so many quarters of a block: each size is compiled once
+# The logits that a masked model makes are so many quarters of a block: each size is compiled once. On TensorFlow, where
+# `fit` takes the first batches' shape for that of all, they are those of the whole block.
+POSITION_STEPS = {"jax": 4, "tensorflow": 1}
 
 
 class Training:
@@ -49,6 +53,13 @@ class Training:
         directory: Path,
         request: Request,
     ) -> None:
+        pad = Vocabulary.read(Path(config.tokens)).special.get("pad_token")
+        if model.config.model_type != "gpt2" and model.config.pad_token_id != pad:
+            # torch counts no position for it, and gives its embedding no gradient.
+            raise StageError(
+                f"framework=keras: model.config.pad_token_id={model.config.pad_token_id}, and the tokenizer's is {pad}:"
+                " give the model that one, or take framework: trainer"
+            )
         self.model, self.objective, self.validation = model, objective, validation
         self.evaluate_batch_tokens = config.hardware.evaluate_batch_tokens
         self.arguments = arguments = TrainingArguments(
@@ -182,7 +193,8 @@ def arrays(
     # A segment begins where positions begin anew.
     inputs = {"input_ids": ids, "position_ids": positions, "segments": (positions == positions[:, :1]).cumsum(axis=1)}
     if config.model_type != "gpt2":
-        most, step = int((wanted != IGNORED).sum(axis=1).max()), -(-length // POSITION_STEPS)
+        most = int((wanted != IGNORED).sum(axis=1).max())
+        step = -(-length // POSITION_STEPS[keras.backend.backend()])
         chosen = np.argsort(wanted == IGNORED, axis=1, kind="stable")[:, : max(1, -(-most // step)) * step]
         inputs["mask_positions"], wanted = chosen, np.take_along_axis(wanted, chosen, axis=1)
     predicted = wanted != IGNORED
