@@ -127,7 +127,7 @@ def test_training_on_a_cluster_that_loses_a_worker_still_has_the_best_model(
     cluster: Cluster, cache: Path, overrides, tmp_path: Path
 ) -> None:
     best = ["checkpoints.keep=1", "++trainer.load_best_model_at_end=true", "trainer.eval_strategy=steps"]
-    more = [*RUINED, *EVERY_TEN, *best, "++trainer.eval_steps=10", *MANY_STEPS, *ON_RAY]
+    more = [*RUINED, "learning_rate=1", *EVERY_TEN, *best, "++trainer.eval_steps=10", *MANY_STEPS, *ON_RAY]
     process = cluster.start("-m", "stages.train", *overrides("train", "causal", tmp_path, *more))
     kill_a_worker_behind_a_checkpoint(cache / "ray", least=60)
     printed, _ = process.communicate(timeout=400)
