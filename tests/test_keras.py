@@ -341,7 +341,7 @@ def checkpoint(directory):
 
 
 @needs_keras
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["causal", pytest.param("mlm", marks=pytest.mark.slow)])
 def test_keras_training_from_a_checkpoint_has_the_losses_of_the_trainer(run_toy, cache, models, tmp_path, task):
     run_toy("train", task, tmp_path / "before")
     saved = tmp_path / "before/model"
@@ -355,6 +355,7 @@ def test_keras_training_from_a_checkpoint_has_the_losses_of_the_trainer(run_toy,
 
 
 @needs_keras
+@pytest.mark.slow
 def test_keras_training_of_a_model_with_another_pad_token_is_refused(run_toy, cache, models, tmp_path, corpus):
     run_toy("train", "mlm", tmp_path / "before")
     saved = tmp_path / "before/model"
