@@ -256,8 +256,7 @@ def die_alone(_):
     dist.barrier()
 
 
-def draw_alike(_):
-    """Fail unless the processes draw dropout of their own."""
+def draw_alone(_):
     arguments = TrainingArguments(output_dir="unused", seed=42, use_cpu=True)
     OwnDraws().on_train_begin(arguments, None, None)
     assert len({tuple(drawn) for drawn in of_all(torch.rand(4).tolist())}) == 2
@@ -270,16 +269,13 @@ def listen_to_nobody(_):
     assert set(places) <= {"127.0.0.1"}, places
 
 
-def test_processes_of_one_machine_listen_on_the_loopback_alone():
-    in_two(listen_to_nobody)
+def agree_and_keep_to_themselves(config):
+    for work in (agree, draw_alone, listen_to_nobody):
+        work(config)
 
 
-def test_processes_have_dropout_of_their_own():
-    in_two(draw_alike)
-
-
-def test_processes_agree():
-    in_two(agree)
+def test_processes_agree_draw_dropout_of_their_own_and_listen_on_the_loopback_alone():
+    in_two(agree_and_keep_to_themselves)  # at once: starting them takes most of the time
 
 
 @pytest.mark.parametrize(("work", "message"), [(fail_alone, "the second one's own words"), (die_alone, "SIGKILL")])
