@@ -12,6 +12,7 @@ from stages.cache import cache_directory
 from stages.environment import forget
 from stages.errors import StageError
 from stages.interruption import Request
+from stages.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -95,6 +96,13 @@ def fit(
     """
     from stages.frameworks.keras.training import Training
 
+    pad = Vocabulary.read(Path(config.tokens)).special.get("pad_token")
+    if model.config.model_type != "gpt2" and model.config.pad_token_id != pad:
+        # torch counts no position for it, and gives its embedding no gradient.
+        raise StageError(
+            f"framework=keras: model.config.pad_token_id={model.config.pad_token_id}, and the tokenizer's is {pad}:"
+            " give the model that one, or take framework: trainer"
+        )
     training = Training(config, model, objective, train, validation, Path(directory), request)
     training.run()
     return model, training.state

@@ -18,7 +18,6 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from stages.artifacts import Blocks
 from stages.checkpoints import Checkpoints
-from stages.errors import StageError
 from stages.frameworks.keras.models import build, decays, to_torch
 from stages.interruption import Request
 from stages.masking import IGNORED
@@ -26,7 +25,6 @@ from stages.metrics import block_loss
 from stages.objectives import Objective
 from stages.trainer_arguments import resolve
 from stages.training import EpochSampler, Saving, TrainingBlocks, TrainingProgress
-from stages.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from stages.train import TrainConfig
@@ -53,13 +51,6 @@ class Training:
         directory: Path,
         request: Request,
     ) -> None:
-        pad = Vocabulary.read(Path(config.tokens)).special.get("pad_token")
-        if model.config.model_type != "gpt2" and model.config.pad_token_id != pad:
-            # torch counts no position for it, and gives its embedding no gradient.
-            raise StageError(
-                f"framework=keras: model.config.pad_token_id={model.config.pad_token_id}, and the tokenizer's is {pad}:"
-                " give the model that one, or take framework: trainer"
-            )
         self.model, self.objective, self.validation = model, objective, validation
         self.evaluate_batch_tokens = config.hardware.evaluate_batch_tokens
         self.arguments = arguments = TrainingArguments(
