@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -77,3 +78,12 @@ def nearest(name: str, names: list[str]) -> str:
     if found:
         return f"did you mean {found[0]}?"
     return f"there are {', '.join(names)}" if len(names) <= 12 else "nothing is spelt like it"
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of each key."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

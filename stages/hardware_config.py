@@ -73,6 +73,11 @@ class Hardware:
         return self
 
     @property
+    def backend(self) -> str:
+        """What several processes talk by, as torch.distributed names it."""
+        return "cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo"
+
+    @property
     def processes(self) -> int | None:
         """How many work together; None: as many as there are GPUs."""
         if self.ray is not None:

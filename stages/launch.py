@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from pydantic import TypeAdapter
 
 from stages.app import describe, end_with_dvc, start_logging
+from stages.config import flat
 from stages.errors import StageError
 from stages.hardware_config import Launch, find_device
 from stages.interruption import Interrupted, end_on_signals
@@ -99,7 +100,7 @@ def run_in_processes(
         except SignalException as signalled:
             raise Interrupted(int(signalled.sigval)) from None
         except RendezvousError as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
+            reason = describe(error.__cause__ if isinstance(error.__cause__, Exception) else error)[:200]
             raise StageError(
                 f"hardware.launch.rendezvous={launch.rendezvous}: the machines do not meet there: {reason}"
             ) from None
@@ -172,7 +173,7 @@ def do(stage: str, work: Callable[[Any], None], config: Any, meeting: str) -> No
         if config.hardware.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if config.hardware.device == "cuda" else "gloo",
+            config.hardware.backend,
             init_method=meeting,
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
@@ -206,15 +207,6 @@ def check_alike(config: Any) -> None:
     for number, keys in enumerate(differing):
         if keys:
             raise StageError(f"process {number} was started with other values than process 0: {', '.join(keys)}")
-
-
-def flat(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings, each with its dotted name."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from flat(value, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, values
 
 
 def loopback_interface() -> str:

@@ -84,7 +84,7 @@ def run_on_ray(stage: str, work: Callable[[Any], None], config: Any, name: str |
     trainer = TorchTrainer(
         do_on_ray,
         train_loop_config=described,
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if hardware.device == "cuda" else "gloo"),
+        torch_config=TorchConfig(backend=hardware.backend),
         scaling_config=ScalingConfig(
             num_workers=settings.workers, use_gpu=hardware.device == "cuda", resources_per_worker=resources
         ),

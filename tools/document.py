@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from stages.artifacts import write_text
-from stages.config import CONF
+from stages.config import CONF, flat
 from stages.keys import SECTION, Key, code, describe, keys_of, shown
 from stages.trainer_arguments import MERGED, OWNED, known_arguments
 from tools.check import GLOBAL_GROUPS, GROUPS, configurations, schema_of
@@ -210,15 +210,6 @@ def commands() -> dict[str, str]:
     """The command of each stage, as dvc.yaml has it, before templating."""
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     return {name: stage.get("do", stage)["cmd"] for name, stage in stages.items()}
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of each key."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 ABSENT = object()
