@@ -217,12 +217,17 @@ class Clock:
 
 
 def train_side(arguments: argparse.Namespace) -> None:
+    import torch
+
     from stages.models import build_model, prepare_torch
     from stages.objectives import make_objective
 
     input()
     config = training_config(arguments)
-    prepare_torch(config.hardware)
+    if arguments.side == "guide":  # its script has threads as torch sets them, and memory as the C library does
+        torch.set_num_threads(config.hardware.num_threads)
+    else:
+        prepare_torch(config.hardware, keep_memory=not arguments.gradient_checkpointing)
     vocabulary, scratch = vocabulary_of(arguments), Path(arguments.scratch)
     model = build_model(config.model, vocabulary, config.seed)
     objective = make_objective(config.objective.name, vocabulary, config.objective, model)

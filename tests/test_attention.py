@@ -8,7 +8,7 @@ from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stages import attention
-from stages.attention import DroppedAttention, attend, kept, use_fast_kernels
+from stages.attention import Dropout, DroppedAttention, attend, kept, use_fast_kernels
 
 BATCH, HEADS, LENGTH, SIZE = 3, 4, 7, 8
 CAUSAL_MASK = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
@@ -136,6 +136,39 @@ def test_use_fast_kernels_for_another_device_leaves_its_attention(device):
     model = toy_model("gpt2")  # on the CPU still, as a model is before the Trainer moves it
     use_fast_kernels(model, device)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_has_the_value_and_gradient_of_its_definition(dtype):
+    def defined(tensor):
+        torch.manual_seed(5)
+        keep, share = kept(tuple(tensor.shape), 0.3)
+        return torch.where(keep, tensor / share, 0.0)
+
+    def ours(tensor):
+        torch.manual_seed(5)
+        return Dropout(0.3)(tensor)
+
+    for one, other in zip(
+        with_gradients(ours, inputs(dtype=dtype)[:1]), with_gradients(defined, inputs(dtype=dtype)[:1]), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+        assert 0.2 < (one == 0.0).float().mean() < 0.4
+
+
+@pytest.mark.parametrize(("rate", "training"), [(0.0, True), (1.0, True), (0.3, False)])
+def test_dropout_that_draws_nothing_is_torchs_own(rate, training):
+    tensor = torch.ones(2, 3)
+    assert torch.equal(Dropout(rate).train(training)(tensor), torch.nn.Dropout(rate).train(training)(tensor))
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", Dropout), ("cuda", torch.nn.Dropout)])
+def test_use_fast_kernels_exchanges_dropout_on_a_cpu_alone(device, expected):
+    model = toy_model("gpt2", resid_pdrop=0.1, embd_pdrop=0.2)
+    use_fast_kernels(model, device)
+    found = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert {type(module) for module in found} == {expected}
+    assert {module.p for module in found} >= {0.1, 0.2}
 
 
 def test_use_fast_kernels_leaves_no_activation_of_many_passes():

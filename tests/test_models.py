@@ -1,6 +1,9 @@
 """Models: built from a seed, loaded from a pinned directory, and refused with a reason."""
 
 import logging
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -188,6 +191,32 @@ def test_load_directory_gives_the_saved_weights_in_fp32(saved):
     assert same_weights(model, toy_model("roberta", seed=5))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.config.pad_token_id == PAD
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory as they do")
+def test_prepare_torch_has_freed_memory_used_again_without_new_pages():
+    code = """
+import resource
+import torch
+from stages.hardware_config import Hardware
+from stages.models import prepare_torch
+
+def pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def new_pages():
+    before = pages()
+    torch.ones(2**24)
+    return pages() - before
+
+torch.set_num_threads(1)
+given_back = [new_pages() for _ in range(3)]
+prepare_torch(Hardware(device="cpu", num_threads=1, per_device_batch_size=None, evaluate_batch_tokens=64))
+kept = [new_pages() for _ in range(20)]
+assert min(given_back) > 2**24 * 4 // resource.getpagesize() // 2, given_back
+assert max(kept[10:]) < 100, kept
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_prepare_torch_on_a_device_that_is_not_there_is_an_error_that_names_a_way_out():
