@@ -180,7 +180,7 @@ def test_keras_model_that_the_layers_lack_is_refused_by_name(models, model_type,
 
 
 @needs_keras
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["causal", pytest.param("mlm", marks=pytest.mark.slow)])
 def test_keras_training_has_the_losses_and_ends_near_the_weights_of_the_trainer(run_toy, cache, models, tmp_path, task):
     # 20 steps of 8 an epoch; a schedule that rises and falls, clipping, decay and epsilon that are felt.
     more = ["num_train_epochs=2.5", "trainer.logging_steps=1", "trainer.weight_decay=0.3", "++trainer.warmup_steps=4"]

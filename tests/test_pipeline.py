@@ -57,8 +57,8 @@ def test_pipeline_experiment_with_another_block_size_runs_six_stages_and_stands_
     "change",
     [
         "causal.learning_rate=0.01",
-        "conf/task/causal.yaml:trainer.weight_decay=0.1",
-        "conf/task/causal.yaml:+trainer.warmup_ratio=0.1",
+        pytest.param("conf/task/causal.yaml:trainer.weight_decay=0.1", marks=pytest.mark.slow),
+        pytest.param("conf/task/causal.yaml:+trainer.warmup_ratio=0.1", marks=pytest.mark.slow),
     ],
 )
 def test_pipeline_training_value_of_one_task_trains_and_evaluates_that_task_alone(clean: Path, change: str) -> None:

@@ -53,7 +53,7 @@ def one(run_toy, cache, tmp_path_factory):
     return roots
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["causal", pytest.param("mlm", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "more",
     [
@@ -70,7 +70,7 @@ def test_training_in_two_processes_has_the_losses_of_one(run_toy, corpus, cache,
     assert contents(tmp_path / "report").keys() == contents(one[task] / "report").keys()
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [pytest.param("causal", marks=pytest.mark.slow), "mlm"])
 def test_evaluate_in_two_processes_writes_the_metrics_of_one(run_toy, one, tmp_path, task):
     outs = [f"out={tmp_path}/metrics.json", f"samples_out={tmp_path}/samples.md"]
     run_toy("evaluate", task, one[task], TWO, *outs)
@@ -278,7 +278,13 @@ def test_processes_agree_draw_dropout_of_their_own_and_listen_on_the_loopback_al
     in_two(agree_and_keep_to_themselves)  # at once: starting them takes most of the time
 
 
-@pytest.mark.parametrize(("work", "message"), [(fail_alone, "the second one's own words"), (die_alone, "SIGKILL")])
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        (fail_alone, "the second one's own words"),
+        pytest.param(die_alone, "SIGKILL", marks=pytest.mark.slow),
+    ],
+)
 def test_processes_end_all_with_the_error_of_the_first_that_fails(work, message):
     with pytest.raises(StageError, match=f"process 1 of 2: .*{message}"):
         in_two(work)
