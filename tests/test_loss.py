@@ -59,6 +59,7 @@ def assert_equal(one, other, rtol):
 def chunks(request, monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", request.param)
     monkeypatch.setattr(loss_module, "CACHED_ELEMENTS", 3 * SIZE)
+    monkeypatch.setattr(loss_module, "WORDS_AT_ONCE", 7)
 
 
 @pytest.mark.parametrize("model_type", MODELS)
