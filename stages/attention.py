@@ -86,25 +86,25 @@ class DroppedAttention(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         """[batch, heads, length, head_size] in the dtype of `query`, computed in fp32."""
-        ctx.save_for_backward(query, key, value, mask)
+        is_kept, ctx.share_kept = kept((*query.shape[:3], key.shape[2]), dropout)
+        ctx.save_for_backward(query, key, value, mask, is_kept)
         ctx.scale = scale
-        ctx.kept, ctx.share_kept = kept((*query.shape[:3], key.shape[2]), dropout)
         output = torch.empty_like(query)
         for row in range(len(query)):
-            shares = shares_of(query[row], key[row], mask, row, scale).mul_(ctx.kept[row])
+            shares = shares_of(query[row], key[row], mask, row, scale).mul_(is_kept[row])
             output[row] = (shares @ value[row].float()).div_(ctx.share_kept)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
+        query, key, value, mask, is_kept = ctx.saved_tensors
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
         with torch.autocast("cpu", enabled=False):
             for row in range(len(query)):
                 shares = shares_of(query[row], key[row], mask, row, ctx.scale)
                 grad = grad_output[row].float().div(ctx.share_kept)
-                grads[2][row] = (shares * ctx.kept[row]).mT @ grad
-                grad_shares = (grad @ value[row].float().mT).mul_(ctx.kept[row])
+                grads[2][row] = (shares * is_kept[row]).mT @ grad
+                grad_shares = (grad @ value[row].float().mT).mul_(is_kept[row])
                 # Of softmax; kept in one array of scores.
                 grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, torch.float32).mul_(ctx.scale)
                 grads[0][row] = grad_scores @ key[row].float()
