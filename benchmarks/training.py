@@ -227,7 +227,7 @@ def train_side(arguments: argparse.Namespace) -> None:
     if arguments.side == "guide":  # its script has threads as torch sets them, and memory as the C library does
         torch.set_num_threads(config.hardware.num_threads)
     else:
-        prepare_torch(config.hardware, keep_memory=not arguments.gradient_checkpointing)
+        prepare_torch(config.hardware)
     vocabulary, scratch = vocabulary_of(arguments), Path(arguments.scratch)
     model = build_model(config.model, vocabulary, config.seed)
     objective = make_objective(config.objective.name, vocabulary, config.objective, model)

@@ -28,11 +28,8 @@ LAUNCHER_VARIABLES = ("LOCAL_RANK", "MASTER_", "RANK", "WORLD_SIZE")
 AUTO_CLASS = {"causal": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM"}
 
 
-def prepare_torch(hardware: Hardware, keep_memory: bool = True) -> None:
-    """Set threads, quiet libraries, and refuse a device that is not there.
-
-    Args:
-        keep_memory: whether a CPU's freed memory is kept, for speed.
+def prepare_torch(hardware: Hardware) -> None:
+    """Set threads, keep a CPU's freed memory, quiet libraries, and refuse a device that is not there.
 
     Raises:
         StageError: if hardware.device is not available.
@@ -43,7 +40,7 @@ def prepare_torch(hardware: Hardware, keep_memory: bool = True) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(hardware.num_threads)
-    if hardware.device == "cpu" and keep_memory:
+    if hardware.device == "cpu":
         keep_freed_memory()
     find_device(hardware)
 

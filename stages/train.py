@@ -158,8 +158,7 @@ def train(config: TrainConfig) -> None:
 
     framework = framework_of(config)
     framework.prepare(config)
-    # Who recomputes activations would rather have memory than speed, and kept memory is an eighth more at the peak.
-    prepare_torch(config.hardware, keep_memory=not config.trainer.get("activation_checkpointing"))
+    prepare_torch(config.hardware)
     tokens, blocks = Path(config.tokens), Path(config.blocks)
     vocabulary = Vocabulary.read(tokens)
     model = build_model(config.model, vocabulary, config.seed)
