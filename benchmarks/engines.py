@@ -22,8 +22,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.preprocessing import own_tokenizer, write_documents
-from stages.encoding import Tokenizers, fastokens_engine, token_bytes
-from stages.vocabulary import load_tokenizer
+from stages.tokenize.encoding import Tokenizers, fastokens_engine, token_bytes
+from stages.tokens.vocabulary import load_tokenizer
 
 AT_ONCE = 1000
 # GPT-2's pattern of words (Radford et al. 2019), which byte-level BPE goes by unless a tokenizer.json says otherwise.

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from stages.artifacts import Blocks
-from stages.config import CONF, load
+from stages.core.artifacts import Blocks
+from stages.core.config import CONF, load
 from stages.frameworks.trainer import make_trainer
-from stages.models import build_model, prepare_torch
-from stages.objectives import make_objective
-from stages.train import TrainConfig
-from stages.vocabulary import Vocabulary
+from stages.model.models import build_model, prepare_torch
+from stages.model.objectives import make_objective
+from stages.tokens.vocabulary import Vocabulary
+from stages.train.stage import TrainConfig
 
 MODELS = {"causal": "tiny-gpt2", "mlm": "tiny-roberta"}
 

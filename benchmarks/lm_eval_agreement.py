@@ -23,14 +23,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
-from stages.data_config import Columns
-from stages.encoding import Tokenizers
-from stages.metrics import document_nats, ratio_with_error
-from stages.objectives import make_objective
-from stages.records import to_record
-from stages.sources import find_files, read_rows
-from stages.trained import load_trained
-from stages.vocabulary import load_tokenizer, vocabulary_of
+from stages.download.records import to_record
+from stages.download.schema import Columns
+from stages.download.sources import find_files, read_rows
+from stages.figures.metrics import document_nats, ratio_with_error
+from stages.model.objectives import make_objective
+from stages.model.trained import load_trained
+from stages.tokenize.encoding import Tokenizers
+from stages.tokens.vocabulary import load_tokenizer, vocabulary_of
 
 
 def main() -> None:

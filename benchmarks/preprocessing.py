@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from stages.artifacts import SPLITS, free_copy
+from stages.core.artifacts import SPLITS, free_copy
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data/sample/askscience.jsonl"
@@ -143,8 +143,8 @@ def write_documents(file: Path, number: int) -> None:
 
 def own_tokenizer(given: Path | None, directory: Path) -> Path:
     """A directory with the tokenizer `given`, or with a byte-level BPE trained on the sample, that truncates."""
-    from stages.model_config import TrainedTokenizer
-    from stages.vocabulary import train_tokenizer
+    from stages.tokens.schema import TrainedTokenizer
+    from stages.tokens.vocabulary import train_tokenizer
 
     if given is None:
         texts = [record["answers"]["text"] for record in sample_records()]
@@ -170,7 +170,7 @@ def download(place: Path, number: int, name: str) -> list[str]:
 
 def choices(place: Path, tokenizer: Path) -> dict[str, list[str]]:
     """What the stages are told."""
-    from stages.pretrained import sha256
+    from stages.hub.files import sha256
 
     pins = ",".join(f"{file.name}:'{sha256(file)}'" for file in sorted(tokenizer.iterdir()))
     source = ["model.tokenizer.train=null", f"+model.tokenizer.path={tokenizer}", f"+model.tokenizer.files={{{pins}}}"]
@@ -220,7 +220,7 @@ def by_functions(place: Path, tokenizer: Path) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
 
     from stages import group_texts, tokenize
-    from stages.config import CONF, load
+    from stages.core.config import CONF, load
 
     schemas: list[Any] = [tokenize.TokenizeConfig, group_texts.GroupTextsConfig]
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -255,8 +255,8 @@ def copying(place: Path) -> float:
 
 def by_engine(place: Path, tokenizer: Path) -> float:
     """Tokens per second of the engine on strings in memory."""
-    from stages.encoding import choose_engine
-    from stages.vocabulary import load_tokenizer
+    from stages.tokenize.encoding import choose_engine
+    from stages.tokens.vocabulary import load_tokenizer
 
     groups = [texts.to_pylist() for split in SPLITS for texts in text_file(place / f"raw/{split}.parquet")]
     _, engine = choose_engine(load_tokenizer(tokenizer), groups[0][:1])
@@ -266,8 +266,8 @@ def by_engine(place: Path, tokenizer: Path) -> float:
 
 
 def text_file(file: Path) -> Any:
-    from stages.data_config import Flatten
-    from stages.texts import TextFile
+    from stages.tokenize.schema import Flatten
+    from stages.tokenize.texts import TextFile
 
     return TextFile(file, Flatten(columns=["answers.text"], joiner=" "))
 
@@ -326,8 +326,8 @@ def compare(place: Path, directory: Path, raw: str) -> str:
     """Whether each document's tokens are the guide's, as far as the guide keeps them."""
     import numpy as np
 
-    from stages.encoding import choose_engine
-    from stages.vocabulary import load_tokenizer
+    from stages.tokenize.encoding import choose_engine
+    from stages.tokens.vocabulary import load_tokenizer
 
     mapped, _ = tokenized(place, directory, raw, True, 1)
     _, engine = choose_engine(load_tokenizer(directory), [])

@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python benchm
 
 import numpy as np
 
-from stages.artifacts import Blocks, shard_name, to_arrow, token_dtype, write_checksums, write_shard
-from stages.vocabulary import Vocabulary
+from stages.core.artifacts import Blocks, shard_name, to_arrow, token_dtype, write_checksums, write_shard
+from stages.tokens.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 5  # steps: compiling, memory that is touched for the first time
@@ -194,7 +194,7 @@ class Clock:
         self._started = time.perf_counter()
 
     def _evaluate(self) -> float:
-        from stages.metrics import block_loss
+        from stages.model.block_loss import block_loss
 
         self.refresh()
         started = time.perf_counter()
@@ -219,8 +219,8 @@ class Clock:
 def train_side(arguments: argparse.Namespace) -> None:
     import torch
 
-    from stages.models import build_model, prepare_torch
-    from stages.objectives import make_objective
+    from stages.model.models import build_model, prepare_torch
+    from stages.model.objectives import make_objective
 
     input()
     config = training_config(arguments)
@@ -242,8 +242,8 @@ def training_config(arguments: argparse.Namespace) -> Any:
     """The task's default configuration with the shape's model, for a number of steps without validation."""
     from hydra import compose, initialize_config_dir
 
-    from stages.config import CONF, load
-    from stages.train import TrainConfig
+    from stages.core.config import CONF, load
+    from stages.train.stage import TrainConfig
 
     sizes = [f"block_size={arguments.block_size}", f"batch_size={arguments.batch_size}"]
     values = [*sizes, "seed=42", f"learning_rate={LEARNING_RATE}", "num_train_epochs=1"]
@@ -286,9 +286,9 @@ def train_ours(
 def train_with_keras(
     arguments: argparse.Namespace, config: Any, model: Any, objective: Any, train: Any, validation: Any, clock: Clock
 ) -> None:
-    from stages.framework_config import Framework
     from stages.frameworks import keras as framework
-    from stages.interruption import Request
+    from stages.shell.interruption import Request
+    from stages.train.framework import Framework
 
     settings = {name: value for name, value in config.trainer.items() if value and name != "max_steps"}
     epochs = arguments.steps / -(-len(train) // config.batch_size)
@@ -315,9 +315,9 @@ def train_plainly(
     """What a step needs at least, on the batches of the pipeline."""
     import torch
 
-    from stages.attention import use_fast_kernels
-    from stages.loss import TokenLoss
-    from stages.masking import IGNORED
+    from stages.model.loss import TokenLoss
+    from stages.model.masking import IGNORED
+    from stages.train.attention import use_fast_kernels
 
     use_fast_kernels(model, config.hardware.device)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01, fused=True)

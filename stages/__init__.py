@@ -1,1 +1,1 @@
-"""The pipeline's stages, one module each, and the plain modules that they share."""
+"""The pipeline: a package per stage, and the packages that stages share."""

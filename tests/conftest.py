@@ -33,7 +33,7 @@ def compose_config(stage: str, *overrides: str) -> Any:
     """The config of `stage` as its command line would give it."""
     from hydra import compose, initialize_config_dir
 
-    from stages.config import CONF, load
+    from stages.core.config import CONF, load
     from tools.check import schema_of
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -45,7 +45,7 @@ def run_stage(stage: str, *overrides: str) -> None:
     import importlib
 
     config = compose_config(stage, *overrides)
-    importlib.import_module(f"stages.{stage}").main(config)
+    importlib.import_module(f"stages.{stage}.stage").main(config)
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +60,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from stages.records import ELI5
+    from stages.download.records import ELI5
 
     root = tmp_path_factory.mktemp("corpus")
     (root / "raw").mkdir()

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from stages.artifacts import SPLITS, TokenIds, shard_name, to_arrow, write_checksums, write_json, write_shard
-from stages.data_config import Columns, SourceData, Split
-from stages.model_config import TrainedTokenizer
-from stages.pretrained import sha256
-from stages.records import ELI5
-from stages.vocabulary import train_tokenizer
+from stages.core.artifacts import SPLITS, TokenIds, shard_name, to_arrow, write_checksums, write_json, write_shard
+from stages.download.records import ELI5
+from stages.download.schema import Columns, SourceData, Split
+from stages.hub.files import sha256
+from stages.tokens.schema import TrainedTokenizer
+from stages.tokens.vocabulary import train_tokenizer
 
 steady = settings(deadline=None)  # what the machine does beside a test fails none
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import compose_config
 from data_helpers import REPOSITORY, hashes
 
-from stages.app import describe
+from stages.shell.app import describe
 
 IS_ROOT = os.geteuid() == 0
 # Root reads and writes anything: without these capabilities it is bound by modes as anyone is.
@@ -34,7 +34,7 @@ def error_of(stage: str, *overrides: str, **sections: Any) -> str:
         config = compose_config(stage, *overrides)
         for name, section in sections.items():
             setattr(config, name, section)
-        importlib.import_module(f"stages.{stage}").main(config)
+        importlib.import_module(f"stages.{stage}.stage").main(config)
     except Exception as error:
         text = describe(error, stage)
         assert "LM_REPRO_DEBUG" not in text, f"not written for users: {text}"

@@ -52,8 +52,8 @@ REPOSITORIES: dict[str, dict[str, dict[str, bytes]]] = {
 
 MODEL_CLIENT = """
 import json, sys
-from stages.errors import StageError
-from stages.pretrained import pinned_files
+from stages.core.errors import StageError
+from stages.hub.files import pinned_files
 try:
     found = pinned_files("model", sys.argv[1], sys.argv[2], None, sys.argv[3].split(","), ["tokenizer.json"])
 except StageError as error:

@@ -10,12 +10,12 @@ import torch
 from data_helpers import record_batch, write_shards
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, TrainingArguments
 
-from stages.artifacts import Blocks, Documents, to_arrow
-from stages.hardware_config import CheckpointSettings
-from stages.objectives import Objective, make_objective
-from stages.task_config import Objective as ObjectiveConfig
-from stages.training import BlockTrainer
-from stages.vocabulary import Vocabulary
+from stages.core.artifacts import Blocks, Documents, to_arrow
+from stages.model.objectives import Objective, make_objective
+from stages.model.schema import Objective as ObjectiveConfig
+from stages.tokens.vocabulary import Vocabulary
+from stages.train.schema import CheckpointSettings
+from stages.train.training import BlockTrainer
 
 torch.set_num_threads(1)  # toys gain nothing from more, and lose much beside other processes
 

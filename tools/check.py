@@ -26,9 +26,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from stages.config import CONF, load, nearest
-from stages.errors import ConfigError
-from stages.pretrained import sha256
+from stages.core.config import CONF, load, nearest
+from stages.core.errors import ConfigError
+from stages.hub.files import sha256
 from tools.architectures import config_keys, model_types
 
 GROUPS = ("data", "model", "adapter", "task", "hardware", "framework")
@@ -79,7 +79,7 @@ def pipeline() -> Iterator[Command]:
 def schema_of(stage: str) -> Any:
     """The config dataclass in the stage's module."""
     name = "".join(word.title() for word in stage.split("_")) + "Config"
-    return getattr(importlib.import_module(f"stages.{stage}"), name)
+    return getattr(importlib.import_module(f"stages.{stage}.stage"), name)
 
 
 def wrong_configs(commands: list[Command]) -> Iterator[str]:

@@ -18,10 +18,10 @@ from typing import Any
 
 import yaml
 
-from stages.artifacts import write_text
-from stages.config import CONF, flat
-from stages.keys import SECTION, Key, code, describe, keys_of, shown
-from stages.trainer_arguments import MERGED, OWNED, known_arguments
+from stages.core.artifacts import write_text
+from stages.core.config import CONF, flat
+from stages.shell.keys import SECTION, Key, code, describe, keys_of, shown
+from stages.train.trainer_arguments import MERGED, OWNED, known_arguments
 from tools.check import GLOBAL_GROUPS, GROUPS, configurations, schema_of
 from tools.publish import PublishConfig
 

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stages.errors import StageError
-from stages.pretrained import CONVERT, only_pickles, usable_positions
-from stages.trained import BASE
+from stages.core.errors import StageError
+from stages.hub.files import CONVERT, only_pickles, usable_positions
+from stages.model.trained import BASE
 from tools.pin_model import read_object, task_of
 
 TOP_K = {"causal": 50, "mlm": 5}
@@ -58,7 +58,7 @@ def speak(arguments: argparse.Namespace) -> None:
     import transformers
     from transformers import AutoTokenizer
 
-    from stages.trained import load_trained
+    from stages.model.trained import load_trained
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from stages.artifacts import write_text
-from stages.pretrained import (
+from stages.core.artifacts import write_text
+from stages.hub.files import (
     CONVERT,
     OFFSET_POSITIONS,
     TOKENIZER_FILES,

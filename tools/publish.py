@@ -19,12 +19,12 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from pydantic import Field
 
-from stages.app import describe
-from stages.artifacts import write_text
-from stages.config import CONF, load, whole
-from stages.errors import StageError
-from stages.hub import hub_unreachable
-from stages.pretrained import CONVERT, PICKLES
+from stages.core.artifacts import write_text
+from stages.core.config import CONF, load, whole
+from stages.core.errors import StageError
+from stages.hub.client import hub_unreachable
+from stages.hub.files import CONVERT, PICKLES
+from stages.shell.app import describe
 from tools.card import Run, make_card
 
 TASKS = ("causal", "mlm")
@@ -156,7 +156,7 @@ def recorded_run(task: str) -> tuple[Run, list[str]]:
 
 
 def differences(items: list[Any]) -> list[str]:
-    """What `dvc status` says of a stage, in a few words each: `stages/train.py modified`, `changed command`."""
+    """What `dvc status` says of a stage, in a few words each: `stages/train/stage.py modified`, `changed command`."""
     found = []
     for item in items:
         for change, paths in item.items() if isinstance(item, dict) else [(item, {})]:

@@ -1,1 +1,1 @@
-"""What trains a model: a module each, behind one function `fit`, of which stages/train.py imports the chosen one."""
+"""Training loops: one package each, behind the function `fit`; stages/train/stage.py imports the chosen one."""

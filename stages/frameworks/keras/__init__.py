@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts import Blocks
-from stages.cache import cache_directory
-from stages.environment import forget
-from stages.errors import StageError
-from stages.interruption import Request
-from stages.vocabulary import Vocabulary
+from stages.core.artifacts import Blocks
+from stages.core.errors import StageError
+from stages.model.environment import forget
+from stages.shell.cache import cache_directory
+from stages.shell.interruption import Request
+from stages.tokens.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import TrainerState
 
-    from stages.train import TrainConfig
+    from stages.train.stage import TrainConfig
 
 # Keras and what it computes with take settings from these, where DVC cannot see them.
 SETTINGS_OF_OTHERS = (

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from keras import layers, ops
 
-from stages.errors import StageError
-from stages.framework_config import ACTIVATION, DROPOUTS, keras_model_refusals
+from stages.core.errors import StageError
+from stages.train.framework import ACTIVATION, DROPOUTS, keras_model_refusals
 
 tanh_gelu = functools.partial(keras.activations.gelu, approximate=True)
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {  # those of framework_config

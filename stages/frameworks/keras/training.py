@@ -16,18 +16,18 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from stages.artifacts import Blocks
-from stages.checkpoints import Checkpoints
+from stages.core.artifacts import Blocks
 from stages.frameworks.keras.models import build, decays, to_torch
-from stages.interruption import Request
-from stages.masking import IGNORED
-from stages.metrics import block_loss
-from stages.objectives import Objective
-from stages.trainer_arguments import resolve
-from stages.training import EpochSampler, Saving, TrainingBlocks, TrainingProgress
+from stages.model.block_loss import block_loss
+from stages.model.masking import IGNORED
+from stages.model.objectives import Objective
+from stages.shell.interruption import Request
+from stages.train.checkpoints import Checkpoints
+from stages.train.trainer_arguments import resolve
+from stages.train.training import EpochSampler, Saving, TrainingBlocks, TrainingProgress
 
 if TYPE_CHECKING:
-    from stages.train import TrainConfig
+    from stages.train.stage import TrainConfig
 
 log = logging.getLogger(__name__)
 

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
-from stages.artifacts import Blocks
-from stages.batches import batches
-from stages.cache import cache_directory
-from stages.errors import StageError
-from stages.interruption import Request
-from stages.precision import check_bf16
-from stages.processes import rank, world_size
-from stages.trainer_arguments import resolve
-from stages.training import BlockTrainer, TrainingProgress
+from stages.core.artifacts import Blocks
+from stages.core.errors import StageError
+from stages.model.precision import check_bf16
+from stages.model.processes import rank, world_size
+from stages.shell.cache import cache_directory
+from stages.shell.interruption import Request
+from stages.train.batches import batches
+from stages.train.trainer_arguments import resolve
+from stages.train.training import BlockTrainer, TrainingProgress
 
 if TYPE_CHECKING:
-    from stages.train import TrainConfig
+    from stages.train.stage import TrainConfig
 
 
 def prepare(config: "TrainConfig") -> None:
@@ -57,7 +57,7 @@ def fit(
     trainer.train_on(request)
     if not sharded:
         return trainer.model, trainer.state
-    from stages.sharding import gathered
+    from stages.train.sharding import gathered
 
     return gathered(trainer.model, whole), trainer.state
 
@@ -80,13 +80,13 @@ def make_trainer(
         callbacks.append(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.threshold))
     given = resolve(config.trainer)
     if given.get("fsdp"):
-        from stages.sharding import Sharded, layers_of, without_twins
+        from stages.train.sharding import Sharded, layers_of, without_twins
 
         callbacks.append(Sharded())
         model = without_twins(model)
         given["fsdp_config"] = {"transformer_layer_cls_to_wrap": layers_of(model), **(given.get("fsdp_config") or {})}
     if config.hardware.ray is not None:
-        from stages.ray_launch import reporting
+        from stages.launch.ray import reporting
 
         callbacks.append(reporting())
     owned = {

@@ -1,0 +1,230 @@
+"""Artifacts on disk: directories that appear whole, Arrow shards of token ids, and the `stats.json` ledgers."""
+
+import contextlib
+import json
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from stages.core.errors import StageError
+
+SPLITS = ("train", "validation", "test")
+TokenIds = npt.NDArray[Any]  # uint16 or uint32, as token_dtype says
+
+# Of a shard, about: where it ends is decided by the data alone, so that the same text gives the same files whatever
+# wrote them. Small enough that a cluster has work for many, large enough that DVC sees few files.
+SHARD_BYTES = 256 * 2**20
+CHECKSUMS = "shards.json"  # beside the shards: name to checksum
+
+REMAKE = "delete {} and run `dvc repro`, which makes it anew"
+
+
+@contextlib.contextmanager
+def staged(path: str | Path) -> Iterator[Path]:
+    """A directory to fill; it takes the name `path` when the block ends well, and vanishes when it does not."""
+    final = Path(path)
+    aside = final.parent / f".tmp-{final.name}"
+    final.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    aside.mkdir()
+    try:
+        yield aside
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path`, which appears whole."""
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.parent / f".tmp-{final.name}"
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(final)
+    finally:
+        aside.unlink(missing_ok=True)  # there only if writing failed
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` to `path` as JSON that reads well and is the same for the same value."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON value in the file `path`."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise damaged(path, error) from None
+
+
+def versions(*libraries: str) -> dict[str, str]:
+    """The installed versions of `libraries`, for a ledger."""
+    return {name: version(name) for name in sorted(libraries)}
+
+
+def token_dtype(vocab_size: int) -> npt.DTypeLike:
+    """uint16 where ids below `vocab_size` fit, else uint32."""
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+def to_numpy(array: pa.Array) -> npt.NDArray[Any]:
+    """A view of an Arrow array of integers without nulls. (Arrow's own `to_numpy` imports pandas, a second's work.)"""
+    _, values = array.buffers()
+    view = (
+        np.frombuffer(values, dtype=array.type.to_pandas_dtype())
+        if values
+        else np.empty(0, array.type.to_pandas_dtype())
+    )
+    return view[array.offset : array.offset + len(array)]
+
+
+def to_arrow(values: npt.NDArray[Any]) -> pa.Array:
+    """An Arrow array of integers on the memory of the one-dimensional `values`."""
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def shard_name(number: int) -> str:
+    """The file of a split's shard `number`, from 0."""
+    return f"shard-{number:05d}.arrow"
+
+
+def write_shard(file: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> str:
+    """Write record batches, an empty one where there are none, to a shard and return its checksum.
+
+    The bytes are a function of the sequence of batches.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    writer = pa.ipc.new_file(str(file), schema)
+    try:
+        for batch in batches:
+            writer.write_batch(batch)
+        if not writer.stats.num_record_batches:
+            writer.write_batch(pa.RecordBatch.from_pylist([], schema=schema))
+    except BaseException:
+        with contextlib.suppress(OSError):  # the disk may be full: what failed first is what counts
+            writer.close()
+        raise
+    writer.close()
+    return checksum(file)
+
+
+def write_checksums(directory: Path, checksums: Sequence[str]) -> None:
+    """Write those of the shards in `directory` beside them, in order.
+
+    Arrow has none, and a flipped bit of an id would be another token.
+    """
+    write_json(directory / CHECKSUMS, {shard_name(number): value for number, value in enumerate(checksums)})
+
+
+def checksum(file: Path) -> str:
+    """`crc32:` and the hexadecimal CRC-32 of the file's bytes: against damage, at 2.5 GB/s; not against forgery."""
+    value = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            value = zlib.crc32(chunk, value)
+    return f"crc32:{value:08x}"
+
+
+def shard_batches(directory: str | Path) -> Iterator[pa.RecordBatch]:
+    """The record batches of all shards in `directory`, in order, memory-mapped."""
+    for file, written in shard_files(directory).items():
+        check_shard(file, written)
+        yield from read_shard(file)
+
+
+def read_shard(file: Path) -> Iterator[pa.RecordBatch]:
+    """The record batches of a shard, memory-mapped."""
+    try:
+        with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
+            for index in range(reader.num_record_batches):
+                yield reader.get_batch(index)
+    except pa.ArrowInvalid as error:
+        raise damaged(file, error) from None
+
+
+def shard_files(directory: str | Path) -> dict[Path, str]:
+    """The shards in `directory`, in order, with the checksums that they were written with."""
+    files = sorted(Path(directory).glob("shard-*.arrow"))
+    if not files:
+        raise StageError(f"{directory} holds no shards: run `dvc repro`")
+    written = read_json(Path(directory) / CHECKSUMS)
+    if not isinstance(written, dict) or [file.name for file in files] != list(written):
+        raise StageError(f"{directory}: the shards are not those that {CHECKSUMS} names: {REMAKE.format(directory)}")
+    return {file: written[file.name] for file in files}
+
+
+def check_shard(file: Path, written: str) -> None:
+    """Raise StageError if a shard is not what was written with the checksum `written`."""
+    if not file.is_file() or checksum(file) != written:
+        raise damaged(file, "not the bytes that were written")
+
+
+def damaged(path: str | Path, how: object) -> StageError:
+    """The error of an artifact that is not what a stage wrote."""
+    return StageError(f"{path} is damaged ({how}): {REMAKE.format(path)}")
+
+
+class Documents:
+    """A split of tokens, memory-mapped: `documents[i]` is the ids of document i as stored, control tokens included."""
+
+    def __init__(self, directory: str | Path) -> None:
+        batches = list(shard_batches(directory))
+        columns = [batch.column("input_ids") for batch in batches]
+        # The ids of a batch as one array, and where its documents end in it.
+        self._values = [to_numpy(column.values) for column in columns]
+        self._offsets = [to_numpy(column.offsets) for column in columns]
+        self._first = np.cumsum([0, *(len(column) for column in columns)])
+        self.num_bytes: npt.NDArray[np.int64] = np.concatenate(
+            [to_numpy(batch.column("num_bytes")).astype(np.int64) for batch in batches]
+        )
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, index: int) -> TokenIds:
+        batch = int(np.searchsorted(self._first, index, side="right")) - 1
+        row = index - int(self._first[batch])
+        start, end = self._offsets[batch][row : row + 2]
+        ids: TokenIds = self._values[batch][start:end]
+        return ids
+
+
+class Blocks:
+    """A split of blocks, memory-mapped: `blocks[[3, 1]]` is an array [2, block_size] of token ids."""
+
+    def __init__(self, directory: str | Path) -> None:
+        batches = [batch for batch in shard_batches(directory) if len(batch)]
+        columns = [batch.column("input_ids") for batch in batches]
+        if not columns:
+            raise StageError(f"{directory} holds no blocks: fewer tokens than block_size")
+        self.block_size = int(columns[0].type.list_size)
+        self._values = [to_numpy(column.values).reshape(-1, self.block_size) for column in columns]
+        self._first = np.cumsum([0, *(len(column) for column in columns)])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, indices: list[int] | range) -> TokenIds:
+        rows: list[Any] = []
+        for index in indices:
+            batch = int(np.searchsorted(self._first, index, side="right")) - 1
+            rows.append(self._values[batch][index - self._first[batch]])
+        stacked: TokenIds = np.stack(rows)
+        return stacked
+
+
+def free_copy(source: Path, target: Path, leave: Sequence[str] = ()) -> None:
+    """Copy the files of the directory `source` into `target`, without their modes and times, but for `leave`."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.name not in leave:
+            (target / file.name).write_bytes(file.read_bytes())

@@ -1,0 +1,123 @@
+"""Schema of conf/data."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stages.core.config import Fraction, Positive, Seed, part, whole
+
+SAMPLE = "data/sample/askscience.jsonl"
+
+
+@whole
+class Columns:
+    title: str | None
+    """Column of the title that decides a record's split; null where records have none."""
+    texts: Annotated[list[str], Field(min_length=1)]
+    """Columns that hold a text or a list of texts; a dotted name goes into a nested field."""
+
+
+@whole
+class Split:
+    by: Literal["hash", "source"]
+    """hash: of the normalised title (of the text where there is none); source: the source's own splits."""
+    seed: Seed
+    """Draws another hash split."""
+    train: Fraction
+    """Share of the records; the three add up to 1."""
+    validation: Fraction
+    """Share of the records."""
+    test: Fraction
+    """Share of the records."""
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "Split":
+        total = self.train + self.validation + self.test
+        if abs(total - 1.0) > 1e-9:
+            raise ValueError(f"split.train + split.validation + split.test = {total:g}: they must add up to 1")
+        if min(self.train, self.validation, self.test) == 0.0:
+            raise ValueError("split: train, validation and test must each be above 0")
+        return self
+
+
+@whole
+class HubData:
+    id: str
+    """OWNER/NAME of the data set."""
+    config: str | None
+    """The data set's configuration, where it has several."""
+    revision: str
+    """A commit; a branch name moves."""
+    splits: Annotated[list[str], Field(min_length=1)]
+    """Splits read, one after the other."""
+
+    @model_validator(mode="after")
+    def _exists(self) -> "HubData":
+        if self.id.rpartition("/")[2] == "eli5" and self.id.partition("/")[0] in ("eli5", "defunct-datasets"):
+            raise ValueError(
+                f"data.hub.id={self.id}: the data set of the original guide is defunct: its source, Reddit's archive,"
+                " was closed, and the Hub serves it no more. Ways on: data.name=eli5_category (the guide's own"
+                " successor) or data.name=eli5_parquet (with r/askscience)"
+            )
+        return self
+
+
+_IN_ADDRESS = re.compile(r"(://[^/@:]*):[^/@]+@")
+_IN_QUERY = re.compile(r"([?&][^=&]*(?:token|secret|password|signature|credential|api_?key|sig)=)[^&]+", re.IGNORECASE)
+
+
+def without_credentials(path: str) -> str | None:
+    """`path` with *** in place of the passwords and tokens that it holds; None where it holds none."""
+    shown = _IN_QUERY.sub(r"\1***", _IN_ADDRESS.sub(r"\1:***@", path))
+    return shown if shown != path else None
+
+
+@part
+class SourceData:
+    """What `download` reads of conf/data/NAME.yaml."""
+
+    source: Literal["sample", "files", "hub"]
+    """sample: the embedded corpus; files: those at `path`; hub: a data set of the Hugging Face Hub."""
+    path: str
+    """File, directory or fsspec URL; ignored by hub."""
+    hub: HubData | None
+    """The data set, for source hub; null for the others."""
+    columns: Columns
+    """Where ELI5's fields stand in a record."""
+    filter: dict[str, Annotated[list[str | bool | int | float], Field(min_length=1)]] | None
+    """Column to the values that a record may have there; a record must match all. null or {}: none."""
+    text_record: Literal["file", "paragraph", "line"]
+    """What a record of plain text is."""
+    max_records: Positive | None
+    """The first N records that pass the filter; null: all."""
+    on_bad_record: Literal["error", "skip"]
+    """error: a malformed record ends the stage, named by file and line; skip: it is counted in the ledger."""
+    deduplicate: Literal["none", "exact", "near"]
+    """exact: drop documents that came before; near: and those of train that nearly stand in validation or test."""
+    count_near_duplicates: bool
+    """Look for near duplicates across the split where they are not dropped, too; costs memory per held-out document."""
+    split: Split
+    """Which records are trained on, chosen by and reported."""
+
+    @model_validator(mode="after")
+    def _matches_source(self) -> "SourceData":
+        if shown := without_credentials(self.path):
+            raise ValueError(
+                f"data.path={shown}: a path with credentials would stand in dvc.lock and in logs; leave them out, and"
+                " give them to fsspec by its configuration (~/.config/fsspec/*.json or an environment variable such as"
+                " FSSPEC_HTTPS, docs/security.md)"
+            )
+        if self.source == "sample" and self.path != SAMPLE:
+            raise ValueError(
+                f"data.path={self.path}: data.name=sample reads {SAMPLE} alone; set data.name=files for your own text"
+            )
+        if self.source == "hub" and self.hub is None:
+            raise ValueError("data.hub is missing: a Hub source needs hub.id and hub.revision")
+        if self.source != "hub" and self.hub is not None:
+            raise ValueError(f"data.hub has no meaning for data.source={self.source}: set hub: null")
+        if any(character in self.path for character in "'\"\n\\") or self.path != self.path.strip() or not self.path:
+            raise ValueError(
+                f"data.path={self.path!r}: quotes, backslashes and outer spaces cannot be passed on; rename it"
+            )
+        return self

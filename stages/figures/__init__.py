@@ -1,0 +1,1 @@
+"""Metrics of documents, for the stages that report them."""

@@ -1,0 +1,156 @@
+"""Files of pinned checkpoints and tokenizers: from a local directory, the Hugging Face cache, or the Hub."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.core.errors import StageError
+from stages.hub.client import ANSWER_SECONDS, FAILURES, explain, hub_unreachable, page_of
+
+log = logging.getLogger(__name__)
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "config.json",
+)  # fmt: skip
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+CONVERT = (
+    "pickled weights can run code when they are read, so they are not: where you trust them, convert them with"
+    " transformers' from_pretrained(DIRECTORY) and save_pretrained(DIRECTORY), which writes model.safetensors"
+)
+SINGLE_WEIGHTS, SHARDED_WEIGHTS = "model.safetensors", "model.safetensors.index.json"
+
+# Architectures that number positions from pad_token_id + 1 on, so that the first of their embeddings are never used.
+OFFSET_POSITIONS = ("camembert", "roberta", "xlm-roberta")
+
+
+class NoneFoundError(StageError):
+    """A source that has none of the files without which it is of no use."""
+
+
+def pinned_files(
+    key: str,
+    path: str,
+    revision: str | None,
+    hashes: dict[str, str] | None,
+    names: Sequence[str],
+    required: Sequence[str],
+) -> dict[str, Path]:
+    """The files of `names` that the pinned source has, by name; at least one of `required` is among them.
+
+    Args:
+        key: the config key that names the source, for errors.
+        path: a local directory with `hashes`, or a Hub repository with a `revision`.
+
+    Raises:
+        StageError: if the source cannot be reached, is not what its pin says, or has none of `required`.
+    """
+    found = _local(key, path, hashes, names) if hashes is not None else _hub(key, path, str(revision), names, required)
+    if not any(name in found for name in required):
+        raise NoneFoundError(f"{key}.path={path} has none of {', '.join(required)}")
+    return found
+
+
+def only_pickles(directory: Path) -> str:
+    """`, only FILE` for the first pickle that `directory` holds by its name; empty where there is none."""
+    pickles = sorted(file for file in directory.iterdir() if file.suffix in PICKLES)
+    return f", only {pickles[0]}" if pickles else ""
+
+
+def weights_files(key: str, path: str, revision: str | None, hashes: dict[str, str] | None) -> dict[str, Path]:
+    """The safetensors files of a pinned checkpoint, with the index where there are several."""
+    required = (SINGLE_WEIGHTS, SHARDED_WEIGHTS)
+    try:
+        found = pinned_files(key, path, revision, hashes, required, required)
+    except NoneFoundError as error:
+        only = only_pickles(Path(path).expanduser()) if hashes is not None else ""
+        raise StageError(f"{error}{only}: {CONVERT}") from None
+    if SINGLE_WEIGHTS in found:
+        return {SINGLE_WEIGHTS: found[SINGLE_WEIGHTS]}
+    shards = sorted(set(re.findall(r'"([^"/\\]+\.safetensors)"', found[SHARDED_WEIGHTS].read_text(encoding="utf-8"))))
+    for shard in shards:
+        found |= pinned_files(key, path, revision, hashes, [shard], [shard])
+    return found
+
+
+def usable_positions(settings: Mapping[str, Any]) -> int | None:
+    """Tokens that a model with the configuration `settings` can attend to; None where nothing bounds them."""
+    positions = settings.get("n_positions") or settings.get("max_position_embeddings")
+    if positions is not None and settings.get("model_type") in OFFSET_POSITIONS:
+        return int(positions) - int(1 if settings.get("pad_token_id") is None else settings["pad_token_id"]) - 1
+    return positions
+
+
+def sha256(file: Path) -> str:
+    """`sha256:` and the hex digest of the file's bytes."""
+    with file.open("rb") as stream:
+        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _local(key: str, path: str, hashes: dict[str, str], names: Sequence[str]) -> dict[str, Path]:
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        raise StageError(f"{key}.path={path} is not a directory on this machine")
+    found = {}
+    for name in names:
+        file = directory / name
+        if name not in hashes:
+            continue  # not pinned, not used
+        if not file.is_file():
+            raise StageError(f"{file} is pinned but not there: python -m tools.pin_model pins the directory anew")
+        if sha256(file) != hashes[name]:
+            raise StageError(
+                f"{file} is not the pinned file (its hash differs): python -m tools.pin_model pins it anew"
+            )
+        found[name] = file
+    return found
+
+
+def _hub(key: str, repository: str, revision: str, names: Sequence[str], required: Sequence[str]) -> dict[str, Path]:
+    # Unlike transformers' own look-up, a cached revision costs no request and a dead network costs seconds.
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    found: dict[str, Path] = {}
+    unknown = []
+    for name in names:
+        cached = try_to_load_from_cache(repository, name, revision=revision)
+        if isinstance(cached, str):
+            found[name] = Path(cached)
+        elif cached is None:
+            unknown.append(name)
+    if not unknown:
+        return found
+    unreachable = hub_unreachable()
+    if unreachable:
+        if any(name in found for name in required):  # a cache that other tools filled does not know what is absent
+            return found
+        raise StageError(
+            f"{key}.path={repository} (revision {revision}) is not in the cache, and the Hub cannot be reached:"
+            f" {unreachable}\n"
+            "  Ways on: a model from a local directory (python -m tools.pin_model DIRECTORY), or HF_HOME set to a cache"
+            " that holds a copy."
+        )
+    log.info("fetching %s at %s from the Hub", repository, revision[:12])
+    for name in unknown:
+        try:
+            found[name] = Path(hf_hub_download(repository, name, revision=revision, etag_timeout=ANSWER_SECONDS))
+        except RemoteEntryNotFoundError:  # not its base class, which a server that fails half-way raises as well
+            continue
+        except FAILURES as error:
+            raise StageError(
+                f"{key}.path={repository} (revision {revision}): {name} could not be fetched:"
+                f" {explain(error, page_of(repository))}"
+            ) from None
+    return found

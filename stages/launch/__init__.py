@@ -1,0 +1,1 @@
+"""Starting the processes of a stage: torch's launcher and Ray."""

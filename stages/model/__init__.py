@@ -1,0 +1,1 @@
+"""Models, objectives, losses, masking and numerical precision."""

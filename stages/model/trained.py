@@ -1,0 +1,76 @@
+"""What train writes and evaluate reads: a model, or low-rank additions to one (LoRA, through peft)."""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from stages.core.artifacts import damaged, read_json, write_json
+from stages.core.errors import StageError
+from stages.model.schema import Adapter, Model
+
+log = logging.getLogger(__name__)
+
+ADDITIONS = "adapter_model.safetensors"
+BASE = "base.json"  # beside additions alone: the config of the model that they are added to
+
+
+def add_adapter(model: Any, adapter: Adapter, source: Model, seed: int) -> Any:
+    """`model` with fresh additions, drawn from `seed`, which alone are trained.
+
+    Raises:
+        StageError: if the model has no layer of the names that adapter.targets gives.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    # transformers' message to peft, not to us.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.targets or "all-linear",
+        fan_in_fan_out=model.config.model_type == "gpt2",  # whose linear layers hold their weights transposed
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise StageError(f"adapter.targets={adapter.targets}: {' '.join(str(error).split())}") from None
+    config.base_model_name_or_path, config.revision = source.path, source.revision  # not the files it was read from
+    log.info("adapter: %.2f M parameters are trained", adapted.get_nb_trainable_parameters()[0] / 1e6)
+    return adapted
+
+
+def save_model(model: Any, adapter: Adapter | None, source: Model, directory: Path) -> None:
+    """Write a trained model, of `source`, into `directory` as `load_trained` reads it."""
+    if adapter is None:
+        model.save_pretrained(directory)
+    elif adapter.merge:
+        model.merge_and_unload().save_pretrained(directory)
+    else:
+        model.save_pretrained(directory)
+        (directory / "README.md").unlink()  # peft's empty model card
+        write_json(directory / BASE, TypeAdapter(Model).dump_python(source))
+
+
+def load_trained(task: str, directory: str | Path) -> Any:
+    """The model that train wrote into `directory`, in fp32 on the CPU; additions are merged into its weights."""
+    from stages.model.models import load_directory, load_pretrained
+
+    base = Path(directory) / BASE
+    if not base.is_file():
+        return load_directory(task, directory)
+    from peft import PeftModel
+
+    try:
+        source = TypeAdapter(Model).validate_json(json.dumps(read_json(base)))
+    except ValueError as error:
+        raise damaged(base, f"not the config of a model: {error}") from None
+    if not (Path(directory) / ADDITIONS).is_file():  # peft would look for a pickle
+        raise damaged(directory, f"no {ADDITIONS}")
+    return PeftModel.from_pretrained(load_pretrained(source), directory).merge_and_unload()

@@ -1,0 +1,159 @@
+"""Text to token ids: by fastokens, which is many times faster, where it is exact; by Hugging Face tokenizers elsewhere.
+
+In both, text stays text: a control token that is spelt out in it is encoded as any other characters.
+"""
+
+import itertools
+import json
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from tokenizers import Tokenizer, decoders, models, processors
+from tokenizers.pre_tokenizers import ByteLevel
+
+from stages.core.artifacts import to_arrow
+
+log = logging.getLogger(__name__)
+
+
+class Encoded(NamedTuple):
+    """The token ids of some texts, one text after the other; control tokens left out."""
+
+    ids: npt.NDArray[np.uint32]
+    """[num_tokens]"""
+    offsets: npt.NDArray[np.int64]
+    """[num_texts + 1] where each text begins in `ids`, and their end."""
+
+
+Engine = Callable[[list[str]], Encoded]
+
+
+def choose_engine(tokenizer: Tokenizer, sample: list[str]) -> tuple[str, Engine]:
+    """The name of the fastest engine that encodes as `tokenizer` does, and the engine.
+
+    Args:
+        sample: texts that a faster engine must encode to the very same ids to be chosen.
+    """
+    reference = Tokenizers(tokenizer)
+    fast = fastokens_engine(tokenizer)
+    if fast is None:
+        return "tokenizers", reference
+    try:
+        differing = first_difference(fast(sample), reference(sample))
+    except Exception as error:  # as below
+        log.warning("fastokens fails on this text (%s): tokenizers takes its place, exact but slower", error)
+        return "tokenizers", reference
+    if differing is not None:
+        log.warning(
+            "fastokens encodes %r ... unlike tokenizers, which takes its place: exact but slower",
+            sample[differing][:40],
+        )
+        return "tokenizers", reference
+    return "fastokens", fast
+
+
+def first_difference(one: Encoded, other: Encoded) -> int | None:
+    """The number of the first text that `one` and `other` encode differently."""
+    for number in range(len(one.offsets) - 1):
+        ours, theirs = (row.ids[row.offsets[number] : row.offsets[number + 1]] for row in (one, other))
+        if not np.array_equal(ours, theirs):
+            return number
+    return None
+
+
+class Tokenizers:
+    """Hugging Face tokenizers: any kind of tokenizer, and what the others are measured by."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        tokenizer.encode_special_tokens = True  # text stays text; lost where a tokenizer is pickled
+        self._tokenizer = tokenizer
+
+    def __reduce__(self) -> tuple[type["Tokenizers"], tuple[Tokenizer]]:
+        return Tokenizers, (self._tokenizer,)
+
+    def __call__(self, texts: list[str]) -> Encoded:
+        rows = [item.ids for item in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        return Encoded(np.fromiter(itertools.chain.from_iterable(rows), np.uint32, int(offsets[-1])), offsets)
+
+
+class Fastokens:
+    """fastokens, for the byte-level BPE that it takes: others, and those with rules that it lacks, are an error."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        from fastokens import Tokenizer as FastTokenizer
+
+        content = tokenizer.to_str()
+        if not isinstance(tokenizer.post_processor, processors.ByteLevel | None):
+            # It refuses those that it does not know; control tokens are tokenize's to add.
+            content = json.dumps(json.loads(content) | {"post_processor": None})
+        self._tokenizer, self._fast = tokenizer, FastTokenizer.from_json_str(content)
+
+    def __reduce__(self) -> tuple[type["Fastokens"], tuple[Tokenizer]]:
+        return Fastokens, (self._tokenizer,)  # its own does not pickle
+
+    def __call__(self, texts: list[str]) -> Encoded:
+        ids, offsets = self._fast.encode_batch_flat(texts, split_special_tokens=True)
+        return Encoded(np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(np.int64))
+
+
+def fastokens_engine(tokenizer: Tokenizer) -> Engine | None:
+    """fastokens, where it takes `tokenizer`."""
+    if not isinstance(tokenizer.model, models.BPE) or not is_byte_level(tokenizer):
+        return None
+    try:
+        return Fastokens(tokenizer)
+    except Exception as error:  # it raises what its Rust code meets
+        log.info("fastokens does not take this tokenizer (%s): tokenizers encodes", error)
+        return None
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether the tokens of `tokenizer` are spelt in bytes."""
+    return isinstance(tokenizer.decoder, decoders.ByteLevel)
+
+
+class Decoder:
+    """Tells how many of some texts their ids do not give back."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._spellings = token_bytes(tokenizer) if is_byte_level(tokenizer) else None
+
+    def num_lossy(self, texts: pa.Array, encoded: Encoded) -> int:
+        """How many of `texts`, an array of strings, are not what decoding their ids gives."""
+        if self._spellings is None:
+            rows = [ids.tolist() for ids in np.split(encoded.ids, encoded.offsets[1:-1])]
+            decoded = self._tokenizer.decode_batch(rows, skip_special_tokens=False)
+            return sum(text != back for text, back in zip(texts.to_pylist(), decoded, strict=True))
+        # The tokens' bytes lie one after the other: cut anew at the texts' ends, they are the texts decoded.
+        _, ends, data = self._spellings.take(to_arrow(encoded.ids)).buffers()
+        ends = np.frombuffer(ends, np.int64)[encoded.offsets] if len(encoded.ids) else encoded.offsets
+        decoded = pa.Array.from_buffers(pa.large_binary(), len(texts), [None, pa.py_buffer(ends), data])
+        return int(pc.sum(pc.not_equal(texts.cast(pa.large_binary()), decoded), min_count=0).as_py())
+
+
+def token_bytes(tokenizer: Tokenizer) -> pa.Array:
+    """What each id of a byte-level tokenizer stands for, [num_ids] large_binary.
+
+    The alphabet of byte-level BPE is that of GPT-2 (Radford et al. 2019): bytes that print stand for themselves, the
+    others, in order, for the characters from 256 on.
+    """
+    alphabet = set(ByteLevel.alphabet())
+    own = {character for character in alphabet if ord(character) < 256}
+    hidden = sorted(set(map(chr, range(256))) - own)
+    to_bytes = str.maketrans(dict(zip(sorted(alphabet - own), hidden, strict=True)))
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    spellings = [b""] * (max(vocabulary.values()) + 1)
+    for token, number in vocabulary.items():
+        # A token added with other characters is spelt in them.
+        known = alphabet.issuperset(token)
+        spellings[number] = token.translate(to_bytes).encode("latin-1") if known else token.encode()
+    ends = np.cumsum([0, *map(len, spellings)], dtype=np.int64)
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(spellings))]
+    return pa.Array.from_buffers(pa.large_binary(), len(spellings), buffers)

@@ -1,0 +1,150 @@
+"""The texts of records, flattened: what tokenize reads of download's Parquet files, ahead of its work."""
+
+import functools
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from stages.core.artifacts import damaged, to_arrow, to_numpy
+from stages.tokenize.schema import Flatten
+
+Item = TypeVar("Item")
+_END: Any = object()
+
+
+class Rows(NamedTuple):
+    """Some documents of a file."""
+
+    groups: range
+    """The row groups that hold them."""
+    first: int
+    """The number of the first of them in the file."""
+
+
+class TextFile:
+    """The texts of the records in a Parquet file of download: the values of flatten.columns, joined.
+
+    Iterating gives an array of strings for each row group: what is written a row group at a time follows from the
+    records alone.
+    """
+
+    def __init__(self, path: Path, flatten: Flatten) -> None:
+        self._path, self._flatten = path, flatten
+        metadata = metadata_of(path)
+        texts = {column.path for column in metadata.schema if str(column.logical_type) == "String"}
+        for name in flatten.columns:
+            if _path(name) not in texts:
+                raise damaged(path, f"no column {name} of text, as download writes it")
+        self.num_documents: int = metadata.num_rows
+        self.num_groups: int = metadata.num_row_groups
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        paths = {_path(name) for name in flatten.columns}
+        columns = [index for index, column in enumerate(metadata.schema) if column.path in paths]
+        # The bytes of the texts of each row group, and the number of its first document.
+        self._sizes = [sum(group.column(index).total_uncompressed_size for index in columns) for group in groups]
+        self._first = np.cumsum([0, *(group.num_rows for group in groups)]).tolist()
+
+    def shards(self, size: int) -> list["Rows"]:
+        """Runs of row groups, each of at least `size` bytes but the last; of no documents, one without groups."""
+        ends = np.cumsum(self._sizes)
+        runs: list[Rows] = []
+        start = 0
+        while start < self.num_groups or not runs:
+            reached = size + (ends[start - 1] if start else 0)
+            end = min(int(np.searchsorted(ends, reached)) + 1, self.num_groups)
+            runs.append(Rows(range(start, end), self._first[start]))
+            start = end
+        return runs
+
+    def __iter__(self) -> Iterator[pa.Array]:
+        yield from self.groups(range(self.num_groups))
+
+    def groups(self, numbers: Iterable[int]) -> Iterator[pa.Array]:
+        """The texts of the row groups numbered `numbers`, an array of strings each."""
+        metadata = metadata_of(self._path)
+        with (
+            named_damage(self._path),
+            pq.ParquetFile(self._path, metadata=metadata, page_checksum_verification=True) as file,
+        ):
+            for number in numbers:
+                yield self._read(file, number)
+
+    def _read(self, file: pq.ParquetFile, number: int) -> pa.Array:
+        names = list(self._flatten.columns)
+        table = file.read_row_group(number, columns=names, use_threads=False)
+        columns = []
+        for name in names:
+            values = table.column(name.partition(".")[0]).combine_chunks()
+            answers = values.field("text") if name == "answers.text" else None
+            if values.null_count or (answers is not None and (answers.null_count or answers.flatten().null_count)):
+                raise damaged(self._path, f"nulls in {name}, where download writes none")
+            columns.append(values if answers is None else join(answers, self._flatten.joiner))
+        if len(columns) == 1:
+            return columns[0]
+        # Row by row, as lists. (Arrow's own join of columns, told to skip nulls, leaves out rows that are all null.)
+        rows = np.arange(len(table) * len(names)).reshape(len(names), -1).T
+        ends = np.arange(len(table) + 1) * len(names)
+        values = pa.concat_arrays(columns).take(to_arrow(rows.ravel()))
+        return join(pa.LargeListArray.from_arrays(to_arrow(ends), values), self._flatten.joiner)
+
+
+def metadata_of(path: Path) -> pq.FileMetaData:
+    """What the Parquet file `path` says of itself, parsed once a process (18 us a row group)."""
+    stat = path.stat()
+    return _metadata(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _metadata(path: Path, *_: int) -> pq.FileMetaData:
+    with named_damage(path):
+        return pq.read_metadata(path)
+
+
+def _path(name: str) -> str:
+    """Where Parquet has the values of what `flatten` calls `name`."""
+    return f"{name}.list.element" if name == "answers.text" else name
+
+
+def join(lists: pa.Array, joiner: str) -> pa.Array:
+    """The strings of each list that are not empty, joined: an array of strings."""
+    values, ends = lists.flatten(), to_numpy(lists.offsets)
+    kept = to_numpy(pc.binary_length(values)) > 0
+    before = np.concatenate([[0], np.cumsum(kept)])[ends - ends[0]]
+    values = values if kept.all() else values.take(to_arrow(np.flatnonzero(kept)))
+    # A scalar made by pyarrow from Python's str would import pandas, half a second's work.
+    separator = strings([joiner.encode()])[0]
+    return pc.binary_join(pa.LargeListArray.from_arrays(to_arrow(before), values), separator)
+
+
+def strings(values: list[bytes]) -> pa.Array:
+    """An Arrow array of the strings that `values` spell in UTF-8."""
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    return pa.StringArray.from_buffers(len(values), pa.py_buffer(ends), pa.py_buffer(b"".join(values)))
+
+
+@contextmanager
+def named_damage(file: Path) -> Iterator[None]:
+    """Errors of a damaged Parquet file inside the block, as StageErrors that name it."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the system's: no such file, no permission
+        raise damaged(file, error) from None
+
+
+def ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """`items`, each computed by a thread while the one before is worked on."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, iterator, _END)
+        while (item := coming.result()) is not _END:
+            coming = thread.submit(next, iterator, _END)
+            yield item

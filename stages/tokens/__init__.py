@@ -1,0 +1,1 @@
+"""Tokenizers and their vocabulary, for every stage that reads tokens."""

@@ -1,0 +1,163 @@
+"""Checkpoints of a training run: each whole or not there, outside the workspace, found again by what the run computes.
+
+DVC deletes a stage's outs before it runs, so that what a killed run is to go on from stands in the user's cache
+directory, under a fingerprint of all that decides the result: another run's checkpoint is never taken.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from stages.core.artifacts import versions
+from stages.hub.files import sha256
+from stages.shell.cache import cache_directory
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest-{}.json"  # of each process that wrote
+LIBRARIES = ("accelerate", "numpy", "peft", "torch", "transformers")
+
+
+def fingerprint(config: Any, inputs: Iterable[Path], stage: str) -> str:
+    """A name for the run of `config` (as JSON holds it) on the files `inputs`: of all that decides its result.
+
+    That is these, the project's modules loaded so far with that of the stage (as a process, it has another name), the
+    libraries' versions and the kind of machine.
+    """
+    sources = {stage, *(str(module.__file__) for name, module in sys.modules.items() if name.startswith("stages."))}
+    known = {
+        "config": config,
+        "sources": sorted((Path(file).name, sha256(Path(file))) for file in sources),
+        "inputs": [(file.name, sha256(file)) for file in inputs],
+        "versions": versions(*LIBRARIES),
+        "machine": [platform.machine(), platform.python_version()],
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Checkpoints:
+    """The checkpoints of a run: directories `checkpoint-STEP` in `directory`, of which the newest `keep` stay."""
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self.directory, self._keep = directory, keep
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` stands, if it does."""
+        return self.directory / f"checkpoint-{step}"
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints there are, the newest last."""
+        return sorted(int(path.name.partition("-")[2]) for path in self.directory.glob("checkpoint-*"))
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint whose files are all as they were written; damaged ones are removed."""
+        for step in reversed(self.steps()):
+            damage = damaged(self.path(step))
+            if damage is None:
+                return step
+            log.warning("the checkpoint of step %d is damaged (%s) and left out", step, damage)
+            shutil.rmtree(self.path(step))
+        return None
+
+    def clear(self) -> None:
+        """Remove all checkpoints."""
+        for step in self.steps():
+            shutil.rmtree(self.path(step))
+
+    @contextmanager
+    def writing(self, step: int, best: int | None, writer: int = 0) -> Iterator[Path]:
+        """A directory in which to make a directory `checkpoint-STEP`, that takes its place when it is on the disk.
+
+        Args:
+            best: the step of a checkpoint that stays however old it is.
+            writer: the number of the process that writes, where parts of several are put together.
+        """
+        aside = self.directory / ".tmp"
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            seal(aside / self.path(step).name, writer)
+            shutil.rmtree(self.path(step), ignore_errors=True)
+            (aside / self.path(step).name).rename(self.path(step))
+            sync(self.directory)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        for old in self.steps()[: -self._keep]:
+            if old != best:
+                shutil.rmtree(self.path(old))
+
+
+def seal(checkpoint: Path, writer: int) -> None:
+    """Write the hashes of a checkpoint's files beside them, and wait until all of it is on the disk."""
+    manifest = checkpoint / MANIFEST.format(writer)
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    hashes = {file.relative_to(checkpoint).as_posix(): sha256(file) for file in files}
+    manifest.write_text(json.dumps(hashes), encoding="utf-8")
+    for path in (*files, manifest, checkpoint):
+        sync(path)
+
+
+def damaged(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None where nothing is."""
+    try:
+        manifests = {checkpoint / MANIFEST.format(0), *checkpoint.glob(MANIFEST.format("*"))}
+        hashes = {
+            name: digest
+            for manifest in manifests
+            for name, digest in json.loads(manifest.read_text(encoding="utf-8")).items()
+        }
+        changed = [name for name, digest in sorted(hashes.items()) if sha256(checkpoint / name) != digest]
+    except (OSError, ValueError) as error:
+        return str(error)
+    return f"{', '.join(changed)} changed" if changed else None
+
+
+def sync(path: Path) -> None:
+    """Wait until `path`, a file or the names in a directory, is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no directories
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def checkpoint_directory(name: str) -> Iterator[Path]:
+    """Where the checkpoints of the run called `name` (its fingerprint) stand; no other process uses it meanwhile.
+
+    It vanishes when the block ends well. Queue workers may train the same at once: each has a place of its own.
+    """
+    root = cache_directory() / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    lock, place = _first_free(root, name)
+    try:
+        yield root / place
+        shutil.rmtree(root / place, ignore_errors=True)
+    finally:
+        lock.release()
+
+
+def _first_free(root: Path, name: str) -> tuple[FileLock, str]:
+    number = 1
+    while True:
+        place = name if number == 1 else f"{name}-{number}"
+        lock = FileLock(root / f"{place}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            number += 1
+        else:
+            return lock, place

@@ -1,0 +1,221 @@
+"""artifacts: whole or not at all, the same bytes for the same rows, readable across shards, damage named."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from data_helpers import contents, record_batch, steady, write_shards
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.core.artifacts import (
+    Blocks,
+    Documents,
+    free_copy,
+    read_json,
+    shard_batches,
+    shard_files,
+    staged,
+    to_arrow,
+    to_numpy,
+    token_dtype,
+    versions,
+    write_json,
+    write_shard,
+    write_text,
+)  # fmt: skip
+from stages.core.errors import StageError
+
+DOCUMENT = pa.schema([("input_ids", pa.large_list(pa.uint16())), ("num_bytes", pa.int32())])
+BLOCK = pa.schema([("input_ids", pa.list_(pa.uint16(), 3))])
+ROWS = [[1, 2], [], [3], [4, 5, 6, 7], [], [8], [9, 10]]
+
+
+def write_documents(directory: Path, rows: Sequence[Sequence[int]], at_once: int, per_shard: int | None = None) -> Path:
+    arrays = [np.array(row, np.uint16) for row in rows]
+    cut = [arrays[start : start + at_once] for start in range(0, len(rows), at_once)]
+    batches = [record_batch(batch, [10 * len(row) for row in batch], DOCUMENT) for batch in cut]
+    return write_shards(directory, DOCUMENT, batches, per_shard)
+
+
+def write_blocks(directory: Path, num_blocks: int, at_once: int, per_shard: int | None = None) -> Path:
+    batches = []
+    for start in range(0, num_blocks, at_once):
+        ids = np.arange(3 * start, 3 * min(start + at_once, num_blocks), dtype=np.uint16)
+        batches.append(pa.record_batch([pa.FixedSizeListArray.from_arrays(to_arrow(ids), 3)], schema=BLOCK))
+    return write_shards(directory, BLOCK, batches, per_shard)
+
+
+# -- whole or not at all -----------------------------------------------------------------------------------------------
+
+
+def test_staged_block_that_ends_well_takes_the_name(tmp_path: Path) -> None:
+    with staged(tmp_path / "deep/out") as directory:
+        (directory / "a").write_text("new")
+        assert not (tmp_path / "deep/out").exists()
+    assert contents(tmp_path) == {"deep/out/a": b"new"}
+
+
+def test_staged_block_that_ends_well_replaces_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old").write_text("old")
+    with staged(tmp_path / "out") as directory:
+        (directory / "a").write_text("new")
+        assert contents(tmp_path / "out") == {"old": b"old"}
+    assert contents(tmp_path) == {"out/a": b"new"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("before", [{}, {"out/old": b"old"}])
+def test_staged_block_that_fails_leaves_what_was_there(
+    tmp_path: Path, error: type[BaseException], before: dict[str, bytes]
+) -> None:
+    for name, content in before.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(error), staged(tmp_path / "out") as directory:
+        (directory / "a").write_text("half")
+        raise error
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] * bool(before)
+
+
+def test_staged_after_a_killed_run_starts_empty(tmp_path: Path) -> None:
+    killed = staged(tmp_path / "out")
+    (killed.__enter__() / "of the killed run").write_text("")
+    with staged(tmp_path / "out") as directory:
+        (directory / "a").write_text("")
+    assert list(contents(tmp_path / "out")) == ["a"]
+
+
+def test_write_text_replaces_and_leaves_nothing_aside(tmp_path: Path) -> None:
+    for text in ("old and longer", "naïve"):
+        write_text(tmp_path / "deep/a.txt", text)
+    assert contents(tmp_path) == {"deep/a.txt": "naïve".encode()}
+
+
+@pytest.mark.parametrize("value", [{"b": 1, "a": [None, 0.1, "北京"]}, [], "x", 1e-300])
+def test_write_json_gives_back_the_value_and_the_order(tmp_path: Path, value: object) -> None:
+    write_json(tmp_path / "a.json", value)
+    assert json.dumps(read_json(tmp_path / "a.json")) == json.dumps(value)
+
+
+def test_write_json_of_a_number_that_json_lacks_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", float("nan"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("raw", [b"", b'{"a": ', b"\xff"])
+def test_read_json_of_a_damaged_file_names_it(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(raw)
+    with pytest.raises(StageError, match=f"{tmp_path / 'a.json'} is damaged"):
+        read_json(tmp_path / "a.json")
+
+
+def test_versions_are_those_installed_sorted_by_name() -> None:
+    found = versions("pyarrow", "numpy")
+    assert list(found.items()) == [("numpy", np.__version__), ("pyarrow", pa.__version__)]
+
+
+def test_free_copy_copies_files_but_for_those_left(tmp_path: Path) -> None:
+    for name in ("from/a", "from/b", "from/deep/c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "from/a").chmod(0o444)
+    (tmp_path / "to").mkdir()
+    free_copy(tmp_path / "from", tmp_path / "to", leave=["b"])
+    assert contents(tmp_path / "to") == {"a": b"from/a"}
+    (tmp_path / "to/a").open("ab").close()  # writable
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
+def test_token_dtype_is_the_narrowest(size: int, dtype: type) -> None:
+    assert token_dtype(size) == dtype
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32, np.int64])
+@pytest.mark.parametrize("values", [[], [1], [5, 0, 65_535]])
+def test_to_numpy_of_to_arrow_gives_back_values_and_dtype(dtype: type, values: list[int]) -> None:
+    back = to_numpy(to_arrow(np.array(values, dtype)))
+    assert (back.tolist(), back.dtype) == (values, dtype)
+
+
+def test_to_numpy_of_a_slice_gives_the_slice() -> None:
+    assert to_numpy(to_arrow(np.arange(9, dtype=np.uint16))[3:5]).tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("per_shard", [1, 2, None])
+def test_shards_written_again_are_the_same_bytes(tmp_path: Path, per_shard: int | None) -> None:
+    one, two = (contents(write_documents(tmp_path / name, ROWS, 2, per_shard)) for name in ("one", "two"))
+    assert one == two
+
+
+def test_shard_whose_batches_fail_raises_the_error_itself(tmp_path: Path) -> None:
+    def batches() -> Iterator[pa.RecordBatch]:
+        raise KeyError
+        yield
+
+    with pytest.raises(KeyError):
+        write_shard(tmp_path / "d/shard-00000.arrow", DOCUMENT, batches())
+
+
+def test_documents_of_no_batch_are_none(tmp_path: Path) -> None:
+    documents = Documents(write_documents(tmp_path / "d", [], 1))
+    assert (len(documents), documents.num_bytes.tolist()) == (0, [])
+
+
+@pytest.mark.parametrize("per_shard", [1, 2, None])
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7])
+def test_documents_across_batches_and_shards_are_those_written(
+    tmp_path: Path, at_once: int, per_shard: int | None
+) -> None:
+    documents = Documents(write_documents(tmp_path / "d", ROWS, at_once, per_shard))
+    assert [documents[i].tolist() for i in range(len(documents))] == ROWS
+    assert documents.num_bytes.tolist() == [10 * len(row) for row in ROWS]
+
+
+@steady
+@given(rows=st.lists(st.lists(st.integers(0, 2**16 - 1), max_size=4), max_size=12), at_once=st.integers(1, 5))
+def test_documents_of_any_rows_are_those_written(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[list[int]], at_once: int
+) -> None:
+    documents = Documents(write_documents(tmp_path_factory.mktemp("any"), rows, at_once))
+    assert [documents[i].tolist() for i in range(len(documents))] == rows
+
+
+@pytest.mark.parametrize("per_shard", [1, 2, None])
+@pytest.mark.parametrize("at_once", [1, 2, 7])
+def test_blocks_across_batches_and_shards_are_those_written_in_any_order(
+    tmp_path: Path, at_once: int, per_shard: int | None
+) -> None:
+    blocks = Blocks(write_blocks(tmp_path / "b", 7, at_once, per_shard))
+    whole = np.arange(21).reshape(7, 3)
+    assert (len(blocks), blocks.block_size) == (7, 3)
+    assert blocks[range(7)].tolist() == whole.tolist()
+    assert blocks[[6, 0, 3, 3]].tolist() == whole[[6, 0, 3, 3]].tolist()
+
+
+def test_blocks_of_an_empty_split_name_the_directory(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=f"{tmp_path / 'b'} holds no blocks"):
+        Blocks(write_blocks(tmp_path / "b", 0, 1))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_shard_batches_of_a_truncated_shard_names_it(tmp_path: Path, keep: int) -> None:
+    file = list(shard_files(write_documents(tmp_path / "d", ROWS, 2, per_shard=1)))[1]
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(StageError, match=f"{file} is damaged.*dvc repro"):
+        list(shard_batches(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("reader", [Documents, Blocks, shard_files])
+def test_reading_a_directory_without_shards_names_it(tmp_path: Path, reader: type) -> None:
+    with pytest.raises(StageError, match=f"{tmp_path} holds no shards"):
+        reader(tmp_path)

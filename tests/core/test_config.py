@@ -1,0 +1,171 @@
+"""conf/ against the schemas, and the errors that a wrong value meets."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from stages.core.config import CONF, load
+from stages.core.errors import ConfigError
+from stages.core.pins import pinned_origin
+from stages.tokens.schema import TokenizerSource, TrainedTokenizer
+from tools.check import schema_of
+
+STAGES = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "publish")  # which no stage composes
+PATHS = {
+    "download": ["data.path=data/sample/askscience.jsonl", "out=o"],
+    "tokenize": ["raw=r", "out=o"],
+    "group_texts": ["block_size=128", "tokens=t", "out=o"],
+    "baseline": ["seed=1", "tokens=t", "out=o"],
+    "train": [
+        *("seed=1", "block_size=128", "learning_rate=0.1", "num_train_epochs=1", "batch_size=4"),
+        *("tokens=t", "blocks=b", "out=o", "report=r"),
+    ],
+    "evaluate": ["trained=m", "tokens=t", "blocks=b", "baseline=b", "out=o", "samples_out=s"],
+}
+GROUPS = {
+    "download": {"data": "sample"},
+    "tokenize": {"data": "sample", "model": "tiny-gpt2", "task": "causal"},
+    "group_texts": {},
+    "baseline": {"model": "tiny-gpt2", "task": "causal", "hardware": "cpu"},
+    "train": {"model": "tiny-gpt2", "adapter": "none", "task": "causal", "hardware": "cpu", "framework": "trainer"},
+    "evaluate": {"task": "causal", "hardware": "cpu"},
+}
+DEFUNCT = "data/eli5"  # which explains itself
+FILES = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.glob("*/*.yaml"))
+
+
+def config(stage: str, *overrides: str, **groups: str) -> Any:
+    """The config of `stage`, complete but for what `overrides` and `groups` change."""
+    chosen = [f"{group}={name}" for group, name in {**GROUPS[stage], **groups}.items()]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return load(schema_of(stage), compose(stage, [*chosen, *PATHS[stage], *overrides]), stage)
+
+
+def task_of(model: str) -> str:
+    return str(yaml.safe_load((CONF / f"model/{model}.yaml").read_text(encoding="utf-8"))["task"])
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_config_every_file_composes_in_every_stage_that_has_its_group(stage: str, file: str) -> None:
+    group, name = file.split("/")
+    if group not in GROUPS[stage] or (stage, file) == ("download", DEFUNCT):
+        with pytest.raises(Exception, match=group):
+            config(stage, f"{group}={name}")
+        return
+    groups = {group: name}
+    if group == "model" and "task" in GROUPS[stage]:
+        groups["task"] = task_of(name)
+    if group == "task" and "model" in GROUPS[stage]:
+        groups["model"] = {"causal": "tiny-gpt2", "mlm": "tiny-roberta"}[name]
+    assert isinstance(config(stage, **groups), schema_of(stage))
+
+
+@pytest.mark.parametrize("group", ["data", "model", "task", "hardware"])
+def test_config_files_of_a_group_that_dvc_tracks_by_key_have_the_same_keys(group: str) -> None:
+    keys = {file.stem: set(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in (CONF / group).glob("*.yaml")}
+    assert len({frozenset(names) for names in keys.values()}) == 1, keys
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "message"),
+    [
+        ("group_texts", ["block_size=0"], "block_size=0: it should be greater than or equal to 2"),
+        ("group_texts", ["block_size=abc"], 'block_size="abc": it should be a valid integer'),
+        ("group_texts", ["block_size=1.5"], "block_size=1.5: it should be a valid integer"),
+        ("group_texts", ["block_size=true"], "block_size=true: it should be a valid integer"),
+        ("train", ["block_size=513"], "block_size=513 is above the model's positions, 512"),
+        ("train", ["seed=-1"], "seed=-1: it should be greater than or equal to 0"),
+        ("train", ["learning_rate=0"], "learning_rate=0: it should be greater than 0"),
+        ("train", ["num_train_epochs=-1"], "num_train_epochs=-1: it should be greater than 0"),
+        ("train", ["batch_size=10", "hardware.per_device_batch_size=4"], "batch_size=10 is not a multiple of 4"),
+        (
+            "train",
+            ["+trainer.load_best_model_at_end=true"],
+            "load_best_model_at_end needs save_strategy and eval_strategy",
+        ),
+        ("train", ["learning_rate=.inf"], "learning_rate"),
+        ("train", ["trainer.eval_strategy=false"], "in quotes: YAML takes a bare no for false"),
+        ("train", ["model.config.model_type=bloom"], "objective.isolate_documents=true is not proven for bloom"),
+        ("tokenize", ["~model.tokenizer.train.special_tokens.eos_token"], "special_tokens has no eos_token"),
+        ("evaluate", ["samples.max_new_tokens=null"], "samples.max_new_tokens is missing for objective.name=causal"),
+        ("evaluate", ["task=mlm", "samples.prompts=[no mask]"], "'no mask' needs exactly one {mask}"),
+        ("train", ["+trainer.weight_decai=0.1"], "did you mean weight_decay?"),
+        ("train", ["+trainer.output_dir=x"], "trainer.output_dir cannot be set: checkpoints live outside"),
+        ("train", ["trainer.weight_decay=much"], "trainer.weight_decay='much': it should be a valid number"),
+        ("train", ["early_stopping={patience: 2, threshold: 0.0}"], "early_stopping needs trainer.load_best_model"),
+        ("train", ["model=tiny-roberta"], "causal.model: this model is for task=mlm"),
+        ("train", ["+objective.mlm_probability=0.1"], "objective.mlm_probability has no meaning"),
+        ("train", ["+hardware.gpus=2"], "hardware.gpus is not a key that train knows"),
+        ("train", ["++model.config=3"], "model.config=3: "),
+        ("baseline", ["evaluate.context=1024"], "evaluate.context=1024 is above the model's positions, 512"),
+        ("baseline", ["evaluate.context=2"], "evaluate.context=2: it should be greater than or equal to 4"),
+        ("download", ["data.split.train=0.9"], "split.train + split.validation + split.test = 1.1"),
+        ("download", ["data.split.train=0.9", "data.split.test=0"], "must each be above 0"),
+        ("download", ["data.path=other.jsonl"], "set data.name=files for your own text"),
+        ("download", ["data=hub", "data.hub=null"], "data.hub is missing"),
+        ("download", ["data=hub", "data.source=files"], "data.hub has no meaning for data.source=files"),
+        ("download", ["data=eli5"], "is defunct"),
+        ("download", ["data=eli5"], "data.name=eli5_category"),
+        ("download", ["data=hub", "data.hub.id=eli5"], "data.name=eli5_parquet"),
+        ("download", ["data=hub", "+data.filter.subreddit=askscience"], "data.filter.subreddit"),
+        ("download", ["data=hub", "+data.filter.subreddit=[]"], "data.filter.subreddit"),
+        ("download", ["data.columns.texts=[]"], "data.columns.texts"),
+        ("tokenize", ["++model.tokenizer.path=x"], "model.tokenizer: give either `train` or `path`"),
+        ("tokenize", ["+model.tokenizer.train.special_tokens.end=x"], "special_tokens.end is not a role"),
+        (
+            "tokenize",
+            ["~model.tokenizer.train", "++model.tokenizer.path=a/b"],
+            "model.tokenizer.path=a/b is not pinned",
+        ),
+        ("evaluate", ["evaluate.max_documents=0"], "evaluate.max_documents=0: it should be greater than or equal to 1"),
+    ],
+)
+def test_config_wrong_value_is_refused_by_name(stage: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config(stage, *overrides)
+    assert message in str(error.value)
+
+
+def test_config_all_problems_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        config("train", "seed=-1", "block_size=9999", "batch_size=0", "+trainer.weight_decai=1", "learning_rate=-1")
+    assert len(error.value.problems) == 5
+
+
+def test_config_missing_groups_and_values_are_named_without_their_parts() -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(ConfigError) as error:
+        load(schema_of("train"), compose("train"), "train", unchosen=["model"])
+    assert "model is not chosen: add model=NAME, one of bert, distilgpt2, distilroberta, " in str(error.value)
+
+
+def test_config_origin_names_what_a_source_is_pinned_to_and_not_where_it_stands() -> None:
+    assert pinned_origin(TokenizerSource(path="o/n", revision="0f")) == {"path": "o/n", "revision": "0f"}
+    assert pinned_origin(TokenizerSource(path="/here/n", files={"a": "0f"})) == {"path": "n", "files": {"a": "0f"}}
+    trained = TrainedTokenizer(vocab_size=300, special_tokens={})
+    assert pinned_origin(TokenizerSource(train=trained)) is None
+
+
+def test_config_warmup_ratio_is_taken_as_the_library_once_did() -> None:
+    assert config("train", "+trainer.warmup_ratio=0.1").trainer["warmup_ratio"] == 0.1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_config_stage_shows_its_config_without_arguments(stage: str) -> None:
+    command = [sys.executable, "-m", f"stages.{stage}", "--cfg", "job"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=CONF.parent, check=False)
+    assert shown.returncode == 0, shown.stderr
+    last_key = next(iter(reversed(yaml.safe_load((CONF / f"{stage}.yaml").read_text(encoding="utf-8")))))
+    assert f"{last_key}: ???" in shown.stdout
+
+
+def test_config_stage_without_config_ends_in_one_message_and_exit_code_1() -> None:
+    command = [sys.executable, "-m", "stages.train", "task=causal"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=CONF.parent, check=False)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert "model is not chosen" in ended.stderr and "hardware is not chosen" in ended.stderr

@@ -1,0 +1,291 @@
+"""download: records in, three splits and a ledger out; the same bytes again; nothing half-written."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_helpers import contents, questions, read_stats, source_data, split, write_jsonl
+from hydra import compose, initialize_config_dir
+
+from stages import download
+from stages.core.artifacts import SPLITS
+from stages.core.config import CONF, load
+from stages.core.errors import StageError
+from stages.download.records import ELI5
+from stages.download.schema import SAMPLE, Columns, HubData, SourceData
+from stages.download.stage import DownloadConfig, main
+
+MALFORMED = {"title": "no text"}
+EVEN = split(train=0.4, validation=0.3, test=0.3)
+
+
+def run(data: SourceData, out: Path) -> Any:
+    """The ledger of download on `data`."""
+    main(DownloadConfig(data=data, out=str(out)))
+    return read_stats(out)
+
+
+def records_of(out: Path) -> dict[str, list[Any]]:
+    return {name: pq.read_table(out / f"{name}.parquet").to_pylist() for name in SPLITS}
+
+
+def titles_of(out: Path) -> dict[str, list[str]]:
+    return {name: [record["title"] for record in records] for name, records in records_of(out).items()}
+
+
+def test_download_of_the_embedded_sample_keeps_every_record_in_eli5_schema(tmp_path: Path) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        choices = ["data=sample", f"data.path={SAMPLE}", "data.count_near_duplicates=false", f"out={tmp_path / 'raw'}"]
+        composed = compose("download", choices)
+    config = load(DownloadConfig, composed, "download")
+    main(config)
+    ledger = read_stats(tmp_path / "raw")
+    assert ledger["records_in"] == sum(ledger["records_out"].values()) == 250
+    assert set(contents(tmp_path / "raw")) == {*(f"{name}.parquet" for name in SPLITS), "stats.json"}
+    assert all(pq.read_schema(tmp_path / f"raw/{name}.parquet").equals(ELI5) for name in SPLITS)
+
+
+def test_download_with_bad_records_skipped_accounts_for_every_record_and_answer(tmp_path: Path) -> None:
+    lines = [
+        *questions(40),
+        MALFORMED,
+        ["not", "an", "object"],
+        {"title": "gone", "answers.text": ["[deleted]", ""]},
+        {"title": "none", "answers.text": []},
+        {"title": "half", "answers.text": ["[removed]", "kept", "also"]},
+    ]
+    file = write_jsonl(tmp_path / "a.jsonl", lines)
+    with file.open("ab") as stream:
+        stream.write(b"{not json\n")
+    ledger = run(source_data(file, on_bad_record="skip", split=EVEN), tmp_path / "raw")
+    kept = records_of(tmp_path / "raw")
+    assert ledger["records_in"] == 46
+    skipped = {reason: count for reason, count in ledger["records_skipped"].items() if count}
+    assert skipped == {"malformed": 3, "without_answers": 2}
+    assert ledger["records_out"] == {name: len(records) for name, records in kept.items()}
+    assert sum(ledger["records_out"].values()) == 41
+    assert (ledger["answers_in"], ledger["answers_dropped"], ledger["answers_out"]) == (45, 3, 42)
+    assert sum(len(record["answers"]["text"]) for records in kept.values() for record in records) == 42
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (MALFORMED, r"no column 'answers\.text'.*title"),
+        ({"title": 3, "answers.text": "x"}, "'title' holds int"),
+        ({"title": "t", "answers.text": "\ud800"}, r"'answers\.text'.*surrogate"),
+        ("text", "not an object"),
+    ],
+)
+def test_download_of_a_malformed_record_names_file_line_and_remedy(tmp_path: Path, bad: Any, message: str) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [*questions(40), bad, *questions(2, 40)])
+    with pytest.raises(StageError, match=rf"^{file}:41: .*{message}.*on_bad_record: skip"):
+        run(source_data(file), tmp_path / "raw")
+
+
+def test_download_of_parquet_with_another_schema_names_the_columns_that_there_are(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"question": "q", "reply": "r"}]), file)
+    with pytest.raises(StageError, match=rf"^{file}:1: no column 'title'.*question, reply"):
+        run(source_data(file), tmp_path / "raw")
+
+
+def test_download_of_own_columns_takes_them_as_title_and_text(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"question": f"q {i}", "reply": f"r {i}"} for i in range(40)])
+    data = source_data(file, columns=Columns(title="question", texts=["reply"]), split=EVEN)
+    run(data, tmp_path / "raw")
+    found = {r["title"]: r["answers"]["text"] for records in records_of(tmp_path / "raw").values() for r in records}
+    assert found == {f"q {i}": [f"r {i}"] for i in range(40)}
+
+
+def test_download_of_nul_and_odd_characters_keeps_them(tmp_path: Path) -> None:
+    text = "a\x00b \u2028 \ufeff \u200b 🙂 \r\n e\u0301"
+    file = write_jsonl(tmp_path / "a.jsonl", [*questions(40), {"title": "odd", "answers.text": text}])
+    run(source_data(file, split=EVEN), tmp_path / "raw")
+    found = [r for records in records_of(tmp_path / "raw").values() for r in records if r["title"] == "odd"]
+    assert [record["answers"]["text"] for record in found] == [[text]]
+
+
+@pytest.mark.parametrize(("max_records", "expected"), [(30, 30), (39, 39), (40, 40), (41, 40), (None, 40)])
+def test_download_with_max_records_takes_the_first(tmp_path: Path, max_records: int | None, expected: int) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", questions(40))
+    ledger = run(source_data(file, max_records=max_records, split=EVEN), tmp_path / "raw")
+    titles = [title for names in titles_of(tmp_path / "raw").values() for title in names]
+    assert ledger["records_in"] == expected
+    assert set(titles) == {record["title"] for record in questions(expected)}
+
+
+def test_download_with_max_records_does_not_judge_those_behind(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [*questions(40), MALFORMED])
+    assert run(source_data(file, max_records=40, split=EVEN), tmp_path / "raw")["records_in"] == 40
+
+
+def test_download_of_more_records_leaves_the_first_where_they_were(tmp_path: Path) -> None:
+    for number in (40, 80):
+        file = write_jsonl(tmp_path / f"{number}.jsonl", questions(number))
+        run(source_data(file, split=EVEN), tmp_path / str(number))
+    few, many = titles_of(tmp_path / "40"), titles_of(tmp_path / "80")
+    assert all(set(few[name]) <= set(many[name]) for name in SPLITS)
+
+
+@pytest.mark.parametrize(
+    "names", [("train.jsonl", "valid.jsonl", "test.jsonl"), ("train/0.jsonl", "dev/0.jsonl", "test/0.jsonl")]
+)
+def test_download_with_the_sources_own_splits_keeps_them(tmp_path: Path, names: tuple[str, str, str]) -> None:
+    for first, name in enumerate(names):
+        write_jsonl(tmp_path / "in" / name, questions(first + 1, 10 * first))
+    ledger = run(source_data(tmp_path / "in", split=split(by="source")), tmp_path / "raw")
+    assert ledger["records_out"] == {"train": 1, "validation": 2, "test": 3}
+    assert titles_of(tmp_path / "raw")["validation"] == ["Question 10?", "Question 11?"]
+
+
+def test_download_with_own_splits_of_a_file_without_names_it(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", questions(3))
+    with pytest.raises(StageError, match=rf"^{file}:1: split\.by: source .*train, validation and test"):
+        run(source_data(file, split=split(by="source")), tmp_path / "raw")
+
+
+@pytest.mark.parametrize("missing", SPLITS)
+def test_download_that_leaves_a_split_empty_names_it(tmp_path: Path, missing: str) -> None:
+    for name in set(SPLITS) - {missing}:
+        write_jsonl(tmp_path / f"in/{name}.jsonl", questions(2))
+    with pytest.raises(StageError, match=f"no record for {missing} .*{missing} 0"):
+        run(source_data(tmp_path / "in", split=split(by="source")), tmp_path / "raw")
+
+
+def test_download_of_one_long_text_file_says_how_to_cut_it(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One.\n\nTwo.\n")
+    with pytest.raises(StageError, match="text_record: paragraph"):
+        run(source_data(tmp_path / "a.txt", title=None), tmp_path / "raw")
+
+
+def test_download_of_paragraphs_splits_them_by_their_text(tmp_path: Path) -> None:
+    paragraphs = [f"Paragraph {i}.\n  Its second line." for i in range(40)]
+    (tmp_path / "a.txt").write_text("\n\n".join([*paragraphs, paragraphs[0].upper()]))
+    run(source_data(tmp_path / "a.txt", title=None, text_record="paragraph", split=EVEN), tmp_path / "raw")
+    sides = {
+        name: {text for record in records for text in record["answers"]["text"]}
+        for name, records in records_of(tmp_path / "raw").items()
+    }
+    assert set.union(*sides.values()) == {*paragraphs, paragraphs[0].upper()}
+    assert [paragraphs[0] in side for side in sides.values()] == [
+        paragraphs[0].upper() in side for side in sides.values()
+    ]
+
+
+def tagged(number: int) -> list[dict[str, Any]]:
+    """Records of which every second is of r/askscience, and every third of Physics."""
+    return [
+        {**record, "subreddit": ("askscience", "other")[i % 2], "category": None if i % 3 else "Physics"}
+        for i, record in enumerate(questions(number))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "kept"),
+    [
+        (None, 120),
+        ({}, 120),
+        ({"subreddit": ["askscience"]}, 60),
+        ({"subreddit": ["other", "askscience"]}, 120),
+        ({"subreddit": ["askscience"], "category": ["Physics"]}, 20),
+    ],
+)
+def test_download_with_a_filter_keeps_the_records_that_match_all_and_counts_the_others(
+    tmp_path: Path, allowed: Any, kept: int
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", tagged(120))
+    ledger = run(source_data(file, filter=allowed, split=EVEN), tmp_path / "raw")
+    assert (sum(ledger["records_out"].values()), ledger["records_skipped"]["filtered"]) == (kept, 120 - kept)
+
+
+def test_download_with_a_filter_takes_the_first_records_that_pass_it(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", tagged(120))
+    data = source_data(file, filter={"subreddit": ["other"]}, max_records=40, split=EVEN)
+    ledger = run(data, tmp_path / "raw")
+    titles = {title for split_titles in titles_of(tmp_path / "raw").values() for title in split_titles}
+    assert titles == {f"Question {i}?" for i in range(1, 80, 2)}
+    assert (ledger["records_in"], ledger["records_skipped"]["filtered"]) == (80, 40)
+
+
+def test_download_with_a_filter_on_an_absent_column_names_those_there_are(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", tagged(9))
+    with pytest.raises(
+        StageError, match=r"no column 'flair'; there are: title, answers\.text, subreddit, category .*filter"
+    ):
+        run(source_data(file, filter={"flair": ["x"]}), tmp_path / "raw")
+
+
+def test_download_with_a_filter_that_nothing_passes_says_what_the_first_record_holds(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", tagged(9))
+    with pytest.raises(
+        StageError, match=r"no record that passes filter .*subreddit is 'askscience', none of Askscience"
+    ):
+        run(source_data(file, filter={"subreddit": ["Askscience"]}), tmp_path / "raw")
+
+
+@pytest.mark.parametrize("raw", [b"", b"\n \n"])
+def test_download_of_no_records_names_the_source(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    with pytest.raises(StageError, match=f"{tmp_path / 'a.jsonl'} holds no records"):
+        run(source_data(tmp_path / "a.jsonl"), tmp_path / "raw")
+
+
+@pytest.mark.parametrize("row_group", [7, 8, 1024])
+def test_download_again_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_group: int) -> None:
+    monkeypatch.setattr(download, "ROW_GROUP", row_group)
+    data = source_data(write_jsonl(tmp_path / "a.jsonl", questions(40)), split=EVEN)
+    run(data, tmp_path / "one")
+    run(data, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert sum(len(titles) for titles in titles_of(tmp_path / "one").values()) == 40
+
+
+def test_download_ledger_does_not_depend_on_where_the_source_stands(tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        file = write_jsonl(tmp_path / place / "a.jsonl", questions(40))
+        run(source_data(file, split=EVEN), tmp_path / f"raw-{place}")
+    assert contents(tmp_path / "raw-here") == contents(tmp_path / "raw-there")
+
+
+@pytest.mark.parametrize("failure", ["malformed", "truncated", "empty split", "absent"])
+def test_download_that_fails_leaves_what_was_there(tmp_path: Path, failure: str) -> None:
+    out = tmp_path / "out/raw"
+    run(source_data(write_jsonl(tmp_path / "good.jsonl", questions(40)), split=EVEN), out)
+    before = contents(tmp_path / "out")
+    file = tmp_path / "bad.jsonl.gz"
+    lines = [*questions(3000), MALFORMED] if failure == "malformed" else questions(1 if "split" in failure else 3000)
+    raw = gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode())
+    if failure != "absent":
+        file.write_bytes(raw[:-10] if failure == "truncated" else raw)
+    with pytest.raises(StageError):
+        run(source_data(file), out)
+    assert contents(tmp_path / "out") == before
+
+
+def test_download_that_fails_first_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(StageError):
+        run(source_data(write_jsonl(tmp_path / "a.jsonl", [*questions(30), MALFORMED])), tmp_path / "out/raw")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_download_again_replaces_what_was_there(tmp_path: Path) -> None:
+    for number in (40, 50):
+        file = write_jsonl(tmp_path / "a.jsonl", questions(number))
+        assert run(source_data(file, split=EVEN), tmp_path / "raw")["records_in"] == number
+
+
+def test_download_of_the_hub_records_its_revision_in_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [download.Row(f"o/n[train]:{i}", "train", value) for i, value in enumerate(questions(40))]
+    monkeypatch.setattr(download, "read_hub", lambda hub, commit, whole: iter(rows) if commit == "0f" else iter([]))
+    monkeypatch.setattr(download, "resolve_commit", lambda hub: {"abc": "0f"}[hub.revision])
+    hub = HubData(id="o/n", config=None, revision="abc", splits=["train"])
+    ledger = run(source_data("-", source="hub", hub=hub, split=EVEN), tmp_path / "raw")
+    assert ledger["source"] == {"hub": "o/n", "revision": "abc", "commit": "0f"}

@@ -1,0 +1,234 @@
+"""records: columns found in sources of several shapes, answers cleaned, and splits by hash."""
+
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from data_helpers import split, steady
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.download.records import ELI5, BadRecordError, lookup, mismatch, normalise, split_key, split_of, to_record
+from stages.download.schema import Columns
+
+COLUMNS = Columns(title="title", texts=["answers.text"])
+NESTED = {
+    "q_id": "q1",
+    "title": "Why?",
+    "selftext": "I wonder.",
+    "document": "d1",
+    "subreddit": "askscience",
+    "answers": {"a_id": ["a", "b"], "text": ["One.", "Two."], "score": [5, -1]},
+    "title_urls": {"url": ["http://x.org"]},
+    "selftext_urls": {"url": []},
+    "answers_urls": {"url": []},
+}
+_OTHERS = {key: value for key, value in NESTED.items() if key != "answers"}
+_ANSWERS = [{"a_id": "a", "text": "One.", "score": 5}, {"a_id": "b", "text": "Two.", "score": -1}]
+FLATTENED = _OTHERS | {f"answers.{key}": value for key, value in NESTED["answers"].items()}  # type: ignore[attr-defined]
+
+
+def record_of(title: str, text: str | list[str] = "text") -> dict[str, Any]:
+    return to_record({"title": title, "answers.text": text}, COLUMNS)[0]
+
+
+def test_lookup_of_a_flattened_and_nested_name_takes_the_flattened() -> None:
+    assert lookup({"a.b": 1, "a": {"b": 2}}, "a.b") == 1
+
+
+@pytest.mark.parametrize("row", [{"b": 1, "c": 2}, {"a": {"c": 1}}, {"a": 3}, {"a": [{"b": 1}, {"c": 1}]}, {}])
+def test_lookup_of_an_absent_column_names_it_and_those_there_are(row: dict[str, Any]) -> None:
+    with pytest.raises(BadRecordError, match=r"'a\.b'.*" + (", ".join(row) or "none")):
+        lookup(row, "a.b")
+
+
+def test_lookup_below_lists_of_structs_follows_every_step() -> None:
+    assert lookup({"a": [{"b": {"c": 1}}, {"b": {"c": 2}}]}, "a.b.c") == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "expected"),
+    [
+        ({"category": ["Physics", "Biology"]}, None),
+        ({"category": ["Physics"], "year": [2019, 2020]}, "year is 2021, none of 2019, 2020"),
+        ({"category": ["Chemistry"], "year": [2019]}, "category is 'Physics', none of Chemistry"),
+    ],
+)
+def test_mismatch_names_the_first_column_that_holds_another_value(
+    allowed: dict[str, Any], expected: str | None
+) -> None:
+    assert mismatch({"category": "Physics", "year": 2021}, allowed) == expected
+
+
+def test_mismatch_of_an_absent_column_is_a_bad_record_and_of_no_object_is_left_to_others() -> None:
+    with pytest.raises(BadRecordError, match="'year'"):
+        mismatch({"category": "Physics"}, {"year": [2021]})
+    assert mismatch("text", {"year": [2021]}) is None
+
+
+@pytest.mark.parametrize(
+    "row", [NESTED, FLATTENED, _OTHERS | {"answers": _ANSWERS}], ids=["nested", "flattened", "structs"]
+)
+def test_to_record_of_every_shape_of_eli5_gives_the_nested_one(row: dict[str, Any]) -> None:
+    assert to_record(row, COLUMNS) == (NESTED, 0)
+
+
+def test_to_record_of_own_columns_gives_title_and_texts_in_their_order() -> None:
+    columns = Columns(title="meta.heading", texts=["body", "notes"])
+    row = {"meta": {"heading": "H"}, "notes": ["n1", "n2"], "body": "b"}
+    record, dropped = to_record(row, columns)
+    assert (record["title"], record["answers"]["text"], dropped) == ("H", ["b", "n1", "n2"], 0)
+    assert (record["answers"]["a_id"], record["answers"]["score"]) == (["", "", ""], [0, 0, 0])
+
+
+def test_to_record_without_title_column_leaves_the_title_empty() -> None:
+    assert to_record({"t": "x", "title": "unused"}, Columns(title=None, texts=["t"]))[0]["title"] == ""
+
+
+@pytest.mark.parametrize("removed", ["", " \n\t", "[deleted]", "[removed]", "\n[removed] ", None])
+def test_to_record_with_a_removed_answer_drops_and_counts_it(removed: str | None) -> None:
+    answers = {"text": ["keep", removed, "also"], "a_id": ["a", "b", "c"], "score": [1, 2, 3]}
+    record, dropped = to_record({"title": "t", "answers": answers}, COLUMNS)
+    assert record["answers"] == {"text": ["keep", "also"], "a_id": ["a", "c"], "score": [1, 3]}
+    assert dropped == 1
+
+
+@pytest.mark.parametrize("text", ["[deleted] by me", "deleted", "[Removed]", "0"])
+def test_to_record_with_text_that_only_looks_removed_keeps_it(text: str) -> None:
+    record, dropped = to_record({"title": "t", "answers.text": text}, COLUMNS)
+    assert (record["answers"]["text"], dropped) == ([text], 0)
+
+
+@pytest.mark.parametrize("answers", [[], None, {"text": []}, {"text": None}])
+def test_to_record_without_answers_keeps_none(answers: Any) -> None:
+    record, dropped = to_record({"title": "t", "answers": answers}, COLUMNS)
+    assert (record["answers"]["text"], dropped) == ([], 0)
+
+
+@pytest.mark.parametrize("beside", [{"a_id": ["a"]}, {"score": [1, 2, 3]}, {"score": 7}, {}])
+def test_to_record_whose_ids_or_scores_do_not_match_the_texts_fills_them(beside: dict[str, Any]) -> None:
+    record, _ = to_record({"title": "t", "answers": {"text": ["x", "y"]} | beside}, COLUMNS)
+    assert record["answers"] == {"text": ["x", "y"], "a_id": ["", ""], "score": [0, 0]}
+
+
+@pytest.mark.parametrize("scores", [[3.0, None], [2**63 - 1, -(2**63)], (0, 64)])
+def test_to_record_of_scores_as_data_frames_leave_them_keeps_them_as_whole_numbers(scores: Any) -> None:
+    record, _ = to_record({"title": "t", "answers": {"text": ["x", "y"], "score": scores}}, COLUMNS)
+    assert record["answers"]["score"] == [score or 0 for score in scores]
+    assert all(type(score) is int for score in record["answers"]["score"])
+
+
+@pytest.mark.parametrize("score", [2**63, -(2**63) - 1])
+def test_to_record_of_a_score_of_more_than_64_bits_says_so(score: int) -> None:
+    with pytest.raises(BadRecordError, match=r"'answers\.score'.*64 bits"):
+        to_record({"title": "t", "answers": {"text": ["x"], "score": [score]}}, COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["a list"], "not an object.*list"),
+        ("text", "not an object.*str"),
+        (None, "not an object.*NoneType"),
+        ({"title": 5, "answers.text": "x"}, "'title' holds int"),
+        ({"title": "t", "answers.text": 5}, r"'answers\.text' holds int"),
+        ({"title": "t", "answers.text": ["x", {"y": 1}]}, r"'answers\.text' holds dict"),
+        ({"title": "t", "answers.text": "x", "q_id": 7}, "'q_id' holds int"),
+        ({"title": "t", "answers": {"text": ["x"], "score": ["1"]}}, r"'answers\.score'.*int"),
+        ({"title": "t", "answers": {"text": ["x"], "score": [True]}}, r"'answers\.score'.*int"),
+        ({"title": "t", "answers": {"text": ["x"], "score": [2**63]}}, r"'answers\.score'.*64 bits"),
+        ({"title": "t", "answers": {"text": ["x"], "a_id": [1]}}, r"'answers\.a_id'.*str"),
+        ({"title": "t", "answers": {"text": ["x"], "a_id": ["\ud800"]}}, r"'answers\.a_id'.*surrogate"),
+        ({"title": "\ud83d", "answers.text": "x"}, "'title'.*surrogate"),
+        ({"title": "t", "answers.text": ["x", "\udc00"]}, r"'answers\.text'.*surrogate"),
+        ({"title": "t"}, r"no column 'answers\.text'.*title"),
+    ],
+)
+def test_to_record_of_a_malformed_row_names_the_column(row: Any, message: str) -> None:
+    with pytest.raises(BadRecordError, match=message):
+        to_record(row, COLUMNS)
+
+
+_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+_VALUE = st.none() | st.text(max_size=4) | st.lists(st.none() | st.text(max_size=4), max_size=3) | st.integers()
+_ANSWER_FIELDS = st.dictionaries(st.sampled_from(["text", "a_id", "score"]), _VALUE | st.lists(st.integers()))
+
+
+@steady
+@given(st.dictionaries(st.sampled_from(["title", "q_id", "title_urls"]), _VALUE), st.none() | _VALUE | _ANSWER_FIELDS)
+def test_to_record_of_anything_is_storable_or_a_bad_record(row: dict[str, Any], answers: Any) -> None:
+    try:
+        record, _ = to_record({**row, "answers": answers}, COLUMNS)
+    except BadRecordError:
+        return
+    assert pa.Table.from_pylist([record], schema=ELI5).to_pylist() == [record]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "why is the sky blue",
+        " WHY is\tthe  sky\nblue?!",
+        "«Why, is the sky-blue?»",
+        "Why_is the \uff53\uff4b\uff59 blue",
+    ],
+)
+def test_normalise_of_trivial_variants_is_the_same(variant: str) -> None:
+    assert normalise(variant) == normalise("Why is the sky blue?") == "why is the sky blue"
+
+
+@pytest.mark.parametrize("other", ["why is the sea blue", "why is the sky blue 2", "whyistheskyblue"])
+def test_normalise_of_another_title_differs(other: str) -> None:
+    assert normalise(other) != normalise("Why is the sky blue?")
+
+
+@pytest.mark.parametrize(("text", "expected"), [("  ?! \n ++ ", "?! ++"), ("", ""), (" \n", "")])
+def test_normalise_of_symbols_alone_keeps_them(text: str, expected: str) -> None:
+    assert normalise(text) == expected
+
+
+def test_split_key_without_title_is_the_text() -> None:
+    assert split_key(record_of(" ", "Some Text!")) == "some text"
+    assert split_key(record_of(" ", ["Some", "Text!"])) == "some text"
+    assert split_key(record_of("Title", "Some Text!")) == "title"
+
+
+# Written down from a run: another result would move the records of everybody's experiments.
+@pytest.mark.parametrize(("key", "expected"), [("a", "train"), ("question 36", "validation"), ("question 37", "test")])
+def test_split_of_known_keys_stays_as_it_always_was(key: str, expected: str) -> None:
+    assert split_of(key, split()) == expected
+
+
+def test_split_of_another_seed_draws_another_split() -> None:
+    keys = [str(i) for i in range(200)]
+    assert [split_of(key, split(seed=0)) for key in keys] != [split_of(key, split(seed=1)) for key in keys]
+
+
+@steady
+@given(st.lists(_TEXT, max_size=20), st.lists(_TEXT, max_size=20), st.integers(0, 2**32 - 1))
+def test_split_when_records_are_added_moves_none(titles: list[str], added: list[str], seed: int) -> None:
+    def assigned(all_titles: list[str]) -> dict[str, str]:
+        return {title: split_of(split_key(record_of(title)), split(seed=seed)) for title in all_titles}
+
+    before, after = assigned(titles), assigned([*added, *titles])
+    assert before == {title: after[title] for title in titles}
+
+
+_WORD = st.text("abcXYZéßΣς1", min_size=1, max_size=5)
+
+
+@steady
+@given(st.lists(_WORD, min_size=1, max_size=5), st.sampled_from(["?", " !", "...", ""]), st.sampled_from([" ", " - "]))
+def test_split_of_titles_equal_when_normalised_is_one_side(words: list[str], end: str, gap: str) -> None:
+    plain, variant = " ".join(words), gap.join(words).upper() + end
+    narrow = split(train=0.34, validation=0.33, test=0.33)
+    assert split_of(split_key(record_of(plain)), narrow) == split_of(split_key(record_of(variant, "other")), narrow)
+
+
+@pytest.mark.parametrize(
+    "shares", [{"train": 0.8, "validation": 0.1, "test": 0.1}, {"train": 0.5, "validation": 0.2, "test": 0.3}]
+)
+def test_split_of_many_keys_honours_the_fractions(shares: dict[str, float]) -> None:
+    counts = Counter(split_of(f"question {i}", split(**shares)) for i in range(10_000))
+    assert {name: counts[name] / 10_000 for name in shares} == pytest.approx(shares, abs=0.015)

@@ -1,0 +1,207 @@
+"""A Ray cluster: the bytes of one machine, the losses of one process, and a lost worker's work done all the same."""
+
+import contextlib
+import json
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from conftest import MODELS
+from data_helpers import contents
+from test_processes import NO_DROPOUT, losses
+from test_resume import RUINED
+
+from benchmarks.ray_cluster import Cluster, missing, nodes
+from stages.core.artifacts import SPLITS, read_json, shard_files
+from stages.core.errors import StageError
+from stages.launch.ray import storage
+from stages.shell.ray_cluster import connected
+
+if reason := missing():
+    pytest.skip(reason, allow_module_level=True)
+
+TASKS = ("causal", "mlm")
+HERE = ""
+SMALL_SHARDS = """
+import sys
+from stages import block_shards, tokenize
+tokenize.SHARD_BYTES = block_shards.SHARD_BYTES = 500
+block_shards.TOKENS_AT_ONCE = 50
+from conftest import run_stage
+run_stage(*sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(cache: Path) -> Cluster:
+    with nodes(2, cache) as cluster:
+        yield cluster
+
+
+def test_preprocessing_on_a_cluster_writes_the_bytes_of_one_machine(
+    cluster: Cluster, corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "raw").mkdir()
+    for split in SPLITS:
+        table = pq.read_table(corpus / f"raw/{split}.parquet")
+        pq.write_table(table, tmp_path / f"raw/{split}.parquet", row_group_size=3)
+    own = ["task=mlm", "data=files", MODELS["mlm"][0], "model.tokenizer.train.vocab_size=300"]
+    for place, name in ((HERE, "here"), ("ray", "there")):
+        tokens, blocks = tmp_path / name / "tokens", tmp_path / name / "blocks"
+        tokenize = [*own, f"raw={tmp_path}/raw", f"out={tokens}"]
+        for command in (["tokenize", *tokenize], ["group_texts", "block_size=16", f"tokens={tokens}", f"out={blocks}"]):
+            code, printed = cluster.run("-c", SMALL_SHARDS, *command, LM_REPRO_PREPROCESSING=place)
+            assert code == 0, printed
+        assert len(shard_files(tokens / "train")) > 2 < len(shard_files(blocks / "train"))
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+def test_preprocessing_on_a_cluster_of_a_damaged_shard_names_it(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    for file, content in contents(corpus / "tokens/causal").items():
+        (tokens / file).parent.mkdir(parents=True, exist_ok=True)
+        (tokens / file).write_bytes(content[:-9] if file == "test/shard-00000.arrow" else content)
+    command = ["-m", "stages.group_texts", "block_size=16", f"tokens={tokens}", f"out={tmp_path}/blocks"]
+    code, printed = cluster.run(*command, LM_REPRO_PREPROCESSING="ray")
+    assert code == 1
+    assert f"{tokens}/test/shard-00000.arrow is damaged" in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "blocks").exists()
+
+
+ON_RAY = ["hardware.num_threads=1", "++hardware.ray={workers: 2, max_failures: 1, storage: null}"]
+
+
+# So many that Ray, which looks every two seconds, notes a checkpoint long before the end.
+MANY_STEPS = ["batch_size=12", "num_train_epochs=40", "trainer.logging_steps=1"]
+
+
+EVERY_TEN = ["++trainer.save_strategy=steps", "++trainer.save_steps=10"]
+
+
+def steps(storage: Path) -> Iterator[int]:
+    """Of the checkpoints there."""
+    for file in storage.rglob("trainer_state.json"):
+        with contextlib.suppress(OSError, StageError):  # it is being written, or gone by now
+            yield read_json(file)["global_step"]
+
+
+def kill_a_worker_behind_a_checkpoint(storage: Path, least: int = 10) -> None:
+    """End the second of the workers with SIGKILL when Ray has noted a checkpoint of the step `least` or a later one."""
+    deadline = time.monotonic() + 300
+    while not list(storage.rglob("checkpoint_manager_snapshot.json")) or max(steps(storage), default=0) < least:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    workers = [one for one in psutil.process_iter() if one.name().startswith("ray::RayTrain")]
+    assert len(workers) == 2, workers
+    max(workers, key=lambda one: one.pid).send_signal(signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "by_url"), [("causal", False), ("mlm", True)])
+def test_training_on_a_cluster_that_loses_a_worker_has_the_losses_of_one_process(
+    cluster: Cluster, cache: Path, overrides, run_toy, tmp_path: Path, task: str, by_url: bool
+) -> None:
+    storage = tmp_path / "storage" if by_url else cache / "ray"
+    kept = [f"hardware.ray.storage=file://{storage}"] if by_url else []
+    run_toy("train", task, tmp_path / "one", *NO_DROPOUT[task], *MANY_STEPS)
+    command = overrides("train", task, tmp_path / "ray", *NO_DROPOUT[task], *MANY_STEPS, *EVERY_TEN, *ON_RAY, *kept)
+    process = cluster.start("-m", "stages.train", *command)
+    kill_a_worker_behind_a_checkpoint(storage)
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, printed
+    assert "resuming from step" in printed, printed
+    expected = losses(tmp_path / "one")
+    assert len(expected) >= 200
+    np.testing.assert_allclose(losses(tmp_path / "ray"), expected, atol=1e-4)
+    assert not list(storage.iterdir())  # what is finished keeps nothing
+
+
+@pytest.mark.slow
+def test_training_on_a_cluster_that_loses_a_worker_still_has_the_best_model(
+    cluster: Cluster, cache: Path, overrides, tmp_path: Path
+) -> None:
+    best = ["checkpoints.keep=1", "++trainer.load_best_model_at_end=true", "trainer.eval_strategy=steps"]
+    # Ruined for longer, it would end with no number.
+    many = [*MANY_STEPS, "num_train_epochs=24", *EVERY_TEN, "++trainer.eval_steps=10"]
+    more = [*RUINED, *many, *best, *ON_RAY]
+    process = cluster.start("-m", "stages.train", *overrides("train", "causal", tmp_path, *more))
+    kill_a_worker_behind_a_checkpoint(cache / "ray", least=60)
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, printed
+    before, resumed, after = printed.partition("resuming from step ")
+    assert resumed, printed
+    step = int(re.match(r"\d+", after)[0])
+    seen = {int(at): float(loss) for at, loss in re.findall(r"step (\d+)/\d+: validation loss ([\d.]+)", before)}
+    assert min(seen, key=seen.get) < step  # the best one was not the newest: else nothing is asked of it
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("/proc/nope", "nothing can be written there"),
+        ("file:///proc/nope", "nothing can be written there"),
+        ("http://127.0.0.1:9/x", "nothing can be written there"),
+        ("nonsense://x", "nothing can be written there"),
+        ("s3:/bucket/x", "neither a directory nor a URL"),
+        ("memory://x", "shared with no other"),
+    ],
+)
+def test_ray_storage_that_cannot_be_written_is_an_error_that_names_it(url: str, reason: str) -> None:
+    with pytest.raises(StageError, match=f"^hardware.ray.storage={url}.*{reason}"):
+        storage(url)
+
+
+def test_ray_storage_by_url_and_by_path_is_the_same_directory(tmp_path: Path) -> None:
+    for name, given in (("one", f"file://{tmp_path}/one"), ("two", f"{tmp_path}/two")):
+        filesystem, path = storage(given)
+        assert path == f"{tmp_path}/{name}"
+        with filesystem.open_output_stream(f"{path}/file") as file:
+            file.write(b"content")
+        assert (tmp_path / name / "file").read_bytes() == b"content"
+
+
+def test_ray_local_is_refused_as_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with pytest.raises(StageError, match="RAY_ADDRESS=local would have this stage start Ray"):
+        connected()
+
+
+@pytest.mark.slow
+def test_a_stages_own_error_on_a_cluster_is_shown_and_not_tried_again(
+    cluster: Cluster, overrides, cache: Path, tmp_path: Path
+) -> None:
+    code, printed = cluster.run("-m", "stages.train", *overrides("train", "causal", tmp_path, *ON_RAY, "block_size=32"))
+    assert code == 1
+    assert printed.count("train: error: block_size=32: the blocks in") == 1
+    assert "tried" not in printed
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.slow
+def test_evaluate_on_a_cluster_writes_the_metrics_of_one_process(
+    cluster: Cluster, overrides, trained, tmp_path: Path
+) -> None:
+    outs = [f"out={tmp_path}/metrics.json", f"samples_out={tmp_path}/samples.md"]
+    code, printed = cluster.run(
+        "-m", "stages.evaluate", *overrides("evaluate", "causal", trained["causal"], *ON_RAY, *outs)
+    )
+    assert code == 0, printed
+    found, expected = (json.loads((root / "metrics.json").read_text()) for root in (tmp_path, trained["causal"]))
+    for split, figures in expected["causal"].items():
+        assert found["causal"][split] == pytest.approx(figures, rel=1e-6)
+
+
+def test_ray_without_a_cluster_is_an_error_that_says_how_to_start_one(
+    cluster: Cluster, corpus: Path, tmp_path: Path
+) -> None:
+    command = ["-m", "stages.group_texts", "block_size=16", f"tokens={corpus}/tokens/causal", f"out={tmp_path}/blocks"]
+    code, printed = cluster.run(*command, LM_REPRO_PREPROCESSING="ray", RAY_ADDRESS="127.0.0.1:9")
+    assert code == 1
+    assert "no Ray cluster at 127.0.0.1:9" in printed and "ray start --head" in printed, printed

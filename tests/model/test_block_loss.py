@@ -1,0 +1,71 @@
+"""The loss over blocks: token-weighted, and what may not change it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from toys import TASK, objective_for, save_blocks, text_ids, toy_blocks, toy_model
+
+from stages.model.block_loss import block_loss
+from stages.model.masking import IGNORED
+from stages.model.objectives import evaluation_batch
+
+MODELS = ["gpt2", "llama", "roberta", "bert"]
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_block_loss_of_uneven_blocks_is_the_mean_over_tokens(tmp_path, model_type):
+    model = toy_model(model_type)
+    blocks = toy_blocks(tmp_path, TASK[model_type], 11, 24)
+    objective = objective_for(model)
+    total, counts = 0.0, []
+    for index in range(len(blocks)):
+        batch = evaluation_batch(objective, blocks[[index]], [index])
+        labels = batch.pop("labels")
+        if TASK[model_type] == "causal":
+            labels = torch.cat([labels[:, 1:], torch.full((1, 1), IGNORED)], dim=1)
+        with torch.no_grad():
+            # The mask too: torch's attention takes a mask of another type, and gives wrong numbers for it.
+            batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+            shares = copy.deepcopy(model).double()(**batch, use_cache=False).logits[0].log_softmax(-1)
+        kept = labels[0] != IGNORED
+        total -= float(shares[kept].gather(-1, labels[0, kept][:, None]).sum())
+        counts.append(int(kept.sum()))
+    assert TASK[model_type] == "causal" or len(set(counts)) > 2
+    assert block_loss(model, objective, blocks, 4096) == pytest.approx(total / sum(counts), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 50, 100, 4096])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_block_loss_at_any_batch_size_is_equal(tmp_path, model_type, batch_tokens):
+    model = toy_model(model_type)
+    blocks = toy_blocks(tmp_path, TASK[model_type], 11, 24)
+    loss = block_loss(model, objective_for(model), blocks, batch_tokens)
+    assert loss == pytest.approx(block_loss(model, objective_for(model), blocks, 240), rel=1e-6)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_block_loss_of_two_runs_has_the_same_digits(tmp_path, model_type):
+    model = toy_model(model_type)
+    blocks = toy_blocks(tmp_path, TASK[model_type], 11, 24)
+    losses = {block_loss(model, objective_for(model), blocks, 100) for _ in range(2)}
+    assert len(losses) == 1
+
+
+def test_block_loss_inside_bf16_autocast_is_that_of_fp32(tmp_path):
+    model = toy_model("bert")
+    blocks = toy_blocks(tmp_path, "mlm", 4, 24)
+    outside = block_loss(model, objective_for(model), blocks, 4096)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert block_loss(model, objective_for(model), blocks, 4096) == outside
+
+
+def test_block_loss_of_a_causal_model_equals_transformers_own_loss(tmp_path):
+    model = toy_model("gpt2")
+    ids = np.stack([text_ids(16, seed) for seed in range(4)])
+    blocks = save_blocks(tmp_path, ids)
+    input_ids = torch.from_numpy(ids.astype(np.int64))
+    with torch.no_grad():
+        stock = float(model(input_ids, labels=input_ids).loss)
+    assert block_loss(model, objective_for(model, False), blocks, 4096) == pytest.approx(stock, rel=1e-6)

@@ -1,0 +1,171 @@
+"""Masks of masked language modeling: a function of (seed, epoch, block), at the rates that the config says."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import CLS, MASK, MASKED, SEP, SIZE, objective_config
+
+from stages.model.masking import EVALUATION_EPOCH, IGNORED, mask_blocks, mix, random_uint64
+
+NUM_BLOCKS, BLOCK_SIZE, TOKEN = 400, 128, 7
+CONFIG = objective_config("mlm")
+
+
+def masked(blocks, indices=None, seed=42, epoch=0, **config):
+    indices = np.arange(len(blocks)) if indices is None else indices
+    return mask_blocks(blocks, indices, MASKED, objective_config("mlm", **config), seed, epoch)
+
+
+def equal_blocks(num_blocks=NUM_BLOCKS):
+    """Blocks of one text token, so that differences come from the masks alone."""
+    return np.full((num_blocks, BLOCK_SIZE), TOKEN, np.uint16)
+
+
+def chi_square(observed, expected):
+    observed, expected = np.asarray(observed, float), np.asarray(expected, float)
+    return float(((observed - expected) ** 2 / expected).sum())
+
+
+def chi_square_limit(freedom):
+    """The value that chi-square exceeds with probability 0.001 (Wilson and Hilferty 1931)."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.0902 * math.sqrt(2 / (9 * freedom))) ** 3
+
+
+def test_mix_of_reference_seed_gives_splitmix64s_published_outputs():
+    # Outputs of the reference implementation for seed 1234567 (rosettacode.org/wiki/Pseudo-random_numbers/Splitmix64).
+    with np.errstate(over="ignore"):
+        states = np.uint64(1234567) + np.uint64(0x9E3779B97F4A7C15) * np.arange(1, 6, dtype=np.uint64)
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert mix(states).tolist() == published
+
+
+def splitmix64(state):
+    """The output function once more, in Python's integers."""
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+    return state ^ (state >> 31)
+
+
+@pytest.mark.parametrize(("seed", "epoch", "block"), [(42, 3, 0), (42, 3, 7), (2**32 - 1, EVALUATION_EPOCH, 2**40)])
+def test_random_uint64_is_a_splitmix64_sequence_keyed_by_seed_epoch_and_block(seed, epoch, block):
+    # Another generator would be as random, and would move the masks of everybody's experiments.
+    gamma = 0x9E3779B97F4A7C15
+    state = splitmix64((splitmix64((splitmix64(seed) + epoch) % 2**64) + gamma + block) % 2**64)
+    expected = [splitmix64((state + gamma * draw) % 2**64) for draw in (1, 2, 3)]
+    assert random_uint64(seed, epoch, [block], 3)[0].tolist() == expected
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    epoch=st.integers(0, EVALUATION_EPOCH),
+    indices=st.lists(st.integers(0, 2**40), min_size=1, max_size=8),
+)
+def test_random_uint64_of_blocks_in_any_company_is_that_of_each_alone(seed, epoch, indices):
+    together = random_uint64(seed, epoch, indices, 6)
+    alone = np.concatenate([random_uint64(seed, epoch, [index], 6) for index in indices])
+    assert (together == alone).all()
+
+
+def test_random_uint64_of_a_longer_row_begins_like_a_shorter_one():
+    assert (random_uint64(1, 2, [3, 4], 30)[:, :9] == random_uint64(1, 2, [3, 4], 9)).all()
+
+
+@pytest.mark.parametrize(
+    ("seed", "epoch", "block"), [(43, 0, 0), (42, 1, 0), (42, 0, 1), (42, EVALUATION_EPOCH, 0), (2**32 - 1, 0, 0)]
+)
+def test_mask_blocks_of_another_seed_epoch_or_block_differ(seed, epoch, block):
+    one = masked(equal_blocks(1), [0], 42, 0)[1]
+    other = masked(equal_blocks(1), [block], seed, epoch)[1]
+    assert (one != other).any()
+
+
+def test_mask_blocks_of_all_seeds_epochs_and_blocks_are_distinct():
+    masks = {
+        masked(equal_blocks(20), range(20), seed, epoch)[1][block].tobytes()
+        for seed in range(5)
+        for epoch in range(5)
+        for block in range(20)
+    }
+    assert len(masks) == 5 * 5 * 20
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1], [1], [1, 1], [2, 1]])
+def test_mask_blocks_in_any_order_and_number_masks_each_the_same(order):
+    blocks = np.random.default_rng(0).integers(5, SIZE, (3, BLOCK_SIZE)).astype(np.uint16)
+    whole, some = masked(blocks), masked(blocks[order], order)
+    assert all((part == full[order]).all() for full, part in zip(whole, some, strict=True))
+
+
+def test_mask_blocks_chooses_fifteen_percent_by_chi_square():
+    chosen = int((masked(equal_blocks())[1] != IGNORED).sum())
+    total = NUM_BLOCKS * BLOCK_SIZE
+    assert chi_square([chosen, total - chosen], [0.15 * total, 0.85 * total]) < chi_square_limit(1)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_mask_blocks_chooses_evenly_over_positions_and_blocks_by_chi_square(axis):
+    chosen = (masked(equal_blocks())[1] != IGNORED).sum(axis=axis)
+    number = (NUM_BLOCKS, BLOCK_SIZE)[axis]
+    statistic = chi_square([chosen, number - chosen], [[0.15 * number], [0.85 * number]])
+    assert statistic < chi_square_limit(len(chosen))
+
+
+def test_mask_blocks_replaces_eighty_ten_ten_by_chi_square():
+    input_ids, labels = masked(equal_blocks())
+    chosen = input_ids[labels != IGNORED]
+    # A random token may be any ordinary one, the token itself among them.
+    number = len(MASKED.ordinary)
+    counts = [(chosen == MASK).sum(), (chosen == TOKEN).sum(), ((chosen != MASK) & (chosen != TOKEN)).sum()]
+    rates = np.array([0.8, 0.1 + 0.1 / number, 0.1 * (number - 1) / number])
+    assert chi_square(counts, rates * len(chosen)) < chi_square_limit(2)
+
+
+def test_mask_blocks_draws_random_tokens_evenly_over_the_ordinary_tokens_by_chi_square():
+    input_ids, labels = masked(equal_blocks(), mask_replace_prob=0.0, random_replace_prob=1.0)
+    counts = np.bincount(input_ids[labels != IGNORED], minlength=SIZE)
+    special = [*MASKED.special.values(), *MASKED.control]
+    assert counts[special].sum() == 0
+    drawn = np.delete(counts, special)
+    assert chi_square(drawn, [drawn.sum() / len(drawn)] * len(drawn)) < chi_square_limit(len(drawn) - 1)
+
+
+def test_mask_blocks_leaves_unchosen_tokens_and_labels_chosen_ones_with_themselves():
+    blocks = np.random.default_rng(1).integers(0, SIZE, (50, BLOCK_SIZE)).astype(np.uint16)
+    before = blocks.copy()
+    input_ids, labels = masked(blocks)
+    assert (input_ids == blocks)[labels == IGNORED].all()
+    assert (labels == blocks)[labels != IGNORED].all()
+    assert (blocks == before).all()
+
+
+@given(seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 100))
+def test_mask_blocks_with_control_tokens_never_chooses_them(seed, epoch):
+    blocks = np.random.default_rng(seed).integers(0, SIZE, (4, 32)).astype(np.uint16)
+    blocks[:, [0, 9, 31]], blocks[:, 8] = CLS, SEP
+    input_ids, labels = masked(blocks, None, seed, epoch, mlm_probability=0.999)
+    control = (blocks == CLS) | (blocks == SEP)
+    assert (labels[control] == IGNORED).all()
+    assert (input_ids[control] == blocks[control]).all()
+    assert (labels[~control] != IGNORED).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("mask", "random", "least_masked", "most_masked", "least_same", "most_same"),
+    [(1.0, 0.0, 1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0, 1.0, 1.0), (0.0, 1.0, 0.0, 0.0, 0.01, 0.04)],
+)
+def test_mask_blocks_with_a_share_of_one_replaces_all_chosen_so(
+    mask, random, least_masked, most_masked, least_same, most_same
+):
+    input_ids, labels = masked(equal_blocks(), mask_replace_prob=mask, random_replace_prob=random)
+    chosen = input_ids[labels != IGNORED]
+    assert least_masked <= (chosen == MASK).mean() <= most_masked
+    assert least_same <= (chosen == TOKEN).mean() <= most_same

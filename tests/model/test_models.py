@@ -1,0 +1,226 @@
+"""Models: built from a seed, loaded from a pinned directory, and refused with a reason."""
+
+import logging
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from toys import ARCHITECTURES, CAUSAL, MASKED, PAD, SIZE, TASK, VOCABULARY, toy_model
+
+from stages.core.errors import StageError
+from stages.hub.files import sha256
+from stages.model.hardware import Hardware
+from stages.model.models import build_model, load_directory, prepare_torch
+from stages.model.schema import Model
+from stages.tokens.vocabulary import Vocabulary
+
+
+def scratch(model_type, task=None, max_positions=64, **config):
+    """The config of a toy model from scratch."""
+    return Model(
+        task=task or TASK.get(model_type, "causal"),
+        path=None,
+        revision=None,
+        files=None,
+        from_scratch=True,
+        max_positions=max_positions,
+        config={"model_type": model_type, **ARCHITECTURES.get(model_type, {}), **config},
+    )
+
+
+def pinned(directory, model_type="gpt2", from_scratch=False, max_positions=64, files=None, **config):
+    """The config of the model in `directory`, pinned as tools/pin_model does."""
+    names = sorted(file.name for file in directory.iterdir()) if files is None else files
+    return Model(
+        task=TASK[model_type],
+        path=str(directory),
+        revision=None,
+        files={name: sha256(directory / name) for name in names},
+        from_scratch=from_scratch,
+        max_positions=max_positions,
+        config=config,
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Model type to the directory of a toy model as save_pretrained writes it."""
+    directories = {model_type: tmp_path_factory.mktemp(model_type) for model_type in ("gpt2", "roberta", "bert")}
+    for model_type, directory in directories.items():
+        toy_model(model_type, seed=5).save_pretrained(directory)
+    return directories
+
+
+def same_weights(one, other):
+    state = other.state_dict()
+    return all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
+
+
+# -- from scratch ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "roberta", "bert"])
+def test_build_model_from_scratch_draws_its_weights_from_the_seed_alone(model_type):
+    vocabulary = VOCABULARY[TASK[model_type]]
+    first = build_model(scratch(model_type), vocabulary, 7)
+    torch.rand(5)
+    assert same_weights(build_model(scratch(model_type), vocabulary, 7), first)
+    assert not same_weights(build_model(scratch(model_type), vocabulary, 8), first)
+
+
+@pytest.mark.parametrize(("model_type", "vocabulary"), [("gpt2", CAUSAL), ("roberta", MASKED)])
+def test_build_model_from_scratch_takes_size_and_special_tokens_from_the_vocabulary(model_type, vocabulary):
+    model = build_model(scratch(model_type), vocabulary, 0)
+    assert model.get_output_embeddings().out_features == SIZE
+    assert model.config.eos_token_id == vocabulary.special.get("eos_token")
+    assert model.config.pad_token_id == vocabulary.special.get("pad_token")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_build_model_with_config_values_overrides_the_architectures():
+    assert build_model(scratch("gpt2", n_layer=1, activation_function="relu"), CAUSAL, 0).config.n_layer == 1
+
+
+def test_build_model_of_an_unknown_architecture_names_the_nearest():
+    with pytest.raises(StageError, match=r"model_type=gtp2 is unknown; did you mean gpt2\?"):
+        build_model(scratch("gtp2"), CAUSAL, 0)
+
+
+def test_build_model_with_an_unknown_config_key_names_the_nearest():
+    with pytest.raises(StageError, match=r"model\.config\.n_layers: gpt2 has no such value; did you mean n_layer\?"):
+        build_model(scratch("gpt2", n_layers=1), CAUSAL, 0)
+
+
+@pytest.mark.parametrize(("model_type", "task"), [("gpt2", "mlm"), ("vit", "causal"), ("t5", "causal")])
+def test_build_model_of_an_architecture_for_another_task_is_an_error_that_names_both(model_type, task):
+    with pytest.raises(StageError, match=f"model_type={model_type}: transformers has no such model for task={task}"):
+        build_model(scratch(model_type, task), VOCABULARY[task], 0)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "roberta", "bert"])
+def test_build_model_with_as_many_positions_as_it_has_attends_to_them_all(model_type):
+    # RoBERTa's embeddings for 64 positions are 66: it numbers them from pad_token_id + 1.
+    model = build_model(scratch(model_type, max_positions=64), VOCABULARY[TASK[model_type]], 0)
+    with torch.no_grad():
+        assert model(torch.full((1, 64), 9)).logits.shape == (1, 64, SIZE)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "roberta", "bert"])
+def test_build_model_with_more_positions_than_it_has_is_an_error(model_type):
+    with pytest.raises(StageError, match="max_positions=65: the model has positions for 64 tokens"):
+        build_model(scratch(model_type, max_positions=65), VOCABULARY[TASK[model_type]], 0)
+
+
+# -- from a pinned directory -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "roberta", "bert"])
+def test_build_model_of_a_pinned_directory_has_its_weights_whatever_the_seed(saved, model_type):
+    model = build_model(pinned(saved[model_type], model_type), VOCABULARY[TASK[model_type]], 11)
+    assert same_weights(model, toy_model(model_type, seed=5))
+
+
+def test_build_model_of_a_pinned_directory_in_half_precision_is_fp32(tmp_path):
+    toy_model("gpt2", seed=5).half().save_pretrained(tmp_path)
+    model = build_model(pinned(tmp_path), CAUSAL, 0)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_build_model_from_scratch_of_a_pinned_directory_takes_its_shape_and_fresh_weights(saved):
+    model = build_model(pinned(saved["gpt2"], from_scratch=True, files=["config.json"]), CAUSAL, 11)
+    assert model.config.n_embd == 16
+    assert not same_weights(model, toy_model("gpt2", seed=5))
+
+
+def test_build_model_of_a_smaller_vocabulary_than_its_embeddings_keeps_the_embeddings(saved):
+    vocabulary = Vocabulary(size=SIZE - 3, special=CAUSAL.special, prefix=[], suffix=[0], lead=[0])
+    assert build_model(pinned(saved["gpt2"]), vocabulary, 0).get_input_embeddings().num_embeddings == SIZE
+
+
+def test_build_model_of_a_larger_vocabulary_than_its_embeddings_is_an_error_with_both_numbers(saved):
+    vocabulary = Vocabulary(size=SIZE + 1, special=CAUSAL.special, prefix=[], suffix=[0], lead=[0])
+    with pytest.raises(StageError, match="the tokenizer has 51 tokens, the model embeddings for 50"):
+        build_model(pinned(saved["gpt2"]), vocabulary, 0)
+
+
+def test_build_model_of_a_directory_with_pickled_weights_alone_is_refused(tmp_path):
+    model = toy_model("gpt2")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(StageError, match=r"none of model\.safetensors"):
+        build_model(pinned(tmp_path), CAUSAL, 0)
+
+
+def test_build_model_of_a_directory_with_other_weights_than_pinned_is_an_error_that_says_how_to_pin(tmp_path):
+    toy_model("gpt2", seed=5).save_pretrained(tmp_path)
+    config = pinned(tmp_path)
+    toy_model("gpt2", seed=6).save_pretrained(tmp_path)
+    with pytest.raises(StageError, match=r"model\.safetensors is not the pinned file.*tools\.pin_model"):
+        build_model(config, CAUSAL, 0)
+
+
+def test_build_model_of_truncated_weights_is_an_error_that_names_the_directory(tmp_path):
+    toy_model("gpt2", seed=5).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(StageError, match="cannot be loaded") as caught:
+        build_model(pinned(tmp_path), CAUSAL, 0)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_build_model_of_weights_that_do_not_fit_the_config_is_an_error(tmp_path, saved):
+    with pytest.raises(StageError, match="cannot be loaded"):
+        build_model(pinned(saved["gpt2"], n_embd=32), CAUSAL, 0)
+
+
+def test_build_model_of_a_checkpoint_without_its_head_warns_and_draws_it_from_the_seed(tmp_path, caplog):
+    toy_model("bert", seed=5).bert.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="stages.model.models"):
+        models = [build_model(pinned(tmp_path, "bert"), MASKED, seed) for seed in (1, 1, 2)]
+    assert "not in the checkpoint" in caplog.text
+    assert same_weights(models[0], models[1])
+    assert not same_weights(models[0], models[2])
+    encoder = toy_model("bert", seed=5).bert.embeddings.word_embeddings.weight
+    assert torch.equal(models[2].bert.embeddings.word_embeddings.weight, encoder)
+
+
+def test_load_directory_gives_the_saved_weights_in_fp32(saved):
+    model = load_directory("mlm", saved["roberta"])
+    assert same_weights(model, toy_model("roberta", seed=5))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.config.pad_token_id == PAD
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory as they do")
+def test_prepare_torch_has_freed_memory_used_again_without_new_pages():
+    code = """
+import resource
+import torch
+from stages.model.hardware import Hardware
+from stages.model.models import prepare_torch
+
+def pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def new_pages():
+    before = pages()
+    torch.ones(2**24)
+    return pages() - before
+
+torch.set_num_threads(1)
+given_back = [new_pages() for _ in range(3)]
+prepare_torch(Hardware(device="cpu", num_threads=1, per_device_batch_size=None, evaluate_batch_tokens=64))
+kept = [new_pages() for _ in range(20)]
+assert min(given_back) > 2**24 * 4 // resource.getpagesize() // 2, given_back
+assert max(kept[10:]) < 100, kept
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_prepare_torch_on_a_device_that_is_not_there_is_an_error_that_names_a_way_out():
+    absent = "mps" if not torch.backends.mps.is_available() else "cuda"
+    hardware = Hardware(device=absent, num_threads=1, per_device_batch_size=None, evaluate_batch_tokens=64)
+    with pytest.raises(StageError, match=f"hardware.device={absent}.*hardware=cpu"):
+        prepare_torch(hardware)

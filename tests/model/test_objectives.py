@@ -1,0 +1,242 @@
+"""Objectives: windows that predict every text token once, labels, and documents that do not reach each other."""
+
+import dataclasses
+from collections import defaultdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import (
+    CAUSAL,
+    CLS,
+    EAGER,
+    END,
+    MASK,
+    MASKED,
+    SEP,
+    TASK,
+    VOCABULARY,
+    objective_config,
+    text_ids,
+    toy_model,
+    wrapped,
+)
+
+from stages.core.errors import StageError
+from stages.figures.metrics import full_precision
+from stages.model.masking import IGNORED
+from stages.model.objectives import NUM_PASSES, evaluation_batch, make_objective, segment_positions
+from stages.model.schema import ISOLATION_PROVEN
+
+LENGTHS = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 150)), min_size=1, max_size=5)
+CONTEXTS = st.integers(4, 70)
+
+
+def documents(lengths):
+    return [text_ids(length, seed) for seed, length in enumerate(lengths)]
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+@given(lengths=LENGTHS, context=CONTEXTS)
+def test_causal_windows_of_any_documents_predict_each_token_once_in_order(lengths, context):
+    texts = documents(lengths)
+    predicted = defaultdict(list)
+    for window in make_objective("causal", CAUSAL).windows(iter(texts), context):
+        predicted[window.document] += window.targets.tolist()
+    assert [predicted[index] for index in range(len(texts))] == [text.tolist() for text in texts]
+
+
+@given(lengths=LENGTHS, context=CONTEXTS)
+def test_causal_windows_of_any_documents_are_pieces_of_at_most_context_tokens_half_a_window_apart(lengths, context):
+    texts = documents(lengths)
+    starts = defaultdict(list)
+    for window in make_objective("causal", CAUSAL).windows(iter(texts), context):
+        stream = np.array([END, *texts[window.document]])
+        start = len(starts[window.document]) * (context // 2)
+        starts[window.document].append(start)
+        # The window's tokens are its inputs and the last one predicted.
+        assert len(window.input_ids) + 1 <= context
+        assert (window.input_ids == stream[start : start + len(window.input_ids)]).all()
+        assert (window.targets == stream[start + window.positions + 1]).all()
+        # It predicts what no window before it holds, so all but the first have half a window of context at least.
+        before = start - context // 2 + context if start else 1
+        assert start + int(window.positions[0]) + 1 == before
+
+
+def test_causal_windows_of_a_document_of_exactly_the_context_are_one():
+    # With the end-of-sequence token before it, a document of 7 tokens fills a window of 8.
+    windows = list(make_objective("causal", CAUSAL).windows(iter(documents([7])), 8))
+    assert [len(window.targets) for window in windows] == [7]
+
+
+def test_causal_windows_of_one_token_more_than_the_context_are_two():
+    windows = list(make_objective("causal", CAUSAL).windows(iter(documents([8])), 8))
+    assert [len(window.targets) for window in windows] == [7, 1]
+    assert len(windows[1].input_ids) == 4
+
+
+@given(lengths=LENGTHS, context=CONTEXTS)
+def test_masked_windows_of_any_documents_predict_each_text_token_once(lengths, context):
+    texts = documents(lengths)
+    tokens = [[] for _ in texts]
+    num_pieces = 0
+    for window in make_objective("mlm", MASKED).windows(iter(texts), context):
+        assert len(window.input_ids) <= context
+        assert (window.input_ids[[0, -1]] == [CLS, SEP]).all()
+        assert (window.input_ids[window.positions] == MASK).all()
+        assert (window.input_ids == MASK).sum() == len(window.positions)
+        assert (np.diff(window.positions) == NUM_PASSES).all()
+        tokens[window.document] += window.targets.tolist()
+        num_pieces += len(window.targets)
+    assert [sorted(found) for found in tokens] == [sorted(text.tolist()) for text in texts]
+    assert num_pieces == sum(lengths)
+
+
+@given(length=st.integers(1, 100), context=CONTEXTS)
+def test_masked_windows_unmasked_by_their_targets_are_the_consecutive_pieces_of_the_document(length, context):
+    text = np.arange(5, 5 + length).astype(np.uint16)  # each token says where it stands
+    passes = defaultdict(int)
+    for window in make_objective("mlm", MASKED).windows(iter([text]), context):
+        unmasked = window.input_ids.copy()
+        unmasked[window.positions] = window.targets
+        passes[tuple(unmasked.tolist())] += len(window.targets)
+    size = context - 2
+    pieces = [(CLS, *text[start : start + size].tolist(), SEP) for start in range(0, length, size)]
+    assert dict(passes) == {piece: len(piece) - 2 for piece in pieces}
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def test_causal_batch_of_packed_documents_labels_every_document_end_with_itself():
+    blocks = np.array([wrapped("causal", [7, 8, 9], [10], [11, 12])], np.uint16)
+    batch = make_objective("causal", CAUSAL, objective_config("causal")).batch(blocks, [0], 0, 0)
+    ends = np.flatnonzero(blocks[0] == END)
+    assert len(ends) == 4
+    # The first stands at the beginning, where nothing predicts it.
+    assert batch["labels"][0, ends].tolist() == [IGNORED, END, END, END]
+    assert batch["labels"][0, 1:].tolist() == blocks[0, 1:].tolist()
+
+
+def test_causal_targets_are_the_next_tokens_and_as_many_as_the_labels():
+    blocks = np.stack([text_ids(16, seed) for seed in range(3)])
+    objective = make_objective("causal", CAUSAL, objective_config("causal"))
+    labels = objective.batch(blocks, range(3), 0, 0)["labels"]
+    targets = objective.targets(labels)
+    assert targets.tolist() == [[*row[1:].tolist(), IGNORED] for row in blocks]
+    assert int((labels != IGNORED).sum()) == int((targets != IGNORED).sum()) == 3 * 15
+
+
+def test_masked_targets_are_the_labels():
+    labels = torch.tensor([[IGNORED, 7, IGNORED, 9]])
+    assert make_objective("mlm", MASKED, objective_config("mlm")).targets(labels).tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("task", ["causal", "mlm"])
+def test_batch_of_a_uint16_block_is_int64_and_leaves_the_block(task):
+    blocks = np.array([wrapped(task, *(text_ids(6, seed).tolist() for seed in range(8)))], np.uint16)
+    before = blocks.copy()
+    batch = make_objective(task, VOCABULARY[task], objective_config(task)).batch(blocks, [0], 0, 0)
+    assert {batch["input_ids"].dtype, batch["labels"].dtype} == {torch.int64}
+    assert (blocks == before).all()
+
+
+def test_evaluation_batch_of_masked_blocks_in_any_company_is_the_same():
+    blocks = np.stack([text_ids(40, seed) for seed in range(6)])
+    objective = make_objective("mlm", MASKED, objective_config("mlm"))
+    whole, part = evaluation_batch(objective, blocks, range(6)), evaluation_batch(objective, blocks[4:], [4, 5])
+    assert (whole["labels"] != IGNORED).any()
+    assert (whole["labels"][4:] == part["labels"]).all()
+    assert (whole["input_ids"][4:] == part["input_ids"]).all()
+
+
+@pytest.mark.parametrize(
+    ("starts", "expected"),
+    [
+        ([1, 0, 0, 1, 0], [0, 1, 2, 0, 1]),
+        ([0, 0, 1, 0, 0], [0, 1, 0, 1, 2]),
+        ([0, 0, 0, 0, 0], [0, 1, 2, 3, 4]),
+        ([1, 1, 1, 0, 1], [0, 0, 0, 1, 0]),
+    ],
+)
+def test_segment_positions_restart_at_each_start(starts, expected):
+    assert segment_positions(np.array([starts], bool)).tolist() == [expected]
+
+
+# -- isolation ---------------------------------------------------------------------------------------------------------
+
+TEXTS = [text_ids(length, seed).tolist() for seed, length in [(1, 9), (2, 11), (3, 6)]]
+PROVEN = [name for names in ISOLATION_PROVEN.values() for name in names]
+CASES = [
+    (name, attention) for name in PROVEN for attention in ("eager", "sdpa") if attention == "eager" or name not in EAGER
+]
+
+
+def logits_over_b(model_type, attention, isolate_documents):
+    """Logits over document B of a block that begins inside a document and packs A, B and C; and of B alone."""
+    task = TASK[model_type]
+    model = toy_model(model_type, attention=attention)
+    config = objective_config(task, isolate_documents, **({"mlm_probability": 0.4} if task == "mlm" else {}))
+    objective = make_objective(task, VOCABULARY[task], config, model)
+    block = np.array([wrapped(task, *TEXTS)[3:]], np.uint16)
+    # B begins with the control token that stands before its text: the end of A, or its own.
+    end = {"causal": END, "mlm": CLS}[task]
+    first = int(np.flatnonzero(block[0] == end)[0])
+    last = first + 1 + len(TEXTS[1]) + (task == "mlm")
+    batch = objective.batch(block, [0], 0, 0)
+    assert block[0, first + 1 : first + 1 + len(TEXTS[1])].tolist() == TEXTS[1]
+    alone = batch["input_ids"][:, first:last]
+    del batch["labels"]
+    with full_precision(model):
+        return model(**batch).logits[:, first:last], model(alone).logits
+
+
+@pytest.mark.parametrize(("model_type", "attention"), CASES)
+def test_batch_with_isolated_documents_gives_the_logits_of_a_document_alone(model_type, attention):
+    packed, alone = logits_over_b(model_type, attention, isolate_documents=True)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("model_type", "attention"), CASES)
+def test_batch_without_isolation_gives_logits_that_other_documents_change(model_type, attention):
+    packed, alone = logits_over_b(model_type, attention, isolate_documents=False)
+    assert float((packed - alone).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("model_type", PROVEN)
+def test_batch_with_isolated_documents_under_bf16_autocast_gives_finite_logits_near_those_of_fp32(model_type):
+    task = TASK[model_type]
+    model = toy_model(model_type)
+    objective = make_objective(task, VOCABULARY[task], objective_config(task, True), model)
+    batch = objective.batch(np.array([wrapped(task, *TEXTS)], np.uint16), [0], 0, 0)
+    del batch["labels"]
+    with full_precision(model):
+        exact = model(**batch).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = model(**batch).logits.float()
+    assert float((exact - rough).norm() / exact.norm()) < 0.05
+
+
+BLOOM = SimpleNamespace(config=SimpleNamespace(model_type="bloom"))
+
+
+def test_make_objective_with_isolation_for_an_unproven_architecture_is_an_error_that_names_it():
+    with pytest.raises(StageError, match=r"bloom.*isolate_documents: false"):
+        make_objective("causal", CAUSAL, objective_config("causal", True), BLOOM)
+
+
+def test_make_objective_without_isolation_takes_any_architecture():
+    objective = make_objective("causal", CAUSAL, objective_config("causal", False), BLOOM)
+    batch = objective.batch(np.array([wrapped("causal", *TEXTS)], np.uint16), [0], 0, 0)
+    assert "position_ids" not in batch
+
+
+def test_make_objective_with_isolation_but_no_token_before_documents_is_an_error():
+    bare = dataclasses.replace(MASKED, prefix=[], suffix=[])
+    with pytest.raises(StageError, match="isolate_documents"):
+        make_objective("mlm", bare, objective_config("mlm", True), toy_model("roberta"))

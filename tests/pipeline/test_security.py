@@ -1,0 +1,277 @@
+"""What a config, a data set, a model or a log may never do: run code, or give a secret away."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from data_helpers import CAUSAL_TOKENS, REPOSITORY, questions, serving_files, write_bpe, write_jsonl, write_raw
+from hostile import error_of
+from mini_hub import MiniHub
+
+from stages.core.artifacts import SPLITS
+from stages.core.config import CONF
+from stages.core.errors import StageError
+from stages.download.hub_data import read_hub, resolve_commit
+from stages.download.schema import HubData, without_credentials
+from stages.hub.files import weights_files
+from stages.shell.app import names_a_target
+from tools.pin_model import pin
+
+SOURCES = sorted(file for name in ("stages", "tools", "benchmarks") for file in (REPOSITORY / name).rglob("*.py"))
+TOKEN = "hf_MARKEDTOKENthatNoFileOrLogMayHold"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def calls(file: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Each call in a source file, by the dotted name that is called."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return found
+
+
+# -- no code from data, configs or models ------------------------------------------------------------------------------
+
+UNPICKLE = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+UNPACK = {"tarfile", "zipfile", "py7zr", "rarfile"}
+RUN = {"eval", "exec", "compile", "os.system", "os.popen"}
+# It evaluates the annotations in transformers' own source, by names of types alone.
+EXCEPT = {("trainer_arguments.py", "eval"), ("trainer_arguments.py", "compile")}
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_security_source_never_unpickles_unpacks_or_runs_text(file: Path) -> None:
+    names = {name.partition(".")[0] for name in imports(file)}
+    assert names.isdisjoint(UNPICKLE | UNPACK)
+    assert "shutil.unpack_archive" not in imports(file)
+    for name, call in calls(file):
+        assert name not in RUN or (file.name, name) in EXCEPT
+        assert not name.endswith(("unpack_archive", "extractall"))
+        arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert arguments.get("shell", "False") == "False"
+        assert arguments.get("allow_pickle", "False") == "False"
+        if name in ("torch.load", "yaml.load", "yaml.unsafe_load"):
+            assert "weights_only" in arguments or "SafeLoader" in ast.unparse(call)
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_security_source_never_trusts_remote_code_nor_has_hydra_call_it(file: Path) -> None:
+    assert not any(name.startswith(("hydra.utils", "hydra._internal.instantiate")) for name in imports(file))
+    for name, call in calls(file):
+        assert name.rpartition(".")[2] not in ("instantiate", "get_class", "get_method", "get_object")
+        arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert arguments.get("trust_remote_code", "False") == "False"
+        # Not of peft: it reads additions to a model that is there, beside which tests see safetensors alone.
+        if file.parent.name == "stages" and name.endswith(".from_pretrained") and not name.startswith("PeftModel."):
+            assert arguments.get("trust_remote_code") == "False"
+            if "Config" not in name and "Tokenizer" not in name:
+                assert arguments.get("use_safetensors") == "True"
+
+
+def test_security_configs_name_nothing_to_call() -> None:
+    assert names_a_target([], CONF) == ""
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["x: {_target_: os.system}", "x: [{y: {_target_: os.system}}]", "hydra: {callbacks: {x: {}}}", r'"\x5ftarget_": a'],
+)
+def test_security_config_that_names_something_to_call_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/evil.yaml").write_text(content)
+    assert names_a_target([], tmp_path).endswith(f" in {tmp_path}/data/evil.yaml")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["+data._target_=os.system", "+data.command=COMMAND"],
+        ["+trainer={_target_: os.system, command: COMMAND}"],
+        ["+hydra.callbacks.x._target_=os.system", "+hydra.callbacks.x.command=COMMAND"],
+        ["hydra.launcher._target_=os.system", "+hydra.launcher.command=COMMAND"],
+    ],
+)
+def test_security_target_on_the_command_line_is_refused_and_not_called(tmp_path: Path, overrides: list[str]) -> None:
+    touch = f"'touch {tmp_path}/TOUCHED'"
+    command = [sys.executable, "-m", "stages.download", "data=sample", "data.path=data/sample/askscience.jsonl"]
+    words = [word.replace("COMMAND", touch) for word in overrides]
+    done = subprocess.run(
+        [*command, f"out={tmp_path}/raw", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "would have Hydra call code, which none of this project's may" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_security_data_set_with_a_script_is_refused_and_the_script_not_run(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/set.py").write_text(f"open({str(tmp_path / 'TOUCHED')!r}, 'w')\n")
+    hub = HubData(id=str(tmp_path / "set"), config=None, revision="main", splits=["train"])
+    with pytest.raises(StageError, match=f"the data set {tmp_path}/set .* could not be read"):
+        list(read_hub(hub, "main", whole=False))
+    assert not (tmp_path / "TOUCHED").exists()
+
+
+def test_security_data_set_of_the_hub_is_never_a_directory_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner/name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StageError, match=r"hub\.id=owner/name is a path here: set data\.name=files"):
+        resolve_commit(HubData(id="owner/name", config=None, revision="main", splits=["train"]))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
+def test_security_pickled_weights_are_refused_with_the_way_to_convert_them(tmp_path: Path, name: str) -> None:
+    write_bpe(tmp_path, CAUSAL_TOKENS)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_positions": 64}')
+    torch.save({}, tmp_path / name)
+    words = rf"only {tmp_path}/{re.escape(name)}: pickled weights can run code .* convert them with .*save_pretrained"
+    with pytest.raises(StageError, match=words):
+        weights_files("model", str(tmp_path), None, {"config.json": "sha256:0"})
+    with pytest.raises(ValueError, match=words):
+        pin(tmp_path, None, False, None)
+
+
+@pytest.mark.parametrize(
+    ("line", "refused"), [("key = 'AKIAIOSFODNN7EXAMPLQ'", 1), ("COMMIT = '" + "0a" * 20 + "'", 0)]
+)
+def test_security_secret_in_a_commit_is_refused(tmp_path: Path, line: str, refused: int) -> None:
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    scanner = next(hook for hook in hooks if hook["id"] == "detect-secrets")
+    program = Path(sys.executable).parent / Path(scanner["entry"]).name
+    (tmp_path / "module.py").write_text(f"{line}\n")
+    assert subprocess.run([program, *scanner["args"], "module.py"], cwd=tmp_path, check=False).returncode == refused
+
+
+# -- no secret anywhere ------------------------------------------------------------------------------------------------
+
+
+def environment(cache: Path, url: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HUGGING"))}
+    own = {"HF_HOME": str(cache), "HF_ENDPOINT": url, "NO_PROXY": "127.0.0.1", "HF_TOKEN": TOKEN, "LM_REPRO_DEBUG": "0"}
+    return {**kept, **own}
+
+
+def said(stage: str, environment: dict[str, str], *overrides: str) -> str:
+    command = [sys.executable, "-m", f"stages.{stage}", *overrides]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=100
+    )
+    return f"exit {done.returncode}: {done.stdout}{done.stderr}"
+
+
+def holders(directory: Path) -> list[str]:
+    """Files below `directory` that hold the token."""
+    files = (file for file in directory.rglob("*") if file.is_file())
+    return [str(file) for file in files if TOKEN.encode() in file.read_bytes()]
+
+
+@pytest.mark.parametrize("refusal", [None, 401, 403])
+def test_security_token_that_the_hub_is_shown_is_in_no_log_error_or_file(tmp_path: Path, refusal: int | None) -> None:
+    source = write_bpe(tmp_path / "source", CAUSAL_TOKENS)
+    files = {file.name: file.read_bytes() for file in source.iterdir()}
+    raw = write_raw(tmp_path / "raw", {name: ["Rain falls."] for name in SPLITS})
+    hub = MiniHub({"o/n": {COMMIT: files}}, ("tokenizer.json", "api") if refusal else (), refusal or 403)
+    with hub.serve() as url:
+        pinned = ["+model.tokenizer.path=o/n", f"+model.tokenizer.revision='{COMMIT}'", "~model.tokenizer.train"]
+        choices = ["task=causal", "data=files", "model=tiny-gpt2", *pinned]
+        ran = said("tokenize", environment(tmp_path / "hf", url), *choices, f"raw={raw}", f"out={tmp_path}/tokens")
+    assert ran.startswith("exit 0" if refusal is None else "exit 1"), ran
+    assert f"Bearer {TOKEN}" in hub.authorizations  # or there was nothing to give away
+    assert TOKEN not in ran
+    assert holders(tmp_path) == []
+    assert (tmp_path / "tokens").exists() == (refusal is None)
+
+
+def test_security_token_is_not_in_what_download_says_of_a_data_set_that_is_refused(tmp_path: Path) -> None:
+    hub = MiniHub({}, ("api",), 401)
+    with hub.serve() as url:
+        ran = said("download", environment(tmp_path / "hf", url), "data=hub", "data.path=-", f"out={tmp_path}/raw")
+    assert ran.startswith("exit 1"), ran
+    assert "the data set dany0407/eli5_category cannot be read at revision main: access is refused (HTTP 401)" in ran
+    assert f"Bearer {TOKEN}" in hub.authorizations
+    assert TOKEN not in ran
+    assert holders(tmp_path) == []
+
+
+def test_security_token_is_shown_to_no_other_server_and_is_in_no_file_of_download(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "served/a.jsonl", questions(60))
+    with serving_files(tmp_path / "served") as url:
+        path = [f"data.path={url}/a.jsonl", "data.count_near_duplicates=false"]
+        ran = said("download", environment(tmp_path / "hf", url), "data=files", *path, f"out={tmp_path}/raw")
+    assert ran.startswith("exit 0"), ran
+    assert TOKEN not in ran
+    assert holders(tmp_path) == []
+
+
+def test_security_token_is_in_no_model_report_or_metrics(
+    run_toy: Callable[..., None],
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for stage in ("baseline", "train", "evaluate"):
+        run_toy(stage, "causal", tmp_path)
+    assert {"baseline.json", "metrics.json", "model", "report", "samples.md"} == {p.name for p in tmp_path.iterdir()}
+    assert holders(tmp_path) == []
+    assert TOKEN not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("https://me:MARKED@host/a.jsonl", "https://me:***@host/a.jsonl"),
+        ("ftp://me:MARKED@host:21/a.jsonl", "ftp://me:***@host:21/a.jsonl"),
+        ("simplecache::https://me:MARKED@host/a.jsonl", "simplecache::https://me:***@host/a.jsonl"),
+        ("https://host/a.jsonl?x=1&X-Amz-Signature=MARKED", "https://host/a.jsonl?x=1&X-Amz-Signature=***"),
+        ("https://host/a.jsonl?token=MARKED&x=1", "https://host/a.jsonl?token=***&x=1"),
+    ],
+)
+def test_security_credentials_in_a_path_are_refused_and_not_shown(tmp_path: Path, path: str, shown: str) -> None:
+    error = error_of("download", "data=files", f"data.path='{path}'", f"out={tmp_path}/raw")
+    assert error.startswith(f"data.path={shown}: a path with credentials would stand in dvc.lock")
+    assert "FSSPEC_HTTPS" in error
+    assert "MARKED" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/data/a:b@c.jsonl", "ssh://me@host/a.jsonl", "https://host/a@b:c.jsonl?x=1", "s3://bucket/a"],
+)
+def test_security_path_without_credentials_is_left_alone(path: str) -> None:
+    assert without_credentials(path) is None
+
+
+def test_security_credentials_given_to_fsspec_are_used_and_not_shown(tmp_path: Path) -> None:
+    """What the error advises instead works, and leaves no trace."""
+    hub = MiniHub({"o/n": {COMMIT: {"a.jsonl": write_jsonl(tmp_path / "a.jsonl", questions(60)).read_bytes()}}})
+    with hub.serve() as url:
+        own = environment(tmp_path / "hf", url)
+        del own["HF_TOKEN"]
+        own["FSSPEC_HTTP"] = f'{{"client_kwargs": {{"headers": {{"Authorization": "Bearer {TOKEN}"}}}}}}'
+        path = [f"data.path={url}/o/n/resolve/{COMMIT}/a.jsonl", "data.count_near_duplicates=false"]
+        ran = said("download", own, "data=files", *path, f"out={tmp_path}/raw")
+    assert ran.startswith("exit 0"), ran
+    assert f"Bearer {TOKEN}" in hub.authorizations
+    assert TOKEN not in ran
+    assert holders(tmp_path) == []

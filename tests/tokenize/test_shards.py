@@ -1,0 +1,48 @@
+"""Several shard files: what a split in one gives, byte for byte, from the tokens to the metrics."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import MODELS, run_stage
+from data_helpers import contents
+
+from stages import block_shards, tokenize
+from stages.core.artifacts import SPLITS, shard_files
+
+SHARD_BYTES = 500
+TASKS = ("causal", "mlm")
+
+
+@pytest.fixture(scope="module")
+def cut(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens and blocks of the toy corpus, from records in row groups of three, in shards of 500 bytes."""
+    root = tmp_path_factory.mktemp("cut")
+    (root / "raw").mkdir()
+    for split in SPLITS:
+        table = pq.read_table(corpus / f"raw/{split}.parquet")
+        pq.write_table(table, root / f"raw/{split}.parquet", row_group_size=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize, "SHARD_BYTES", SHARD_BYTES)
+        patch.setattr(block_shards, "SHARD_BYTES", SHARD_BYTES)
+        patch.setattr(block_shards, "TOKENS_AT_ONCE", 50)
+        for task in TASKS:
+            own = ["data=files", MODELS[task][0], "model.tokenizer.train.vocab_size=300"]
+            run_stage("tokenize", f"task={task}", *own, f"raw={root}/raw", f"out={root}/tokens/{task}")
+            grouped = [f"tokens={root}/tokens/{task}", f"out={root}/blocks/{task}"]
+            run_stage("group_texts", "block_size=16", *grouped)
+    return root
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_shards_of_a_split_train_and_evaluate_to_the_bytes_of_one(
+    corpus: Path, cut: Path, trained: dict[str, Path], run_toy: Callable[..., None], tmp_path: Path, task: str
+) -> None:
+    tokens, blocks = cut / "tokens" / task, cut / "blocks" / task
+    assert len(shard_files(tokens / "train")) > 2 < len(shard_files(blocks / "train"))
+    assert len(shard_files(corpus / f"tokens/{task}/train")) == 1
+    for stage in ("baseline", "train", "evaluate"):
+        more = [] if stage == "baseline" else [f"blocks={blocks}"]
+        run_toy(stage, task, tmp_path, f"tokens={tokens}", *more)
+    assert contents(tmp_path) == contents(trained[task])

@@ -1,0 +1,70 @@
+"""texts: what of a record is a document's text, read a row group at a time, damage named."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages.core.errors import StageError
+from stages.tokenize.schema import Flatten
+from stages.tokenize.texts import TextFile
+
+ANSWERS = Flatten(columns=["answers.text"], joiner=" ")
+ROWS = [
+    {"title": "T", "selftext": "S", "answers": {"text": ["one", "two"]}},
+    {"title": "U", "selftext": "", "answers": {"text": []}},
+    {"title": "", "selftext": "", "answers": {"text": ["", "three", ""]}},
+    {"title": "", "selftext": "W", "answers": {"text": ["", ""]}},
+]
+
+
+def texts(file: TextFile) -> list[str]:
+    return [text for group in file for text in group.to_pylist()]
+
+
+def write(file: Path, rows: list[dict[str, Any]], row_group_size: int = 1000) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=row_group_size)
+    return file
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 1000])
+@pytest.mark.parametrize(
+    ("columns", "joiner", "expected"),
+    [
+        (["answers.text"], " ", ["one two", "", "three", ""]),
+        (["title", "selftext", "answers.text"], "\n\n", ["T\n\nS\n\none\n\ntwo", "U", "three", "W"]),
+        (["selftext", "title"], "", ["ST", "U", "", "W"]),
+        (["title"], " ", ["T", "U", "", ""]),
+    ],
+)
+def test_texts_of_chosen_columns_join_what_is_not_empty(
+    tmp_path: Path, rows: int, columns: list[Any], joiner: str, expected: list[str]
+) -> None:
+    file = TextFile(write(tmp_path / "a.parquet", ROWS, rows), Flatten(columns=columns, joiner=joiner))
+    assert (texts(file), file.num_documents) == (expected, 4)
+    assert texts(file) == expected  # a second time as the first
+
+
+def test_texts_of_chosen_row_groups_come_in_their_order(tmp_path: Path) -> None:
+    file = TextFile(write(tmp_path / "a.parquet", ROWS, 1), ANSWERS)
+    assert [group.to_pylist() for group in file.groups([2, 0])] == [["three"], ["one two"]]
+    assert list(file.groups([])) == []
+
+
+@pytest.mark.parametrize("keep", [0, 100, -20])
+def test_texts_of_a_truncated_file_name_it(tmp_path: Path, keep: int) -> None:
+    file = write(tmp_path / "a.parquet", ROWS)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(StageError, match=f"{file} is damaged"):
+        TextFile(file, ANSWERS)
+
+
+def test_texts_of_a_file_whose_pages_are_damaged_name_it(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", ROWS * 100)
+    data = bytearray(file.read_bytes())
+    data[4:60] = b"x" * 56
+    file.write_bytes(data)
+    with pytest.raises(StageError, match=f"{file} is damaged"):
+        texts(TextFile(file, Flatten(columns=["title"], joiner=" ")))

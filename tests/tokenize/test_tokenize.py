@@ -1,0 +1,262 @@
+"""tokenize: a row a document, wrapped as the task asks, nothing truncated, and a ledger that accounts for it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_helpers import (
+    CAUSAL_TOKENS,
+    MLM_TOKENS,
+    REPOSITORY,
+    TEXTS,
+    contents,
+    hashes,
+    read_stats,
+    write_bpe,
+    write_raw,
+    write_word_piece,
+)  # fmt: skip
+from hydra import compose, initialize_config_dir
+from tokenizers import Tokenizer, models
+
+from stages import encoding, tokenize
+from stages.core.artifacts import SPLITS, Documents, shard_files
+from stages.core.config import CONF, load
+from stages.core.errors import StageError
+from stages.tokenize.schema import Flatten, Tokenize
+from stages.tokenize.stage import FlattenData, TokenizeConfig, main
+from stages.tokens.schema import ModelTokenizer, TokenizerSource, TrainedTokenizer
+from stages.tokens.vocabulary import Vocabulary, load_tokenizer
+
+ROLES = {"causal": CAUSAL_TOKENS, "mlm": MLM_TOKENS}
+WRAP = {
+    "causal": Tokenize(wrap="end_of_sequence", requires=["eos_token"]),
+    "mlm": Tokenize(wrap="template", requires=["mask_token"]),
+}
+SPLIT_TEXTS = {
+    "train": [*TEXTS, "", "<|endoftext|></s><mask>"],
+    "validation": ["A document.", "<s>", ""],
+    "test": ["", "long " * 2000],
+}
+
+
+def run(tmp_path: Path, task: str, tokenizer: TokenizerSource | None = None, raw: Any = None, out: str = "t") -> Path:
+    """What tokenize writes for SPLIT_TEXTS, by a tokenizer of its own unless another is given."""
+    trained = TrainedTokenizer(vocab_size=300, special_tokens=dict(ROLES[task]))
+    config = TokenizeConfig(
+        data=FlattenData(flatten=Flatten(columns=["answers.text"], joiner=" ")),
+        model=ModelTokenizer(tokenizer=tokenizer or TokenizerSource(train=trained)),
+        tokenize=WRAP[task],
+        raw=str(raw or write_raw(tmp_path / "raw", SPLIT_TEXTS)),
+        out=str(tmp_path / out),
+    )
+    main(config)
+    return tmp_path / out
+
+
+def pinned(directory: Path) -> TokenizerSource:
+    return TokenizerSource(path=str(directory), files=hashes(directory))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_tokenize_causal_ends_every_document_and_begins_the_split(tmp_path: Path, split: str) -> None:
+    out = run(tmp_path, "causal")
+    tokenizer, rows = load_tokenizer(out / "tokenizer"), Documents(out / split)
+    texts = [tokenizer.decode(rows[i].tolist(), skip_special_tokens=False) for i in range(len(rows))]
+    end = "<|endoftext|>"
+    assert texts == [end * (i == 0) + text + end for i, text in enumerate(SPLIT_TEXTS[split])]
+    assert [int((rows[i] == 0).sum()) for i in range(len(rows))] == [2, *[1] * (len(rows) - 1)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_tokenize_mlm_wraps_every_document(tmp_path: Path, split: str) -> None:
+    out = run(tmp_path, "mlm")
+    tokenizer, rows = load_tokenizer(out / "tokenizer"), Documents(out / split)
+    texts = [tokenizer.decode(rows[i].tolist(), skip_special_tokens=False) for i in range(len(rows))]
+    assert texts == [f"<s>{text}</s>" for text in SPLIT_TEXTS[split]]
+    assert all(rows[i][1:-1].min(initial=9) > 4 for i in range(len(rows)))  # what lies between is text
+
+
+@pytest.mark.parametrize("task", ROLES)
+@pytest.mark.parametrize("split", SPLITS)
+def test_tokenize_ledger_accounts_for_documents_tokens_and_bytes(tmp_path: Path, task: str, split: str) -> None:
+    out = run(tmp_path, task)
+    ledger, rows, vocabulary = read_stats(out / split), Documents(out / split), Vocabulary.read(out)
+    stored = np.concatenate([rows[i] for i in range(len(rows))])
+    num_bytes = [len(text.encode()) for text in SPLIT_TEXTS[split]]
+    assert ledger["documents"] == len(rows) == len(SPLIT_TEXTS[split])
+    assert ledger["tokens"] == len(stored)
+    assert ledger["text_tokens"] == len(vocabulary.text_tokens(stored))
+    assert rows.num_bytes.tolist() == num_bytes
+    assert ledger["bytes"] == sum(num_bytes)
+    assert ledger.get("documents_lossy") == (None if split == "train" else 0)
+    assert stored.dtype == np.uint16
+
+
+@pytest.mark.parametrize("task", ROLES)
+@pytest.mark.parametrize("rows", [1, 2, 5, 6])
+def test_tokenize_of_row_groups_of_any_size_stores_the_same_documents(tmp_path: Path, task: str, rows: int) -> None:
+    whole = run(tmp_path, task)
+    raw = write_raw(tmp_path / "cut-raw", SPLIT_TEXTS, rows)
+    cut = run(tmp_path, task, raw=raw, out="cut")
+    for split in SPLITS:
+        one, other = Documents(whole / split), Documents(cut / split)
+        assert [other[i].tolist() for i in range(len(other))] == [one[i].tolist() for i in range(len(one))]
+        assert other.num_bytes.tolist() == one.num_bytes.tolist()
+        assert read_stats(cut / split) == read_stats(whole / split)
+
+
+@pytest.mark.parametrize("task", ROLES)
+@pytest.mark.parametrize("shard_bytes", [1, 100])
+def test_tokenize_to_several_shards_stores_the_same_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, shard_bytes: int
+) -> None:
+    raw = write_raw(tmp_path / "cut-raw", SPLIT_TEXTS, 1)
+    whole = run(tmp_path, task, raw=raw)
+    monkeypatch.setattr(tokenize, "SHARD_BYTES", shard_bytes)
+    cut = run(tmp_path, task, raw=raw, out="cut")
+    assert len(shard_files(cut / "train")) > (1 if shard_bytes > 1 else len(SPLIT_TEXTS["train"]) - 1)
+    for split in SPLITS:
+        one, other = Documents(whole / split), Documents(cut / split)
+        assert [other[i].tolist() for i in range(len(other))] == [one[i].tolist() for i in range(len(one))]
+        assert read_stats(cut / split) == read_stats(whole / split)
+
+
+@pytest.mark.parametrize("task", ROLES)
+def test_tokenize_by_either_engine_writes_the_same_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    fast = run(tmp_path, task, out="fast")
+    monkeypatch.setattr(encoding, "fastokens_engine", lambda tokenizer: None)
+    slow = run(tmp_path, task, out="slow")
+    assert [read_stats(out)["engine"] for out in (fast, slow)] == ["fastokens", "tokenizers"]
+    for split in SPLITS:
+        assert contents(fast / split) == contents(slow / split)
+
+
+THREADS = """
+import sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from test_tokenize import run
+run(Path(sys.argv[1]), "mlm")
+"""
+
+
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_tokenize_by_any_number_of_threads_writes_the_same_bytes(tmp_path: Path, threads: str) -> None:
+    environment = {
+        **os.environ,
+        "RAYON_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": threads,
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    (tmp_path / "there").mkdir()
+    command = [sys.executable, "-c", THREADS, str(tmp_path / "there")]
+    subprocess.run(command, check=True, env=environment, cwd=REPOSITORY)
+    assert contents(tmp_path / "there/t") == contents(run(tmp_path, "mlm"))
+
+
+@pytest.mark.parametrize("task", ROLES)
+def test_tokenize_again_writes_the_same_bytes(tmp_path: Path, task: str) -> None:
+    assert contents(run(tmp_path, task, out="one")) == contents(run(tmp_path, task, out="two"))
+
+
+def test_tokenize_trains_on_the_training_split_alone(tmp_path: Path) -> None:
+    one = run(tmp_path, "causal", out="one")
+    raw = write_raw(tmp_path / "other", SPLIT_TEXTS | {"validation": ["zq " * 50], "test": ["qz " * 50]})
+    two = run(tmp_path, "causal", raw=raw, out="two")
+    assert contents(one / "tokenizer") == contents(two / "tokenizer")
+
+
+@pytest.mark.parametrize("task", ROLES)
+def test_tokenize_by_a_pinned_tokenizer_copies_its_files_verbatim(tmp_path: Path, task: str) -> None:
+    directory = write_bpe(tmp_path / "pinned", ROLES[task])
+    out = run(tmp_path, task, pinned(directory))
+    assert contents(out / "tokenizer") == contents(directory)
+    assert read_stats(out / "test")["documents_lossy"] == 0
+
+
+def test_tokenize_by_a_tokenizer_changed_since_it_was_pinned_names_the_file(tmp_path: Path) -> None:
+    source = pinned(write_bpe(tmp_path / "pinned", CAUSAL_TOKENS))
+    write_bpe(tmp_path / "pinned", CAUSAL_TOKENS, vocab_size=290)
+    with pytest.raises(StageError, match=rf"{tmp_path / 'pinned/tokenizer.json'} .*pin_model"):
+        run(tmp_path, "causal", source)
+    assert not (tmp_path / "t").exists()
+
+
+def test_tokenize_by_a_lossy_tokenizer_counts_the_documents_that_change(tmp_path: Path) -> None:
+    texts = {"train": ["sky"], "validation": ["sky blue", "Sky blue", "北京", ""], "test": ["a . b", "a  b", "a.b"]}
+    source = pinned(write_word_piece(tmp_path / "pinned"))
+    out = run(tmp_path, "mlm", source, write_raw(tmp_path / "r", texts))
+    assert [read_stats(out / split).get("documents_lossy") for split in SPLITS] == [None, 2, 2]
+    assert read_stats(out / "validation")["bytes"] == 8 + 8 + 6
+    rows = Documents(out / "validation")
+    assert [rows[i][[0, -1]].tolist() for i in range(4)] == [[2, 3]] * 4
+
+
+@pytest.mark.parametrize(("task", "roles"), [("causal", {"pad_token": "<pad>"}), ("mlm", CAUSAL_TOKENS)])
+def test_tokenize_by_a_tokenizer_without_the_tasks_token_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, roles: dict[str, str]
+) -> None:
+    monkeypatch.setattr("stages.tokens.vocabulary._special_tokens_by_transformers", lambda directory: {})
+    without = pinned(write_bpe(tmp_path / "tokenizer", roles))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(StageError, match=f"no {WRAP[task].requires[0]}"):
+        run(tmp_path, task, without, out="out/tokens")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_tokenize_of_a_split_without_documents_writes_an_empty_one(tmp_path: Path) -> None:
+    out = run(tmp_path, "causal", raw=write_raw(tmp_path / "r", SPLIT_TEXTS | {"test": []}))
+    assert len(Documents(out / "test")) == 0
+    assert [read_stats(out / "test")[key] for key in ("documents", "tokens", "text_tokens", "bytes")] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("task", ROLES)
+def test_tokenize_of_empty_documents_alone_keeps_a_row_each(tmp_path: Path, task: str) -> None:
+    out = run(tmp_path, task, raw=write_raw(tmp_path / "r", SPLIT_TEXTS | {"test": ["", ""]}))
+    rows, vocabulary = Documents(out / "test"), Vocabulary.read(out)
+    assert len(rows) == 2
+    assert rows[1].tolist() == [*vocabulary.prefix, *vocabulary.suffix]
+    assert read_stats(out / "test")["text_tokens"] == 0
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("keep", [0, 100, -20])
+def test_tokenize_of_a_damaged_parquet_file_names_it(tmp_path: Path, split: str, keep: int) -> None:
+    raw = write_raw(tmp_path / "raw", SPLIT_TEXTS)
+    file = raw / f"{split}.parquet"
+    file.write_bytes(file.read_bytes()[:keep])
+    source = pinned(write_bpe(tmp_path / "pinned", CAUSAL_TOKENS))
+    with pytest.raises(StageError, match=f"{file} is damaged"):
+        run(tmp_path, "causal", source, raw)
+
+
+def test_tokenize_of_the_composed_configs_matches_their_model(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw", SPLIT_TEXTS)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        choices = ["data=files", "model=tiny-roberta", "task=mlm", f"raw={raw}", f"out={tmp_path / 't'}"]
+        main(load(TokenizeConfig, compose("tokenize", choices), "tokenize"))
+    vocabulary = Vocabulary.read(tmp_path / "t")
+    assert (vocabulary.prefix, vocabulary.suffix, vocabulary.special["mask_token"]) == ([0], [2], 4)
+
+
+def test_tokenize_of_a_text_that_spells_a_control_token_of_a_unigram_names_the_document(tmp_path: Path) -> None:
+    """Unigram vocabularies hold their control tokens as pieces, so that the text itself becomes one."""
+    directory = tmp_path / "unigram"
+    directory.mkdir()
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -2.0) for letter in "▁abc</s>k")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3))
+    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<pad>"}))
+    texts = {"train": ["abc", "abc"], "validation": ["abc", "a</s>b"], "test": ["abc"]}
+    with pytest.raises(StageError, match="validation document 1 spells a control token"):
+        run(tmp_path, "causal", pinned(directory), raw=write_raw(tmp_path / "r", texts))
+    assert not (tmp_path / "t").exists()

@@ -1,0 +1,261 @@
+"""tools.publish: what it refuses, the card that it writes, and what arrives at a Hub on the loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import contents
+from dvc_project import edit, run
+from huggingface_hub import ModelCard
+from test_security import TOKEN
+from upload_hub import UploadHub
+
+from stages.core.errors import StageError
+from tools.publish import recorded_run
+
+NAME = "someone/some-model"
+
+
+def publish(project: Path, home: Path, url: str, *arguments: str, **more: str) -> str:
+    """Exit code and output of the command, for a Hub at `url`, in one line or two where it fails."""
+    kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HUGGING"))}
+    own = {"HF_HOME": str(home), "HF_ENDPOINT": url, "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1", **more}
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.publish", *arguments],
+        cwd=project,
+        env={**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}", **own},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    said = f"exit {done.returncode}: {done.stdout}{done.stderr}"
+    assert "Traceback" not in said, said
+    return said
+
+
+@pytest.fixture
+def named(clean: Path) -> Path:
+    """The project with a repository for its causal model."""
+    edit(clean / "conf/publish.yaml", causal__repository=NAME)
+    return clean
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def append(file: Path, text: str) -> None:
+    content = file.read_text()
+    file.unlink()  # DVC links it to its cache
+    file.write_text(content + text)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("stages/train/stage.py", "# x\n", r"the card would lie: train@causal: stages/train\.py modified"),
+        ("stages/tokenize/stage.py", "# x\n", r"the card would lie: tokenize@causal: stages/tokenize\.py modified"),
+        ("models/causal/config.json", " ", r"train@causal: models/causal modified.*evaluate@causal: models/causal"),
+        ("models/causal/new.json", "{}", r"train@causal: models/causal modified"),
+        ("metrics/causal.json", " ", r"evaluate@causal: metrics/causal\.json modified"),
+        ("reports/samples/causal.md", "x", r"evaluate@causal: reports/samples/causal\.md modified"),
+        ("data/sample/askscience.jsonl", " ", r"download: data/sample/askscience\.jsonl modified"),
+        ("conf/task/causal.yaml", "# x\n", r"^not committed as in the workspace: conf/task/causal\.yaml: "),
+        ("params.yaml", "# x\n", r"^not committed as in the workspace: params\.yaml: "),
+        ("dvc.lock", "# x\n", r"^not committed as in the workspace: dvc\.lock: "),
+        ("dvc.yaml", "# x\n", r"^not committed as in the workspace: dvc\.yaml: "),
+    ],
+)
+def test_publish_workspace_other_than_what_is_recorded_is_refused(
+    inside: Path, file: str, text: str, message: str
+) -> None:
+    if not (inside / file).exists():
+        (inside / file).write_text("")
+    append(inside / file, text)
+    with pytest.raises(StageError, match=message):
+        recorded_run("causal")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("seed", 7, "changed command"), ("causal__learning_rate", 0.5, "train@causal: changed command")],
+)
+def test_publish_changed_parameter_is_refused(inside: Path, key: str, value: float, message: str) -> None:
+    edit(inside / "params.yaml", **{key: value})
+    with pytest.raises(StageError, match=message):
+        recorded_run("causal")
+
+
+def test_publish_changed_key_of_conf_is_named(inside: Path) -> None:
+    edit(inside / "conf/task/causal.yaml", trainer__weight_decay=0.5)
+    with pytest.raises(StageError, match=r"train@causal: conf/task/causal\.yaml trainer changed"):
+        recorded_run("causal")
+
+
+def test_publish_file_that_git_ignores_is_named(inside: Path) -> None:
+    run(inside, "git", "rm", "-q", "--cached", "conf/model/tiny-gpt2.yaml")
+    with pytest.raises(StageError, match=r"not committed as in the workspace: conf/model/tiny-gpt2\.yaml: "):
+        recorded_run("causal")
+
+
+@pytest.mark.parametrize("size", [0, 500])
+def test_publish_lock_that_is_cut_short_or_gone_is_refused(inside: Path, size: int) -> None:
+    lock = inside / "dvc.lock"
+    lock.write_bytes(lock.read_bytes()[:size])
+    with pytest.raises(StageError, match=r"dvc\.lock"):
+        recorded_run("causal")
+    lock.unlink()
+    with pytest.raises(StageError, match="the card would lie"):
+        recorded_run("causal")
+
+
+def test_publish_what_made_nothing_may_change(inside: Path) -> None:
+    for file in ("conf/publish.yaml", "README.md", "stages/README"):
+        (inside / file).touch()
+        append(inside / file, "# x\n")
+    edit(inside / "conf/task/mlm.yaml", trainer__weight_decay=0.5)
+    run(inside, "git", "commit", "-qam", "other task")
+    try:
+        assert recorded_run("causal")[0].task == "causal"
+        with pytest.raises(StageError, match="train@mlm"):
+            recorded_run("mlm")
+    finally:
+        run(inside, "git", "reset", "-q", "--hard", "HEAD~1")
+
+
+def test_publish_pickled_weights_are_never_uploaded(inside: Path) -> None:
+    (inside / "models/causal/training_args.bin").write_bytes(b"pickle")
+    run(inside, "dvc", "commit", "--force", "train@causal")
+    run(inside, "dvc", "commit", "--force", "evaluate@causal")
+    run(inside, "git", "commit", "-qam", "pickle")
+    try:
+        with pytest.raises(StageError, match=r"models/causal/training_args\.bin is never published"):
+            recorded_run("causal")
+    finally:
+        run(inside, "git", "reset", "-q", "--hard", "HEAD~1")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("causal__repository", None, "conf/publish.yaml: causal.repository is null: write OWNER/NAME"),
+        ("causal__repository", "name", 'causal.repository="name": '),
+        ("causal__license", "Apache 2.0", 'causal.license="Apache 2.0": '),
+        ("causal__licence", "mit", "causal.licence is not a key that conf/publish.yaml knows"),
+        ("mlm__private", "no", "mlm.private"),
+    ],
+)
+def test_publish_wrong_configuration_is_named(clean: Path, tmp_path: Path, key: str, value: Any, message: str) -> None:
+    edit(clean / "conf/publish.yaml", **{key: value})
+    said = publish(clean, tmp_path, "http://127.0.0.1:9", "causal")
+    assert said.startswith("exit 1") and message in said
+
+
+# -- to the Hub --------------------------------------------------------------------------------------------------------
+
+
+def test_publish_dry_run_writes_the_card_and_asks_no_hub(clean: Path, tmp_path: Path) -> None:
+    said = publish(clean, tmp_path, "http://127.0.0.1:9", "mlm", "--dry-run", HF_TOKEN=TOKEN)
+    assert said.startswith("exit 0: reports/cards/mlm.md: the card")
+    assert "no license is chosen (conf/publish.yaml: mlm.license)" in said
+    assert run(clean, "git", "status", "--porcelain") == ""
+    publish(clean, tmp_path, "http://127.0.0.1:9", "mlm", "--dry-run", str(tmp_path / "card.md"))
+    written = (tmp_path / "card.md").read_text()
+    assert written == (clean / "reports/cards/mlm.md").read_text()
+    assert ModelCard(written).data.license is None and TOKEN not in written + said
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[UploadHub, str]]:
+    """A Hub and its URL."""
+    hub = UploadHub()
+    with hub.serve() as url:
+        yield hub, url
+
+
+def test_publish_uploads_the_model_and_its_card_in_one_commit(
+    named: Path, tmp_path: Path, hub: tuple[UploadHub, str]
+) -> None:
+    server, url = hub
+    said = publish(named, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+    assert said.startswith(f"exit 0: published at {url}/{NAME}\n"), said
+    repository = server.repositories[NAME]
+    card = repository["files"].pop("README.md").decode()
+    assert repository == {"private": True, "files": contents(named / "models/causal")}
+    assert len(server.commits) == 1
+    assert "POST /api/validate-yaml" in server.requests
+    publish(named, tmp_path, url, "causal", "--dry-run")
+    assert card == (named / "reports/cards/causal.md").read_text()
+    assert f'model="{NAME}"' in card
+    assert f"Bearer {TOKEN}" in server.authorizations  # or there was nothing to give away
+    written = [*tmp_path.rglob("*"), *(named / "reports").rglob("*")]
+    assert TOKEN not in said + card and not [f for f in written if f.is_file() and TOKEN.encode() in f.read_bytes()]
+
+
+def test_publish_again_removes_what_is_left_of_an_earlier_model(
+    named: Path, tmp_path: Path, hub: tuple[UploadHub, str]
+) -> None:
+    server, url = hub
+    theirs = {"model-00001-of-00002.safetensors": b"", "pytorch_model.bin": b"", "LICENSE": b"l", "onnx/a.json": b"a"}
+    server.repositories[NAME] = {"private": True, "files": dict(theirs)}
+    said = publish(named, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+    assert "deleted there, left from an earlier model: model-00001-of-00002.safetensors, pytorch_model.bin" in said
+    kept = {"README.md", "LICENSE", "onnx/a.json"}
+    assert set(server.repositories[NAME]["files"]) == kept | set(contents(named / "models/causal"))
+    assert len(server.commits) == 1
+
+
+def test_publish_private_model_does_not_go_to_a_public_repository(
+    named: Path, tmp_path: Path, hub: tuple[UploadHub, str]
+) -> None:
+    server, url = hub
+    server.repositories[NAME] = {"private": False, "files": {}}
+    said = publish(named, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+    assert said.startswith("exit 1") and "is there and public" in said
+    assert server.repositories[NAME]["files"] == {}
+
+
+def test_publish_card_that_the_hub_refuses_creates_nothing(
+    named: Path, tmp_path: Path, hub: tuple[UploadHub, str]
+) -> None:
+    server, url = hub
+    edit(named / "conf/publish.yaml", causal__license="no-such-license")
+    said = publish(named, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+    assert said.startswith("exit 1") and "license" in said and "must be one of apache-2.0" in said
+    assert server.repositories == {}
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(401, "run `hf auth login`, or set HF_TOKEN"), (403, f"the token may not write to {NAME} (403)")],
+)
+def test_publish_refused_token_is_said_and_not_shown(named: Path, tmp_path: Path, status: int, message: str) -> None:
+    server = UploadHub(refusal=status)
+    with server.serve() as url:
+        said = publish(named, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+    assert said.startswith("exit 1") and message in said
+    assert f"Bearer {TOKEN}" in server.authorizations and TOKEN not in said
+    assert said.count("\n") <= 4  # with the notes on license and remote
+
+
+def test_publish_without_token_says_how_to_log_in(named: Path, tmp_path: Path) -> None:
+    assert "run `hf auth login`" in publish(named, tmp_path, "http://127.0.0.1:9", "causal")
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_publish_without_network_is_said_within_seconds(named: Path, tmp_path: Path, listens: bool) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen()  # and never answers
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        started = time.monotonic()
+        said = publish(named, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+    assert time.monotonic() - started < 15
+    assert said.startswith("exit 1") and f"the Hub cannot be reached: {url}: " in said and TOKEN not in said

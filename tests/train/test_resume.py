@@ -1,0 +1,353 @@
+"""Training that was interrupted ends with the very bytes of training that was not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from data_helpers import REPOSITORY, contents
+from transformers import TrainerCallback
+
+from stages import checkpoints
+from stages.shell.interruption import Interrupted
+from stages.train.checkpoints import Checkpoints, damaged
+from stages.train.stage import name_of
+from stages.train.training import BlockTrainer
+
+TASKS = ("causal", "mlm")
+EVERY = ["++trainer.save_strategy=steps", "++trainer.save_steps=1", "trainer.logging_steps=4"]
+DROPOUT = {
+    "causal": ["model.config.resid_pdrop=0.1", "model.config.embd_pdrop=0.1"],
+    "mlm": ["model.config.hidden_dropout_prob=0.1"],
+}
+
+
+class Killed(BaseException):
+    """What ends a run as SIGKILL would: nothing is written after it."""
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """`kill_at(step)`: training ends after that step and its checkpoint; `kill_at(None)`: never."""
+
+    def kill(step):
+        class Kill(TrainerCallback):
+            def on_step_end(self, args, state, control, **_):
+                if state.global_step > step:
+                    raise Killed
+
+            def on_epoch_begin(self, args, state, control, **_):
+                if state.global_step >= max(step, 1):
+                    raise Killed
+
+        monkeypatch.undo()
+        original = BlockTrainer.train
+
+        def train(self, *arguments, **named):
+            self.add_callback(Kill())
+            return original(self, *arguments, **named)
+
+        if step is not None:
+            monkeypatch.setattr(BlockTrainer, "train", train)
+
+    return kill
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache of this file's own: it leaves checkpoints, and other files look for none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LM_REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield Path(os.environ["LM_REPRO_CACHE"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_toy, cache, tmp_path_factory):
+    """`undisturbed(task, *more)`: the outs of a run that nothing disturbs."""
+    known = {}
+
+    def outs(task, *more):
+        if (task, more) not in known:
+            root = tmp_path_factory.mktemp("undisturbed")
+            run_toy("train", task, root, *more)
+            known[task, more] = contents(root)
+        return known[task, more]
+
+    return outs
+
+
+def resumed_from(caplog):
+    return [int(record.args[0]) for record in caplog.records if record.msg.startswith("resuming from step")]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("step", [1, 4, 7, 8, 9, 15])  # of two epochs of eight
+def test_training_killed_behind_any_step_ends_with_the_same_bytes(
+    run_toy, undisturbed, kill_at, caplog, tmp_path, task, step
+):
+    more = [*EVERY, *DROPOUT[task]]
+    kill_at(step)
+    with pytest.raises(Killed):
+        run_toy("train", task, tmp_path, *more)
+    assert not contents(tmp_path)
+    kill_at(None)
+    caplog.set_level("INFO")
+    run_toy("train", task, tmp_path, *more)
+    assert resumed_from(caplog) == [step]
+    assert contents(tmp_path) == undisturbed(task, *more)
+
+
+def test_training_killed_again_and_again_ends_with_the_same_bytes(run_toy, undisturbed, kill_at, caplog, tmp_path):
+    more = [*EVERY, "hardware.per_device_batch_size=2"]
+    caplog.set_level("INFO")
+    for step in (2, 3, 7):
+        kill_at(step)
+        with pytest.raises(Killed):
+            run_toy("train", "causal", tmp_path, *more)
+    kill_at(None)
+    run_toy("train", "causal", tmp_path, *more)
+    assert resumed_from(caplog) == [2, 3, 7]
+    assert contents(tmp_path) == undisturbed("causal", *more)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training_of_an_adapter_killed_ends_with_the_same_bytes(run_toy, undisturbed, kill_at, caplog, tmp_path, task):
+    more = [*EVERY, "adapter=lora", "adapter.dropout=0.1"]
+    kill_at(5)
+    with pytest.raises(Killed):
+        run_toy("train", task, tmp_path, *more)
+    kill_at(None)
+    caplog.set_level("INFO")
+    run_toy("train", task, tmp_path, *more)
+    assert resumed_from(caplog) == [5]
+    assert contents(tmp_path) == undisturbed(task, *more)
+    assert contents(tmp_path)["model/model.safetensors"] != undisturbed(task, *EVERY)["model/model.safetensors"]
+
+
+BEST = ["++trainer.load_best_model_at_end=true", "++trainer.save_strategy=epoch", "++trainer.eval_strategy=epoch"]
+RUINED = ["learning_rate=5", "++trainer.lr_scheduler_type=constant_with_warmup", "++trainer.warmup_steps=20"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training_killed_with_the_best_model_asked_for_keeps_it_and_the_patience(
+    run_toy, undisturbed, kill_at, tmp_path, task
+):
+    more = [*BEST, *RUINED, "num_train_epochs=12", "early_stopping={patience: 4, threshold: 0.0}"]
+    expected = undisturbed(task, *more)
+    ledger = json.loads(expected["report/stats.json"])
+    assert ledger["best_step"] < ledger["steps"] - 10  # else nothing is asked of the checkpoint that is kept
+    kill_at(ledger["steps"] - 4)
+    with pytest.raises(Killed):
+        run_toy("train", task, tmp_path, *more)
+    kill_at(None)
+    run_toy("train", task, tmp_path, *more)
+    assert contents(tmp_path) == expected
+
+
+def killed_run(run_toy, kill_at, root, *more, step=6):
+    kill_at(step)
+    with pytest.raises(Killed):
+        run_toy("train", "causal", root, *EVERY, *more)
+    kill_at(None)
+
+
+@pytest.mark.parametrize(
+    "change", ["seed=43", "trainer.weight_decay=0.5", "learning_rate=0.02", "objective.isolate_documents=false"]
+)
+def test_checkpoint_of_another_config_is_not_taken(run_toy, undisturbed, kill_at, caplog, tmp_path, change):
+    killed_run(run_toy, kill_at, tmp_path / "killed", "trainer.logging_steps=3")
+    caplog.set_level("INFO")
+    run_toy("train", "causal", tmp_path / "other", *EVERY, "trainer.logging_steps=3", change)
+    assert resumed_from(caplog) == []
+    run_toy("train", "causal", tmp_path / "killed", *EVERY, "trainer.logging_steps=3")
+    assert resumed_from(caplog) == [6]
+
+
+def test_checkpoint_of_other_library_versions_is_not_taken(run_toy, kill_at, caplog, monkeypatch, tmp_path):
+    killed_run(run_toy, kill_at, tmp_path, "trainer.logging_steps=2")
+    caplog.set_level("INFO")
+    monkeypatch.setattr(checkpoints, "versions", lambda *names: dict.fromkeys(names, "0"))
+    run_toy("train", "causal", tmp_path, *EVERY, "trainer.logging_steps=2")
+    assert resumed_from(caplog) == []
+
+
+def test_fingerprint_follows_the_bytes_of_the_inputs_and_not_their_places(corpus, overrides, compose_stage, tmp_path):
+    def name(*more):
+        return name_of(compose_stage("train", *overrides("train", "causal", tmp_path, *more)))
+
+    for part in ("tokens/causal", "blocks-16/causal"):
+        shutil.copytree(corpus / part, tmp_path / "elsewhere" / part)
+    places = [f"tokens={tmp_path}/elsewhere/tokens/causal", f"blocks={tmp_path}/elsewhere/blocks-16/causal", "out=x"]
+    settings = ["checkpoints.minutes=1", "checkpoints.keep=9"]
+    assert name() == name(*places) == name(*places, *settings)
+    # Of the shards by their checksums, with which each is compared when it is read.
+    checksums = tmp_path / "elsewhere/blocks-16/causal/train/shards.json"
+    checksums.write_text(checksums.read_text().replace("0", "1"))
+    assert name(*places) != name()
+
+
+def test_fingerprint_knows_the_number_of_gpus_that_a_config_leaves_open(
+    overrides, compose_stage, tmp_path, monkeypatch
+):
+    def name(number):
+        monkeypatch.setattr("stages.model.processes.world_size", lambda: number)
+        launch = "++hardware.launch={processes_per_machine: null, machines: 1, rendezvous: null}"
+        return name_of(compose_stage("train", *overrides("train", "causal", tmp_path, launch)))
+
+    assert name(2) == name(2) != name(4)
+
+
+@pytest.fixture
+def own_cache(tmp_path):
+    """A cache in which no other test leaves checkpoints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LM_REPRO_CACHE", str(tmp_path / "cache"))
+        yield tmp_path / "cache"
+
+
+def left(cache):
+    """The checkpoints that the one killed run left."""
+    (place,) = {path.parent for path in cache.rglob("checkpoint-*")}
+    return Checkpoints(place, keep=2)
+
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest-0.json")
+DAMAGES = [*((file, "missing") for file in FILES), *((file, "cut") for file in FILES[:2]), (FILES[0], "flipped")]
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGES)
+def test_damaged_checkpoint_is_passed_over_for_the_one_before(
+    run_toy, undisturbed, kill_at, own_cache, caplog, tmp_path, file, damage
+):
+    killed_run(run_toy, kill_at, tmp_path / "out")
+    path = left(own_cache).path(6) / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(data if damage == "flipped" else data[:-7])
+    caplog.set_level("INFO")
+    run_toy("train", "causal", tmp_path / "out", *EVERY)
+    assert resumed_from(caplog) == [5]
+    assert any("step 6 is damaged" in record.getMessage() for record in caplog.records)
+    assert contents(tmp_path / "out") == undisturbed("causal", *EVERY)
+
+
+def test_checkpoints_that_are_all_damaged_mean_a_new_start(run_toy, undisturbed, kill_at, own_cache, caplog, tmp_path):
+    killed_run(run_toy, kill_at, tmp_path / "out")
+    for step in left(own_cache).steps():
+        (left(own_cache).path(step) / "optimizer.pt").unlink()
+    caplog.set_level("INFO")
+    run_toy("train", "causal", tmp_path / "out", *EVERY)
+    assert resumed_from(caplog) == []
+    assert contents(tmp_path / "out") == undisturbed("causal", *EVERY)
+
+
+# -- the directory of checkpoints --------------------------------------------------------------------------------------
+
+
+def write_checkpoint(found, step, best=None):
+    with found.writing(step, best) as aside:
+        (aside / f"checkpoint-{step}/deep").mkdir(parents=True)
+        (aside / f"checkpoint-{step}/deep/file").write_text(str(step))
+
+
+def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
+    found = Checkpoints(tmp_path / "run", keep=2)
+    for step in (1, 2, 9, 10, 11):
+        write_checkpoint(found, step, best=2)
+    assert found.steps() == [2, 10, 11]
+    assert found.newest() == 11
+    assert (found.path(11) / "deep/file").read_text() == "11"
+
+
+def test_checkpoints_cleared_are_gone(tmp_path):
+    found = Checkpoints(tmp_path / "run", keep=2)
+    write_checkpoint(found, 1)
+    write_checkpoint(found, 2)
+    found.clear()
+    assert found.steps() == []
+
+
+def test_checkpoint_whose_writing_fails_is_not_there(tmp_path):
+    found = Checkpoints(tmp_path / "run", keep=2)
+    write_checkpoint(found, 1)
+    with pytest.raises(OSError, match="full"), found.writing(2, None) as aside:
+        (aside / "checkpoint-2").mkdir()
+        raise OSError("full")
+    assert found.steps() == [1]
+    assert [path.name for path in found.directory.iterdir()] == ["checkpoint-1"]
+
+
+def test_checkpoint_with_a_file_too_many_or_a_changed_one_is_damaged(tmp_path):
+    found = Checkpoints(tmp_path / "run", keep=2)
+    write_checkpoint(found, 1)
+    assert damaged(found.path(1)) is None
+    (found.path(1) / "deep/file").write_text("2")
+    assert damaged(found.path(1)) == "deep/file changed"
+
+
+def test_checkpoint_directory_in_use_is_left_to_its_user(cache):
+    with checkpoints.checkpoint_directory("same") as one, checkpoints.checkpoint_directory("same") as two:
+        assert one != two
+    with checkpoints.checkpoint_directory("same") as again:
+        assert again == one
+
+
+def test_checkpoint_directory_stays_after_an_error_and_goes_after_the_end(cache):
+    with pytest.raises(ValueError, match="oops"), checkpoints.checkpoint_directory("run") as place:
+        place.mkdir()
+        raise ValueError("oops")
+    assert place.is_dir()
+    with checkpoints.checkpoint_directory("run") as again:
+        assert again == place
+    assert not place.exists()
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # a process with torch each
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_writes_a_checkpoint_says_how_to_go_on_and_ends_with_its_code(
+    overrides, cache, tmp_path, caplog, number, code
+):
+    command = [sys.executable, "-m", "stages.train", *overrides("train", "causal", tmp_path, "num_train_epochs=2000")]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    time.sleep(20)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == code, said
+    assert "`dvc repro` goes on from there" in said and "Traceback" not in said
+    assert list(cache.rglob("checkpoint-*/optimizer.pt"))
+
+
+def test_request_by_signal_ends_training_behind_a_checkpoint(
+    run_toy, undisturbed, caplog, cache, tmp_path, monkeypatch
+):
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    original = BlockTrainer.train
+
+    def train(self, *arguments, **named):
+        self.add_callback(Signal())
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(BlockTrainer, "train", train)
+    with pytest.raises(Interrupted, match="stopped at step 4 of 16") as caught:
+        run_toy("train", "causal", tmp_path, "trainer.logging_steps=4")
+    assert caught.value.exit_code == 143
+    monkeypatch.undo()
+    caplog.set_level("INFO")
+    monkeypatch.setenv("LM_REPRO_CACHE", str(cache))
+    run_toy("train", "causal", tmp_path, "trainer.logging_steps=4")
+    assert resumed_from(caplog) == [4]
+    assert contents(tmp_path) == undisturbed("causal", "trainer.logging_steps=4")
