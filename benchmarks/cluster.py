@@ -24,7 +24,7 @@ from benchmarks.ray_cluster import missing, nodes
 
 SMALL_SHARDS = """
 import runpy, sys
-from stages import artifacts
+from stages.core import artifacts
 artifacts.SHARD_BYTES = 8 * 2**20
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """

@@ -219,8 +219,9 @@ def by_functions(place: Path, tokenizer: Path) -> dict[str, Any]:
     """tokenize and group_texts as functions: files in, files out."""
     from hydra import compose, initialize_config_dir
 
-    from stages import group_texts, tokenize
     from stages.core.config import CONF, load
+    from stages.group_texts import stage as group_texts
+    from stages.tokenize import stage as tokenize
 
     schemas: list[Any] = [tokenize.TokenizeConfig, group_texts.GroupTextsConfig]
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -15,13 +15,18 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from data_helpers import REPOSITORY, questions
+from data_helpers import CAUSAL_TOKENS, MLM_TOKENS, REPOSITORY, contents, questions
 from mini_hub import MiniHub
+
+from stages.tokens.schema import TrainedTokenizer
+from stages.tokens.vocabulary import train_tokenizer
 
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 NAMES = ["tokenizer.json", "vocab.json", "tokenizer_config.json"]
 REMOTE = {"tokenizer.json": b"the tokenizer", "tokenizer_config.json": b"its settings"}
 GATED = {"failing": ("api", *NAMES, "README.md", "data/train.parquet"), "headers": {"X-Error-Code": "GatedRepo"}}
+TOKEN = "hf_MARKEDTOKENthatNoFileOrLogMayHold"
+VOCABULARY = 400  # tokens of small_model
 LIMIT_SECONDS = 15.0  # what a Hub that gives nothing may cost
 
 
@@ -217,3 +222,45 @@ def outcome(case: Case, kind: str, place: Path) -> Outcome:
         done = ask(url, **case.environment)
         seconds = time.monotonic() - started
     return Outcome(seconds, done.returncode != 0, re.sub(r"(127\.0\.0\.1):\d+", r"\1", done.stderr))
+
+
+def guide_questions() -> list[Any]:
+    """The embedded sample with the columns of ELI5-Category."""
+    file = REPOSITORY / "data/sample/askscience.jsonl"
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [
+        {
+            **{key: record[key] for key in ("q_id", "title", "selftext", "subreddit")},
+            "category": ("Biology", "Physics")[number % 2],
+            "answers": {**record["answers"], "text_urls": [[] for _ in record["answers"]["text"]]},
+            "title_urls": ["url"],
+            "selftext_urls": ["url"],
+        }
+        for number, record in enumerate(records)
+    ]
+
+
+def small_model(task: str, directory: Path) -> dict[str, bytes]:
+    """Files of a model of the architecture and the positions that the guide's has, but small."""
+    from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForMaskedLM
+
+    special = CAUSAL_TOKENS if task == "causal" else MLM_TOKENS
+    texts = [text for row in guide_questions() for text in row["answers"]["text"]]
+    train_tokenizer(TrainedTokenizer(vocab_size=VOCABULARY, special_tokens=special), iter([texts]), directory)
+    if task == "causal":
+        model: Any = GPT2LMHeadModel(
+            GPT2Config(vocab_size=VOCABULARY, n_positions=1024, n_embd=16, n_layer=1, n_head=2)
+        )
+    else:
+        model = RobertaForMaskedLM(
+            RobertaConfig(
+                vocab_size=VOCABULARY,
+                max_position_embeddings=514,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+            )
+        )
+    model.save_pretrained(directory)
+    return contents(directory)

@@ -23,9 +23,8 @@ import pytest
 import yaml
 from docs_commands import FENCE, PAGES, Command, commands, complaints, page_text, spans, without_comment, words_of
 from dvc_project import ROOT, edit, environment, run, stages_run
-from hub_cases import COMMIT, parquet
+from hub_cases import COMMIT, guide_questions, parquet, small_model
 from mini_hub import MiniHub
-from test_hub_pipeline import questions, small_model
 from upload_hub import UploadHub
 
 from tools import summary
@@ -171,7 +170,7 @@ def test_docs_stage_added_as_contributing_says_runs_once(clean: Path) -> None:
 def hubs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment in which the guide's data set and models come from a Hub on the loopback, and ours go to one."""
     directory = tmp_path_factory.mktemp("hub")
-    repositories = {"datasets/dany0407/eli5_category": {COMMIT: {"data/train.parquet": parquet(questions())}}}
+    repositories = {"datasets/dany0407/eli5_category": {COMMIT: {"data/train.parquet": parquet(guide_questions())}}}
     for task, name in (("causal", "distilgpt2"), ("mlm", "distilroberta")):
         pin = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text(encoding="utf-8"))
         repositories[pin["path"]] = {pin["revision"]: small_model(task, directory / task)}

@@ -11,10 +11,10 @@ import pytest
 from data_helpers import contents, questions, read_stats, source_data, split, write_jsonl
 from hydra import compose, initialize_config_dir
 
-from stages import download
 from stages.core.artifacts import SPLITS
 from stages.core.config import CONF, load
 from stages.core.errors import StageError
+from stages.download import stage as download
 from stages.download.records import ELI5
 from stages.download.schema import SAMPLE, Columns, HubData, SourceData
 from stages.download.stage import DownloadConfig, main

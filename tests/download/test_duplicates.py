@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from test_config import config
+from configs import config
 
 from stages.download.duplicates import ExactDuplicates, near_duplicates, shingles
 from stages.download.stage import DownloadConfig, main

@@ -10,9 +10,9 @@ from data_helpers import contents, read_stats, steady, write_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages import block_shards
 from stages.core.artifacts import SPLITS, Blocks, shard_files
 from stages.core.errors import StageError
+from stages.group_texts import block_shards
 from stages.group_texts.stage import GroupTextsConfig, group_split, main
 
 DOCUMENTS = {

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from data_helpers import REPOSITORY, contents
-from test_resume import BEST
+from training_cases import BEST, NO_DROPOUT, Config, losses
 from transformers import TrainingArguments
 
 from stages.core.artifacts import Blocks
@@ -26,17 +26,7 @@ from stages.train.training import OwnDraws
 
 TASKS = ("causal", "mlm")
 TWO = "++hardware.launch={processes_per_machine: 2, machines: 1, rendezvous: null}"
-NO_DROPOUT = {
-    "causal": ["++model.config.resid_pdrop=0", "++model.config.embd_pdrop=0", "++model.config.attn_pdrop=0"],
-    "mlm": ["++model.config.hidden_dropout_prob=0", "++model.config.attention_probs_dropout_prob=0"],
-}
 FIFTY_STEPS = ["batch_size=12", "num_train_epochs=10", "trainer.logging_steps=1"]
-
-
-def losses(out):
-    lines = (out / "report/plots/metrics/train/loss.tsv").read_text(encoding="utf-8").splitlines()
-    column = lines[0].split("\t").index("loss")
-    return [float(line.split("\t")[column]) for line in lines[1:]]
 
 
 # -- the numbers of one ------------------------------------------------------------------------------------------------
@@ -220,16 +210,6 @@ def stage(name, command):
 
 
 # -- what the processes agree on, and how they end ---------------------------------------------------------------------
-
-
-class Config:
-    """What a stage's config says of processes."""
-
-    def __init__(self, processes_per_machine):
-        launch = Launch(processes_per_machine=processes_per_machine, machines=1, rendezvous=None)
-        self.hardware = Hardware(
-            device="cpu", num_threads=1, per_device_batch_size=None, evaluate_batch_tokens=1, launch=launch
-        )
 
 
 def in_two(work):

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import MODELS
 from data_helpers import contents
-from test_processes import NO_DROPOUT, losses
-from test_resume import RUINED
+from training_cases import NO_DROPOUT, RUINED, losses
 
 from benchmarks.ray_cluster import Cluster, missing, nodes
 from stages.core.artifacts import SPLITS, read_json, shard_files
@@ -30,7 +29,8 @@ TASKS = ("causal", "mlm")
 HERE = ""
 SMALL_SHARDS = """
 import sys
-from stages import block_shards, tokenize
+from stages.group_texts import block_shards
+from stages.tokenize import stage as tokenize
 tokenize.SHARD_BYTES = block_shards.SHARD_BYTES = 500
 block_shards.TOKENS_AT_ONCE = 50
 from conftest import run_stage

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from toys import SIZE, toy_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages import loss as loss_module
+from stages.model import loss as loss_module
 from stages.model.loss import TokenLoss
 from stages.model.masking import IGNORED
 

@@ -14,9 +14,10 @@ from data_helpers import hashes, questions, read_stats, write_jsonl, write_raw, 
 from hostile import AS_ANYONE, error_of, files_below, mounted, needs_modes, process_error
 from toys import toy_model
 
-from stages import app, metrics
 from stages.core.artifacts import SPLITS, Blocks
+from stages.figures import metrics
 from stages.model.schema import Model
+from stages.shell import app
 
 # -- models ------------------------------------------------------------------------------------------------------------
 

@@ -6,57 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
-from data_helpers import CAUSAL_TOKENS, MLM_TOKENS, contents
 from dvc_project import ALL, ROOT, TASKS, edit, run, stages_run
-from hub_cases import COMMIT, parquet
+from hub_cases import COMMIT, guide_questions, parquet, small_model
 from mini_hub import MiniHub
-
-from stages.tokens.schema import TrainedTokenizer
-from stages.tokens.vocabulary import train_tokenizer
-
-VOCABULARY = 400
-
-
-def questions() -> list[Any]:
-    """The embedded sample with the columns of ELI5-Category."""
-    file = ROOT / "data/sample/askscience.jsonl"
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [
-        {
-            **{key: record[key] for key in ("q_id", "title", "selftext", "subreddit")},
-            "category": ("Biology", "Physics")[number % 2],
-            "answers": {**record["answers"], "text_urls": [[] for _ in record["answers"]["text"]]},
-            "title_urls": ["url"],
-            "selftext_urls": ["url"],
-        }
-        for number, record in enumerate(records)
-    ]
-
-
-def small_model(task: str, directory: Path) -> dict[str, bytes]:
-    """Files of a model of the architecture and the positions that the guide's has, but small."""
-    from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForMaskedLM
-
-    special = CAUSAL_TOKENS if task == "causal" else MLM_TOKENS
-    texts = [text for row in questions() for text in row["answers"]["text"]]
-    train_tokenizer(TrainedTokenizer(vocab_size=VOCABULARY, special_tokens=special), iter([texts]), directory)
-    if task == "causal":
-        model: Any = GPT2LMHeadModel(
-            GPT2Config(vocab_size=VOCABULARY, n_positions=1024, n_embd=16, n_layer=1, n_head=2)
-        )
-    else:
-        model = RobertaForMaskedLM(
-            RobertaConfig(
-                vocab_size=VOCABULARY,
-                max_position_embeddings=514,
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-            )
-        )
-    model.save_pretrained(directory)
-    return contents(directory)
 
 
 @pytest.mark.slow
@@ -67,7 +19,7 @@ def test_hub_pipeline_of_the_guides_data_and_models_runs_and_names_every_revisio
         conf["path"]: {conf["revision"]: small_model(task, tmp_path / task)} for task, conf in confs.items()
     }
     repositories["datasets/dany0407/eli5_category"] = {
-        COMMIT: {"data/train-00000-of-00001.parquet": parquet(questions())}
+        COMMIT: {"data/train-00000-of-00001.parquet": parquet(guide_questions())}
     }
     edit(clean / "params.yaml", data__name="eli5_category", causal__model="distilgpt2", mlm__model="distilroberta")
     edit(clean / "conf/data/eli5_category.yaml", filter={"category": ["Physics"]}, max_records=80)

@@ -13,6 +13,7 @@ import torch
 import yaml
 from data_helpers import CAUSAL_TOKENS, REPOSITORY, questions, serving_files, write_bpe, write_jsonl, write_raw
 from hostile import error_of
+from hub_cases import TOKEN
 from mini_hub import MiniHub
 
 from stages.core.artifacts import SPLITS
@@ -25,7 +26,7 @@ from stages.shell.app import names_a_target
 from tools.pin_model import pin
 
 SOURCES = sorted(file for name in ("stages", "tools", "benchmarks") for file in (REPOSITORY / name).rglob("*.py"))
-TOKEN = "hf_MARKEDTOKENthatNoFileOrLogMayHold"
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

@@ -49,21 +49,21 @@ def test_terminal_help_names_what_a_stage_reads_and_writes_its_groups_and_all_it
 
 
 def test_terminal_help_shows_the_values_of_the_chosen_configurations_and_their_range() -> None:
-    shown = python("stages.train.stage", "--help", "hardware=cpu", "block_size=64", COLUMNS="200").stdout
+    shown = python("stages.train", "--help", "hardware=cpu", "block_size=64", COLUMNS="200").stdout
     assert "hardware.num_threads = 2  (whole number from 1)" in shown
     assert "block_size = 64  (whole number from 1)" in shown
     assert "seed  (whole number from 0 to below 4294967296)" in shown
 
 
 def test_terminal_help_with_an_unknown_choice_names_the_choices() -> None:
-    done = python("stages.train.stage", "--help", "hardware=abacus")
+    done = python("stages.train", "--help", "hardware=abacus")
     assert done.returncode == 1
     assert "hardware/abacus" in done.stderr
     assert "cpu_bf16" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-WRONG = ("stages.group_texts.stage", "block_size=0", "tokens=a", "out=b")
+WRONG = ("stages.group_texts", "block_size=0", "tokens=a", "out=b")
 
 
 def on_a_terminal(*arguments: str, code: int, **environment: str) -> str:

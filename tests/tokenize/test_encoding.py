@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers, processors
 
-from stages import encoding
+from stages.tokenize import encoding
 from stages.tokenize.encoding import (
     Decoder,
     Encoded,

@@ -8,8 +8,9 @@ import pytest
 from conftest import MODELS, run_stage
 from data_helpers import contents
 
-from stages import block_shards, tokenize
 from stages.core.artifacts import SPLITS, shard_files
+from stages.group_texts import block_shards
+from stages.tokenize import stage as tokenize
 
 SHARD_BYTES = 500
 TASKS = ("causal", "mlm")

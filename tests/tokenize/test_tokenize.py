@@ -24,10 +24,11 @@ from data_helpers import (
 from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, models
 
-from stages import encoding, tokenize
 from stages.core.artifacts import SPLITS, Documents, shard_files
 from stages.core.config import CONF, load
 from stages.core.errors import StageError
+from stages.tokenize import encoding
+from stages.tokenize import stage as tokenize
 from stages.tokenize.schema import Flatten, Tokenize
 from stages.tokenize.stage import FlattenData, TokenizeConfig, main
 from stages.tokens.schema import ModelTokenizer, TokenizerSource, TrainedTokenizer
@@ -141,7 +142,7 @@ def test_tokenize_by_either_engine_writes_the_same_shards(
 
 THREADS = """
 import sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/tokenize"]
 from pathlib import Path
 from test_tokenize import run
 run(Path(sys.argv[1]), "mlm")

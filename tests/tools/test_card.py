@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 from dvc_project import TASKS, run
+from hub_cases import TOKEN
 from huggingface_hub import ModelCard
-from test_security import TOKEN
 from upload_hub import metadata_problems
 
 from tools.card import MEANING, make_card, meaning, public

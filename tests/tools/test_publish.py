@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from data_helpers import contents
 from dvc_project import edit, run
+from hub_cases import TOKEN
 from huggingface_hub import ModelCard
-from test_security import TOKEN
 from upload_hub import UploadHub
 
 from stages.core.errors import StageError

@@ -7,7 +7,7 @@ from toys import CAUSAL, TASK, VOCABULARY, toy_model
 from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from stages import attention
+from stages.train import attention
 from stages.train.attention import Dropout, DroppedAttention, attend, kept, use_fast_kernels
 
 BATCH, HEADS, LENGTH, SIZE = 3, 4, 7, 8

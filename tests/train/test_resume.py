@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from data_helpers import REPOSITORY, contents
+from training_cases import BEST, RUINED
 from transformers import TrainerCallback
 
-from stages import checkpoints
 from stages.shell.interruption import Interrupted
+from stages.train import checkpoints
 from stages.train.checkpoints import Checkpoints, damaged
 from stages.train.stage import name_of
 from stages.train.training import BlockTrainer
@@ -127,10 +128,6 @@ def test_training_of_an_adapter_killed_ends_with_the_same_bytes(run_toy, undistu
     assert resumed_from(caplog) == [5]
     assert contents(tmp_path) == undisturbed(task, *more)
     assert contents(tmp_path)["model/model.safetensors"] != undisturbed(task, *EVERY)["model/model.safetensors"]
-
-
-BEST = ["++trainer.load_best_model_at_end=true", "++trainer.save_strategy=epoch", "++trainer.eval_strategy=epoch"]
-RUINED = ["learning_rate=5", "++trainer.lr_scheduler_type=constant_with_warmup", "++trainer.warmup_steps=20"]
 
 
 @pytest.mark.parametrize("task", TASKS)

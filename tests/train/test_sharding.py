@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_processes import Config
 from toys import TASK, objective_for, toy_blocks, toy_model
+from training_cases import Config
 
 from stages.core.artifacts import Blocks
 from stages.core.errors import StageError

@@ -1,0 +1,36 @@
+"""The config of each stage, complete, for tests that change a part of it."""
+
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from stages.core.config import CONF, load
+from tools.check import schema_of
+
+STAGES = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "publish")  # which no stage composes
+PATHS = {
+    "download": ["data.path=data/sample/askscience.jsonl", "out=o"],
+    "tokenize": ["raw=r", "out=o"],
+    "group_texts": ["block_size=128", "tokens=t", "out=o"],
+    "baseline": ["seed=1", "tokens=t", "out=o"],
+    "train": [
+        *("seed=1", "block_size=128", "learning_rate=0.1", "num_train_epochs=1", "batch_size=4"),
+        *("tokens=t", "blocks=b", "out=o", "report=r"),
+    ],
+    "evaluate": ["trained=m", "tokens=t", "blocks=b", "baseline=b", "out=o", "samples_out=s"],
+}
+GROUPS = {
+    "download": {"data": "sample"},
+    "tokenize": {"data": "sample", "model": "tiny-gpt2", "task": "causal"},
+    "group_texts": {},
+    "baseline": {"model": "tiny-gpt2", "task": "causal", "hardware": "cpu"},
+    "train": {"model": "tiny-gpt2", "adapter": "none", "task": "causal", "hardware": "cpu", "framework": "trainer"},
+    "evaluate": {"task": "causal", "hardware": "cpu"},
+}
+
+
+def config(stage: str, *overrides: str, **groups: str) -> Any:
+    """The config of `stage`, complete but for what `overrides` and `groups` change."""
+    chosen = [f"{group}={name}" for group, name in {**GROUPS[stage], **groups}.items()]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return load(schema_of(stage), compose(stage, [*chosen, *PATHS[stage], *overrides]), stage)
