@@ -23,12 +23,12 @@ def main() -> None:
     task, figures = arguments.task, {}
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as scratch:
-            tokens, blocks, out = f"tokens=data/tokens/{task}", f"{scratch}/blocks", f"{scratch}/metrics.json"
-            stage("group_texts", f"block_size={size}", tokens, f"out={blocks}")
+            tokens, blocks, out = f"tokens=data/tokens/{task}", f"{scratch}/blocks", f"{scratch}/report"
+            stage("group_texts", f"task={task}", f"block_size={size}", tokens, f"out={blocks}")
             given = [f"task={task}", f"hardware={arguments.hardware}", f"trained=models/{task}", tokens]
             places = [f"blocks={blocks}", f"baseline=metrics/baseline/{task}.json", f"samples_out={scratch}/samples.md"]
-            stage("evaluate", *given, *places, f"out={out}")
-            figures[size] = json.loads(Path(out).read_text())[task]["test"]
+            stage("evaluate", *given, *places, f"out={scratch}/metrics.json", f"report={out}")
+            figures[size] = json.loads(Path(f"{out}/metrics.json").read_text())[task]["test"]
     names = [name for name in figures[arguments.sizes[0]] if isinstance(figures[arguments.sizes[0]][name], float)]
     print("block_size", *(f"{name:>26}" for name in names))
     for size in arguments.sizes:

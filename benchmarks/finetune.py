@@ -47,7 +47,8 @@ def main() -> None:
         run(place, "dvc", "repro", "train@causal")
         seconds = time.monotonic() - started
         run(place, "dvc", "repro", "evaluate@causal")
-        found = json.loads((place / "metrics/causal.json").read_text(encoding="utf-8"))["causal"]["test"]
+        report = place / "reports/evaluate/causal/metrics.json"
+        found = json.loads(report.read_text(encoding="utf-8"))["causal"]["test"]
     result = {
         "steps": arguments.steps,
         "tokens_per_step": BLOCK_SIZE * BATCH_SIZE,
@@ -88,7 +89,7 @@ def settle(place: Path, arguments: argparse.Namespace) -> None:
             (r"path: data/sample/askscience.jsonl", f"path: {arguments.records.resolve()}"),
             (r"hardware: cpu\b", f"hardware: {arguments.hardware}"),
             (r"block_size: 128", f"block_size: {BLOCK_SIZE}"),
-            *((rf"(causal:\n(?:  .*\n)*?)  {key}: \S+", rf"\g<1>  {key}: {value}") for key, value in causal),
+            *((rf"(causal:\n(?:    .*\n)*?)    {key}: \S+", rf"\g<1>    {key}: {value}") for key, value in causal),
         ],
         "conf/task/causal.yaml": [
             (r"max_documents: null", f"max_documents: {arguments.documents}"),

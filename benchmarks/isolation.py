@@ -15,10 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-
 from stages.core.artifacts import Blocks
-from stages.core.config import CONF, load
+from stages.core.compose import compose, load
 from stages.frameworks.trainer import make_trainer
 from stages.model.models import build_model, prepare_torch
 from stages.model.objectives import make_objective
@@ -51,9 +49,8 @@ def training_config(task: str, steps: int, batch_size: int) -> TrainConfig:
     places = [f"tokens=data/tokens/{task}", f"blocks=data/blocks/{task}", "out=-", "report=-"]
     values = ["seed=42", "block_size=128", "learning_rate=0.001", "num_train_epochs=100", f"batch_size={batch_size}"]
     trainer = [f"+trainer.max_steps={steps}", "trainer.eval_strategy=no"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        groups = [f"task={task}", f"model={MODELS[task]}", "adapter=none", "hardware=cpu", "framework=trainer"]
-        return load(TrainConfig, compose("train", [*groups, *values, *trainer, *places]), "train")
+    groups = [f"task={task}", f"model={MODELS[task]}", "adapter=none", "hardware=cpu", "framework=trainer"]
+    return load(TrainConfig, compose("train", [*groups, *values, *trainer, *places]))
 
 
 def tokens_per_second(config: TrainConfig) -> float:

@@ -217,18 +217,15 @@ class Memory(threading.Thread):
 
 def by_functions(place: Path, tokenizer: Path) -> dict[str, Any]:
     """tokenize and group_texts as functions: files in, files out."""
-    from hydra import compose, initialize_config_dir
-
-    from stages.core.config import CONF, load
+    from stages.core.compose import compose, load
     from stages.group_texts import stage as group_texts
     from stages.tokenize import stage as tokenize
 
     schemas: list[Any] = [tokenize.TokenizeConfig, group_texts.GroupTextsConfig]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        configs = [
-            load(schema, compose(stage, overrides), stage)
-            for schema, (stage, overrides) in zip(schemas, choices(place, tokenizer).items(), strict=True)
-        ]
+    configs = [
+        load(schema, compose(stage, overrides))
+        for schema, (stage, overrides) in zip(schemas, choices(place, tokenizer).items(), strict=True)
+    ]
     memory = Memory()
     memory.start()
     times = [time.perf_counter()]

@@ -240,9 +240,7 @@ def train_side(arguments: argparse.Namespace) -> None:
 
 def training_config(arguments: argparse.Namespace) -> Any:
     """The task's default configuration with the shape's model, for a number of steps without validation."""
-    from hydra import compose, initialize_config_dir
-
-    from stages.core.config import CONF, load
+    from stages.core.compose import compose, load
     from stages.train.stage import TrainConfig
 
     sizes = [f"block_size={arguments.block_size}", f"batch_size={arguments.batch_size}"]
@@ -258,8 +256,7 @@ def training_config(arguments: argparse.Namespace) -> Any:
         "framework=trainer",
         f"hardware={arguments.hardware}",
     ]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load(TrainConfig, compose("train", [*groups, *values, *trainer, *shape, *places]), "train")
+    return load(TrainConfig, compose("train", [*groups, *values, *trainer, *shape, *places]))
 
 
 def clock_callback(clock: Clock) -> Any:

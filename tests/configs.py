@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-
-from stages.core.config import CONF, load
+from stages.core.compose import compose, load
+from stages.core.source_code import list_stages
 from tools.check import schema_of
 
-STAGES = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "publish")  # which no stage composes
+STAGES = list_stages()
 PATHS = {
     "download": ["data.path=data/sample/askscience.jsonl", "out=o"],
     "tokenize": ["raw=r", "out=o"],
@@ -17,7 +16,7 @@ PATHS = {
         *("seed=1", "block_size=128", "learning_rate=0.1", "num_train_epochs=1", "batch_size=4"),
         *("tokens=t", "blocks=b", "out=o", "report=r"),
     ],
-    "evaluate": ["trained=m", "tokens=t", "blocks=b", "baseline=b", "out=o", "samples_out=s"],
+    "evaluate": ["trained=m", "tokens=t", "blocks=b", "baseline=b", "out=o", "report=r", "samples_out=s"],
 }
 GROUPS = {
     "download": {"data": "sample"},
@@ -32,5 +31,4 @@ GROUPS = {
 def config(stage: str, *overrides: str, **groups: str) -> Any:
     """The config of `stage`, complete but for what `overrides` and `groups` change."""
     chosen = [f"{group}={name}" for group, name in {**GROUPS[stage], **groups}.items()]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load(schema_of(stage), compose(stage, [*chosen, *PATHS[stage], *overrides]), stage)
+    return load(schema_of(stage), compose(stage, [*chosen, *PATHS[stage], *overrides]))

@@ -31,13 +31,10 @@ MODELS = {
 
 def compose_config(stage: str, *overrides: str) -> Any:
     """The config of `stage` as its command line would give it."""
-    from hydra import compose, initialize_config_dir
-
-    from stages.core.config import CONF, load
+    from stages.core.compose import compose, load
     from tools.check import schema_of
 
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load(schema_of(stage), compose(stage, list(overrides)), stage)
+    return load(schema_of(stage), compose(stage, overrides))
 
 
 def run_stage(stage: str, *overrides: str) -> None:
@@ -109,6 +106,7 @@ def overrides(corpus: Path) -> Callable[..., list[str]]:
                 f"blocks={corpus}/blocks-16/{task}",
                 f"baseline={out}/baseline.json",
                 f"out={out}/metrics.json",
+                f"report={out}/evaluation",
                 f"samples_out={out}/samples.md",
             ],
         }

@@ -12,9 +12,11 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-TASKS = ("causal", "mlm")
-PER_TASK = ("tokenize", "group_texts", "baseline", "train", "evaluate")
-ALL = {"download", *(f"{stage}@{task}" for stage in PER_TASK for task in TASKS)}
+STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+TASKS = tuple(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["tasks"])
+ONCE = {name for name, stage in STAGES.items() if "foreach" not in stage}
+PER_TASK = tuple(name for name in STAGES if name not in ONCE)
+ALL = ONCE | {f"{stage}@{task}" for stage in PER_TASK for task in TASKS}
 
 
 def environment(directory: Path) -> dict[str, str]:
@@ -74,11 +76,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, directory / name)
     edit(directory / "conf/data/sample.yaml", max_records=80)
-    for task in ("causal", "mlm"):
+    for task in TASKS:
         edit(directory / f"conf/task/{task}.yaml", trainer__logging_steps=1, evaluate__max_documents=2)
     edit(directory / "conf/model/tiny-gpt2.yaml", config__n_embd=32, tokenizer__train__vocab_size=400)
     edit(directory / "conf/model/tiny-roberta.yaml", config__hidden_size=32, tokenizer__train__vocab_size=400)
-    edit(directory / "params.yaml", causal__num_train_epochs=0.05, mlm__num_train_epochs=0.05, block_size=64)
+    epochs = {f"tasks__{task}__num_train_epochs": 0.05 for task in TASKS}
+    edit(directory / "params.yaml", **epochs, block_size=64)
     (directory / "dvc.lock").unlink(missing_ok=True)
     run(directory, "git", "init", "-q", "-b", "main")
     run(directory, "git", "add", "-A")

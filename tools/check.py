@@ -2,17 +2,16 @@
 
 Command python -m tools.check
 
-Takes from dvc.yaml the very commands that `dvc repro` would run, composes each as Hydra would, checks it against its
-schema, and checks that every key of the chosen files is one that some stage reads.
+Composes the config of every stage that dvc.yaml defines, as the stage itself will, checks it against its schema, and
+checks that dvc.yaml declares exactly the values and the inputs that the stage uses.
 """
 
 import dataclasses
 import importlib
 import json
-import shlex
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,33 +20,40 @@ from typing import Any
 import yaml
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
-from stages.core.config import CONF, load, nearest
+from stages.core.compose import GLOBAL_GROUPS, PARAMS, Composition, compose, load, read_root
+from stages.core.config import CONF, find, flat, nearest, read_yaml
 from stages.core.errors import ConfigError
+from stages.core.source_code import hashed_names
 from stages.hub.files import sha256
 from tools.architectures import config_keys, model_types
 
-GROUPS = ("data", "model", "adapter", "task", "hardware", "framework")
-GLOBAL_GROUPS = ("adapter", "task", "hardware")  # their files contribute to the root (`# @package _global_`)
+ROOT = CONF.parent
+WHOLE_FILE = ""  # the key of a params file that dvc.yaml declares as a whole
 
 
-class Command(typing.NamedTuple):
-    """A stage's command, taken apart."""
+class Declared(typing.NamedTuple):
+    """A stage as dvc.yaml defines it, with the values of params.yaml in place."""
 
     name: str
     """As DVC names it: train@causal."""
     stage: str
     """As conf/ and stages/ name it: train."""
-    overrides: list[str]
+    task: str | None
+    deps: set[str]
+    outs: set[str]
+    params: dict[str, set[str]]
+    """Params file to the dotted keys that are tracked; WHOLE_FILE for all of a file."""
 
 
 def main() -> None:
     try:
-        commands = list(pipeline())
+        read_yaml(PARAMS)
+        with Repo() as repo:
+            stages = list(declared_stages(repo))
+            problems = list(pipeline_problems(repo))
+    except ConfigError as error:
+        sys.exit(f"check: {error}")
     except DvcException as error:
         if "dvc.lock" in str(error):  # which DVC writes in place
             sys.exit(
@@ -55,55 +61,129 @@ def main() -> None:
                 " stages made comes back from DVC's cache"
             )
         sys.exit(f"check: params.yaml and dvc.yaml do not fit together: {error}")
-    except ValueError as error:
-        sys.exit(f"check: a value of params.yaml cannot be passed to a stage, does it hold a quote? ({error})")
-    checks = (unknown_choices, missing_source, wrong_configs, unused_keys, wrong_architectures, changed_pins)
-    problems = dict.fromkeys(problem for check in checks for problem in check(commands))
+    composed, found = compose_stages(stages)
+    problems += found
+    for check in (missing_source, unread_params, unread_keys, wrong_architectures, changed_pins):
+        problems += check([composition for _, composition in composed])
+    for stage, composition in composed:
+        if not composition.problems and not composition.missing:
+            problems += undeclared(stage, composition)
     for warning in other_versions():
         print(f"check: warning: {warning}", file=sys.stderr)
     if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
+        lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
         sys.exit(f"check: the configuration is wrong:\n{lines}")
-    print(f"check: the configuration of {len(commands)} stages is in order")
+    print(f"check: the configuration of {len(stages)} stages is in order")
 
 
-def pipeline() -> Iterator[Command]:
-    """The commands of dvc.yaml with the values of params.yaml in place."""
-    with Repo() as repo:
-        for stage in repo.index.stages:
-            python, flag, module, *overrides = shlex.split(stage.cmd)
-            assert (python, flag) == ("python", "-m"), stage.cmd
-            yield Command(stage.addressing, module.removeprefix("stages."), overrides)
+# -- dvc.yaml ----------------------------------------------------------------------------------------------------------
+
+
+def declared_stages(repo: Repo) -> Iterator[Declared]:
+    """The stages of dvc.yaml that are packages of stages/; a stage of another kind is its user's own business."""
+    for stage in repo.index.stages:
+        name, _, task = stage.addressing.partition("@")
+        if (ROOT / "stages" / name / "__main__.py").is_file():
+            params = {dep.def_path: set(dep.params) or {WHOLE_FILE} for dep in stage.params}
+            deps = {dep.def_path for dep in stage.deps if dep not in stage.params}
+            outs = {out.def_path for out in stage.outs}
+            yield Declared(stage.addressing, name, task or None, deps, outs, params)
+
+
+def pipeline_problems(repo: Repo) -> Iterator[str]:
+    """What dvc.yaml and DVC's own configuration should not have."""
+    if repo.config.get("hydra", {}).get("enabled"):
+        yield (
+            "hydra.enabled is on in DVC's configuration: `dvc exp run` would rewrite params.yaml, and `dvc repro` would"
+            " compose nothing (run `dvc config hydra.enabled false`)"
+        )
+    for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].items():
+        command = str(stage.get("do", stage).get("cmd"))
+        if "${" in command:
+            yield f"dvc.yaml: {name}.cmd={command}: DVC passes it to a shell, so that no value may stand in it"
+        elif (ROOT / "stages" / name / "__main__.py").is_file() and command != f"python -m stages.{name}":
+            yield f"dvc.yaml: {name}.cmd={command}: it should be python -m stages.{name}"
+
+
+def undeclared(stage: Declared, composition: Composition) -> Iterator[str]:
+    """What dvc.yaml declares for a stage and the stage does not use, and the other way round."""
+    used = used_params(composition)
+    for file in sorted(used.keys() | stage.params.keys()):
+        declared, needed = stage.params.get(file, set()), used.get(file, set())
+        if declared == {WHOLE_FILE}:
+            declared = set(read_yaml(ROOT / file))
+            needed = {key.partition(".")[0] for key in needed}
+        for key in sorted(needed - declared):
+            yield f"dvc.yaml: {stage.name} uses {key} of {file}, and params does not declare it"
+        for key in sorted(declared - needed):
+            yield f"dvc.yaml: {stage.name} declares {key} of {file}, and does not use it"
+    paths, outs = used_paths(composition), stage.outs
+    for path in sorted(paths - stage.deps - outs):
+        yield f"dvc.yaml: {stage.name} uses {path}, and neither deps nor outs declares it"
+    for path in sorted((stage.deps | outs) - paths):
+        yield f"dvc.yaml: {stage.name} declares {path}, and does not use it"
+
+
+def used_params(composition: Composition) -> dict[str, set[str]]:
+    """Params file to the dotted keys of it that a stage uses."""
+    schema = schema_of(composition.stage)
+    used = {PARAMS.name: set(composition.params)} if composition.params else {}
+    files = [*read_root(composition.stage).files, *(f"{group}/{name}" for group, name in composition.chosen.items())]
+    for file in files:
+        if keys := used_keys(schema, read_yaml(CONF / f"{file}.yaml"), file.partition("/")[0]):
+            used[f"conf/{file}.yaml"] = keys
+    return used
+
+
+def used_keys(schema: Any, values: dict[str, Any], group: str) -> set[str]:
+    """Dotted keys of a group's file that `schema` takes in; a section of which it is a part counts key by key."""
+    if group not in GLOBAL_GROUPS:
+        schema = next(field.type for field in dataclasses.fields(schema) if field.name == group)
+    used: set[str] = set()
+    for field in dataclasses.fields(schema):
+        if field.name in values:
+            kind: Any = field.type
+            partial = dataclasses.is_dataclass(kind) and kind.__pydantic_config__["extra"] == "ignore"  # type: ignore[union-attr]
+            keys = [f"{field.name}.{part.name}" for part in dataclasses.fields(kind)] if partial else [field.name]
+            used.update(keys)
+    return used
+
+
+def used_paths(composition: Composition) -> set[str]:
+    """What a stage reads and writes: its code, its root config, and the paths in its config."""
+    stage = composition.stage
+    if stage == "code":
+        return {"stages", "conf/code.yaml", str(composition.values["out"])}
+    names = {stage, *(f"{stage}-{name}" for name in composition.chosen.values())}
+    code = {f"code/{name}.json" for name in names.intersection(hashed_names(stage))}
+    paths = {str(find(composition.values, key)) for key, path in read_root(stage).paths.items() if "/" in path}
+    source = {str(composition.values["data"]["path"])} if stage == "download" else set()
+    return {*code, *paths, *source, f"conf/{stage}.yaml"}
+
+
+# -- conf/ and params.yaml ---------------------------------------------------------------------------------------------
+
+
+def compose_stages(stages: Iterable[Declared]) -> tuple[list[tuple[Declared, Composition]], list[str]]:
+    """The stages whose configs could be composed, and all problems, each once with the stages that have it."""
+    composed: list[tuple[Declared, Composition]] = []
+    found: dict[str, list[str]] = {}
+    for stage in stages:
+        try:
+            composition = compose(stage.stage, task=stage.task)
+            composed.append((stage, composition))
+            problems = list(missing_packages(load(schema_of(stage.stage), composition)))
+        except ConfigError as error:
+            problems = error.problems
+        for problem in problems:
+            found.setdefault(problem, []).append(stage.name)
+    return composed, [f"{problem} ({', '.join(names)})" for problem, names in found.items()]
 
 
 def schema_of(stage: str) -> Any:
     """The config dataclass in the stage's module."""
     name = "".join(word.title() for word in stage.split("_")) + "Config"
     return getattr(importlib.import_module(f"stages.{stage}.stage"), name)
-
-
-def wrong_configs(commands: list[Command]) -> Iterator[str]:
-    """What Hydra or the schemas have against the stages' configs, each problem once with the stages that have it."""
-    found: dict[str, list[str]] = {}
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for command in commands:
-            for problem in problems_of(command):
-                found.setdefault(problem, []).append(command.name)
-    for problem, names in found.items():
-        yield f"{problem} ({', '.join(names)})"
-
-
-def problems_of(command: Command) -> list[str]:
-    """What is wrong with one stage's config, unknown choices aside."""
-    unknown = [group for group, name in choices(command).items() if name not in configurations(group)]
-    known = [item for item in command.overrides if item.partition("=")[0] not in unknown]
-    try:
-        config = load(schema_of(command.stage), compose(command.stage, known), command.stage, unchosen=unknown)
-    except ConfigError as error:
-        return [problem for problem in error.problems if " is not chosen: " not in problem]
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        return [" ".join(str(error).split())]
-    return list(missing_packages(config))
 
 
 def missing_packages(config: Any) -> Iterator[str]:
@@ -115,63 +195,38 @@ def missing_packages(config: Any) -> Iterator[str]:
         yield "hardware.ray: Ray is not installed: run `make ray`"
 
 
-def choices(command: Command) -> dict[str, str]:
-    """Config group to the configuration that the command chooses."""
-    parsed = OverridesParser.create().parse_overrides(command.overrides)
-    return {item.key_or_group: str(item.value()) for item in parsed if item.key_or_group in GROUPS}
+def unread_params(compositions: list[Composition]) -> Iterator[str]:
+    """Keys of params.yaml that no stage reads: misspelt ones."""
+    read = {key for composition in compositions for key in composition.params}
+    for key in dict(flat(read_yaml(PARAMS))).keys() - read:
+        yield f"params.yaml: no stage reads the key {key}; {nearest(key, sorted(read))}"
 
 
-def configurations(group: str) -> list[str]:
-    """The configurations of a group."""
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-
-
-def unknown_choices(commands: list[Command]) -> Iterator[str]:
-    """Names in params.yaml for which conf/ has no file."""
-    for command in commands:
-        for group, name in choices(command).items():
-            if name not in configurations(group):
-                task = command.name.partition("@")[2]
-                key = f"{task}.{group}" if group in ("model", "adapter") else {"data": "data.name"}.get(group, group)
-                yield f"{key}={name}: there is no conf/{group}/{name}.yaml; {nearest(name, configurations(group))}"
-
-
-def unused_keys(commands: list[Command]) -> Iterator[str]:
+def unread_keys(compositions: list[Composition]) -> Iterator[str]:
     """Keys of the chosen files that no stage reads: misspelt ones."""
     read: dict[str, set[str]] = {}
-    for stage in {command.stage for command in commands}:
+    for stage in {composition.stage for composition in compositions}:
         for field in dataclasses.fields(schema_of(stage)):
             read.setdefault("", set()).add(field.name)
             if dataclasses.is_dataclass(field.type):
                 read.setdefault(field.name, set()).update(part.name for part in dataclasses.fields(field.type))
-    chosen = {choice for command in commands for choice in choices(command).items()}
+    chosen = {choice for composition in compositions for choice in composition.chosen.items()}
     for group, name in sorted(chosen):
-        file = CONF / group / f"{name}.yaml"
-        if not file.is_file():
-            continue
         known = read[""] if group in GLOBAL_GROUPS else read[group]
-        try:
-            keys = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except yaml.YAMLError:
-            continue  # composing it says so
-        for key in set(keys or {}) - known:
+        for key in read_yaml(CONF / group / f"{name}.yaml").keys() - known:
             yield f"conf/{group}/{name}.yaml: no stage reads the key {key}; {nearest(str(key), sorted(known))}"
 
 
-def chosen_models(commands: list[Command]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """File and content of each model configuration that is chosen and can be read."""
-    names = {choices(command)["model"] for command in commands if "model" in choices(command)}
-    for name in sorted(names & set(configurations("model"))):
+def chosen_models(compositions: list[Composition]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """File and content of each model configuration that is chosen."""
+    for name in sorted({item.chosen["model"] for item in compositions if "model" in item.chosen}):
         file = CONF / "model" / f"{name}.yaml"
-        try:
-            yield file, yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError:
-            continue  # composing it says so
+        yield file, read_yaml(file)
 
 
-def wrong_architectures(commands: list[Command]) -> Iterator[str]:
+def wrong_architectures(compositions: list[Composition]) -> Iterator[str]:
     """Architectures, and keys of their configurations, that transformers does not know."""
-    for file, model in chosen_models(commands):
+    for file, model in chosen_models(compositions):
         config = model.get("config")
         if not isinstance(config, dict) or "model_type" not in config:
             continue
@@ -184,9 +239,9 @@ def wrong_architectures(commands: list[Command]) -> Iterator[str]:
             yield f"{where(file)}: config.{key} is no key of {config['model_type']}; {nearest(key, sorted(known))}"
 
 
-def changed_pins(commands: list[Command]) -> Iterator[str]:
+def changed_pins(compositions: list[Composition]) -> Iterator[str]:
     """Local files that are not what their pin says. Weights are hashed anew only if newer than the pin."""
-    for file, model in chosen_models(commands):
+    for file, model in chosen_models(compositions):
         for source in (model, model.get("tokenizer") or {}):
             for name, pinned in (source.get("files") or {}).items():
                 path = Path(str(source.get("path"))).expanduser() / name
@@ -199,16 +254,15 @@ def changed_pins(commands: list[Command]) -> Iterator[str]:
 
 
 def where(file: Path) -> str:
-    return file.relative_to(CONF.parent).as_posix()
+    return file.relative_to(ROOT).as_posix()
 
 
-def missing_source(commands: list[Command]) -> Iterator[str]:
+def missing_source(compositions: list[Composition]) -> Iterator[str]:
     """The user's own text, where it is a local path that is not there."""
-    for command in commands:
-        for item in OverridesParser.create().parse_overrides(command.overrides):
-            path = str(item.value())
-            if item.key_or_group == "data.path" and "://" not in path and not Path(path).exists():
-                yield f"data.path={path}: no such file or directory"
+    for composition in compositions:
+        path = str(find(composition.values, "data.path") if composition.stage == "download" else "://")
+        if "://" not in path and not Path(path).exists():
+            yield f"data.path={path}: no such file or directory"
 
 
 def other_versions() -> Iterator[str]:

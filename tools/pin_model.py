@@ -54,7 +54,7 @@ def main() -> None:
         sys.exit(f"pin_model: {error}")
     header = "# Pinned by `python -m tools.pin_model`: a file that changes is an error until it is pinned anew.\n"
     write_text(file, header + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    print(f"{file}: use it with -S {config['task']}.model={name}")
+    print(f"{file}: use it with -S tasks.{config['task']}.model={name}")
 
 
 def pin(directory: Path, task: str | None, from_scratch: bool, model_type: str | None) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 Reads   data/tokens/TASK/, the model's pinned checkpoint if it has one
 Writes  metrics/baseline/TASK.json
-Command python -m stages.baseline task=causal model=tiny-gpt2 hardware=cpu seed=42 tokens=data/tokens/causal
-        out=metrics/baseline/causal.json
+Command python -m stages.baseline task=causal
 """
 
 import logging
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationInfo, field_validator
 
-from stages.core.artifacts import Documents, write_json
+from stages.core.artifacts import Documents, check_out, write_json
 from stages.core.config import Seed, part
 from stages.figures.schema import Evaluate
 from stages.model.hardware import Hardware
@@ -23,6 +22,8 @@ log = logging.getLogger(__name__)
 
 @part
 class BaselineConfig:
+    task: str
+    """Name of the task, under which the metrics stand."""
     model: Model
     objective: ObjectiveName
     hardware: Hardware
@@ -54,6 +55,7 @@ class BaselineConfig:
 
 
 def main(config: BaselineConfig) -> None:
+    check_out(config.out)
     from stages.figures.metrics import document_metrics
     from stages.model.models import build_model, prepare_torch
     from stages.model.objectives import make_objective
@@ -71,4 +73,4 @@ def main(config: BaselineConfig) -> None:
         log.info(
             "%s %s before training: %.4f", split, objective.document_metric, figures[split][objective.document_metric]
         )
-    write_json(config.out, {config.objective.name: figures})
+    write_json(config.out, {config.task: figures})

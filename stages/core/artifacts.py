@@ -1,8 +1,13 @@
 """Artifacts on disk: directories that appear whole, Arrow shards of token ids, and the `stats.json` ledgers."""
 
 import contextlib
+import errno
+import fcntl
+import glob
 import json
+import os
 import shutil
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
@@ -13,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from stages.core.config import CONF
 from stages.core.errors import StageError
 
 SPLITS = ("train", "validation", "test")
@@ -27,26 +33,116 @@ REMAKE = "delete {} and run `dvc repro`, which makes it anew"
 
 
 @contextlib.contextmanager
-def staged(path: str | Path) -> Iterator[Path]:
-    """A directory to fill; it takes the name `path` when the block ends well, and vanishes when it does not."""
+def staged(path: str | Path, expected: Sequence[str]) -> Iterator[Path]:
+    """A directory to fill. It takes the place of `path` when the block ends well, and vanishes when it does not.
+
+    What was at `path` stays there until then.
+
+    Args:
+        expected: files that the artifact has; a directory at `path` without them is not one, and is left alone.
+
+    Raises:
+        StageError: if `path` is not a place for an artifact, or if files are missing when the block ends.
+    """
     final = Path(path)
-    aside = final.parent / f".tmp-{final.name}"
+    check_out(path, expected)
     final.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    remove_abandoned(final)
+    aside = aside_of(final)
     aside.mkdir()
+    handle = os.open(aside, os.O_RDONLY)
     try:
+        lock(handle)
         yield aside
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        # Not only its name: another process may have removed it, and what was written since have made it again.
+        lost = not aside.is_dir() or aside.stat().st_ino != os.fstat(handle).st_ino
+        missing = [name for name in expected if not (aside / name).exists()]
+        if lost or missing:
+            raise StageError(f"{aside} was changed by another process while {final} was written: run the stage again")
+        replace_directory(aside, final)
     finally:
+        os.close(handle)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_out(path: str | Path, expected: Sequence[str] = ()) -> None:
+    """Raise StageError unless an artifact may take the place of what is at `path`, if anything is.
+
+    Args:
+        expected: files that a directory there must have; none: only a file may be there.
+    """
+    final, refused = Path(path), f"out={str(path)!r} cannot be written"
+    workspace = {Path.cwd(), CONF.parent}
+    if (
+        not str(path).strip()
+        or final.name in ("", "..")
+        or any(place.is_relative_to(final.resolve()) for place in workspace)
+    ):
+        raise StageError(f"{refused}: it holds the workspace; name a new directory or file")
+    if final.is_symlink() and expected:
+        raise StageError(f"{refused}: it is a symbolic link; name the place that it leads to")
+    if not final.exists():
+        return
+    if final.is_dir() != bool(expected):
+        raise StageError(f"{refused}: there is a {'directory' if final.is_dir() else 'file'} of that name")
+    names = {entry.name for entry in final.iterdir()} if expected else set()
+    hidden = any(name.startswith(".") for name in names)
+    if names and (hidden or not all((final / name).exists() for name in expected)):
+        raise StageError(f"{refused}: this stage did not make the directory that is there; name another, or remove it")
+
+
+def aside_of(final: Path) -> Path:
+    """A name beside `final` that no other process has, of what is to take its place."""
+    return final.with_name(f".tmp-{final.name}-{uuid.uuid4().hex[:12]}")
+
+
+def remove_abandoned(final: Path) -> None:
+    """Remove what killed runs left beside `final`; what a running process fills is locked by it, and stays."""
+    for left in final.parent.glob(f".tmp-{glob.escape(final.name)}-*"):
+        with contextlib.suppress(OSError):
+            handle = os.open(left, os.O_RDONLY)
+            try:
+                lock(handle)
+                shutil.rmtree(left)
+            finally:
+                os.close(handle)
+
+
+def lock(handle: int) -> None:
+    """Lock an open file or directory until it is closed, by this process's end at the latest.
+
+    Raises:
+        OSError: if another process has locked it.
+    """
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def replace_directory(new: Path, final: Path) -> None:
+    """Rename `new` to `final`. What was there is moved aside, and removed when `new` is in place."""
+    old = aside_of(final)
+    for _ in range(10):  # another process may put its own there between the two renames
+        with contextlib.suppress(FileNotFoundError):
+            final.rename(old)
+        try:
+            new.rename(final)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if old.exists():
+                    old.rename(final)
+                raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    else:
+        raise StageError(f"{final} is written by other processes over and over: run the stage again when they are done")
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path`, which appears whole."""
+    check_out(path)
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = final.parent / f".tmp-{final.name}"
+    aside = aside_of(final)
     try:
         aside.write_text(text, encoding="utf-8")
         aside.replace(final)

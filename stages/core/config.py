@@ -1,12 +1,17 @@
 """The schema of conf/: types, ranges and cross-field rules of what Hydra composes, and the errors that name a key."""
 
+import copy
 import difflib
+import functools
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -14,6 +19,7 @@ from stages.core.errors import ConfigError
 
 Schema = TypeVar("Schema")
 CONF = Path(__file__).resolve().parents[2] / "conf"
+MISSING = object()  # what `find` returns where there is no value
 
 # `part`: a stage's view of a config or file that other stages read too. `whole`: a section that belongs to its reader,
 # where an unknown key is a mistake.
@@ -26,33 +32,60 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-def load(schema: type[Schema], composed: DictConfig, stage: str, unchosen: list[str] | None = None) -> Schema:
-    """`composed` as an instance of `schema`; fields that the schema does not name are left out.
-
-    Args:
-        unchosen: config groups of which no configuration was composed: what they lack is reported once a group.
+def validate(schema: type[Schema], values: dict[str, Any], stage: str) -> Schema:
+    """`values` as an instance of `schema`; keys that the schema does not name are left out.
 
     Raises:
         ConfigError: naming every missing, unknown, mistyped or out-of-range key at once.
     """
-    values = _without_missing(OmegaConf.to_container(composed, resolve=True))
     try:
-        return TypeAdapter(schema).validate_json(json.dumps(values))
+        return TypeAdapter(schema).validate_json(json.dumps(_without_unset(values)))
     except ValidationError as error:
-        problems = [
-            f"{group} is not chosen: add {group}=NAME, one of {', '.join(choices(group))}" for group in unchosen or []
-        ]
         # A rule may find several things, a line each.
         found = [problem for item in error.errors() for problem in _problem(dict(item), stage).split("\n")]
-        problems += [problem for problem in found if not (unchosen and problem.endswith(" is missing"))]
-        raise ConfigError(list(dict.fromkeys(problems))) from None
+        raise ConfigError(list(dict.fromkeys(found))) from None
 
 
-def _without_missing(value: Any) -> Any:
-    """`value` without the keys whose value is OmegaConf's sign for a missing one."""
+def _without_unset(value: Any) -> Any:
+    """`value` without the keys whose value is OmegaConf's sign for one that must be given."""
     if not isinstance(value, dict):
         return value
-    return {key: _without_missing(item) for key, item in value.items() if item != "???"}
+    return {key: _without_unset(item) for key, item in value.items() if item != "???"}
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file that a user edits, read as Hydra reads it; empty for an empty file.
+
+    Raises:
+        ConfigError: if it cannot be read, or uses aliases (a few lines of which may stand for gigabytes) or tags
+            (which name types of Python).
+    """
+    where = file.relative_to(CONF.parent).as_posix() if file.is_relative_to(CONF.parent) else str(file)
+    try:
+        return copy.deepcopy(_parse_yaml(where, file.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError([f"{where}: {' '.join(str(error).split())}"]) from None
+
+
+@functools.cache
+def _parse_yaml(where: str, text: str) -> dict[str, Any]:
+    for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
+            line = event.start_mark.line + 1 if event.start_mark else 0
+            raise ConfigError([f"{where}:{line}: aliases (*name) and tags (!name) cannot be used: write the value"])
+    values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    if not isinstance(values, dict):
+        raise ConfigError([f"{where}: it should hold keys and values"])
+    return {str(key): value for key, value in values.items()}
+
+
+def find(values: Any, dotted: str) -> Any:
+    """The value of a dotted key in nested mappings; MISSING if there is none."""
+    for section in dotted.split("."):
+        if not isinstance(values, dict) or section not in values:
+            return MISSING
+        values = values[section]
+    return values
 
 
 def choices(group: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 Reads   the source that conf/data/NAME.yaml describes (files at data.path, or a data set of the Hub)
 Writes  data/raw/{train,validation,test}.parquet and the ledger data/raw/stats.json
-Command python -m stages.download data=sample data.path=data/sample/askscience.jsonl out=data/raw
+Command python -m stages.download
 """
 
 import itertools
@@ -51,7 +51,7 @@ def main(config: DownloadConfig) -> None:
         rows = read_hub(data.hub, commit, whole=data.max_records is None)
     else:
         commit, rows = None, read(data)
-    with staged(config.out) as directory:
+    with staged(config.out, ["stats.json", *(f"{split}.parquet" for split in SPLITS)]) as directory:
         writers = {split: SplitWriter(directory / f"{split}.parquet") for split in SPLITS}
         for row in rows:
             if ledger.records_in - ledger.skipped["filtered"] == data.max_records:

@@ -1,10 +1,10 @@
-"""Stage `evaluate@TASK`: a trained model -> metrics that compare, beside those from before training, and samples.
+"""Stage `evaluate@TASK`: a trained model -> comparable metrics, those from before training as well, and samples.
 
 Reads   models/TASK/, data/tokens/TASK/, data/blocks/TASK/{validation,test}/, metrics/baseline/TASK.json
-Writes  metrics/TASK.json ({"TASK": {"validation": {...}, "test": {...}}}), reports/samples/TASK.md
-Command python -m stages.evaluate task=causal hardware=cpu trained=models/causal tokens=data/tokens/causal
-        blocks=data/blocks/causal baseline=metrics/baseline/causal.json out=metrics/causal.json
-        samples_out=reports/samples/causal.md
+Writes  metrics/TASK.json ({"TASK": {"val": {...}, "test": {...}}}: the headline metrics under short names),
+        reports/evaluate/TASK/metrics.json ({"TASK": {"validation": {...}, "test": {...}}}: all metrics),
+        reports/samples/TASK.md
+Command python -m stages.evaluate task=causal
 """
 
 import logging
@@ -14,10 +14,11 @@ from typing import Any
 
 from pydantic import ValidationInfo, field_validator
 
-from stages.core.artifacts import Blocks, Documents, damaged, read_json, write_json, write_text
+from stages.core.artifacts import Blocks, Documents, check_out, damaged, read_json, staged, write_json, write_text
 from stages.core.config import part
 from stages.core.errors import StageError
 from stages.evaluate.schema import Samples
+from stages.figures.names import headline
 from stages.figures.schema import Evaluate
 from stages.hub.files import usable_positions
 from stages.launch.torchrun import run_in_processes
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 @part
 class EvaluateConfig:
+    task: str
+    """Name of the task, under which the metrics stand."""
     objective: Objective
     hardware: Hardware
     evaluate: Evaluate
@@ -43,7 +46,9 @@ class EvaluateConfig:
     baseline: str
     """File of baseline."""
     out: str
-    """File of the metrics to write."""
+    """File of the headline metrics to write."""
+    report: str
+    """Directory of all metrics to write."""
     samples_out: str
     """File of the samples to write."""
 
@@ -65,6 +70,9 @@ class EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> None:
+    check_out(config.report, ["metrics.json"])
+    check_out(config.samples_out)
+    check_out(config.out)
     run_in_processes("evaluate", evaluate, config)
 
 
@@ -92,16 +100,18 @@ def evaluate(config: EvaluateConfig) -> None:
         )
     objective = make_objective(name, vocabulary, config.objective, model)
     figures = read_json(config.baseline)
-    before = figures.get(name) if isinstance(figures, dict) else None
+    before = figures.get(config.task) if isinstance(figures, dict) else None
     if not isinstance(before, dict) or before.keys() != {"validation", "test"}:
-        raise damaged(config.baseline, f"no {name} figures of validation and test")
+        raise damaged(config.baseline, f"no {config.task} figures of validation and test")
     metrics = {split: evaluate_split(config, split, model, objective, vocabulary, before[split]) for split in before}
     if not rank():
         samples = make_samples(config.samples, name, model, tokens / "tokenizer", vocabulary)
+        with staged(config.report, ["metrics.json"]) as directory:
+            write_json(directory / "metrics.json", {config.task: metrics})
         write_text(config.samples_out, samples)
-        write_json(config.out, {name: metrics})
+        write_json(config.out, {config.task: headline(metrics)})
     wait_for_all()
-    log.info("-> %s, %s", config.out, config.samples_out)
+    log.info("-> %s, %s, %s", config.out, config.report, config.samples_out)
 
 
 def evaluate_split(

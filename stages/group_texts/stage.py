@@ -2,7 +2,7 @@
 
 Reads   data/tokens/TASK/SPLIT/
 Writes  data/blocks/TASK/SPLIT/shard-*.arrow (input_ids: fixed_size_list<uint16 or uint32>[block_size]), a ledger each
-Command python -m stages.group_texts block_size=128 tokens=data/tokens/causal out=data/blocks/causal
+Command python -m stages.group_texts task=causal
 """
 
 import logging
@@ -36,7 +36,7 @@ class GroupTextsConfig:
 def main(config: GroupTextsConfig) -> None:
     tokens = Path(config.tokens)
     dtype = Vocabulary.read(tokens).dtype
-    with staged(config.out) as directory:
+    with staged(config.out, [f"{split}/stats.json" for split in SPLITS]) as directory:
         for split in SPLITS:
             ledger = group_split(tokens / split, config.block_size, pa.from_numpy_dtype(dtype), directory / split)
             if not ledger["blocks"]:

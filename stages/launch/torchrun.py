@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
-from hydra.core.hydra_config import HydraConfig
 from pydantic import TypeAdapter
 
 from stages.core.config import flat
@@ -128,7 +127,7 @@ def start_everywhere(stage: str, launch: Launch) -> None:
     words = [word.replace("{machines}", str(launch.machines)) for word in launch.started_by or ()]
     meeting = launch.rendezvous or f"{socket.gethostname()}:{free_port()}"
     own = ["hardware.launch.started_by=null", f"hardware.launch.rendezvous='{meeting}'"]
-    command = [*words, sys.executable, "-m", f"stages.{stage}", *HydraConfig.get().overrides.task, *own]
+    command = [*words, sys.executable, "-m", f"stages.{stage}", *sys.argv[1:], *own]
     try:
         process = subprocess.Popen(command, preexec_fn=end_with_parent if sys.platform == "linux" else None)
     except (OSError, subprocess.SubprocessError) as error:

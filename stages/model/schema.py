@@ -38,10 +38,13 @@ class Model:
         return self
 
 
-def check_task(model: Model, task: str) -> None:
-    """Raise ValueError unless `model` is for `task`."""
-    if model.task != task:
-        raise ValueError(f"{task}.model: this model is for task={model.task}")
+def check_task(model: Model, objective: str) -> None:
+    """Raise ValueError unless `model` is for the objective of that name."""
+    if model.task != objective:
+        raise ValueError(
+            f"model.task={model.task}: this model cannot be trained with objective.name={objective}; choose another"
+            " model for this task"
+        )
 
 
 @whole

@@ -46,6 +46,11 @@ def add_adapter(model: Any, adapter: Adapter, source: Model, seed: int) -> Any:
     return adapted
 
 
+def saved_files(adapter: Adapter | None) -> list[str]:
+    """Files that `save_model` writes whatever the model is."""
+    return [BASE, ADDITIONS] if adapter is not None and not adapter.merge else ["config.json"]
+
+
 def save_model(model: Any, adapter: Adapter | None, source: Model, directory: Path) -> None:
     """Write a trained model, of `source`, into `directory` as `load_trained` reads it."""
     if adapter is None:

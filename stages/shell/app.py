@@ -1,5 +1,6 @@
-"""What makes a module a stage: a Hydra application that checks its config, logs, and ends clearly on error."""
+"""Runs a stage from the command line: composes and checks its config, logs, and ends clearly on error."""
 
+import argparse
 import errno
 import gc
 import logging
@@ -8,26 +9,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import hydra
 import psutil
 import yaml
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import DictConfig
 
-from stages.core.config import CONF, choices, load
-from stages.core.errors import StageError
+from stages.core.compose import compose, load, read_root
+from stages.core.errors import ConfigError, StageError
 from stages.shell.interruption import Interrupted, end_on_signals
 from stages.shell.terminal import help_text, show_error
 
 Schema = TypeVar("Schema")
-
-# A stage writes its outs and nothing else, so Hydra gets no run directory and no log files.
-WRITE_NOTHING = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 
 log = logging.getLogger("stage")
 
@@ -60,89 +54,62 @@ REMEDIES = {
 
 
 def run(stage: str, schema: type[Schema], main: Callable[[Schema], None]) -> None:
-    """Run `main` on the config that Hydra composes for `stage` from conf/ and the command line; exit 1 on an error."""
-    if place := names_a_target(sys.argv[1:]):
-        show_error(stage, f"{place} would have Hydra call code, which none of this project's may: take it out")
-        sys.exit(1)
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        document(stage, schema, sys.modules[main.__module__].__doc__ or "")
-        return
-    sys.argv[1:1] = WRITE_NOTHING
+    """Run `main` on the config of `stage` that its command line asks for; exit 1 if it fails."""
+    arguments = _parse_arguments(stage)
     # Importing torch and transformers makes millions of objects that stay: looking through them again and again at the
     # usual threshold, and once more at the end, took 2.2 of evaluate's 12.4 s.
     gc.set_threshold(100_000, 20, 20)
-
-    def job(composed: DictConfig) -> None:
-        start_logging(stage)
-        end_on_signals()
-        threading.Thread(target=end_with_dvc, daemon=True).start()
-        started = time.monotonic()
-        try:
-            main(load(schema, composed, stage, unchosen_groups()))
-        except Interrupted as interrupted:
-            log.error("%s", interrupted)
-            sys.exit(interrupted.exit_code)
-        except Exception as error:
-            if os.environ.get("LM_REPRO_DEBUG") == "1":
-                raise
-            show_error(stage, describe(error, stage))
-            sys.exit(1)
-        log.info("done in %.1f s", time.monotonic() - started)
-
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=stage)(job)()
+    start_logging(stage)
+    end_on_signals()
+    threading.Thread(target=end_with_dvc, daemon=True).start()
+    started = time.monotonic()
+    try:
+        composition = compose(stage, arguments.overrides, task_of_dvc(stage))
+        if composition.task is not None:  # so that hardware.launch.started_by can repeat the command elsewhere
+            sys.argv[1:] = [f"task={composition.task}", *arguments.overrides]
+        if composition.problems and (arguments.help or arguments.cfg):
+            raise ConfigError(composition.problems)
+        if arguments.help:
+            documentation = sys.modules[main.__module__].__doc__ or ""
+            sys.stdout.write(help_text(documentation, schema, composition.values, read_root(stage).groups) + "\n")
+        elif arguments.cfg:
+            sys.stdout.write(yaml.safe_dump(composition.values, sort_keys=False, allow_unicode=True))
+        else:
+            main(load(schema, composition))
+            log.info("done in %.1f s", time.monotonic() - started)
+    except Interrupted as interrupted:
+        log.error("%s", interrupted)
+        sys.exit(interrupted.exit_code)
+    except Exception as error:
+        if os.environ.get("LM_REPRO_DEBUG") == "1":
+            raise
+        show_error(stage, describe(error, stage))
+        sys.exit(1)
     logging.shutdown()
     sys.stdout.flush()
     os._exit(0)
 
 
-def document(stage: str, schema: Any, documentation: str) -> None:
-    """Print help for `stage`, with the values of the configurations that the command line chooses."""
-    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-    try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra.compose(stage, overrides)
-    except HydraException as error:
-        show_error(stage, str(error))
-        sys.exit(1)
-    root = yaml.safe_load((CONF / f"{stage}.yaml").read_text(encoding="utf-8"))
-    groups = [group for entry in root["defaults"] if isinstance(entry, dict) for group in entry]
-    choices_of = {group: choices(group) for group in groups}
-    sys.stdout.write(help_text(documentation, schema, composed, choices_of) + "\n")
+def _parse_arguments(stage: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m stages.{stage}",
+        usage="%(prog)s [KEY=VALUE ...] [--cfg job] [--help]",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--cfg", choices=("job",))
+    parser.add_argument("--help", "-h", action="store_true")
+    return parser.parse_intermixed_args()
 
 
-def names_a_target(arguments: list[str], conf: Path = CONF) -> str:
-    """The argument or the file of `conf` that names something for Hydra to call; empty where none does.
+def task_of_dvc(stage: str) -> str | None:
+    """The task for which DVC runs `stage`, as DVC names it (train@causal) in the environment of the command.
 
-    Stages call nothing by names in a config, but Hydra does before they begin: its callbacks, launcher and sweeper. Its
-    own list of what it calls is wider than what a conf/ that one was sent should be able to.
+    So no name of params.yaml stands in the command, which DVC passes to a shell.
     """
-    for argument in arguments:
-        if "_target_" in argument or argument.lstrip("+").startswith(("hydra.callbacks", "hydra/callbacks")):
-            return argument
-    for file in sorted(conf.rglob("*.yaml")):
-        try:
-            keys = set(_keys(yaml.load(file.read_text(encoding="utf-8"), yaml.SafeLoader)))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            continue  # Hydra says so of a file that is chosen
-        if found := keys & {"_target_", "hydra"}:
-            return f"{min(found)} in {file}"
-    return ""
-
-
-def _keys(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key)
-            yield from _keys(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _keys(item)
-
-
-def unchosen_groups() -> list[str]:
-    """The config groups of the running stage for which the command line names no configuration."""
-    choices = HydraConfig.get().runtime.choices
-    return [group for group, choice in choices.items() if choice is None and not group.startswith("hydra/")]
+    name, _, task = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")
+    return task if name == stage and task else None
 
 
 def end_with_dvc() -> None:

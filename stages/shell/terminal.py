@@ -6,8 +6,7 @@ import sys
 import textwrap
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
+from stages.core.config import MISSING, choices, find
 from stages.shell.keys import keys_of, shown
 
 
@@ -28,24 +27,19 @@ def show_error(stage: str, text: str) -> None:
     Console(stderr=True).print(Panel(Text(text), title=f"{stage}: error", title_align="left", border_style="red"))
 
 
-def help_text(documentation: str, schema: Any, composed: DictConfig, choices: dict[str, list[str]]) -> str:
-    """What a stage does, its groups, and its keys with the values that were composed for them.
-
-    Args:
-        choices: the config groups of the stage to the names of their configurations.
-    """
+def help_text(documentation: str, schema: Any, values: dict[str, Any], groups: list[str]) -> str:
+    """What a stage does, its config groups, and its keys with the values that were composed for them."""
     width = shutil.get_terminal_size().columns
     lines = [documentation.strip(), "", "Groups, GROUP=NAME: the configurations conf/GROUP/NAME.yaml"]
-    for group, names in choices.items():
-        lines += _wrapped(", ".join(names), width, f"  {group:9} ", " " * 12)
+    for group in groups:
+        lines += _wrapped(", ".join(choices(group)), width, f"  {group:9} ", " " * 12)
     lines += ["", "Keys, KEY=VALUE: those of a group have their values in its files, shown where one is chosen"]
     for key in keys_of(schema):
-        value = OmegaConf.select(composed, key.name)
-        chosen = value is not None and not OmegaConf.is_dict(value)
-        given = f" = {shown(OmegaConf.to_object(value) if OmegaConf.is_list(value) else value)}" if chosen else ""
+        value = find(values, key.name)
+        given = "" if value in (MISSING, None, "???") or isinstance(value, dict) else f" = {shown(value)}"
         lines += ["", *_wrapped(f"{key.name}{given}  ({key.allowed})", width, "  ", " " * 6)]
         lines += _wrapped(key.meaning, width, " " * 6, " " * 6)
-    return "\n".join([*lines, "", "--cfg job prints the configuration, --hydra-help tells of Hydra's own options."])
+    return "\n".join([*lines, "", "--cfg job prints the configuration."])
 
 
 def _wrapped(text: str, width: int, first: str, others: str) -> list[str]:

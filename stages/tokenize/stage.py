@@ -3,7 +3,7 @@
 Reads   data/raw/SPLIT.parquet
 Writes  data/tokens/TASK/SPLIT/shard-*.arrow (input_ids: large_list<uint16 or uint32>, num_bytes: int32) with a ledger
         each, data/tokens/TASK/tokenizer/ (its files, verbatim), data/tokens/TASK/stats.json (the vocabulary)
-Command python -m stages.tokenize task=causal data=sample model=tiny-gpt2 raw=data/raw out=data/tokens/causal
+Command python -m stages.tokenize task=causal
 """
 
 import logging
@@ -79,7 +79,7 @@ def main(config: TokenizeConfig) -> None:
     prepare()  # before a tokenizer is trained in vain
     flatten = config.data.flatten
     files = {split: TextFile(Path(config.raw) / f"{split}.parquet", flatten) for split in SPLITS}
-    with staged(config.out) as directory:
+    with staged(config.out, ["stats.json", "tokenizer", *SPLITS]) as directory:
         copy = directory / "tokenizer"
         prepare_tokenizer(config.model.tokenizer, files["train"], copy)
         try:

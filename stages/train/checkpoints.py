@@ -10,8 +10,7 @@ import logging
 import os
 import platform
 import shutil
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,14 @@ MANIFEST = "manifest-{}.json"  # of each process that wrote
 LIBRARIES = ("accelerate", "numpy", "peft", "torch", "transformers")
 
 
-def fingerprint(config: Any, inputs: Iterable[Path], stage: str) -> str:
+def fingerprint(config: Any, inputs: Iterable[Path], code: Mapping[str, str]) -> str:
     """A name for the run of `config` (as JSON holds it) on the files `inputs`: of all that decides its result.
 
-    That is these, the project's modules loaded so far with that of the stage (as a process, it has another name), the
-    libraries' versions and the kind of machine.
+    That is these, the hashes of the code, the libraries' versions and the kind of machine.
     """
-    sources = {stage, *(str(module.__file__) for name, module in sys.modules.items() if name.startswith("stages."))}
     known = {
         "config": config,
-        "sources": sorted((Path(file).name, sha256(Path(file))) for file in sources),
+        "code": code,
         "inputs": [(file.name, sha256(file)) for file in inputs],
         "versions": versions(*LIBRARIES),
         "machine": [platform.machine(), platform.python_version()],

@@ -2,9 +2,7 @@
 
 Reads   data/blocks/TASK/{train,validation}/, data/tokens/TASK/tokenizer/, the model's pinned checkpoint if it has one
 Writes  models/TASK/ (save_pretrained: config, safetensors, tokenizer), reports/train/TASK/ (curves, a ledger)
-Command python -m stages.train task=causal model=tiny-gpt2 adapter=none hardware=cpu framework=trainer seed=42
-        block_size=128 learning_rate=0.002 num_train_epochs=3 batch_size=4 tokens=data/tokens/causal
-        blocks=data/blocks/causal out=models/causal report=reports/train/causal
+Command python -m stages.train task=causal
 """
 
 import contextlib
@@ -16,14 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationInfo, field_validator
 
-from stages.core.artifacts import Blocks, free_copy, staged, versions, write_json
+from stages.core.artifacts import Blocks, check_out, free_copy, staged, versions, write_json
 from stages.core.config import Positive, Seed, part
 from stages.core.errors import StageError
 from stages.core.pins import pinned_origin
+from stages.core.source_code import hash_code
 from stages.launch.torchrun import run_in_processes
 from stages.model.hardware import Hardware
 from stages.model.schema import Adapter, Model, Objective, check_isolation, check_task
-from stages.model.trained import add_adapter, save_model
+from stages.model.trained import add_adapter, save_model, saved_files
 from stages.shell.interruption import signals_as_request
 from stages.tokens.vocabulary import Vocabulary
 from stages.train.batches import batches
@@ -147,6 +146,8 @@ def sharding_problems(trainer: dict[str, Any], hardware: Hardware | None, adapte
 
 
 def main(config: TrainConfig) -> None:
+    check_out(config.out, saved_files(config.adapter))  # now rather than after hours
+    check_out(config.report, ["stats.json"])
     run_in_processes("train", train, config, named)
 
 
@@ -212,7 +213,6 @@ def name_of(config: TrainConfig) -> str:
     """The fingerprint of a run: what it reads and how, but not where it writes or how often it is saved."""
     from stages.model.processes import world_size
 
-    framework_of(config)  # its modules are part of it
     values = TypeAdapter(TrainConfig).dump_python(config)
     for key in ("checkpoints", "tokens", "blocks", "out", "report"):
         del values[key]
@@ -223,17 +223,17 @@ def name_of(config: TrainConfig) -> str:
     values["libraries"] = versions(*framework_of(config).libraries(config))
     # The blocks by the checksums beside them, which are verified when they are read.
     ledgers = [Path(config.tokens) / "stats.json", *sorted(Path(config.blocks).rglob("*.json"))]
-    return fingerprint(values, ledgers, __file__)
+    return fingerprint(values, ledgers, hash_code(f"train-{config.framework.name}"))
 
 
 def write(config: TrainConfig, model: Any, state: "TrainerState", num_blocks: int, use_cache: bool | None) -> None:
     """Write the model and the curves."""
     if use_cache is not None:
         model.config.use_cache = use_cache  # the Trainer switches it off, which saved would make generation slow
-    with staged(config.out) as directory:
+    with staged(config.out, saved_files(config.adapter)) as directory:
         save_model(model, config.adapter, config.model, directory)
         free_copy(Path(config.tokens) / "tokenizer", directory, leave=["config.json"])
-    with staged(config.report) as directory:
+    with staged(config.report, ["stats.json"]) as directory:
         write_curves(state.log_history, directory)
         write_json(directory / "stats.json", ledger(config, state, num_blocks))
 

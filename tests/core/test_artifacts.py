@@ -1,13 +1,16 @@
 """artifacts: whole or not at all, the same bytes for the same rows, readable across shards, damage named."""
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from data_helpers import contents, record_batch, steady, write_shards
+from data_helpers import REPOSITORY, contents, record_batch, steady, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,43 +55,146 @@ def write_blocks(directory: Path, num_blocks: int, at_once: int, per_shard: int 
 # -- whole or not at all -----------------------------------------------------------------------------------------------
 
 
+def write_artifact(out: Path, text: str = "new") -> None:
+    with staged(out, ["stats.json"]) as directory:
+        (directory / "stats.json").write_text(text)
+
+
 def test_staged_block_that_ends_well_takes_the_name(tmp_path: Path) -> None:
-    with staged(tmp_path / "deep/out") as directory:
+    with staged(tmp_path / "deep/out", ["a"]) as directory:
         (directory / "a").write_text("new")
         assert not (tmp_path / "deep/out").exists()
     assert contents(tmp_path) == {"deep/out/a": b"new"}
 
 
-def test_staged_block_that_ends_well_replaces_what_was_there(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/old").write_text("old")
-    with staged(tmp_path / "out") as directory:
-        (directory / "a").write_text("new")
-        assert contents(tmp_path / "out") == {"old": b"old"}
-    assert contents(tmp_path) == {"out/a": b"new"}
+def test_staged_block_that_ends_well_replaces_an_artifact(tmp_path: Path) -> None:
+    write_artifact(tmp_path / "out", "old")
+    (tmp_path / "out/more").write_text("")
+    with staged(tmp_path / "out", ["stats.json"]) as directory:
+        (directory / "stats.json").write_text("new")
+        assert contents(tmp_path / "out") == {"stats.json": b"old", "more": b""}
+    assert contents(tmp_path) == {"out/stats.json": b"new"}
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("before", [{}, {"out/old": b"old"}])
+@pytest.mark.parametrize("before", [False, True])
 def test_staged_block_that_fails_leaves_what_was_there(
-    tmp_path: Path, error: type[BaseException], before: dict[str, bytes]
+    tmp_path: Path, error: type[BaseException], before: bool
 ) -> None:
-    for name, content in before.items():
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(error), staged(tmp_path / "out") as directory:
-        (directory / "a").write_text("half")
+    if before:
+        write_artifact(tmp_path / "out", "old")
+    with pytest.raises(error), staged(tmp_path / "out", ["stats.json"]) as directory:
+        (directory / "stats.json").write_text("half")
         raise error
-    assert contents(tmp_path) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] * bool(before)
+    assert contents(tmp_path) == ({"out/stats.json": b"old"} if before else {})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] * before
 
 
-def test_staged_after_a_killed_run_starts_empty(tmp_path: Path) -> None:
-    killed = staged(tmp_path / "out")
-    (killed.__enter__() / "of the killed run").write_text("")
-    with staged(tmp_path / "out") as directory:
+def test_staged_after_a_killed_run_removes_what_it_left(tmp_path: Path) -> None:
+    program = (
+        "import os, sys\nfrom stages.core.artifacts import staged\n"
+        "with staged(sys.argv[1], ['a']) as directory:\n    (directory / 'b').write_text('')\n    os._exit(1)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], cwd=REPOSITORY, check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    write_artifact(tmp_path / "out")
+    assert contents(tmp_path) == {"out/stats.json": b"new"}
+
+
+def test_staged_leaves_what_a_running_process_fills(tmp_path: Path) -> None:
+    with staged(tmp_path / "out", ["stats.json"]) as slow:
+        (slow / "stats.json").write_text("slow")
+        write_artifact(tmp_path / "out", "fast")
+        assert contents(tmp_path / "out") == {"stats.json": b"fast"}
+    assert contents(tmp_path) == {"out/stats.json": b"slow"}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["lost", "lost and made again"])
+def test_staged_directory_that_was_lost_is_an_error_and_no_half_artifact(tmp_path: Path, again: bool) -> None:
+    write_artifact(tmp_path / "out", "old")
+    with (
+        pytest.raises(StageError, match="changed by another process"),
+        staged(tmp_path / "out", ["stats.json"]) as directory,
+    ):
+        shutil.rmtree(directory)
+        if again:
+            write_text(directory / "stats.json", "half")
+    assert contents(tmp_path) == {"out/stats.json": b"old"}
+
+
+def test_staged_directory_without_an_expected_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StageError), staged(tmp_path / "out", ["stats.json", "a"]) as directory:
         (directory / "a").write_text("")
-    assert list(contents(tmp_path / "out")) == ["a"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["", " ", ".", "./", "..", "../..", "sub/..", "/", "sub/../.."])
+def test_out_that_holds_the_workspace_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    place = tmp_path / "a/b"
+    (place / "sub").mkdir(parents=True)
+    monkeypatch.chdir(place)
+    (place / "kept").write_text("")
+    for write in (lambda: write_artifact(out), lambda: write_text(out, "x")):  # type: ignore[arg-type]
+        with pytest.raises(StageError, match="it holds the workspace"):
+            write()
+    assert contents(tmp_path) == {"a/b/kept": b""}
+
+
+@pytest.mark.parametrize(
+    "names", [["kept"], ["stats.json", ".git/HEAD"], ["sub/stats.json"], [".hidden", "stats.json"]]
+)
+def test_out_that_is_a_directory_of_another_kind_is_refused(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(StageError, match="this stage did not make the directory that is there"):
+        write_artifact(tmp_path / "out")
+    with pytest.raises(StageError, match="there is a directory of that name"):
+        write_text(tmp_path / "out", "x")
+    assert contents(tmp_path) == {f"out/{name}": b"mine" for name in names}
+
+
+def test_out_that_is_a_file_is_refused_for_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(StageError, match="there is a file of that name"):
+        write_artifact(tmp_path / "out")
+    assert contents(tmp_path) == {"out": b"mine"}
+
+
+def test_out_that_is_a_link_to_a_directory_is_refused(tmp_path: Path) -> None:
+    write_artifact(tmp_path / "far", "mine")
+    (tmp_path / "out").symlink_to(tmp_path / "far")
+    with pytest.raises(StageError, match="symbolic link"):
+        write_artifact(tmp_path / "out")
+    assert contents(tmp_path / "far") == {"stats.json": b"mine"}
+
+
+def test_out_that_is_an_empty_directory_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write_artifact(tmp_path / "out")
+    assert contents(tmp_path) == {"out/stats.json": b"new"}
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from stages.core.artifacts import staged
+out, name = sys.argv[1:]
+for number in range(30):
+    with staged(out, ["a", "b"]) as directory:
+        (directory / "a").write_text(f"{name}{number}")
+        (directory / "b").write_text(f"{name}{number}")
+"""
+
+
+def test_staged_by_two_writers_at_once_leaves_a_whole_artifact_of_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "out")]
+    writers = [subprocess.Popen([*command, name], cwd=REPOSITORY, stderr=subprocess.PIPE) for name in "xy"]
+    codes = [writer.wait() for writer in writers]
+    found = contents(tmp_path)
+    assert codes == [0, 0], [writer.stderr.read() for writer in writers if writer.stderr]
+    assert found.keys() == {"out/a", "out/b"}
+    assert found["out/a"] == found["out/b"]
 
 
 def test_write_text_replaces_and_leaves_nothing_aside(tmp_path: Path) -> None:

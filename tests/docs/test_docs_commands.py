@@ -92,7 +92,7 @@ def test_docs_commands_are_found_with_continuations_and_without_output() -> None
         ("dvc exp run -S conf/task/clm.yaml:a=1", "no file conf/task/clm.yaml"),
         ("dvc exp run -S conf/task/mlm.yaml:trainer.decay=1", "conf/task/mlm.yaml:trainer.decay: no such key"),
         ("dvc exp run -S blok_size=1", "blok_size: no such key"),
-        ("X=1 dvc exp run -S causal.model=gtp2", "no file conf/model/gtp2.yaml"),
+        ("X=1 dvc exp run -S tasks.causal.model=gtp2", "no file conf/model/gtp2.yaml"),
         ("dvc exp shwo", "shwo"),
         ("dvc repro --no-such-option", "--no-such-option"),
     ],

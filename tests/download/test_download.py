@@ -9,10 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_helpers import contents, questions, read_stats, source_data, split, write_jsonl
-from hydra import compose, initialize_config_dir
 
 from stages.core.artifacts import SPLITS
-from stages.core.config import CONF, load
+from stages.core.compose import compose, load
 from stages.core.errors import StageError
 from stages.download import stage as download
 from stages.download.records import ELI5
@@ -38,10 +37,8 @@ def titles_of(out: Path) -> dict[str, list[str]]:
 
 
 def test_download_of_the_embedded_sample_keeps_every_record_in_eli5_schema(tmp_path: Path) -> None:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        choices = ["data=sample", f"data.path={SAMPLE}", "data.count_near_duplicates=false", f"out={tmp_path / 'raw'}"]
-        composed = compose("download", choices)
-    config = load(DownloadConfig, composed, "download")
+    choices = ["data=sample", f"data.path={SAMPLE}", "data.count_near_duplicates=false", f"out={tmp_path / 'raw'}"]
+    config = load(DownloadConfig, compose("download", choices))
     main(config)
     ledger = read_stats(tmp_path / "raw")
     assert ledger["records_in"] == sum(ledger["records_out"].values()) == 250

@@ -21,7 +21,7 @@ def names(project: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_experiments_grid_in_the_queue_finishes_with_two_jobs_at_once(clean: Path) -> None:
-    grid = ("-S", "causal.learning_rate=0.001,0.01", "-S", "seed=1,2")
+    grid = ("-S", "tasks.causal.learning_rate=0.001,0.01", "-S", "seed=1,2")
     assert run(clean, "dvc", "exp", "run", "--queue", *grid).count("Queued experiment") == 4
     before = names(clean)
     run(clean, "dvc", "queue", "start", "-j", "2")
@@ -41,20 +41,20 @@ def test_experiments_grid_in_the_queue_finishes_with_two_jobs_at_once(clean: Pat
 
 @pytest.mark.slow
 def test_experiments_in_a_temporary_directory_leave_the_workspace_alone(clean: Path) -> None:
-    run(clean, "dvc", "exp", "run", "--temp", "-n", "aside", "-S", "mlm.learning_rate=0.01")
+    run(clean, "dvc", "exp", "run", "--temp", "-n", "aside", "-S", "tasks.mlm.learning_rate=0.01")
     assert run(clean, "git", "status", "--porcelain") == ""
     assert "aside" in names(clean)
 
 
 @pytest.mark.slow
 def test_experiments_are_compared_applied_and_branched(clean: Path) -> None:
-    run(clean, "dvc", "exp", "run", "-n", "other", "-S", "causal.learning_rate=0.02")
-    assert "causal.learning_rate" in run(clean, "dvc", "params", "diff")
-    assert "causal.test.bits_per_byte" in run(clean, "dvc", "metrics", "diff")
+    run(clean, "dvc", "exp", "run", "-n", "other", "-S", "tasks.causal.learning_rate=0.02")
+    assert "tasks.causal.learning_rate" in run(clean, "dvc", "params", "diff")
+    assert "causal.test.bpb" in run(clean, "dvc", "metrics", "diff")
     run(clean, "git", "reset", "-q", "--hard")
     run(clean, "dvc", "checkout", "-q")
     difference = run(clean, "dvc", "exp", "diff", "main", "other")
-    assert "causal.learning_rate" in difference and "causal.test.bits_per_byte" in difference
+    assert "tasks.causal.learning_rate" in difference and "causal.test.bpb" in difference
     assert "mlm.test" not in difference
     assert "learning_rate" in run(clean, "env", "COLUMNS=900", "dvc", "exp", "show", "--no-pager", "--only-changed")
     page = run(clean, "dvc", "plots", "diff", "main", "other", "--out", "plots").strip()

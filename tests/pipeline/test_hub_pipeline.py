@@ -21,7 +21,8 @@ def test_hub_pipeline_of_the_guides_data_and_models_runs_and_names_every_revisio
     repositories["datasets/dany0407/eli5_category"] = {
         COMMIT: {"data/train-00000-of-00001.parquet": parquet(guide_questions())}
     }
-    edit(clean / "params.yaml", data__name="eli5_category", causal__model="distilgpt2", mlm__model="distilroberta")
+    chosen = {f"tasks__{task}__model": name for task, name in models.items()}
+    edit(clean / "params.yaml", data__name="eli5_category", **chosen)
     edit(clean / "conf/data/eli5_category.yaml", filter={"category": ["Physics"]}, max_records=80)
     with MiniHub(repositories, branches={"main": COMMIT}).serve() as url:
         hub = ("env", "HF_HUB_OFFLINE=0", f"HF_ENDPOINT={url}", f"HF_HOME={tmp_path}/hf", "NO_PROXY=127.0.0.1")

@@ -17,9 +17,9 @@ def test_pipeline_second_repro_runs_nothing(clean: Path) -> None:
 
 
 def test_pipeline_check_and_summary_speak_of_this_run(clean: Path) -> None:
-    assert "11 stages is in order" in run(clean, sys.executable, "-m", "tools.check")
+    assert f"{len(ALL)} stages is in order" in run(clean, sys.executable, "-m", "tools.check")
     summary = run(clean, sys.executable, "-m", "tools.summary")
-    figures = json.loads((clean / "metrics/causal.json").read_text())["causal"]["test"]
+    figures = json.loads((clean / "reports/evaluate/causal/metrics.json").read_text())["causal"]["test"]
     row = next(line for line in summary.splitlines() if line.strip().startswith("causal"))
     assert row.split()[1:5] == [
         "tiny-gpt2",
@@ -30,11 +30,13 @@ def test_pipeline_check_and_summary_speak_of_this_run(clean: Path) -> None:
 
 
 def test_pipeline_metrics_have_the_same_keys_in_both_splits(clean: Path) -> None:
-    for task, own in (("causal", "bits_per_byte"), ("mlm", "pseudo_bits_per_byte")):
-        splits = json.loads((clean / f"metrics/{task}.json").read_text())[task]
+    for task, own, short in (("causal", "bits_per_byte", "bpb"), ("mlm", "pseudo_bits_per_byte", "pseudo_bpb")):
+        splits = json.loads((clean / f"reports/evaluate/{task}/metrics.json").read_text())[task]
         assert list(splits) == ["validation", "test"]
         assert splits["validation"].keys() == splits["test"].keys()
         assert {own, f"{own}_se", f"base_{own}", "documents", "tokens", "bytes"} <= splits["test"].keys()
+        headline = json.loads((clean / f"metrics/{task}.json").read_text())
+        assert headline == {task: {"val": {short: splits["validation"][own]}, "test": {short: splits["test"][own]}}}
 
 
 def test_pipeline_experiment_with_another_block_size_runs_six_stages_and_stands_beside_the_baseline(
@@ -50,13 +52,13 @@ def test_pipeline_experiment_with_another_block_size_runs_six_stages_and_stands_
     assert sizes == {"main": 64, "wide": 128}
     for name in ("main", "wide"):
         metrics = rows[name]["metrics"]["metrics/causal.json"]["data"]["causal"]["test"]
-        assert 0 < metrics["bits_per_byte"] < 10
+        assert 0 < metrics["bpb"] < 10
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        "causal.learning_rate=0.01",
+        "tasks.causal.learning_rate=0.01",
         pytest.param("conf/task/causal.yaml:trainer.weight_decay=0.1", marks=pytest.mark.slow),
         pytest.param("conf/task/causal.yaml:+trainer.warmup_ratio=0.1", marks=pytest.mark.slow),
     ],
@@ -77,7 +79,7 @@ def test_pipeline_key_that_only_evaluation_of_mlm_uses_evaluates_mlm_alone(clean
 
 
 def test_pipeline_unreachable_hub_is_said_with_the_ways_on(clean: Path, tmp_path: Path) -> None:
-    edit(clean / "params.yaml", causal__model="distilgpt2")
+    edit(clean / "params.yaml", tasks__causal__model="distilgpt2")
     output = run(clean, "env", f"HF_HOME={tmp_path}", "dvc", "repro", "tokenize@causal", check=False)
     for part in ("distilbert/distilgpt2", "cannot be reached", "tools.pin_model", "HF_HOME"):
         assert part in output
@@ -136,7 +138,7 @@ def test_pipeline_editing_ones_own_text_runs_everything_after_download(clean: Pa
 
 @pytest.mark.slow
 def test_pipeline_stage_ends_when_its_dvc_is_killed(clean: Path) -> None:
-    edit(clean / "params.yaml", causal__num_train_epochs=500)
+    edit(clean / "params.yaml", tasks__causal__num_train_epochs=500)
     dvc = subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", "train@causal"],
         cwd=clean,

@@ -11,18 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from data_helpers import CAUSAL_TOKENS, REPOSITORY, questions, serving_files, write_bpe, write_jsonl, write_raw
+from data_helpers import (
+    CAUSAL_TOKENS,
+    REPOSITORY,
+    contents,
+    questions,
+    serving_files,
+    write_bpe,
+    write_jsonl,
+    write_raw,
+)
+from dvc_project import edit, run
 from hostile import error_of
 from hub_cases import TOKEN
 from mini_hub import MiniHub
 
 from stages.core.artifacts import SPLITS
-from stages.core.config import CONF
 from stages.core.errors import StageError
 from stages.download.hub_data import read_hub, resolve_commit
 from stages.download.schema import HubData, without_credentials
 from stages.hub.files import weights_files
-from stages.shell.app import names_a_target
 from tools.pin_model import pin
 
 SOURCES = sorted(file for name in ("stages", "tools", "benchmarks") for file in (REPOSITORY / name).rglob("*.py"))
@@ -85,39 +93,129 @@ def test_security_source_never_trusts_remote_code_nor_has_hydra_call_it(file: Pa
                 assert arguments.get("use_safetensors") == "True"
 
 
-def test_security_configs_name_nothing_to_call() -> None:
-    assert names_a_target([], CONF) == ""
+# Values and files that once ran code, sent or wrote something: file, dotted key, value or content, the stage that has
+# them, and what is said of them.
+ATTACKS = {
+    "command in a number": ("params.yaml", "seed", "42; touch TOUCHED", "baseline@causal", "seed="),
+    "command in quotes": ("params.yaml", "block_size", "'; touch TOUCHED; '", "group_texts@mlm", "block_size="),
+    "overrides in a number": (
+        *("params.yaml", "tasks__causal__learning_rate", "0.002 trainer.weight_decay=0.5", "train@causal"),
+        "learning_rate=",
+    ),
+    "command in a name": ("params.yaml", "hardware", "cpu$(touch TOUCHED)", "evaluate@mlm", "a name holds letters"),
+    "path in a name": ("params.yaml", "data__name", "../../elsewhere/e", "download", "a name holds letters"),
+    "variable in a path": (
+        *("params.yaml", "data__path", "${oc.env:HF_TOKEN}.jsonl", "download"),
+        "interpolations are not resolved",
+    ),
+    "variable in a text that is published": (
+        *("conf/task/causal.yaml", "samples__prompts", ["${oc.env:HF_TOKEN}"], "evaluate@causal"),
+        "interpolations are not resolved",
+    ),
+    "callback": (
+        *("conf/task/mlm.yaml", "hydra__callbacks", {"x": {"_target_": "os.system"}}, "train@mlm"),
+        "what Hydra itself does cannot be set",
+    ),
+    "log file": (
+        *("conf/hardware/cpu.yaml", "hydra__job_logging__handlers"),
+        *({"f": {"class": "logging.FileHandler", "filename": "README.md", "mode": "w"}}, "baseline@mlm"),
+        "what Hydra itself does cannot be set",
+    ),
+    "target": ("conf/model/tiny-gpt2.yaml", "config__x", {"_target_": "os.system"}, "train@causal", "_target_"),
+    "tag": (
+        "conf/data/sample.yaml",
+        "",
+        "source: !!python/object/apply:os.system ['touch TOUCHED']",
+        "download",
+        "tags",
+    ),
+    "aliases": ("conf/adapter/none.yaml", "", "adapter: &a {x: *a}", "train@causal", "aliases"),
+    "package": (
+        *("conf/framework/trainer.yaml", "", "# @package hydra.job_logging\nformatters: {x: {(): os.system}}"),
+        *("train@causal", "it should have no `# @package`"),
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_security_value_or_file_that_would_do_something_is_refused_by_check_and_stage(clean: Path, attack: str) -> None:
+    file, key, value, stage, said = ATTACKS[attack]
+    if key:
+        add(clean / file, key, value)
+    else:
+        header = "# @package _global_\n" if "adapter" in file else ""
+        (clean / file).write_text(header + str(value) + "\n", encoding="utf-8")
+    before = contents(clean)
+    checked = run(clean, "env", f"HF_TOKEN={TOKEN}", "python", "-m", "tools.check", check=False)
+    assert said in checked and "Traceback" not in checked
+    name = stage.partition("@")[0]
+    ran = run(clean, "env", f"HF_TOKEN={TOKEN}", f"DVC_STAGE={stage}", "python", "-m", f"stages.{name}", check=False)
+    assert ran.startswith(f"{name}: error: ") and said in ran and "Traceback" not in ran
+    if "a number" in attack:
+        reproduced = run(clean, "dvc", "repro", "--single-item", "--force", stage, check=False)
+        assert f"{name}: error: " in reproduced and said in reproduced
+    assert TOKEN not in checked + ran
+    assert not (clean / "TOUCHED").exists()
+    assert (clean / "README.md").read_bytes() == before["README.md"]
+
+
+def add(file: Path, key: str, value: object) -> None:
+    """Set a dotted key (a__b for a.b) of a YAML file, in sections that may not be there yet."""
+    text = file.read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
+    *sections, last = key.split("__")
+    node = values
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[last] = value
+    header = "# @package _global_\n" if text.startswith("# @package _global_") else ""
+    file.write_text(header + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def test_security_file_that_nobody_chose_stops_no_stage(clean: Path) -> None:
+    for group in ("data", "model", "task", "hardware"):
+        (clean / f"conf/{group}/own.yaml").write_text("a: &a [*a]\n", encoding="utf-8")
+        (clean / f"conf/{group}/date.yaml").write_text("a: 2020-99-99\n", encoding="utf-8")
+    assert "is in order" in run(clean, "python", "-m", "tools.check")
+
+
+def test_security_name_of_a_task_that_is_a_command_is_refused_and_not_run(clean: Path) -> None:
+    params = yaml.safe_load((clean / "params.yaml").read_text(encoding="utf-8"))
+    params["tasks"]["a;touch TOUCHED"] = dict(params["tasks"]["causal"])
+    (clean / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    assert "a;touch TOUCHED" in run(clean, "python", "-m", "tools.check", check=False)
+    run(clean, "dvc", "repro", check=False)
+    assert not (clean / "TOUCHED").exists()
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["x: {_target_: os.system}", "x: [{y: {_target_: os.system}}]", "hydra: {callbacks: {x: {}}}", r'"\x5ftarget_": a'],
+    "name", ["it's mine.jsonl", 'a "b" $(touch TOUCHED).jsonl', "a;touch TOUCHED;.jsonl", "a\\b.jsonl"]
 )
-def test_security_config_that_names_something_to_call_is_named(tmp_path: Path, content: str) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/evil.yaml").write_text(content)
-    assert names_a_target([], tmp_path).endswith(f" in {tmp_path}/data/evil.yaml")
+def test_security_file_with_a_shells_characters_in_its_name_is_read_and_nothing_run(clean: Path, name: str) -> None:
+    write_jsonl(clean / name, questions(60))
+    edit(clean / "params.yaml", data__name="files", data__path=name)
+    edit(clean / "conf/data/files.yaml", count_near_duplicates=False)
+    assert "60 records -> data/raw" in run(clean, "dvc", "repro", "download")
+    assert not (clean / "TOUCHED").exists()
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["+data._target_=os.system", "+data.command=COMMAND"],
-        ["+trainer={_target_: os.system, command: COMMAND}"],
-        ["+hydra.callbacks.x._target_=os.system", "+hydra.callbacks.x.command=COMMAND"],
-        ["hydra.launcher._target_=os.system", "+hydra.launcher.command=COMMAND"],
-    ],
-)
-def test_security_target_on_the_command_line_is_refused_and_not_called(tmp_path: Path, overrides: list[str]) -> None:
-    touch = f"'touch {tmp_path}/TOUCHED'"
-    command = [sys.executable, "-m", "stages.download", "data=sample", "data.path=data/sample/askscience.jsonl"]
-    words = [word.replace("COMMAND", touch) for word in overrides]
-    done = subprocess.run(
-        [*command, f"out={tmp_path}/raw", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert "would have Hydra call code, which none of this project's may" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_security_url_with_a_shells_characters_is_read_and_nothing_run(clean: Path) -> None:
+    write_jsonl(clean / "served/a.jsonl", questions(60))
+    edit(clean / "conf/data/files.yaml", count_near_duplicates=False)
+    with serving_files(clean / "served") as url:
+        edit(clean / "params.yaml", data__name="files", data__path=f"{url}/a.jsonl?x=';touch TOUCHED;'")
+        ran = run(clean, "env", "NO_PROXY=127.0.0.1", "python", "-m", "stages.download", "out=elsewhere")
+        reproduced = run(clean, "env", "NO_PROXY=127.0.0.1", "dvc", "repro", "download", check=False)
+    assert "60 records -> elsewhere" in ran
+    assert "Running stage 'download'" in reproduced
+    assert not (clean / "TOUCHED").exists()
+
+
+def test_security_value_in_a_command_of_dvc_yaml_is_refused_by_check(clean: Path) -> None:
+    text = (clean / "dvc.yaml").read_text(encoding="utf-8")
+    (clean / "dvc.yaml").write_text(text.replace("python -m stages.download", "python -m stages.download seed=${seed}"))
+    checked = run(clean, "python", "-m", "tools.check", check=False)
+    assert "dvc.yaml: download.cmd=python -m stages.download seed=${seed}: DVC passes it to a shell" in checked
 
 
 def test_security_data_set_with_a_script_is_refused_and_the_script_not_run(tmp_path: Path) -> None:
@@ -232,7 +330,9 @@ def test_security_token_is_in_no_model_report_or_metrics(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for stage in ("baseline", "train", "evaluate"):
         run_toy(stage, "causal", tmp_path)
-    assert {"baseline.json", "metrics.json", "model", "report", "samples.md"} == {p.name for p in tmp_path.iterdir()}
+    assert {"baseline.json", "evaluation", "metrics.json", "model", "report", "samples.md"} == {
+        p.name for p in tmp_path.iterdir()
+    }
     assert holders(tmp_path) == []
     assert TOKEN not in "".join(capfd.readouterr())
 

@@ -1,5 +1,10 @@
-"""Every value and source file, changed: `dvc status` names exactly the stages that use it."""
+"""Every value and module, changed: exactly the stages that use it run again, and none for a change of words."""
 
+import ast
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,8 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from dvc.repo import Repo
-from dvc_project import PER_TASK, TASKS, edit
-from test_dvc_yaml import project_imports
+from dvc_project import ALL, ONCE, PER_TASK, TASKS, edit, environment, run, stages_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,11 +34,14 @@ USERS: dict[str, dict[str, set[str]]] = {
         "framework": both("train"),
         "block_size": both("group_texts", "train"),
         "seed": both("baseline", "train"),
-        **{f"{task}.model": one(task, "tokenize", "baseline", "train") for task in TASKS},
-        **{task: one(task, "train") for task in TASKS},
+        **{f"tasks.{task}.model": one(task, "tokenize", "baseline", "train") for task in TASKS},
+        **{f"tasks.{task}": one(task, "train") for task in TASKS},
     },
     "conf/data/sample.yaml": {"": {"download"}, "flatten": both("tokenize")},
     "conf/hardware/cpu.yaml": {
+        "hardware": both("baseline", "train", "evaluate"),
+    },
+    "conf/base/hardware.yaml": {
         "hardware": both("baseline", "train", "evaluate"),
         **dict.fromkeys(("checkpoints", "trainer"), both("train")),
     },
@@ -55,7 +62,7 @@ USERS: dict[str, dict[str, set[str]]] = {
         for task in TASKS
     },
     "conf/framework/trainer.yaml": {"": both("train")},
-    "conf/download.yaml": {"": {"download"}},
+    **{f"conf/{stage}.yaml": {"": {stage}} for stage in ONCE},
     **{f"conf/{stage}.yaml": {"": both(stage)} for stage in PER_TASK},
 }
 # Names of configurations: another one that exists, so that DVC can read it.
@@ -63,8 +70,8 @@ ANOTHER = {
     "data.name": "files",
     "hardware": "other",
     "framework": "keras",
-    "causal.model": "other-gpt2",
-    "mlm.model": "other-roberta",
+    "tasks.causal.model": "other-gpt2",
+    "tasks.mlm.model": "other-roberta",
 }
 
 
@@ -109,11 +116,6 @@ def users_of(file: str, key: str) -> set[str]:
     return USERS[file][max(prefixes, key=len)]
 
 
-SOURCES = sorted(
-    file.relative_to(ROOT / "stages").as_posix()
-    for file in (ROOT / "stages").rglob("*.py")
-    if file.name != "__init__.py"
-)
 COPIES = {
     "hardware/cpu": "hardware/other",
     "model/tiny-gpt2": "model/other-gpt2",
@@ -151,25 +153,6 @@ def test_soundness_changed_value_changes_exactly_the_stages_that_use_it(others: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", SOURCES)
-def test_soundness_changed_source_file_changes_exactly_the_stages_that_import_it(others: Path, source: str) -> None:
-    if source.startswith("frameworks/"):  # the chosen one alone
-        importing = ["train"] if source.startswith("frameworks/trainer/") else []
-    else:
-        stages = ("download", *PER_TASK)
-        importing = [stage for stage in stages if f"stages/{source}" in project_imports(ROOT / f"stages/{stage}.py")]
-        assert importing
-    expected = {name for stage in importing for name in ({"download"} if stage == "download" else both(stage))}
-    path = others / "stages" / source
-    text = path.read_text(encoding="utf-8")
-    try:
-        path.write_text(text + "# changed\n", encoding="utf-8")
-        assert changed_stages(others) == expected
-    finally:
-        path.write_text(text, encoding="utf-8")
-
-
-@pytest.mark.slow
 def test_soundness_changed_sample_changes_download_alone(others: Path) -> None:
     path = others / "data/sample/askscience.jsonl"
     text = path.read_text(encoding="utf-8")
@@ -178,3 +161,106 @@ def test_soundness_changed_sample_changes_download_alone(others: Path) -> None:
         assert changed_stages(others) == {"download"}
     finally:
         path.write_text(text, encoding="utf-8")
+
+
+# -- code --------------------------------------------------------------------------------------------------------------
+
+MODULES = sorted(file.relative_to(ROOT).with_suffix("").as_posix() for file in (ROOT / "stages").rglob("*.py"))
+
+
+def reworded(text: str) -> str:
+    """The source `text` with other comments, docstrings, log lines and errors: a line more or a word more in each."""
+    edits: list[tuple[int, int]] = []  # line and column of strings, both from 0
+
+    def strings(node: ast.AST) -> Iterator[ast.expr]:
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+            yield node
+        else:
+            for child in ast.iter_child_nodes(node):
+                yield from strings(child)
+
+    for node in ast.walk(ast.parse(text)):
+        found: list[ast.expr] = []
+        match node:
+            case ast.Expr(value=ast.Constant(value=str()) as docstring):
+                found = [docstring]
+            case ast.Raise(exc=ast.Call(args=arguments)):
+                found = [string for argument in arguments for string in strings(argument)]
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="log")), args=[first, *_]):
+                found = list(strings(first))
+        edits += [(string.lineno - 1, string.col_offset) for string in found]
+    lines = text.splitlines()
+    for line, column in sorted(set(edits), reverse=True):
+        before, after = lines[line].encode()[:column].decode(), lines[line].encode()[column:].decode()
+        prefix, quote, rest = re.fullmatch(r"([a-zA-Z]*)(\"\"\"|'''|\"|')(.*)", after, re.DOTALL).groups()  # type: ignore[union-attr]
+        lines[line] = f"{before}{prefix}{quote}Reworded: {rest}"
+    return "\n".join([*lines, "# A comment more."]) + "\n"
+
+
+def importers(module: str) -> set[str]:
+    """The stages whose process may import `module`, followed through the sources' import statements as text."""
+    found = set()
+    for stage in sorted(ONCE | set(PER_TASK)):
+        seen, waiting = (
+            set(),
+            [f"stages/{stage}/__main__"] + ["stages/frameworks/trainer/__init__"] * (stage == "train"),
+        )
+        while waiting:
+            file = waiting.pop()
+            if file in seen or file not in MODULES:
+                continue
+            seen.add(file)
+            # What stands below `if TYPE_CHECKING:` never runs.
+            source = re.sub(
+                r"(?m)^if TYPE_CHECKING:\n(?:    .*\n|\n)+", "", (ROOT / f"{file}.py").read_text(encoding="utf-8")
+            )
+            for base, names in re.findall(r"(?m)^ *from (stages[\\w.]*) import \\(?([\\w, \n]+)", source):
+                path = base.replace(".", "/")
+                waiting += [path, *(f"{path}/{name.strip()}" for name in names.replace("\n", ",").split(","))]
+                parts = path.split("/")
+                waiting += ["/".join([*parts[:end], "__init__"]) for end in range(1, len(parts) + 1)]
+            parts = file.split("/")
+            waiting += ["/".join([*parts[:end], "__init__"]) for end in range(1, len(parts))]
+        if module in seen:
+            found.add(stage)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", MODULES)
+def test_soundness_changed_behaviour_of_a_module_changes_exactly_the_stages_that_import_it(
+    clean: Path, module: str
+) -> None:
+    file = clean / f"{module}.py"
+    file.write_text(file.read_text(encoding="utf-8") + "\n_CHANGED = 1\n", encoding="utf-8")
+    assert stages_run(run(clean, "dvc", "repro", "code")) == {"code"}
+    importing = importers(module) - {"code"}
+    assert changed_stages(clean) == {name for name in ALL if name.partition("@")[0] in importing}
+
+
+def test_soundness_behaviour_that_one_stage_uses_runs_that_stage(clean: Path) -> None:
+    file = clean / "stages/evaluate/samples.py"
+    file.write_text(file.read_text(encoding="utf-8") + "\n_CHANGED = 1\n", encoding="utf-8")
+    assert stages_run(run(clean, "dvc", "repro")) == {"code", *both("evaluate")}
+
+
+def test_soundness_reworded_code_runs_nothing_but_code_and_a_killed_training_goes_on(clean: Path) -> None:
+    out = [f"{name}={clean}/elsewhere/{name}" for name in ("out", "report")]
+    saving = ["+trainer.save_strategy=steps", "+trainer.save_steps=1", "num_train_epochs=3"]
+    command = [sys.executable, "-m", "stages.train", "task=causal", *saving, *out]
+    cache = clean / ".lm-repro_cache"
+    killed = subprocess.Popen(command, cwd=clean, env=environment(clean), stderr=subprocess.DEVNULL)
+    while not list(cache.rglob("checkpoint-3")) and killed.poll() is None:
+        time.sleep(0.05)
+    assert killed.poll() is None, "it ended before it could be killed"
+    killed.kill()
+    killed.wait()
+    for module in MODULES:
+        file = clean / f"{module}.py"
+        text = file.read_text(encoding="utf-8")
+        file.write_text(reworded(text), encoding="utf-8")
+        assert file.read_text(encoding="utf-8") != text
+    ran = run(clean, "dvc", "repro")
+    assert stages_run(ran) == {"code"}
+    assert "Reworded: " in ran
+    assert "Reworded: resuming from step" in run(clean, *command)

@@ -6,13 +6,14 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 
+from stages.core.compose import read_root
 from stages.core.config import CONF
+from stages.core.source_code import list_stages
 from stages.shell.keys import keys_of
 from tools.check import schema_of
 
-STAGES = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "publish")
+STAGES = [*list_stages(), "code"]
 
 
 def python(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -37,10 +38,9 @@ def test_terminal_keys_are_each_explained(stage: str) -> None:
 def test_terminal_help_names_what_a_stage_reads_and_writes_its_groups_and_all_its_keys(stage: str) -> None:
     done = python(f"stages.{stage}", "--help")
     assert done.returncode == 0, done.stderr
-    for part in ("Reads ", "Writes ", "Command ", "--cfg job", "--hydra-help"):
+    for part in ("Reads ", "Writes ", "Command ", "--cfg job"):
         assert part in done.stdout
-    root = yaml.safe_load((CONF / f"{stage}.yaml").read_text(encoding="utf-8"))
-    for group in (group for entry in root["defaults"] if isinstance(entry, dict) for group in entry):
+    for group in read_root(stage).groups:
         for name in (file.stem for file in (CONF / group).glob("*.yaml")):
             assert name in done.stdout
     listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ") and line.endswith(")")]
@@ -52,14 +52,13 @@ def test_terminal_help_shows_the_values_of_the_chosen_configurations_and_their_r
     shown = python("stages.train", "--help", "hardware=cpu", "block_size=64", COLUMNS="200").stdout
     assert "hardware.num_threads = 2  (whole number from 1)" in shown
     assert "block_size = 64  (whole number from 1)" in shown
-    assert "seed  (whole number from 0 to below 4294967296)" in shown
+    assert "seed = 42  (whole number from 0 to below 4294967296)" in shown
 
 
 def test_terminal_help_with_an_unknown_choice_names_the_choices() -> None:
     done = python("stages.train", "--help", "hardware=abacus")
     assert done.returncode == 1
-    assert "hardware/abacus" in done.stderr
-    assert "cpu_bf16" in done.stderr
+    assert "there is no conf/hardware/abacus.yaml; did you mean cpu?" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -21,11 +21,10 @@ from data_helpers import (
     write_raw,
     write_word_piece,
 )  # fmt: skip
-from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, models
 
 from stages.core.artifacts import SPLITS, Documents, shard_files
-from stages.core.config import CONF, load
+from stages.core.compose import compose, load
 from stages.core.errors import StageError
 from stages.tokenize import encoding
 from stages.tokenize import stage as tokenize
@@ -241,9 +240,8 @@ def test_tokenize_of_a_damaged_parquet_file_names_it(tmp_path: Path, split: str,
 
 def test_tokenize_of_the_composed_configs_matches_their_model(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw", SPLIT_TEXTS)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        choices = ["data=files", "model=tiny-roberta", "task=mlm", f"raw={raw}", f"out={tmp_path / 't'}"]
-        main(load(TokenizeConfig, compose("tokenize", choices), "tokenize"))
+    choices = ["data=files", "model=tiny-roberta", "task=mlm", f"raw={raw}", f"out={tmp_path / 't'}"]
+    main(load(TokenizeConfig, compose("tokenize", choices)))
     vocabulary = Vocabulary.read(tmp_path / "t")
     assert (vocabulary.prefix, vocabulary.suffix, vocabulary.special["mask_token"]) == ([0], [2], 4)
 

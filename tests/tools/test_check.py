@@ -20,14 +20,14 @@ def checked(project: Path, *, wrong: bool = True) -> str:
 @pytest.mark.parametrize(
     ("file", "key", "value", "message"),
     [
-        ("params.yaml", "causal__model", "tiny-gtp2", "there is no conf/model/tiny-gtp2.yaml; did you mean tiny-gpt2?"),
+        ("params.yaml", "tasks__causal__model", "tiny-gtp2", "no conf/model/tiny-gtp2.yaml; did you mean tiny-gpt2?"),
         ("params.yaml", "hardware", "cpuu", "did you mean cpu?"),
         ("params.yaml", "data__name", "sampel", "did you mean sample?"),
         ("params.yaml", "data__name", "eli5", "defunct"),
-        ("params.yaml", "data__path", "it's mine.txt", "does it hold a quote?"),
+        ("params.yaml", "data__path", "it's mine.txt", "data.path=it's mine.txt: data.name=sample reads"),
         ("params.yaml", "block_size", 1024, "above the model's positions, 512 (train@causal, train@mlm)"),
         ("params.yaml", "seed", -1, "seed=-1"),
-        ("params.yaml", "mlm__model", "tiny-gpt2", "mlm.model: this model is for task=causal"),
+        ("params.yaml", "tasks__mlm__model", "tiny-gpt2", "model.task=causal: this model cannot"),
         ("conf/task/causal.yaml", "evalute", {"context": 3}, "no stage reads the key evalute; did you mean evaluate?"),
         ("conf/task/causal.yaml", "trainer__weight_dekay", 1, "did you mean weight_decay?"),
         ("conf/task/mlm.yaml", "samples__prompts", ["no mask"], "needs exactly one {mask}"),
@@ -57,9 +57,10 @@ def test_check_of_an_extra_that_is_not_installed_says_what_installs_it(clean: Pa
 
 
 def test_check_several_mistakes_are_reported_at_once(clean: Path) -> None:
-    edit(clean / "params.yaml", seed=-1, block_size=9999, causal__model="none", hardware="none", mlm__batch_size=0)
+    unknown = {"tasks__causal__model": "none", "hardware": "none"}
+    edit(clean / "params.yaml", seed=-1, block_size=9999, tasks__mlm__batch_size=0, **unknown)
     output = checked(clean)
-    for part in ("seed=-1", "block_size=9999", "causal.model=none", "hardware=none", "batch_size=0"):
+    for part in ("seed=-1", "block_size=9999", "tasks.causal.model=none", "hardware=none", "batch_size=0"):
         assert part in output
 
 
@@ -69,7 +70,7 @@ def test_check_pinned_file_that_changed_is_named(clean: Path, tmp_path: Path) ->
     for file in (clean / "models/causal").iterdir():
         (model / file.name).write_bytes(file.read_bytes())
     run(clean, "python", "-m", "tools.pin_model", str(model))
-    edit(clean / "params.yaml", causal__model="mine")
+    edit(clean / "params.yaml", tasks__causal__model="mine")
     checked(clean, wrong=False)
     (model / "config.json").write_text((model / "config.json").read_text() + " ")
     assert f"{model}/config.json changed since its pin" in checked(clean)

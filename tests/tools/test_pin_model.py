@@ -140,7 +140,7 @@ def test_pin_model_says_how_to_use_the_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(monkeypatch, write_model(tmp_path / "m", ROBERTA), "--name", "mine")
-    assert "-S mlm.model=mine" in capsys.readouterr().out
+    assert "-S tasks.mlm.model=mine" in capsys.readouterr().out
     assert model_of("mine").task == "mlm"
 
 

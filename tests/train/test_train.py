@@ -36,7 +36,7 @@ def curve(report, name):
     [
         (["hardware.per_device_batch_size=3"], "batch_size=8 is not a multiple of 3"),
         (["block_size=65"], "block_size=65 is above the model's positions, 64"),
-        (["model.task=mlm"], "causal.model: this model is for task=mlm"),
+        (["model.task=mlm"], "model.task=mlm: this model cannot be trained with objective.name=causal"),
         (["++trainer.learning_rate=1"], "trainer.learning_rate cannot be set: it stands in params.yaml"),
         (["++trainer.weight_decy=1"], "did you mean weight_decay?"),
         (["early_stopping={patience: 1, threshold: 0.0}"], "early_stopping needs trainer.load_best_model_at_end"),

@@ -1,0 +1,27 @@
+"""Names of the metrics: in full in reports, short in metrics/TASK.json, so that `dvc exp show` reads at a glance."""
+
+from typing import Any
+
+SHORT_SPLITS = {"validation": "val", "test": "test"}
+# Without the loss and the perplexity, which cannot be compared between block sizes: each further column of
+# `dvc exp show` hides a parameter.
+SHORT_NAMES = {"bits_per_byte": "bpb", "pseudo_bits_per_byte": "pseudo_bpb"}
+
+
+def headline(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """What metrics/TASK.json holds of the full metrics of each split: those that experiments are compared by."""
+    return {
+        short: {SHORT_NAMES[name]: value for name, value in metrics[split].items() if name in SHORT_NAMES}
+        for split, short in SHORT_SPLITS.items()
+    }
+
+
+def full_names(headlines: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The inverse of `headline`: the headline metrics under their full names."""
+    names = {short: name for name, short in SHORT_NAMES.items()}
+    splits = {short: split for split, short in SHORT_SPLITS.items()}
+    return {
+        splits[split]: {names[short]: value for short, value in metrics.items() if short in names}
+        for split, metrics in headlines.items()
+        if split in splits
+    }
