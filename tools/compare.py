@@ -1,57 +1,83 @@
-"""Compare experiments: `dvc exp show` with the columns that matter, and what repeats over seeds come to.
+"""Compare experiments: a table of their headline metrics and of the parameters in which they differ.
 
 Command python -m tools.compare [--split test]
 
-Choose among experiments by validation (the default); report test.
+Choose among experiments by validation (the default); report test. Parameters of conf/ are compared by group and key, so
+that an experiment on another file of a group differs in the keys that have other values.
 """
 
 import argparse
 import json
 import statistics
 import subprocess
+import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
-OPTIONS = ("--no-pager", "--drop", ".*", "--keep")
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from stages.core.config import MISSING, find
+from stages.core.config import flat as flatten
+from stages.figures.names import SHORT_NAMES, SHORT_SPLITS
+
+PER_TASK = ("model", "adapter", "task")
+"""Groups of which each task has a configuration of its own."""
+HEADING_WIDTH = 12
 
 
-def columns(split: str) -> str:
-    """The regular expression of the columns that matter."""
-    return rf"Experiment|.*\.{split}\.(pseudo_)?bits_per_byte$|block_size"
+class Param(NamedTuple):
+    """A parameter of an experiment."""
+
+    value: str
+    """As JSON."""
+    argument: str
+    """What `-S` knows it by."""
 
 
-def command(split: str) -> str:
-    """The command that shows them, as one types it."""
-    return f"dvc exp show --no-pager --drop '.*' --keep '{columns(split)}'"
+class Row(NamedTuple):
+    """A revision with results."""
+
+    name: str
+    params: dict[str, Param]
+    """By the heading of its column, which is the same for all files of a group."""
+    metrics: dict[str, float]
+    """By the heading of its column: the task and the metric."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], prog="python -m tools.compare")
-    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--split", choices=tuple(SHORT_SPLITS.values()), default="val")
     split = parser.parse_args().split
-    subprocess.run(["dvc", "exp", "show", *OPTIONS, columns(split)], check=True)
-    shown = subprocess.run(["dvc", "exp", "show", "--json"], check=True, capture_output=True, text=True)
-    found = list(rows(json.loads(shown.stdout)))
-    for title, lines in (
-        ("What they differ in:", differences(found)),
-        ("Experiments that differ in seed alone:", list(over_seeds(found, split))),
-    ):
-        if lines:
-            print(f"\n{title}", *lines, sep="\n")
+    shown = subprocess.run(["dvc", "exp", "show", "--json"], check=False, capture_output=True, text=True)
+    if shown.returncode:
+        sys.exit(
+            f"compare: dvc exp show failed: {shown.stderr.strip().splitlines()[0] if shown.stderr.strip() else ''}"
+        )
+    found = list(revisions(json.loads(shown.stdout)))
+    rows = read_rows(found, split)
+    if not rows:
+        sys.exit("compare: no commit and no experiment has metrics yet: run `make`, and commit dvc.lock and metrics/")
+    draw(rows, Console(highlight=False))
+    if lines := list(summarize_seeds(rows)):
+        print("\nExperiments that differ in seed only:", *lines, sep="\n")
+    if unfinished := sum(map(is_unfinished, found)):
+        print(f"\nNot shown, since they have no results (queued, running or failed): {unfinished}")
+    if len(rows) == 1:
+        print("\nThere is nothing to compare it with yet: dvc exp run -S block_size=256")
 
 
-def rows(shown: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The committed revisions and their experiments that have results: name, params and metrics by file."""
-    for row in revisions(shown):
-        if row["rev"] != "workspace" and (row.get("data") or {}).get("metrics"):
-            yield {"name": name_of(row), **row["data"]}
+# -- what DVC shows ----------------------------------------------------------------------------------------------------
 
 
 def revisions(shown: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """All that `dvc exp show --json` shows: workspace and commits, each before its experiments.
 
-    An experiment has a key `executor` more: None, or what runs it or failed to.
+    An experiment has one more key, `executor`: None, or what runs it or failed to.
     """
     for revision in shown:
         yield revision
@@ -65,70 +91,187 @@ def name_of(row: dict[str, Any]) -> str:
     return str(row.get("name") or (row["rev"] if row["rev"] == "workspace" else row["rev"][:7]))
 
 
-def differences(found: list[dict[str, Any]]) -> list[str]:
-    """A line each with the params in which the rows differ, as `-S` takes them; none where nothing differs.
+def is_unfinished(row: dict[str, Any]) -> bool:
+    """Whether an experiment has no results of its own: it shows those of the commit that it starts from."""
+    return bool(row.get("error")) or (row.get("executor") or {}).get("state", "success") != "success"
 
-    Below the table: as columns beside the metrics they would not fit into a terminal.
+
+def read_rows(found: Iterable[dict[str, Any]], split: str) -> list[Row]:
+    """The rows of the table. The workspace is one only if it differs from every other."""
+    rows, workspace = [], None
+    for revision in found:
+        data = revision.get("data") or {}
+        if is_unfinished(revision) or not data.get("metrics"):
+            continue
+        row = Row(name_of(revision), params_of(data.get("params") or {}), metrics_of(data["metrics"], split))
+        if revision["rev"] == "workspace":
+            workspace = row
+        else:
+            rows.append(row)
+    if workspace is not None and all(workspace[1:] != row[1:] for row in rows):
+        rows.insert(0, workspace)
+    return rows
+
+
+def metrics_of(files: dict[str, Any], split: str) -> dict[str, float]:
+    """The headline metrics of a split, by column; those that another version of the project wrote are left out."""
+    found = {}
+    for file in files.values():
+        for task, splits in (file.get("data") or {}).items():
+            for name in SHORT_NAMES.values():
+                value = find(splits, f"{split}.{name}")
+                if value is not MISSING:
+                    found[f"{task} {name}"] = float(value)
+    return found
+
+
+def params_of(files: dict[str, Any]) -> dict[str, Param]:
+    """Each parameter by the heading of its column.
+
+    A file of conf/ that the experiment chose is known by its group (and the task that it is for), not by its name.
     """
-    params = [dict(flat(row["params"])) for row in found]
-    changed = differing(params)
-    lines = [
-        (row["name"], [f"{key}={values[key]}" for key in changed if key in values])
-        for row, values in zip(found, params, strict=True)
-    ]
-    width = max((len(name) for name, _ in lines), default=0)
-    return [f"  {name:{width}}  {' '.join(values)}" for name, values in lines] if changed else []
+    contents = {file: content.get("data") or {} for file, content in files.items()}
+    params = contents.pop("params.yaml", {})
+    found = {
+        key.removeprefix("tasks."): Param(json.dumps(value, ensure_ascii=False), key) for key, value in flatten(params)
+    }
+    for heading, file in chosen_files(params):
+        for key, value in flatten(contents.pop(file, {})):
+            found[f"{heading}: {key}"] = Param(json.dumps(value, ensure_ascii=False), f"{file}:{key}")
+    for file, content in contents.items():  # of a version of the project that chose files in another way
+        for key, value in flatten(content):
+            found[f"{file}: {key}"] = Param(json.dumps(value, ensure_ascii=False), f"{file}:{key}")
+    return found
 
 
-def differing(params: list[dict[str, str]]) -> list[str]:
-    """The keys whose values are not the same in all rows."""
-    keys = dict.fromkeys(key for values in params for key in values)
-    return [key for key in keys if len({values.get(key) for values in params}) > 1]
+def chosen_files(params: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Heading and file of each configuration that params.yaml names; one that wins over another comes behind it."""
+    yield "hardware", "conf/base/hardware.yaml"
+    for group in ("data", "hardware", "framework"):
+        chosen = params.get(group)
+        yield group, f"conf/{group}/{chosen.get('name') if isinstance(chosen, dict) else chosen}.yaml"
+    tasks = params.get("tasks")
+    for task, section in (tasks if isinstance(tasks, dict) else {}).items():
+        for group in PER_TASK:
+            name = task if group == "task" else find(section, group)
+            yield task if group == "task" else f"{task}.{group}", f"conf/{group}/{name}.yaml"
 
 
 def flat(files: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each param of `dvc exp show --json` under the name that `-S` knows it by, and its value as JSON.
+    """Each parameter of `dvc exp show --json` under the name that `-S` knows it by, and its value as JSON.
 
     A file that could not be read at a revision has none.
     """
-
-    def leaves(prefix: str, content: dict[str, Any]) -> Iterator[tuple[str, str]]:
-        for key, value in content.items():
-            if isinstance(value, dict) and value:
-                yield from leaves(f"{prefix}{key}.", value)
-            else:
-                yield f"{prefix}{key}", json.dumps(value, ensure_ascii=False)
-
     for file, content in files.items():
-        yield from leaves("" if file == "params.yaml" else f"{file}:", content.get("data", {}))
+        prefix = "" if file == "params.yaml" else f"{file}:"
+        for key, value in flatten(content.get("data") or {}):
+            yield f"{prefix}{key}", json.dumps(value, ensure_ascii=False)
 
 
-def over_seeds(found: list[dict[str, Any]], split: str) -> Iterator[str]:
-    """For each group of experiments that differ in `seed` alone: mean and standard deviation of each metric."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in found:
-        params = json.loads(json.dumps(row["params"]))
-        params["params.yaml"]["data"].pop("seed")
-        groups[json.dumps(params, sort_keys=True)].append(row)
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def draw(rows: list[Row], console: Console) -> None:
+    """Print the table; the parameters below it, a line for each row, where they do not fit into the console's width."""
+    headings = differing_params(rows)
+    table = make_table(rows, headings)
+    fits = width_of(table, console) <= console.width
+    if not fits:
+        table = make_table(rows, [])
+    # Wider than the console rather than cut: no cell ends in an ellipsis.
+    Console(highlight=False, width=max(console.width, width_of(table, console))).print(table)
+    if len(rows) > 1 and any(row.metrics for row in rows):
+        print("* the best of its column; less is better")
+    if not fits:
+        print(
+            "\nParameters in which they differ, as `dvc exp run -S` takes them:", *list_params(rows, headings), sep="\n"
+        )
+    elif headings:
+        print(f"To set a parameter: dvc exp run -S {argument_of(rows, headings[0])}=VALUE")
+
+
+def width_of(table: Table, console: Console) -> int:
+    return Measurement.get(console, console.options.update(max_width=100_000), table).maximum
+
+
+def make_table(rows: list[Row], headings: list[str]) -> Table:
+    """A row for each revision: its metrics, and the parameters of `headings`."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("experiment", no_wrap=True)
+    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    for name in metrics:
+        table.add_column(name.replace(" ", "\n"), no_wrap=True, justify="right")
+    for heading in headings:
+        table.add_column(break_heading(heading), no_wrap=True, justify="right")
+    best = {name: min(row.metrics[name] for row in rows if name in row.metrics) for name in metrics}
+    for row in rows:
+        cells = [metric_cell(row.metrics.get(name), best[name], len(rows) > 1) for name in metrics]
+        values = (row.params[heading].value if heading in row.params else "-" for heading in headings)
+        table.add_row(Text(row.name), *cells, *(Text(value.strip('"')) for value in values))
+    return table
+
+
+def metric_cell(value: float | None, best: float, marked: bool) -> Text:
+    if value is None:
+        return Text("- ")
+    if marked and value == best:
+        return Text(f"{value:.4f}*", style="bold")
+    return Text(f"{value:.4f} ")
+
+
+def break_heading(heading: str) -> str:
+    """A heading over several lines, broken behind dots, colons and underscores."""
+    lines = [""]
+    for word in heading.replace(": ", ":\0").replace(".", ".\0").replace("_", "_\1").split("\0"):
+        lines.append("")
+        for part in word.split("\1"):
+            if len(lines[-1]) + len(part) > HEADING_WIDTH and lines[-1]:
+                lines.append("")
+            lines[-1] += part
+    return "\n".join(line for line in lines if line)
+
+
+def differing_params(rows: list[Row]) -> list[str]:
+    """Headings of the parameters that do not have the same value in all rows."""
+    headings = dict.fromkeys(heading for row in rows for heading in row.params)
+    return [
+        name for name in headings if len({row.params[name].value if name in row.params else None for row in rows}) > 1
+    ]
+
+
+def argument_of(rows: list[Row], heading: str) -> str:
+    return next(row.params[heading].argument for row in rows if heading in row.params)
+
+
+def list_params(rows: list[Row], headings: list[str]) -> list[str]:
+    """A line for each row: its values of the parameters of `headings`."""
+    width = max(len(row.name) for row in rows)
+    return [
+        f"  {row.name:{width}}  "
+        + " ".join(
+            f"{row.params[heading].argument}={row.params[heading].value}"
+            for heading in headings
+            if heading in row.params
+        )
+        for row in rows
+    ]
+
+
+def summarize_seeds(rows: list[Row]) -> Iterator[str]:
+    """For each group of experiments that differ in `seed` only: mean and standard deviation of each metric."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        others = {heading: param.value for heading, param in row.params.items() if heading != "seed"}
+        groups[json.dumps(others, sort_keys=True)].append(row)
     for members in groups.values():
-        # One row a seed: the same experiment may stand under several names.
-        seeds = {row["params"]["params.yaml"]["data"]["seed"]: row for row in members}
+        # One row for each seed: the same experiment may have several names.
+        seeds = {row.params["seed"].value: row for row in members if "seed" in row.params}
         if len(seeds) > 1:
-            yield f"  {', '.join(row['name'] for row in seeds.values())} (seeds {', '.join(map(str, seeds))})"
-            for name, values in metrics(list(seeds.values()), split).items():
-                yield f"    {name}: {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}"
-
-
-def metrics(members: list[dict[str, Any]], split: str) -> dict[str, list[float]]:
-    """Name to the members' values of the metrics that compare."""
-    values: dict[str, list[float]] = defaultdict(list)
-    for row in members:
-        for file in row["metrics"].values():
-            for task, splits in file["data"].items():
-                for name, value in splits[split].items():
-                    if name in ("bits_per_byte", "pseudo_bits_per_byte"):
-                        values[f"{task}.{split}.{name}"].append(value)
-    return {name: found for name, found in values.items() if len(found) == len(members)}
+            yield f"  {', '.join(row.name for row in seeds.values())} (seeds {', '.join(seeds)})"
+            for name in next(iter(seeds.values())).metrics:
+                values = [row.metrics[name] for row in seeds.values() if name in row.metrics]
+                if len(values) == len(seeds):
+                    yield f"    {name}: {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}"
 
 
 if __name__ == "__main__":
