@@ -11,13 +11,20 @@ SAID = "# Samples\n\n> **Why** </script><script>alert(1)</script> ![p](http://ex
 
 
 def figures(task: str, bits: float) -> dict[str, Any]:
+    """What metrics/TASK.json holds."""
+    name = {"causal": "bpb", "mlm": "pseudo_bpb"}[task]
+    return {f"metrics/{task}.json": {"data": {task: {"val": {name: bits}, "test": {name: bits + 0.1}}}}}
+
+
+def full_figures(task: str, bits: float) -> dict[str, Any]:
+    """What reports/evaluate/TASK/metrics.json holds."""
     name = {"causal": "bits_per_byte", "mlm": "pseudo_bits_per_byte"}[task]
     values = {name: bits, f"{name}_se": 0.02, f"base_{name}": 3.8, "loss": bits * 2, "documents": 2600}
-    return {f"metrics/{task}.json": {"data": {task: {"validation": values, "test": {**values, name: bits + 0.1}}}}}
+    return {task: {"validation": values, "test": {**values, name: bits + 0.1}}}
 
 
 def row(rev: str, name: str | None, block_size: int, bits: float | None, **more: Any) -> dict[str, Any]:
-    params = {"params.yaml": {"data": {"seed": 1, "block_size": block_size, "causal": {"model": "tiny"}}}}
+    params = {"params.yaml": {"data": {"seed": 1, "block_size": block_size, "tasks": {"causal": {"model": "tiny"}}}}}
     metrics = {} if bits is None else {**figures("causal", bits), **figures("mlm", 3.2)}
     stamp = None if rev == "workspace" else "2025-05-01T10:00:00"
     return {"rev": rev, "name": name, "data": {"timestamp": stamp, "params": params, "metrics": metrics}, **more}
@@ -68,9 +75,11 @@ def ledgers(task: str, block_size: int) -> dict[str, Any]:
 
 def read(rev: str, paths: list[str]) -> Iterator[str | None]:
     """Texts of each revision; the hostile experiment's mlm curves are in no cache."""
-    size = {"b": 256, "c": 1024}.get(rev[0], 128)
+    size, bits = {"b": (256, 2.25), "c": (1024, 2.75)}.get(rev[0], (128, 2.5))
     files = {path: json.dumps(value) for task in ("causal", "mlm") for path, value in ledgers(task, size).items()}
     for task in ("causal", "mlm"):
+        full = full_figures(task, bits if task == "causal" else 3.2)
+        files[f"reports/evaluate/{task}/metrics.json"] = json.dumps(full)
         files[f"reports/samples/{task}.md"] = SAID.replace("Why", "Why" if size == 128 else f"Why {size}")
         if (rev[0], task) != ("c", "mlm"):
             for split, every in (("train", 1), ("validation", 10)):

@@ -12,6 +12,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
+from stages.core.artifacts import read_json
+from stages.core.compose import PARAMS
+from stages.core.config import read_yaml
+
 SPLITS = ("train", "validation", "test")
 PIPELINE = {"causal": "text-generation", "mlm": "fill-mask"}
 TITLE = {"causal": "Causal language modeling", "mlm": "Masked language modeling"}
@@ -47,27 +51,37 @@ class Run(NamedTuple):
 
     @property
     def params(self) -> dict[str, Any]:
-        """params.yaml: what all tasks share, and this one's own."""
-        every = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
-        others = {name.partition("@")[2] for name in yaml.safe_load(Path("dvc.lock").read_text("utf-8"))["stages"]}
-        return {key: value for key, value in every.items() if key == self.task or key not in others}
+        """params.yaml: what all tasks share, and the section of this one."""
+        values = read_yaml(PARAMS)
+        return {**values, "tasks": {self.task: values["tasks"][self.task]}}
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What the stages used of conf/model."""
+        values: dict[str, Any] = locked_params(self)[f"conf/model/{self.params['tasks'][self.task]['model']}.yaml"]
+        return values
+
+    @property
+    def objective(self) -> str:
+        """causal or mlm."""
+        return str(locked_params(self)[f"conf/task/{self.task}.yaml"]["objective"]["name"])
 
 
 def make_card(run: Run, repository: str | None, license: str | None, language: list[str] | None) -> ModelCard:
     """The card; `repository` None leaves its place open."""
     data, config = read_json("data/raw/stats.json"), read_json(f"models/{run.task}/config.json")
-    metrics = read_json(f"metrics/{run.task}.json")[run.task]
-    name = (repository or f"OWNER/{run.params[run.task]['model']}").partition("/")[2]
+    metrics = read_json(f"reports/evaluate/{run.task}/metrics.json")[run.task]
+    name = (repository or f"OWNER/{run.params['tasks'][run.task]['model']}").partition("/")[2]
     metadata = ModelCardData(
         language=language,
         license=license,
         library_name="transformers",
-        pipeline_tag=PIPELINE[run.task],
+        pipeline_tag=PIPELINE[run.objective],
         tags=[config["model_type"], "lm-repro"],
         base_model=base_model(run),
         datasets=[data["source"]["hub"]] if "hub" in data["source"] else None,
         model_name=name,
-        eval_results=list(results(run.task, metrics, data["source"])),
+        eval_results=list(results(run.objective, metrics, data["source"])),
     )
     sections = [
         f"# {name}\n\n{introduction(run, config, data['source'])}",
@@ -85,22 +99,18 @@ def make_card(run: Run, repository: str | None, license: str | None, language: l
     )
 
 
-def read_json(path: str | Path) -> Any:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
 def base_model(run: Run) -> str | None:
     """The Hub repository of the checkpoint that training started from; None from scratch or from a local directory."""
-    model = locked_params(run)[f"conf/model/{run.params[run.task]['model']}.yaml"]
+    model = run.model
     return model["path"] if not model["from_scratch"] and model["revision"] else None
 
 
-def results(task: str, metrics: dict[str, Any], source: dict[str, Any]) -> list[EvalResult]:
+def results(objective: str, metrics: dict[str, Any], source: dict[str, Any]) -> list[EvalResult]:
     """Each figure of the trained model on each split; base figures and counts stand in the text."""
     return [
         EvalResult(
-            task_type=PIPELINE[task],
-            task_name=TITLE[task],
+            task_type=PIPELINE[objective],
+            task_name=TITLE[objective],
             dataset_type=source.get("hub", "text"),
             dataset_name=source["hub"] if "hub" in source else source["files"],
             dataset_revision=source.get("commit"),
@@ -117,14 +127,13 @@ def results(task: str, metrics: dict[str, Any], source: dict[str, Any]) -> list[
 
 def introduction(run: Run, config: dict[str, Any], source: dict[str, Any]) -> str:
     start = f"fine-tuned from `{base}`" if (base := base_model(run)) else "trained from scratch"
-    model = locked_params(run)[f"conf/model/{run.params[run.task]['model']}.yaml"]
-    if not base and not model["from_scratch"]:
+    if not base and not run.model["from_scratch"]:
         start = "fine-tuned from a local checkpoint, pinned by the hashes under Parameters"
     size = sum(math.prod(shape) for shape in shapes(Path(f"models/{run.task}"))) / 1e6
     return (
-        f"{TITLE[run.task]}: `{config['architectures'][0]}` with {size:.1f} M parameters, {start} on {origin(source)},"
-        " by lm-repro, a pipeline whose every number can be traced to its inputs. This card was written from its"
-        " records."
+        f"{TITLE[run.objective]}: `{config['architectures'][0]}` with {size:.1f} M parameters, {start} on"
+        f" {origin(source)}, by lm-repro, a pipeline whose every number can be traced to its inputs. This card was"
+        " written from its records."
     )
 
 
@@ -146,8 +155,8 @@ def origin(source: dict[str, Any]) -> str:
 def usage(run: Run, repository: str) -> str:
     prompt = locked_params(run)[f"conf/task/{run.task}.yaml"]["samples"]["prompts"][:1] or ["Once {mask} a time"]
     text = json.dumps(prompt[0], ensure_ascii=False)
-    load = f'from transformers import pipeline\n\nmodel = pipeline("{PIPELINE[run.task]}", model="{repository}")\n'
-    if run.task == "causal":
+    load = f'from transformers import pipeline\n\nmodel = pipeline("{PIPELINE[run.objective]}", model="{repository}")\n'
+    if run.objective == "causal":
         return (
             f"```python\n{load}"
             f"start = model.tokenizer.eos_token  # it stood before every document in training\n"
@@ -224,6 +233,8 @@ def locked_params(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for stage in run.stages.values():
         for file, values in stage.get("params", {}).items():
+            if file == PARAMS.name:
+                continue
             keys = found.setdefault(file, {})
             for key, value in values.items():
                 section, _, rest = key.partition(".")  # `objective.name`, where a stage uses a part of a section

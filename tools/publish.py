@@ -15,19 +15,18 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from pydantic import Field
 
 from stages.core.artifacts import write_text
-from stages.core.config import CONF, load, whole
-from stages.core.errors import StageError
+from stages.core.compose import Params, forbidden_values
+from stages.core.config import CONF, nearest, read_yaml, validate, whole
+from stages.core.errors import ConfigError, StageError
 from stages.hub.client import hub_unreachable
 from stages.hub.files import CONVERT, PICKLES
 from stages.shell.app import describe
+from stages.shell.keys import keys_of
 from tools.card import Run, make_card
 
-TASKS = ("causal", "mlm")
 # What must be as HEAD has it beside the files that dvc.lock names; conf/publish.yaml made nothing.
 DESCRIBING = ("dvc.yaml", "dvc.lock", "params.yaml", "stages", "conf", "metrics", ":(exclude)conf/publish.yaml")
 # What of an earlier model at the Hub would be read beside this one; what a user added there stays.
@@ -49,15 +48,9 @@ class Publication:
     """Of a repository that is created; a public one that is there is refused if true."""
 
 
-@whole
-class PublishConfig:
-    causal: Publication
-    mlm: Publication
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], prog="python -m tools.publish")
-    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("task", help="a task of params.yaml")
     parser.add_argument(
         "--dry-run",
         nargs="?",
@@ -102,14 +95,23 @@ def publish(task: str, dry_run: Path | None) -> None:
 
 
 def publication(task: str) -> Publication:
-    """What conf/publish.yaml says of `task`."""
+    """What conf/publish.yaml says of `task`.
+
+    Raises:
+        StageError: if there is no such task, if it has no section there, or if a value is wrong.
+    """
+    tasks, sections = Params(None).tasks, read_yaml(CONF / "publish.yaml")
+    if task not in tasks:
+        raise StageError(f"{task} is no task of params.yaml: {nearest(task, tasks)}")
+    if not isinstance(sections.get(task), dict):
+        keys = ", ".join(key.name for key in keys_of(Publication))
+        raise StageError(f"conf/publish.yaml has no section {task}: add one with {keys}, as the other tasks have")
+    if problems := list(forbidden_values(sections[task], task)):
+        raise ConfigError([f"conf/publish.yaml: {problem}" for problem in problems])
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("publish")
-    except (HydraException, yaml.YAMLError) as error:
-        raise StageError(f"conf/publish.yaml: {' '.join(str(error).split())}") from None
-    settings: Publication = getattr(load(PublishConfig, composed, "conf/publish.yaml"), task)
-    return settings
+        return validate(Publication, sections[task], "publish")
+    except ConfigError as error:
+        raise ConfigError([f"conf/publish.yaml: {task}.{problem}" for problem in error.problems]) from None
 
 
 # -- what made the model -----------------------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ def check_committed(stages: dict[str, Any]) -> None:
     params = {file for stage in stages.values() for file in stage.get("params", {})}
     here = sorted(path for path in deps | params if inside(path))
     changed = git("diff", "--name-only", "HEAD", "--", *DESCRIBING, *here).splitlines()
-    code = [path for path in here if path.startswith(("conf/", "stages/"))]
+    code = [path for path in here if path == "stages" or path.startswith("conf/")]
     tracked = [Path(file) for file in git("ls-files").splitlines()]
     known = {path.as_posix() for file in tracked for path in (file, *file.parents)}  # a package is a dependency, too
     changed += sorted({*code, "dvc.yaml", "dvc.lock", "params.yaml"} - known)

@@ -10,6 +10,8 @@ from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
 from dvc_data.index import DataIndexDirError
 
+from stages.core.config import flat as flatten
+from stages.figures.names import SHORT_SPLITS, full_names
 from tools.compare import flat, name_of, revisions
 
 SPLITS = ("train", "validation", "test")
@@ -45,9 +47,10 @@ def read_runs(shown: list[dict[str, Any]], read: Callable[[str, list[str]], Iter
     metrics = [{} if failure(row) else dict(numbers((row.get("data") or {}).get("metrics") or {})) for row in rows]
     paths = [path for task in tasks(metrics) for path in small_outs(task)]
     runs = []
-    for row, figures in zip(rows, metrics, strict=True):
+    for row, headlines in zip(rows, metrics, strict=True):
         data = row.get("data") or {}
-        texts = dict(zip(paths, read(row["rev"], paths), strict=True)) if figures else {}
+        texts = dict(zip(paths, read(row["rev"], paths), strict=True)) if headlines else {}
+        figures = {**headlines, **dict(all_metrics(texts))}
         runs.append(
             Run(
                 name=name_of(row),
@@ -71,15 +74,24 @@ def kind(row: dict[str, Any]) -> str:
 
 def numbers(files: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Each number of metrics files under its dotted name; a file that could not be read has none."""
-    for name, value in flat({"params.yaml": {"data": merged(files)}}):
-        number = json.loads(value)
-        if isinstance(number, int | float) and not isinstance(number, bool):
-            yield name, number
+    for file in files.values():
+        for task, splits in (file.get("data") or {}).items():
+            # A commit of an earlier version of the project has all metrics there, under their full names.
+            yield from leaves(task, full_names(splits) if SHORT_SPLITS["validation"] in splits else splits)
 
 
-def merged(files: dict[str, Any]) -> dict[str, Any]:
-    """The content of all metrics files: each holds its task alone."""
-    return {task: splits for file in files.values() for task, splits in (file.get("data") or {}).items()}
+def all_metrics(texts: dict[str, str | None]) -> Iterator[tuple[str, float]]:
+    """Each number of the full metrics that could be read."""
+    for path, text in texts.items():
+        if text is not None and path.endswith("/metrics.json"):
+            for task, splits in json.loads(text).items():
+                yield from leaves(task, splits)
+
+
+def leaves(task: str, splits: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in flatten(splits):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{task}.{name}", value
 
 
 def failure(row: dict[str, Any]) -> str:
@@ -97,7 +109,8 @@ def tasks(metrics: list[dict[str, float]]) -> list[str]:
 
 def small_outs(task: str) -> list[str]:
     """The files that the report reads of a task, those of all tasks among them."""
-    return [*ledger_files(task), *(curve_file(task, split) for split in SPLITS[:2]), samples_file(task)]
+    curves = (curve_file(task, split) for split in SPLITS[:2])
+    return [*ledger_files(task), *curves, samples_file(task), metrics_file(task)]
 
 
 def ledger_files(task: str) -> list[str]:
@@ -107,6 +120,10 @@ def ledger_files(task: str) -> list[str]:
 
 def curve_file(task: str, split: str) -> str:
     return f"reports/train/{task}/plots/metrics/{split}/loss.tsv"
+
+
+def metrics_file(task: str) -> str:
+    return f"reports/evaluate/{task}/metrics.json"
 
 
 def samples_file(task: str) -> str:

@@ -17,7 +17,6 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from tools.compare import differing
 from tools.report_data import Run, alike, curve, curve_file, flow, samples_file, tasks
 
 HERE = Path(__file__).parent
@@ -55,7 +54,7 @@ def render(runs: list[Run]) -> str:
     )
     scripts = [get_plotlyjs(), (HERE / "report_page.js").read_text(encoding="utf-8")]
     named = tasks([run.metrics for run in runs])
-    params, columns = differing([run.params for run in runs if run.params]), metric_columns(runs)
+    params, columns = differing_params(runs), metric_columns(runs)
     twin = workspace_twin(runs)
     drawn = [run for run in runs if twin is None or run.kind != "workspace"]
     return environment.get_template("report_page.html").render(
@@ -73,6 +72,13 @@ def render(runs: list[Run]) -> str:
         flows={task: flow(task, drawn) for task in named},
         label=label,
     )
+
+
+def differing_params(runs: list[Run]) -> list[str]:
+    """The params whose values are not the same in all runs."""
+    params = [run.params for run in runs if run.params]
+    keys = dict.fromkeys(key for values in params for key in values)
+    return [key for key in keys if len({values.get(key) for values in params}) > 1]
 
 
 def digest(script: str) -> str:

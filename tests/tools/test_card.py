@@ -28,7 +28,7 @@ def test_card_metadata_reads_back_as_what_was_measured(inside: Path, tmp_path: P
     card_of(task, language=["en"]).save(tmp_path / "README.md")
     assert metadata_problems((tmp_path / "README.md").read_text()) == []
     data = ModelCard.load(tmp_path / "README.md").data
-    measured = json.loads((inside / f"metrics/{task}.json").read_text())[task]
+    measured = json.loads((inside / f"reports/evaluate/{task}/metrics.json").read_text())[task]
     found = {(result.dataset_split, result.metric_type): result.metric_value for result in data.eval_results}
     assert {split for split, _ in found} == {"validation", "test"}
     assert all(measured[split][metric] == value for (split, metric), value in found.items())
@@ -42,7 +42,7 @@ def test_card_holds_every_figure_parameter_sample_and_sum(inside: Path, task: st
     text = str(card_of(task))
     assert text == str(card_of(task))
     assert run(inside, "git", "rev-parse", "HEAD").strip() in text
-    for key, value in json.loads((inside / f"metrics/{task}.json").read_text())[task]["test"].items():
+    for key, value in json.loads((inside / f"reports/evaluate/{task}/metrics.json").read_text())[task]["test"].items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
         assert f"| {key} | {shown} | " in text
     assert (inside / f"reports/samples/{task}.md").read_text().partition("\n")[2].strip() in text
@@ -51,7 +51,7 @@ def test_card_holds_every_figure_parameter_sample_and_sum(inside: Path, task: st
         for item in [*stage["deps"], *stage["outs"]] if name.partition("@")[2] in ("", task) else []:
             assert f"{item['md5']:36}  {item['path']}\n" in text
     assert "num_train_epochs: 0.05" in text and "weight_decay: 0.01" in text and "max_records: 80" in text
-    assert {"causal", "mlm"} - {task} <= set(TASKS) and f"\n{({*TASKS} - {task}).pop()}:\n" not in text
+    assert {"causal", "mlm"} - {task} <= set(TASKS) and f"  {({*TASKS} - {task}).pop()}:\n" not in text
     assert f"torch {json.loads(Path(f'reports/train/{task}/stats.json').read_text())['versions']['torch']}" in text
     assert str(inside) not in text
 
@@ -95,7 +95,7 @@ def test_card_of_a_hub_data_set_and_checkpoint_names_both(inside: Path) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_card_every_metric_has_a_meaning(clean: Path, task: str) -> None:
-    for key in json.loads((clean / f"metrics/{task}.json").read_text())[task]["test"]:
+    for key in json.loads((clean / f"reports/evaluate/{task}/metrics.json").read_text())[task]["test"]:
         assert meaning(key, context=128, block_size=64)
     assert all(key in (clean / "docs/metrics.md").read_text() for key in MEANING)
 

@@ -59,8 +59,7 @@ def append(file: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("stages/train/stage.py", "# x\n", r"the card would lie: train@causal: stages/train\.py modified"),
-        ("stages/tokenize/stage.py", "# x\n", r"the card would lie: tokenize@causal: stages/tokenize\.py modified"),
+        ("stages/train/stage.py", "# x\n", r"the card would lie: code: stages modified"),
         ("models/causal/config.json", " ", r"train@causal: models/causal modified.*evaluate@causal: models/causal"),
         ("models/causal/new.json", "{}", r"train@causal: models/causal modified"),
         ("metrics/causal.json", " ", r"evaluate@causal: metrics/causal\.json modified"),
@@ -84,12 +83,35 @@ def test_publish_workspace_other_than_what_is_recorded_is_refused(
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("seed", 7, "changed command"), ("causal__learning_rate", 0.5, "train@causal: changed command")],
+    [
+        ("seed", 7, r"train@causal: params\.yaml seed changed"),
+        ("tasks__causal__learning_rate", 0.5, r"train@causal: params\.yaml tasks\.causal\.learning_rate changed"),
+    ],
 )
 def test_publish_changed_parameter_is_refused(inside: Path, key: str, value: float, message: str) -> None:
     edit(inside / "params.yaml", **{key: value})
     with pytest.raises(StageError, match=message):
         recorded_run("causal")
+
+
+@pytest.mark.parametrize(
+    ("text", "task", "message"),
+    [
+        ("causal: {repository: null}", "casual", "casual is no task of params.yaml: did you mean causal?"),
+        ("mlm: {repository: null}", "causal", "conf/publish.yaml has no section causal: add one with repository,"),
+        ("causal: 3", "causal", "conf/publish.yaml has no section causal"),
+        ("causal: {repository: x}", "causal", "conf/publish.yaml: causal.license is missing"),
+        ("causal: {repository: '${oc.env:HF_TOKEN}'}", "causal", "interpolations are not resolved"),
+        ("causal: {repository: &a x, license: *a}", "causal", "aliases (*name) and tags (!name) cannot be used"),
+    ],
+)
+def test_publish_settings_that_cannot_be_used_are_refused_by_name(
+    clean: Path, tmp_path: Path, text: str, task: str, message: str
+) -> None:
+    (clean / "conf/publish.yaml").write_text(text)
+    said = publish(clean, tmp_path, "http://127.0.0.1:1", task, "--dry-run", HF_TOKEN=TOKEN)
+    assert said.startswith("exit 1") and message in said
+    assert TOKEN not in said
 
 
 def test_publish_changed_key_of_conf_is_named(inside: Path) -> None:

@@ -62,6 +62,37 @@ def test_runs_with_metrics_that_cannot_be_read_have_none_and_no_error() -> None:
     assert (found.metrics, found.state) == ({}, "no metrics")
 
 
+def test_runs_without_the_full_metrics_have_the_headline_metrics_under_their_full_names() -> None:
+    def read_none(rev: str, paths: list[str]) -> Iterator[str | None]:
+        yield from (None for _ in paths)
+
+    found = next(run for run in read_runs(shown(), read_none) if run.name == "wide")
+    assert found.metrics["causal.validation.bits_per_byte"] == 2.25
+    assert "causal.validation.loss" not in found.metrics
+    assert next(run for run in runs() if run.name == "wide").metrics["causal.validation.loss"] == 4.5
+
+
+def test_runs_of_an_earlier_version_have_the_metrics_of_its_files() -> None:
+    revisions = shown()
+    old = {"causal": {"validation": {"bits_per_byte": 9.5}, "test": {"bits_per_byte": 9.75}}}
+    revisions[1]["data"]["metrics"] = {"metrics/causal.json": {"data": old}}
+    found = next(
+        run for run in read_runs(revisions, lambda rev, paths: iter([None] * len(paths))) if run.name == "main"
+    )
+    assert found.metrics == {"causal.validation.bits_per_byte": 9.5, "causal.test.bits_per_byte": 9.75}
+
+
+def test_runs_of_two_tasks_of_one_objective_have_the_metrics_of_both() -> None:
+    revisions = shown()
+    packed = {"packed": {"val": {"bpb": 1.5}, "test": {"bpb": 1.75}}}
+    revisions[1]["data"]["metrics"]["metrics/packed.json"] = {"data": packed}
+    found = read_runs(revisions, read)
+    main = next(run for run in found if run.name == "main")
+    assert (main.metrics["packed.test.bits_per_byte"], main.metrics["causal.test.bits_per_byte"]) == (1.75, 2.6)
+    page = render(found)
+    assert "packed" in page
+
+
 def test_runs_name_the_outs_that_are_in_no_cache() -> None:
     assert {run.name: run.missing for run in runs() if run.missing} == {HOSTILE: ["reports/train/mlm"]}
 
