@@ -14,7 +14,7 @@ import pytest
 from conftest import compose_config
 from data_helpers import REPOSITORY, hashes
 
-from stages.shell.app import describe
+from stages.shell.app import describe_error
 
 IS_ROOT = os.geteuid() == 0
 # Root reads and writes anything: without these capabilities it is bound by modes as anyone is.
@@ -36,7 +36,7 @@ def error_of(stage: str, *overrides: str, **sections: Any) -> str:
             setattr(config, name, section)
         importlib.import_module(f"stages.{stage}.stage").main(config)
     except Exception as error:
-        text = describe(error, stage)
+        text = describe_error(error, stage)
         assert "LM_REPRO_DEBUG" not in text, f"not written for users: {text}"
         assert text.count("\n") <= 1, f"more than two lines: {text}"
         return text

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from stages.core.artifacts import Blocks, Documents, to_arrow
 from stages.model.objectives import Objective, make_objective
-from stages.model.schema import Objective as ObjectiveConfig
+from stages.model.schema import ObjectiveConfig
 from stages.tokens.vocabulary import Vocabulary
 from stages.train.schema import CheckpointSettings
 from stages.train.training import BlockTrainer

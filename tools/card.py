@@ -3,8 +3,10 @@
 The same for the same commit, artifacts and conf/publish.yaml: it holds no time, and nothing of the machine's paths.
 """
 
+import copy
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -14,9 +16,10 @@ from safetensors import safe_open
 
 from stages.core.artifacts import read_json
 from stages.core.compose import PARAMS
-from stages.core.config import read_yaml
+from stages.download.schema import without_credentials
 
 SPLITS = ("train", "validation", "test")
+PATHS = ("path", "storage")  # keys of params.yaml and conf/ whose values may be paths
 PIPELINE = {"causal": "text-generation", "mlm": "fill-mask"}
 TITLE = {"causal": "Causal language modeling", "mlm": "Masked language modeling"}
 MEANING = {
@@ -35,7 +38,7 @@ MEANING = {
 }  # docs/metrics.md, in short
 
 
-class Run(NamedTuple):
+class RecordedRun(NamedTuple):
     """What made the artifacts in the workspace, as git and dvc.lock know it."""
 
     task: str
@@ -51,9 +54,9 @@ class Run(NamedTuple):
 
     @property
     def params(self) -> dict[str, Any]:
-        """params.yaml: what all tasks share, and the section of this one."""
-        values = read_yaml(PARAMS)
-        return {**values, "tasks": {self.task: values["tasks"][self.task]}}
+        """What the stages used of params.yaml: what all tasks share, and the section of this one."""
+        values: dict[str, Any] = locked_params(self)[PARAMS.name]
+        return values
 
     @property
     def model(self) -> dict[str, Any]:
@@ -67,7 +70,7 @@ class Run(NamedTuple):
         return str(locked_params(self)[f"conf/task/{self.task}.yaml"]["objective"]["name"])
 
 
-def make_card(run: Run, repository: str | None, license: str | None, language: list[str] | None) -> ModelCard:
+def make_card(run: RecordedRun, repository: str | None, license: str | None, language: list[str] | None) -> ModelCard:
     """The card; `repository` None leaves its place open."""
     data, config = read_json("data/raw/stats.json"), read_json(f"models/{run.task}/config.json")
     metrics = read_json(f"reports/evaluate/{run.task}/metrics.json")[run.task]
@@ -99,7 +102,7 @@ def make_card(run: Run, repository: str | None, license: str | None, language: l
     )
 
 
-def base_model(run: Run) -> str | None:
+def base_model(run: RecordedRun) -> str | None:
     """The Hub repository of the checkpoint that training started from; None from scratch or from a local directory."""
     model = run.model
     return model["path"] if not model["from_scratch"] and model["revision"] else None
@@ -125,15 +128,15 @@ def results(objective: str, metrics: dict[str, Any], source: dict[str, Any]) -> 
     ]
 
 
-def introduction(run: Run, config: dict[str, Any], source: dict[str, Any]) -> str:
+def introduction(run: RecordedRun, config: dict[str, Any], source: dict[str, Any]) -> str:
     start = f"fine-tuned from `{base}`" if (base := base_model(run)) else "trained from scratch"
     if not base and not run.model["from_scratch"]:
         start = "fine-tuned from a local checkpoint, pinned by the hashes under Parameters"
     size = sum(math.prod(shape) for shape in shapes(Path(f"models/{run.task}"))) / 1e6
     return (
         f"{TITLE[run.objective]}: `{config['architectures'][0]}` with {size:.1f} M parameters, {start} on"
-        f" {origin(source)}, by lm-repro, a pipeline whose every number can be traced to its inputs. This card was"
-        " written from its records."
+        f" {describe_source(source)}, by lm-repro, a pipeline whose every number can be traced to its inputs. This card"
+        " was written from its records."
     )
 
 
@@ -146,27 +149,27 @@ def shapes(directory: Path) -> list[list[int]]:
     return found
 
 
-def origin(source: dict[str, Any]) -> str:
+def describe_source(source: dict[str, Any]) -> str:
     if "hub" in source:
         return f"[{source['hub']}](https://huggingface.co/datasets/{source['hub']}) at commit `{source['commit']}`"
     return f"`{source['files']}`"
 
 
-def usage(run: Run, repository: str) -> str:
+def usage(run: RecordedRun, repository: str) -> str:
     prompt = locked_params(run)[f"conf/task/{run.task}.yaml"]["samples"]["prompts"][:1] or ["Once {mask} a time"]
     text = json.dumps(prompt[0], ensure_ascii=False)
     load = f'from transformers import pipeline\n\nmodel = pipeline("{PIPELINE[run.objective]}", model="{repository}")\n'
     if run.objective == "causal":
         return (
             f"```python\n{load}"
-            f"start = model.tokenizer.eos_token  # it stood before every document in training\n"
+            f"start = model.tokenizer.eos_token  # before the prompt, as in the metrics and samples below\n"
             f"prompt = {text}\n"
             'print(prompt + model(start + prompt, max_new_tokens=60, return_full_text=False)[0]["generated_text"])\n```'
         )
     return f'```python\n{load}print(model({text}.replace("{{mask}}", model.tokenizer.mask_token)))\n```'
 
 
-def data_section(run: Run, data: dict[str, Any]) -> str:
+def data_section(run: RecordedRun, data: dict[str, Any]) -> str:
     name = run.params["data"]["name"]
     sample = ": lm-repro's embedded sample of science questions and answers, CC0" if name == "sample" else ""
     revision = f" (revision `{data['source']['revision']}`)" if "hub" in data["source"] else ""
@@ -181,10 +184,10 @@ def data_section(run: Run, data: dict[str, Any]) -> str:
     near = f"{twins['validation']} of validation and {twins['test']} of test" if looked else "not looked for"
     return "\n".join(
         [
-            f"{origin(data['source'])}{revision}{sample}.",
+            f"{describe_source(data['source'])}{revision}{sample}.",
             f"{data['records_in']:,} records were read ({', '.join(dropped) or 'none'} left out),"
-            f" {data['answers_out']:,} of {data['answers_in']:,} answers kept. Held-out documents that train nearly"
-            f" has: {near}.",
+            f" {data['answers_out']:,} of {data['answers_in']:,} answers kept. Held-out documents"
+            f" with a near duplicate in train: {near}.",
             "",
             "| split | records | documents | tokens | bytes |\n|---|---|---|---|---|",
             *rows,
@@ -192,7 +195,7 @@ def data_section(run: Run, data: dict[str, Any]) -> str:
     )
 
 
-def metrics_section(run: Run, metrics: dict[str, Any]) -> str:
+def metrics_section(run: RecordedRun, metrics: dict[str, Any]) -> str:
     context = locked_params(run)[f"conf/task/{run.task}.yaml"]["evaluate"]["context"]
     rows = ["| metric | test | validation | |\n|---|---|---|---|"]
     for key in metrics["test"]:
@@ -219,51 +222,65 @@ def samples(task: str) -> str:
     return Path(f"reports/samples/{task}.md").read_text(encoding="utf-8").partition("\n")[2].strip()
 
 
-def parameters(run: Run) -> str:
+def parameters(run: RecordedRun) -> str:
     """Every value that dvc.lock tracks for these stages, by file; nothing else decided."""
-    files = {"params.yaml": run.params, **locked_params(run)}
     return "\n\n".join(
         f"`{file}`\n\n```yaml\n{yaml.safe_dump(public(values), sort_keys=False, allow_unicode=True)}```"
-        for file, values in files.items()
+        for file, values in locked_params(run).items()
     )
 
 
-def locked_params(run: Run) -> dict[str, Any]:
-    """File of conf/ to the keys that the stages used, as dvc.lock holds them."""
-    found: dict[str, Any] = {}
+def locked_params(run: RecordedRun) -> dict[str, Any]:
+    """params.yaml and the files of conf/, each with the keys that the stages used, nested, as dvc.lock holds them."""
+    found: dict[str, Any] = {PARAMS.name: {}}
     for stage in run.stages.values():
         for file, values in stage.get("params", {}).items():
-            if file == PARAMS.name:
-                continue
             keys = found.setdefault(file, {})
             for key, value in values.items():
-                section, _, rest = key.partition(".")  # `objective.name`, where a stage uses a part of a section
-                keys[section] = {**keys.get(section, {}), rest: value} if rest else value
+                add(keys, key, value)
     return found
 
 
+def add(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Add the value of a dotted key; of a section that is there already, the other keys stay."""
+    section, _, rest = dotted.partition(".")
+    if rest:
+        add(values.setdefault(section, {}), rest, value)
+    elif isinstance(value, dict):
+        values[section] = {**(values.get(section) or {}), **copy.deepcopy(value)}
+    else:
+        values[section] = value
+
+
 def public(value: Any) -> Any:
-    """`value` with local absolute paths cut down to their last part: they name people and machines."""
+    """`value` without credentials in URLs, and with local absolute paths cut down to their last part.
+
+    Such paths name people and machines.
+    """
     if isinstance(value, dict):
         return {
-            key: local_name(item) if key == "path" and isinstance(item, str) else public(item)
+            key: local_name(item) if key in PATHS and isinstance(item, str) else public(item)
             for key, item in value.items()
         }
-    return value
+    if isinstance(value, list):
+        return [public(item) for item in value]
+    return without_credentials(value) or value if isinstance(value, str) else value
 
 
 def local_name(path: str) -> str:
     local = PurePath(path).is_absolute() or path.startswith(("~", ".."))
-    return f".../{PurePath(path).name}" if local else path
+    return f".../{PurePath(path).name}" if local else without_credentials(path) or path
 
 
-def lineage(run: Run) -> str:
+def lineage(run: RecordedRun) -> str:
     outs = {out["path"]: out["md5"] for stage in run.stages.values() for out in stage["outs"]}
     deps = {
         dep["path"]: dep.get("md5", dep.get("etag", dep.get("checksum", "?")))
         for stage in run.stages.values()
         for dep in stage["deps"]
+        if dep["path"] not in outs
     }
+    code = {path: deps.pop(path) for path in sorted(deps) if path.startswith("code/")}
     versions: dict[str, str] = {}
     for ledger in ("data/raw", f"data/tokens/{run.task}", f"reports/train/{run.task}"):
         versions |= read_json(f"{ledger}/stats.json").get("versions", {})
@@ -276,18 +293,19 @@ def lineage(run: Run) -> str:
         [
             f"Git commit `{run.commit}`{repository}, whose `dvc.lock` holds these md5 sums (`.dir`: of a directory's"
             " listing).",
-            f"Made, first to last:\n\n{table(outs)}",
-            f"From:\n\n{table({path: md5 for path, md5 in sorted(deps.items()) if path not in outs})}",
+            f"Outputs, in the order of the stages:\n\n{table(outs)}",
+            f"Code of each stage (files of hashes of the modules that it imports):\n\n{table(code)}",
+            f"Inputs:\n\n{table(dict(sorted(deps.items())))}",
             "With " + ", ".join(f"{name} {number}" for name, number in sorted(versions.items())) + ".",
         ]
     )
 
 
-def reproduction(run: Run, source: dict[str, Any]) -> str:
+def reproduction(run: RecordedRun, source: dict[str, Any]) -> str:
     pull = ["dvc pull          # the artifacts as they were; or, with the same bytes on the same kind of machine:"]
     commands = [
         f"git clone {run.remote or 'REPOSITORY'} lm-repro && cd lm-repro && git checkout {run.commit}",
-        "make env && source .venv/bin/activate",
+        f"make {' '.join(environments(run))} && source .venv/bin/activate",
         *(pull if run.dvc_remote else []),
         f"dvc repro evaluate@{run.task}",
     ]
@@ -303,7 +321,16 @@ def reproduction(run: Run, source: dict[str, Any]) -> str:
     )
 
 
+def environments(run: RecordedRun) -> Iterator[str]:
+    """The targets of make that install what the stages need."""
+    yield "env"
+    if run.params["framework"] == "keras":
+        yield "keras"
+    if locked_params(run)[f"conf/hardware/{run.params['hardware']}.yaml"]["hardware"].get("ray"):
+        yield "ray"
+
+
 def license_section(license: str | None) -> str:
     if license is None:
-        return "None has been chosen for this model: without its owner's leave it may not be used."
+        return "None has been chosen for this model: it may not be used without its owner's permission."
     return f"`{license}`, for the model. Its data, and a checkpoint it started from, have licenses of their own."

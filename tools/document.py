@@ -21,7 +21,7 @@ import yaml
 from stages.core.artifacts import write_text
 from stages.core.compose import GLOBAL_GROUPS, PARAMS, Params, compose, read_root
 from stages.core.config import CONF, MISSING, choices, find, flat, read_yaml
-from stages.shell.keys import SECTION, Key, code, describe, keys_of, shown
+from stages.shell.keys import SECTION, Key, code, describe_type, keys_of, shown
 from stages.train.trainer_arguments import MERGED, OWNED, known_arguments
 from tools.check import schema_of
 from tools.publish import Publication
@@ -152,7 +152,7 @@ def group_section(group: str) -> Iterator[str]:
 def arguments(files: dict[str, tuple[dict[str, Any], dict[str, str]]]) -> Iterator[Key]:
     """The arguments of training that stand in a group's files."""
     for name in dict.fromkeys(name for values, _ in files.values() for name in values.get("trainer", {})):
-        yield Key(f"trainer.{name}", describe(known_arguments()[name].json_schema()), "")
+        yield Key(f"trainer.{name}", describe_type(known_arguments()[name].json_schema()), "")
 
 
 def trainer_section() -> Iterator[str]:

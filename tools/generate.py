@@ -14,7 +14,7 @@ from typing import Any
 
 from stages.core.errors import StageError
 from stages.hub.files import CONVERT, only_pickles, usable_positions
-from stages.model.trained import BASE
+from stages.model.schema import BASE
 from tools.pin_model import read_object, task_of
 
 TOP_K = {"causal": 50, "mlm": 5}
@@ -58,7 +58,7 @@ def speak(arguments: argparse.Namespace) -> None:
     import transformers
     from transformers import AutoTokenizer
 
-    from stages.model.trained import load_trained
+    from stages.evaluate.loading import load_trained
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -2,8 +2,8 @@
 
 Command python -m tools.publish causal [--dry-run [FILE]]
 
-Where to stands in conf/publish.yaml. The card is written from what git and dvc.lock hold, so that it is refused while
-the workspace is anything else. Not a stage: it has a side effect.
+conf/publish.yaml names the repository of each task. The card is written from git and dvc.lock, so publishing is refused
+while the workspace differs from them. Not a stage: it has a side effect.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from stages.core.config import CONF, nearest, read_yaml, validate, whole
 from stages.core.errors import ConfigError, StageError
 from stages.hub.client import hub_unreachable
 from stages.hub.files import CONVERT, PICKLES
-from stages.shell.app import describe
+from stages.shell.app import describe_error
 from stages.shell.keys import keys_of
-from tools.card import Run, make_card
+from tools.card import RecordedRun, make_card
 
-# What must be as HEAD has it beside the files that dvc.lock names; conf/publish.yaml made nothing.
+# What must be as in HEAD, in addition to the files that dvc.lock names. conf/publish.yaml does not affect the model.
 DESCRIBING = ("dvc.yaml", "dvc.lock", "params.yaml", "stages", "conf", "metrics", ":(exclude)conf/publish.yaml")
 # What of an earlier model at the Hub would be read beside this one; what a user added there stays.
 STALE = (".safetensors", ".json", ".txt", ".model", *PICKLES)
@@ -67,7 +67,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("LM_REPRO_DEBUG") == "1":
             raise
-        sys.exit(f"publish: error: {describe(error)}")
+        sys.exit(f"publish: error: {describe_error(error)}")
 
 
 def publish(task: str, dry_run: Path | None) -> None:
@@ -105,11 +105,11 @@ def publication(task: str) -> Publication:
         raise StageError(f"{task} is no task of params.yaml: {nearest(task, tasks)}")
     if not isinstance(sections.get(task), dict):
         keys = ", ".join(key.name for key in keys_of(Publication))
-        raise StageError(f"conf/publish.yaml has no section {task}: add one with {keys}, as the other tasks have")
+        raise StageError(f"conf/publish.yaml has no section {task}: add `{task}:` with the keys {keys}")
     if problems := list(forbidden_values(sections[task], task)):
         raise ConfigError([f"conf/publish.yaml: {problem}" for problem in problems])
     try:
-        return validate(Publication, sections[task], "publish")
+        return validate(Publication, sections[task], "conf/publish.yaml")
     except ConfigError as error:
         raise ConfigError([f"conf/publish.yaml: {task}.{problem}" for problem in error.problems]) from None
 
@@ -117,7 +117,7 @@ def publication(task: str) -> Publication:
 # -- what made the model -----------------------------------------------------------------------------------------------
 
 
-def recorded_run(task: str) -> tuple[Run, list[str]]:
+def recorded_run(task: str) -> tuple[RecordedRun, list[str]]:
     """What git and dvc.lock hold of the model in the workspace, and the names of its files.
 
     Raises:
@@ -154,7 +154,7 @@ def recorded_run(task: str) -> tuple[Run, list[str]]:
     if pickles := [name for name in files if Path(name).suffix in PICKLES]:
         raise StageError(f"models/{task}/{pickles[0]} is never published: {CONVERT}")
     path = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["data"]["path"]
-    return Run(task, commit, public_remote(), stages, in_git(path), dvc_remote), sorted(files)
+    return RecordedRun(task, commit, public_remote(), stages, in_git(path), dvc_remote), sorted(files)
 
 
 def differences(items: list[Any]) -> list[str]:
@@ -222,7 +222,7 @@ def git(*arguments: str) -> str:
 # -- to the Hub --------------------------------------------------------------------------------------------------------
 
 
-def upload(settings: Publication, card: Any, directory: Path, files: list[str], run: Run) -> str:
+def upload(settings: Publication, card: Any, directory: Path, files: list[str], run: RecordedRun) -> str:
     """Put `files` of `directory` and the card into the repository, in one commit, and give its address."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError

@@ -42,15 +42,14 @@ def read_runs(shown: list[dict[str, Any]], read: Callable[[str, list[str]], Iter
 
     `read(rev, paths)` gives the text of each path at a revision, None where there is none.
     """
-    rows = list(revisions(shown))
-    # What is queued or failed holds the figures of the commit it starts from: they are not its own.
-    metrics = [{} if failure(row) else dict(numbers((row.get("data") or {}).get("metrics") or {})) for row in rows]
-    paths = [path for task in tasks(metrics) for path in small_outs(task)]
     runs = []
-    for row, headlines in zip(rows, metrics, strict=True):
+    for row in revisions(shown):
         data = row.get("data") or {}
-        texts = dict(zip(paths, read(row["rev"], paths), strict=True)) if headlines else {}
-        figures = {**headlines, **dict(all_metrics(texts))}
+        # What is queued or failed holds the figures of the commit it starts from: they are not its own.
+        files = {} if failure(row) else data.get("metrics") or {}
+        paths = list(dict.fromkeys(small_outs(files)))
+        texts = dict(zip(paths, read(row["rev"], paths), strict=True)) if paths else {}
+        figures = dict(numbers(files, texts))
         runs.append(
             Run(
                 name=name_of(row),
@@ -72,20 +71,27 @@ def kind(row: dict[str, Any]) -> str:
     return "workspace" if row["rev"] == "workspace" else "commit"
 
 
-def numbers(files: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Each number of metrics files under its dotted name; a file that could not be read has none."""
+def numbers(files: dict[str, Any], texts: dict[str, str | None]) -> Iterator[tuple[str, float]]:
+    """Each metric under its dotted name: all of them where `texts` has them, else those of the metrics files."""
+    for task, splits in metrics_of(files):
+        headlines = dict(leaves(task, full_names(splits) if is_short(splits) else splits))
+        text = texts.get(metrics_file(task))
+        full = dict(leaves(task, json.loads(text).get(task, {}))) if text is not None else {}
+        # In a workspace after `git checkout` without `dvc checkout`, the full metrics are those of another commit.
+        yield from (full if headlines.items() <= full.items() else headlines).items()
+
+
+def metrics_of(files: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each task and what the metrics files have of it; a file that could not be read has none."""
     for file in files.values():
         for task, splits in (file.get("data") or {}).items():
-            # A commit of an earlier version of the project has all metrics there, under their full names.
-            yield from leaves(task, full_names(splits) if SHORT_SPLITS["validation"] in splits else splits)
+            if isinstance(splits, dict):
+                yield task, splits
 
 
-def all_metrics(texts: dict[str, str | None]) -> Iterator[tuple[str, float]]:
-    """Each number of the full metrics that could be read."""
-    for path, text in texts.items():
-        if text is not None and path.endswith("/metrics.json"):
-            for task, splits in json.loads(text).items():
-                yield from leaves(task, splits)
+def is_short(splits: dict[str, Any]) -> bool:
+    """Whether a metrics file holds the headline metrics; in an earlier version of the project it holds all metrics."""
+    return SHORT_SPLITS["validation"] in splits
 
 
 def leaves(task: str, splits: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -107,10 +113,14 @@ def tasks(metrics: list[dict[str, float]]) -> list[str]:
     return list(dict.fromkeys(name.split(".")[0] for figures in metrics for name in figures))
 
 
-def small_outs(task: str) -> list[str]:
-    """The files that the report reads of a task, those of all tasks among them."""
-    curves = (curve_file(task, split) for split in SPLITS[:2])
-    return [*ledger_files(task), *curves, samples_file(task), metrics_file(task)]
+def small_outs(files: dict[str, Any]) -> Iterator[str]:
+    """The files that the report reads of the tasks in metrics files."""
+    for task, splits in metrics_of(files):
+        yield from ledger_files(task)
+        yield from (curve_file(task, split) for split in SPLITS[:2])
+        yield samples_file(task)
+        if is_short(splits):
+            yield metrics_file(task)
 
 
 def ledger_files(task: str) -> list[str]:
@@ -187,6 +197,8 @@ def flow(task: str, runs: list[Run]) -> list[list[tuple[list[Run], Step]]]:
     """Records, documents, tokens and blocks: what each came to, and in which runs. Empty where there are no ledgers."""
     columns: list[dict[Step, list[Run]]] = [{}, {}, {}, {}]
     for run in runs:
+        if task not in tasks([run.metrics]):  # its records are another task's
+            continue
         for column, step in zip(columns, steps(task, run.files), strict=True):
             if step is not None:
                 column.setdefault(step, []).append(run)

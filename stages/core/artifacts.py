@@ -27,9 +27,9 @@ TokenIds = npt.NDArray[Any]  # uint16 or uint32, as token_dtype says
 # Of a shard, about: where it ends is decided by the data alone, so that the same text gives the same files whatever
 # wrote them. Small enough that a cluster has work for many, large enough that DVC sees few files.
 SHARD_BYTES = 256 * 2**20
-CHECKSUMS = "shards.json"  # beside the shards: name to checksum
+_CHECKSUMS = "shards.json"  # beside the shards: name to checksum
 
-REMAKE = "delete {} and run `dvc repro`, which makes it anew"
+_REMAKE = "delete {} and run `dvc repro`, which makes it anew"
 
 
 @contextlib.contextmanager
@@ -47,8 +47,8 @@ def staged(path: str | Path, expected: Sequence[str]) -> Iterator[Path]:
     final = Path(path)
     check_out(path, expected)
     final.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(final)
-    aside = aside_of(final)
+    _remove_abandoned(final)
+    aside = _aside_of(final)
     aside.mkdir()
     handle = os.open(aside, os.O_RDONLY)
     try:
@@ -59,7 +59,7 @@ def staged(path: str | Path, expected: Sequence[str]) -> Iterator[Path]:
         missing = [name for name in expected if not (aside / name).exists()]
         if lost or missing:
             raise StageError(f"{aside} was changed by another process while {final} was written: run the stage again")
-        replace_directory(aside, final)
+        _replace_directory(aside, final)
     finally:
         os.close(handle)
         shutil.rmtree(aside, ignore_errors=True)
@@ -91,12 +91,12 @@ def check_out(path: str | Path, expected: Sequence[str] = ()) -> None:
         raise StageError(f"{refused}: this stage did not make the directory that is there; name another, or remove it")
 
 
-def aside_of(final: Path) -> Path:
+def _aside_of(final: Path) -> Path:
     """A name beside `final` that no other process has, of what is to take its place."""
     return final.with_name(f".tmp-{final.name}-{uuid.uuid4().hex[:12]}")
 
 
-def remove_abandoned(final: Path) -> None:
+def _remove_abandoned(final: Path) -> None:
     """Remove what killed runs left beside `final`; what a running process fills is locked by it, and stays."""
     for left in final.parent.glob(f".tmp-{glob.escape(final.name)}-*"):
         with contextlib.suppress(OSError):
@@ -117,9 +117,9 @@ def lock(handle: int) -> None:
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def replace_directory(new: Path, final: Path) -> None:
+def _replace_directory(new: Path, final: Path) -> None:
     """Rename `new` to `final`. What was there is moved aside, and removed when `new` is in place."""
-    old = aside_of(final)
+    old = _aside_of(final)
     for _ in range(10):  # another process may put its own there between the two renames
         with contextlib.suppress(FileNotFoundError):
             final.rename(old)
@@ -142,7 +142,7 @@ def write_text(path: str | Path, text: str) -> None:
     check_out(path)
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = aside_of(final)
+    aside = _aside_of(final)
     try:
         aside.write_text(text, encoding="utf-8")
         aside.replace(final)
@@ -219,7 +219,7 @@ def write_checksums(directory: Path, checksums: Sequence[str]) -> None:
 
     Arrow has none, and a flipped bit of an id would be another token.
     """
-    write_json(directory / CHECKSUMS, {shard_name(number): value for number, value in enumerate(checksums)})
+    write_json(directory / _CHECKSUMS, {shard_name(number): value for number, value in enumerate(checksums)})
 
 
 def checksum(file: Path) -> str:
@@ -253,9 +253,9 @@ def shard_files(directory: str | Path) -> dict[Path, str]:
     files = sorted(Path(directory).glob("shard-*.arrow"))
     if not files:
         raise StageError(f"{directory} holds no shards: run `dvc repro`")
-    written = read_json(Path(directory) / CHECKSUMS)
+    written = read_json(Path(directory) / _CHECKSUMS)
     if not isinstance(written, dict) or [file.name for file in files] != list(written):
-        raise StageError(f"{directory}: the shards are not those that {CHECKSUMS} names: {REMAKE.format(directory)}")
+        raise StageError(f"{directory}: the shards are not those that {_CHECKSUMS} names: {_REMAKE.format(directory)}")
     return {file: written[file.name] for file in files}
 
 
@@ -267,7 +267,7 @@ def check_shard(file: Path, written: str) -> None:
 
 def damaged(path: str | Path, how: object) -> StageError:
     """The error of an artifact that is not what a stage wrote."""
-    return StageError(f"{path} is damaged ({how}): {REMAKE.format(path)}")
+    return StageError(f"{path} is damaged ({how}): {_REMAKE.format(path)}")
 
 
 class Documents:

@@ -16,7 +16,7 @@ from stages.shell.cache import cache_directory
 log = logging.getLogger(__name__)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-WAYS_ON = (
+_WAYS_ON = (
     "\n  Ways on: a network, or the data set in a file (data.name=files, data.path=FILE). What download wrote before"
     " stays in DVC's cache: `dvc repro` without --force takes it from there."
 )
@@ -42,7 +42,7 @@ def resolve_commit(hub: HubData) -> str:
         pin = f"\n  {hub.revision} was commit {last} when it was last read here: hub.revision: {last}" if last else ""
         raise StageError(
             f"the data set {hub.id} cannot be read at revision {hub.revision}, the Hub cannot be reached:"
-            f" {reason}{WAYS_ON}{pin}"
+            f" {reason}{_WAYS_ON}{pin}"
         )
     try:
         commit = str(HfApi().dataset_info(hub.id, revision=hub.revision, timeout=ANSWER_SECONDS).sha)
@@ -80,7 +80,7 @@ def read_hub(hub: HubData, commit: str, whole: bool) -> Iterator[Row]:
             if isinstance(reason, OSError) and reason.strerror:  # the system's: a full disk
                 raise reason from None
             words = _explain(reason, hub)
-            if not whole and WAYS_ON in words:
+            if not whole and _WAYS_ON in words:
                 words += "\n  (max_records streams, which fills no cache; max_records: null fills one.)"
             raise StageError(
                 f"the data set {hub.id} (revision {commit}, split {name}) could not be read: {words}"
@@ -94,7 +94,7 @@ def _explain(error: Exception, hub: HubData) -> str:
             " set hub.revision: refs/convert/parquet, or choose another data set"
         )
     silent = isinstance(error, HubSilentError | ConnectionError)  # the latter: offline, in the words of datasets
-    return explain(error, page_of(hub.id, "datasets/")) + (WAYS_ON if silent else "")
+    return explain(error, page_of(hub.id, "datasets/")) + (_WAYS_ON if silent else "")
 
 
 def _memory(hub: HubData) -> Path:

@@ -28,7 +28,7 @@ ELI5 = pa.schema(
 )
 
 # What Reddit leaves of an answer that its author or a moderator took away.
-REMOVED = {"", "[deleted]", "[removed]"}
+_REMOVED = {"", "[deleted]", "[removed]"}
 
 Record = dict[str, Any]
 
@@ -85,7 +85,7 @@ def to_record(row: Any, columns: Columns) -> tuple[Record, int]:
         raise BadRecordError(f"not an object with columns but {type(row).__name__}")
     title = "" if columns.title is None else _text(lookup(row, columns.title), columns.title)
     texts = [text for name in columns.texts for text in _texts(lookup(row, name), name)]
-    kept = [index for index, text in enumerate(texts) if text.strip() not in REMOVED]
+    kept = [index for index, text in enumerate(texts) if text.strip() not in _REMOVED]
     record = {
         "q_id": _optional(row, "q_id"),
         "title": title,

@@ -27,11 +27,11 @@ FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text",
     ".md": "text",
 }  # fmt: skip
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-OWN_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
-PARQUET_ROWS = 1000  # read at once
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+_OWN_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
+_PARQUET_ROWS = 1000  # read at once
 # How files begin that are not what the name says. None is the beginning of text.
-SIGNATURES = {
+_SIGNATURES = {
     b"\x1f\x8b": "gzip (.gz)",
     b"\x28\xb5\x2f\xfd": "zstd (.zst)",
     b"\xfd7zXZ": "xz (.xz)",
@@ -67,7 +67,7 @@ def find_files(path: str) -> list[tuple[Any, str]]:
         is_page = "http" in file_system.protocol and format_of(root)
         if not is_page and file_system.isdir(root):
             found = sorted(file_system.find(root))
-            files = [file for file in found if format_of(file) and not is_hidden(file.removeprefix(root))]
+            files = [file for file in found if format_of(file) and not _is_hidden(file.removeprefix(root))]
             if len(files) < len(found):
                 log.info("%s: %d files of other formats left alone", path, len(found) - len(files))
         else:
@@ -83,12 +83,12 @@ def find_files(path: str) -> list[tuple[Any, str]]:
     if not files and "://" in path:
         raise StageError(f"data.path={path}: there is no such file, or its server does not answer")
     if not files:
-        refuse_unreadable(path)
+        _refuse_unreadable(path)
         raise StageError(f"data.path={path}: no such file, or a directory without {', '.join(FORMATS)} files")
     return [(file_system, file) for file in files]
 
 
-def refuse_unreadable(path: str) -> None:
+def _refuse_unreadable(path: str) -> None:
     """Raise the system's own error where `path` cannot be looked at: fsspec takes that for an absent file."""
     local = Path(path)
     if os.path.lexists(local):
@@ -100,10 +100,10 @@ def refuse_unreadable(path: str) -> None:
 def format_of(file: str) -> str | None:
     """The format that the name of `file` says, compression aside."""
     name = _without_query(file)
-    return FORMATS.get(PurePosixPath(name.stem).suffix if name.suffix in COMPRESSIONS else name.suffix)
+    return FORMATS.get(PurePosixPath(name.stem).suffix if name.suffix in _COMPRESSIONS else name.suffix)
 
 
-def is_hidden(file: str) -> bool:
+def _is_hidden(file: str) -> bool:
     """Whether the name of `file`, or of a directory that it is in, begins with a dot."""
     return any(step.startswith(".") for step in PurePosixPath(file).parts)
 
@@ -114,7 +114,7 @@ def _without_query(file: str) -> PurePosixPath:
 
 def own_split(name: str) -> str | None:
     """The split that a file or split called `name` is by its own account."""
-    match = OWN_SPLIT.match(PurePosixPath(name).name) or OWN_SPLIT.fullmatch(PurePosixPath(name).parent.name)
+    match = _OWN_SPLIT.match(PurePosixPath(name).name) or _OWN_SPLIT.fullmatch(PurePosixPath(name).parent.name)
     if match is None:
         return None
     word = match[1].lower()
@@ -130,7 +130,7 @@ def read_rows(file_system: Any, file: str, text_record: str = "file") -> Iterato
                 rows = _parquet(stream)
             else:
                 lines = io.BufferedReader(stream)
-                refuse_other_content(lines.peek(8), file)
+                _refuse_other_content(lines.peek(8), file)
                 rows = _text(lines, text_record) if kind == "text" else readers[str(kind)](lines)
             for place, value in rows:
                 yield Row(f"{file}:{place}", split, value)
@@ -144,16 +144,16 @@ def read_rows(file_system: Any, file: str, text_record: str = "file") -> Iterato
         raise StageError(f"{file}:{error}") from None
 
 
-def refuse_other_content(beginning: bytes, file: str) -> None:
+def _refuse_other_content(beginning: bytes, file: str) -> None:
     """Raise StageError if a file of text begins as none does."""
-    for signature, content in SIGNATURES.items():
+    for signature, content in _SIGNATURES.items():
         if beginning.startswith(signature):
             raise StageError(f"{file} holds {content}, not what its name says: rename or convert it")
 
 
 def _open(file_system: Any, file: str) -> Any:
     """The decompressed bytes of `file`."""
-    compression = COMPRESSIONS.get(_without_query(file).suffix)
+    compression = _COMPRESSIONS.get(_without_query(file).suffix)
     if compression != "zstd":
         return file_system.open(file, "rb", compression=compression)
     # fsspec's reader gives no lines, ends at the first of several frames, and takes a truncated file for a whole one.
@@ -199,7 +199,7 @@ def _json(stream: Any) -> Iterator[tuple[int, Any]]:
 
 def _parquet(stream: Any) -> Iterator[tuple[int, Any]]:
     number = 0
-    for batch in pq.ParquetFile(stream).iter_batches(batch_size=PARQUET_ROWS):
+    for batch in pq.ParquetFile(stream).iter_batches(batch_size=_PARQUET_ROWS):
         for value in batch.to_pylist():
             number += 1
             yield number, value

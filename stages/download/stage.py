@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # so many characters: decided by the records alone, so that the same records give the same file.
 ROW_GROUP, ROW_GROUP_CHARACTERS = 1024, 8 * 2**20
 
-NEAR_DUPLICATES_OF = (
+_NEAR_DUPLICATES_OF = (
     20_000  # held-out documents at most that are looked for where they are only counted: some 10 KB each
 )
 
@@ -45,18 +45,18 @@ class DownloadConfig:
 def main(config: DownloadConfig) -> None:
     data = config.data
     log.info("reading %s", data.hub.id if data.hub else data.path)
-    ledger = Ledger()
+    ledger = _Ledger()
     if data.hub is not None:
         commit = resolve_commit(data.hub)
         rows = read_hub(data.hub, commit, whole=data.max_records is None)
     else:
         commit, rows = None, read(data)
     with staged(config.out, ["stats.json", *(f"{split}.parquet" for split in SPLITS)]) as directory:
-        writers = {split: SplitWriter(directory / f"{split}.parquet") for split in SPLITS}
+        writers = {split: _SplitWriter(directory / f"{split}.parquet") for split in SPLITS}
         for row in rows:
             if ledger.records_in - ledger.skipped["filtered"] == data.max_records:
                 break
-            placed = place(row, data, ledger)
+            placed = _assign_split(row, data, ledger)
             if placed is not None:
                 split, record = placed
                 writers[split].write(record)
@@ -65,7 +65,7 @@ def main(config: DownloadConfig) -> None:
         for writer in writers.values():
             writer.close()
         if data.deduplicate == "near" or data.count_near_duplicates:
-            look_for_near_duplicates(directory, ledger, drop=data.deduplicate == "near")
+            _look_for_near_duplicates(directory, ledger, drop=data.deduplicate == "near")
         ledger.check(data)
         write_json(directory / "stats.json", ledger.as_json(data, commit))
     if ledger.first_malformed:
@@ -73,7 +73,7 @@ def main(config: DownloadConfig) -> None:
     log.info("%d records -> %s (%s)", ledger.records_in, config.out, ledger.summary())
 
 
-class Ledger:
+class _Ledger:
     """What went in, came out and was left out."""
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ class Ledger:
         }
 
 
-def place(row: Row, data: SourceData, ledger: Ledger) -> tuple[str, Record] | None:
+def _assign_split(row: Row, data: SourceData, ledger: _Ledger) -> tuple[str, Record] | None:
     """The split and the record of `row`, entered into the ledger; None where it is skipped.
 
     Raises:
@@ -186,7 +186,7 @@ def document(answers: list[str]) -> str:
     return " ".join(answers)
 
 
-def look_for_near_duplicates(directory: Path, ledger: Ledger, drop: bool) -> None:
+def _look_for_near_duplicates(directory: Path, ledger: _Ledger, drop: bool) -> None:
     """Enter into the ledger how many held-out documents have a near duplicate in train; drop those of train if told so.
 
     Where they are only counted, they are looked for among NEAR_DUPLICATES_OF documents, evenly spaced.
@@ -197,7 +197,7 @@ def look_for_near_duplicates(directory: Path, ledger: Ledger, drop: bool) -> Non
             yield from (document(record["answers"]["text"]) for record in batch.to_pylist())
 
     held_out = ledger.records_out["validation"] + ledger.records_out["test"]
-    step = 1 if drop else max(1, -(-held_out // NEAR_DUPLICATES_OF))
+    step = 1 if drop else max(1, -(-held_out // _NEAR_DUPLICATES_OF))
     looked_for = itertools.islice(itertools.chain(texts("validation"), texts("test")), 0, None, step)
     leaked, leaking = near_duplicates(looked_for, texts("train"))
     in_test = sum(number * step >= ledger.records_out["validation"] for number in leaked)
@@ -209,7 +209,7 @@ def look_for_near_duplicates(directory: Path, ledger: Ledger, drop: bool) -> Non
     if drop and leaking:
         whole, file = directory / "whole.parquet", directory / "train.parquet"
         file.rename(whole)
-        writer = SplitWriter(file)
+        writer = _SplitWriter(file)
         rows = (row for batch in pq.ParquetFile(whole).iter_batches(ROW_GROUP) for row in batch.to_pylist())
         for number, record in enumerate(rows):
             if number in leaking:
@@ -224,7 +224,7 @@ def look_for_near_duplicates(directory: Path, ledger: Ledger, drop: bool) -> Non
         whole.unlink()
 
 
-class SplitWriter:
+class _SplitWriter:
     """Writes records to a Parquet file in row groups that the records alone decide."""
 
     def __init__(self, file: Path) -> None:

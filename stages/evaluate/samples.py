@@ -17,13 +17,13 @@ def make_samples(config: Samples, name: str, model: Any, tokenizer_directory: Pa
     """A Markdown page of samples for the task `name`, the same for the same model and config."""
     tokenizer = load_tokenizer(tokenizer_directory)
     tokenizer.encode_special_tokens = False  # prompts are ours, and hold the mask token
-    sample = complete if name == "causal" else fill
+    sample = _complete if name == "causal" else fill
     with full_precision(model):
         parts = [sample(config, model, tokenizer, vocabulary, prompt) for prompt in config.prompts]
     return f"# Samples: {name}\n\n" + "\n".join(parts)
 
 
-def complete(config: Samples, model: Any, tokenizer: Any, vocabulary: Vocabulary, prompt: str) -> str:
+def _complete(config: Samples, model: Any, tokenizer: Any, vocabulary: Vocabulary, prompt: str) -> str:
     """`prompt` and its completion, drawn with config.seed."""
     assert config.max_new_tokens is not None and config.temperature is not None
     end = vocabulary.special["eos_token"]

@@ -23,7 +23,7 @@ from stages.figures.schema import Evaluate
 from stages.hub.files import usable_positions
 from stages.launch.torchrun import run_in_processes
 from stages.model.hardware import Hardware
-from stages.model.schema import Objective
+from stages.model.schema import ObjectiveConfig
 from stages.tokens.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 class EvaluateConfig:
     task: str
     """Name of the task, under which the metrics stand."""
-    objective: Objective
+    objective: ObjectiveConfig
     hardware: Hardware
     evaluate: Evaluate
     samples: Samples
@@ -78,11 +78,11 @@ def main(config: EvaluateConfig) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
     """The work of the stage, as one of the processes that do it does it."""
+    from stages.evaluate.loading import load_trained
     from stages.evaluate.samples import make_samples
     from stages.model.models import prepare_torch
     from stages.model.objectives import make_objective
     from stages.model.processes import rank, wait_for_all
-    from stages.model.trained import load_trained
 
     prepare_torch(config.hardware)
     name, tokens = config.objective.name, Path(config.tokens)
@@ -103,7 +103,7 @@ def evaluate(config: EvaluateConfig) -> None:
     before = figures.get(config.task) if isinstance(figures, dict) else None
     if not isinstance(before, dict) or before.keys() != {"validation", "test"}:
         raise damaged(config.baseline, f"no {config.task} figures of validation and test")
-    metrics = {split: evaluate_split(config, split, model, objective, vocabulary, before[split]) for split in before}
+    metrics = {split: _evaluate_split(config, split, model, objective, vocabulary, before[split]) for split in before}
     if not rank():
         samples = make_samples(config.samples, name, model, tokens / "tokenizer", vocabulary)
         with staged(config.report, ["metrics.json"]) as directory:
@@ -114,7 +114,7 @@ def evaluate(config: EvaluateConfig) -> None:
     log.info("-> %s, %s, %s", config.out, config.report, config.samples_out)
 
 
-def evaluate_split(
+def _evaluate_split(
     config: EvaluateConfig, split: str, model: Any, objective: Any, vocabulary: Vocabulary, before: dict[str, float]
 ) -> dict[str, float]:
     """The metrics of a split: the block-independent one after and before training, and the loss over blocks."""

@@ -23,7 +23,7 @@ from stages.model.precision import full_precision
 from stages.model.processes import rank, summed, world_size
 from stages.tokens.vocabulary import Vocabulary
 
-WINDOWS_AT_ONCE = 8192  # sorted by length together, so that batches hold windows of like length
+_WINDOWS_AT_ONCE = 8192  # sorted by length together, so that batches hold windows of like length
 
 
 def document_metrics(
@@ -89,7 +89,7 @@ def document_nats(
 def length_batches(windows: Iterator[Window], batch_tokens: int) -> Iterator[list[Window]]:
     """The windows in batches of at most `batch_tokens` tokens, padding included, of like length."""
     while True:
-        pool = [window for _, window in zip(range(WINDOWS_AT_ONCE), windows, strict=False)]
+        pool = [window for _, window in zip(range(_WINDOWS_AT_ONCE), windows, strict=False)]
         if not pool:
             return
         pool.sort(key=lambda window: -len(window.input_ids))

@@ -22,7 +22,7 @@ from stages.group_texts.packing import pack
 TOKENS_AT_ONCE = 2**20  # of an Arrow batch: fixed, so that the bytes follow from the tokens alone
 
 
-class Counted(NamedTuple):
+class _Counted(NamedTuple):
     """A shard of tokens."""
 
     file: Path
@@ -30,7 +30,7 @@ class Counted(NamedTuple):
     tokens: int
 
 
-class Piece(NamedTuple):
+class _Piece(NamedTuple):
     """A shard of blocks to write, and where its tokens are."""
 
     file: Path
@@ -43,15 +43,15 @@ class Piece(NamedTuple):
     """Blocks of an Arrow batch."""
 
 
-def counted(shard: tuple[Path, str]) -> Counted:
+def counted(shard: tuple[Path, str]) -> _Counted:
     """The shard of tokens in a file, found to be what was written with the checksum beside it."""
     file, written = shard
     check_shard(file, written)
     columns = [batch.column("input_ids") for batch in read_shard(file)]
-    return Counted(file, sum(map(len, columns)), sum(len(column.flatten()) for column in columns))
+    return _Counted(file, sum(map(len, columns)), sum(len(column.flatten()) for column in columns))
 
 
-def pieces(shards: Sequence[Counted], block_size: int, item_bytes: int, directory: Path) -> Iterator[Piece]:
+def pieces(shards: Sequence[_Counted], block_size: int, item_bytes: int, directory: Path) -> Iterator[_Piece]:
     """The shards, in `directory`, of the blocks of `shards`, one after the other; of no block, one that is empty.
 
     Each but the last has as many whole batches as take it to SHARD_BYTES, at `item_bytes` a token. So its place in the
@@ -68,10 +68,10 @@ def pieces(shards: Sequence[Counted], block_size: int, item_bytes: int, director
         low, high = int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(ends, end))
         holding = shards[low : high + 1] if here else []
         skipped = start - int(ends[low - 1]) if low else start
-        yield Piece(directory / shard_name(number), [shard.file for shard in holding], skipped, here, at_once)
+        yield _Piece(directory / shard_name(number), [shard.file for shard in holding], skipped, here, at_once)
 
 
-def write_blocks(piece: Piece, block_size: int, ids_type: pa.DataType) -> str:
+def write_blocks(piece: _Piece, block_size: int, ids_type: pa.DataType) -> str:
     """Write a shard of blocks and return its checksum."""
     schema = pa.schema([("input_ids", pa.list_(ids_type, block_size))])
 

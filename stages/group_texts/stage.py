@@ -17,7 +17,7 @@ from stages.core.artifacts import SPLITS, shard_files, staged, versions, write_c
 from stages.core.config import part
 from stages.core.errors import StageError
 from stages.group_texts.block_shards import counted, pieces, write_blocks
-from stages.shell.tasks import each
+from stages.shell.tasks import run_pieces
 from stages.tokens.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -55,11 +55,11 @@ def main(config: GroupTextsConfig) -> None:
 
 def group_split(tokens: Path, block_size: int, ids_type: pa.DataType, directory: Path) -> dict[str, Any]:
     """Write the blocks of a split and return its ledger, which accounts for every token."""
-    shards = list(each(counted, list(shard_files(tokens).items())))
+    shards = list(run_pieces(counted, list(shard_files(tokens).items())))
     documents, tokens_in = (sum(counts) for counts in zip(*(shard[1:] for shard in shards), strict=True))
     planned = list(pieces(shards, block_size, ids_type.bit_width // 8, directory))
     write = partial(write_blocks, block_size=block_size, ids_type=ids_type)
-    write_checksums(directory, list(each(write, planned)))
+    write_checksums(directory, list(run_pieces(write, planned)))
     blocks = sum(piece.num_blocks for piece in planned)
     dropped = tokens_in - blocks * block_size
     assert 0 <= dropped < block_size  # only the end of the stream

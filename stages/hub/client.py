@@ -17,9 +17,9 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 5.0  # without a byte before a request counts as failed
-PATIENCE_SECONDS = 7.0  # from the first failure to the last: with imports and the first look, 15 s for a dead network
+_PATIENCE_SECONDS = 7.0  # from the first failure to the last: with imports and the first look, 15 s for a dead network
 
-PROGRESS_BYTES = 2**20  # of a file, that begin the patience anew: a server that hangs again and again gives a few
+_PROGRESS_BYTES = 2**20  # of a file, that begin the patience anew: a server that hangs again and again gives a few
 FAILURES = (OSError, ValueError, httpx.HTTPError)  # what huggingface_hub raises; ValueError: of impossible names
 
 _silent: dict[str, str] = {}  # hosts that were given up, each with the reason
@@ -29,7 +29,7 @@ class HubSilentError(OSError):
     """A server that gives nothing for as long as it is waited for; an error that no library takes for a passing one."""
 
 
-class PatientClient(httpx.Client):
+class _PatientClient(httpx.Client):
     """The client of huggingface_hub and datasets, which tries again what fails, up to PATIENCE_SECONDS.
 
     Theirs try again for 23 s (the Hub's files), for minutes (a data set that is streamed) or not at all (the Hub's
@@ -49,7 +49,7 @@ class PatientClient(httpx.Client):
             if reason := _silent.get(request.url.host):
                 raise HubSilentError(reason)
             since = self._silent_since or time.monotonic()
-            seconds = max(1.0, min(ANSWER_SECONDS, since + PATIENCE_SECONDS - time.monotonic()))
+            seconds = max(1.0, min(ANSWER_SECONDS, since + _PATIENCE_SECONDS - time.monotonic()))
             request.extensions = {**request.extensions, "timeout": httpx.Timeout(seconds).as_dict()}
             try:
                 response = super().send(request, stream=stream, **options)
@@ -78,7 +78,7 @@ class PatientClient(httpx.Client):
         self._silent_since = self._silent_since or now - silence
         url = request.url.copy_with(query=None)  # which may hold a signature
         reason = f"{url}: {_words(problem)}"
-        if now + wait >= self._silent_since + PATIENCE_SECONDS:
+        if now + wait >= self._silent_since + _PATIENCE_SECONDS:
             _silent[request.url.host] = reason
             raise HubSilentError(reason)
         log.warning("%s: trying again", reason)
@@ -87,7 +87,7 @@ class PatientClient(httpx.Client):
 class _Body(httpx.SyncByteStream):
     """The bytes of a response as they come; what breaks off is an error that huggingface_hub goes on from."""
 
-    def __init__(self, stream: httpx.SyncByteStream, client: PatientClient, request: httpx.Request) -> None:
+    def __init__(self, stream: httpx.SyncByteStream, client: _PatientClient, request: httpx.Request) -> None:
         self._stream, self._client, self._request = stream, client, request
 
     def __iter__(self) -> Iterator[bytes]:
@@ -95,7 +95,7 @@ class _Body(httpx.SyncByteStream):
             num_bytes = 0
             for chunk in self._stream:
                 num_bytes += len(chunk)
-                if num_bytes >= PROGRESS_BYTES:
+                if num_bytes >= _PROGRESS_BYTES:
                     self._client.answered()
                 yield chunk
             self._client.answered()
@@ -118,9 +118,9 @@ def hub_unreachable() -> str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     session = get_session()
-    if not isinstance(session, PatientClient):
+    if not isinstance(session, _PatientClient):
         hooks = session.event_hooks
-        set_client_factory(lambda: PatientClient(event_hooks=hooks, follow_redirects=True))
+        set_client_factory(lambda: _PatientClient(event_hooks=hooks, follow_redirects=True))
     host = httpx.URL(constants.ENDPOINT).host
     _silent.pop(host, None)
     try:

@@ -35,7 +35,7 @@ SINGLE_WEIGHTS, SHARDED_WEIGHTS = "model.safetensors", "model.safetensors.index.
 OFFSET_POSITIONS = ("camembert", "roberta", "xlm-roberta")
 
 
-class NoneFoundError(StageError):
+class _NoneFoundError(StageError):
     """A source that has none of the files without which it is of no use."""
 
 
@@ -58,7 +58,7 @@ def pinned_files(
     """
     found = _local(key, path, hashes, names) if hashes is not None else _hub(key, path, str(revision), names, required)
     if not any(name in found for name in required):
-        raise NoneFoundError(f"{key}.path={path} has none of {', '.join(required)}")
+        raise _NoneFoundError(f"{key}.path={path} has none of {', '.join(required)}")
     return found
 
 
@@ -73,7 +73,7 @@ def weights_files(key: str, path: str, revision: str | None, hashes: dict[str, s
     required = (SINGLE_WEIGHTS, SHARDED_WEIGHTS)
     try:
         found = pinned_files(key, path, revision, hashes, required, required)
-    except NoneFoundError as error:
+    except _NoneFoundError as error:
         only = only_pickles(Path(path).expanduser()) if hashes is not None else ""
         raise StageError(f"{error}{only}: {CONVERT}") from None
     if SINGLE_WEIGHTS in found:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.errors import StageError
-from stages.shell.app import describe, start_logging
+from stages.shell.app import describe_error, start_logging
 from stages.shell.cache import cache_directory
 from stages.shell.interruption import Interrupted, end_on_signals
 from stages.shell.ray_cluster import connected
@@ -73,7 +73,7 @@ def run_on_ray(stage: str, work: Callable[[Any], None], config: Any, name: str |
     )
     described = {"stage": stage, "work": work, "config": config, "directory": str(Path.cwd())}
     trainer = TorchTrainer(
-        do_on_ray,
+        _worker_main,
         train_loop_config=described,
         torch_config=TorchConfig(backend=hardware.backend),
         scaling_config=ScalingConfig(
@@ -91,7 +91,9 @@ def run_on_ray(stage: str, work: Callable[[Any], None], config: Any, name: str |
         if isinstance(error, ControllerError) and isinstance(error.controller_failure, StageError):
             raise error.controller_failure from None
         causes = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-        said = "; ".join(f"process {rank}: {describe(cause)}" for rank, cause in sorted(causes.items())) or str(error)
+        said = "; ".join(f"process {rank}: {describe_error(cause)}" for rank, cause in sorted(causes.items())) or str(
+            error
+        )
         raise StageError(
             f"{said[:1000]}\n  tried {1 + settings.max_failures} times (hardware.ray.max_failures)"
         ) from None
@@ -101,7 +103,7 @@ def run_on_ray(stage: str, work: Callable[[Any], None], config: Any, name: str |
             try:
                 filesystem.delete_dir(f"{root}/{run.name}")
             except Exception as error:
-                log.warning("%s/%s could not be removed: %s", root, run.name, describe(error))
+                log.warning("%s/%s could not be removed: %s", root, run.name, describe_error(error))
 
 
 def storage(url: str | None) -> tuple[Any, str]:
@@ -131,11 +133,11 @@ def storage(url: str | None) -> tuple[Any, str]:
     except StageError:
         raise
     except Exception as error:  # each file system has its own
-        raise StageError(f"hardware.ray.storage={url}: nothing can be written there: {describe(error)}") from None
+        raise StageError(f"hardware.ray.storage={url}: nothing can be written there: {describe_error(error)}") from None
     return filesystem, path
 
 
-def do_on_ray(described: dict[str, Any]) -> None:
+def _worker_main(described: dict[str, Any]) -> None:
     """What each process does."""
     from stages.model.processes import rank
 

@@ -19,14 +19,14 @@ from pydantic import TypeAdapter
 from stages.core.config import flat
 from stages.core.errors import StageError
 from stages.model.hardware import Launch, find_device
-from stages.shell.app import describe, end_with_dvc, start_logging
+from stages.shell.app import describe_error, end_with_dvc, start_logging
 from stages.shell.interruption import Interrupted, end_on_signals
 
-SECONDS_TO_END = 60  # for a process that was told to, its checkpoint included
-LOOPBACK = "127.0.0.1"
+_SECONDS_TO_END = 60  # for a process that was told to, its checkpoint included
+_LOOPBACK = "127.0.0.1"
 
 
-class ProcessError(Exception):
+class _ProcessError(Exception):
     """What ended the work of one of several processes, in words for users."""
 
 
@@ -34,15 +34,15 @@ def run_in_processes(
     stage: str,
     work: Callable[[Any], None],
     config: Any,
-    named: Callable[[Any], contextlib.AbstractContextManager[str]] | None = None,
+    checkpoint_name: Callable[[Any], contextlib.AbstractContextManager[str]] | None = None,
 ) -> None:
     """Do `work(config)` in the processes that config.hardware describes; in this one where it describes none.
 
     `work` must be a function of the stage's module.
 
     Args:
-        named: gives a config's run a name by which its checkpoints are found again, and which no other has meanwhile;
-            None: it makes none.
+        checkpoint_name: gives the name by which the checkpoints of a config's run are found again, and which no other
+            run has meanwhile; None: the stage makes no checkpoints.
 
     Raises:
         StageError: the error of the first process that failed; the others have then been ended.
@@ -52,14 +52,14 @@ def run_in_processes(
     if config.hardware.ray is not None:
         from stages.launch.ray import run_on_ray
 
-        with contextlib.nullcontext() if named is None else named(config) as name:
+        with contextlib.nullcontext() if checkpoint_name is None else checkpoint_name(config) as name:
             run_on_ray(stage, work, config, name)
         return
     if launch is None:
         work(config)
         return
     if launch.started_by:
-        start_everywhere(stage, launch)
+        _start_everywhere(stage, launch)
         return
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -77,7 +77,7 @@ def run_in_processes(
     if alone:
         # Nothing listens beyond the loopback: gloo would where the machine's name leads, and torch's stores everywhere,
         # which unpickle what they are sent.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     for name in ("torch.distributed", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # they would tell what this function tells
@@ -90,34 +90,36 @@ def run_in_processes(
             rdzv_endpoint=f"{meeting}/launcher" if alone else str(launch.rendezvous),
             rdzv_configs={"store_type": "file" if alone else "tcp"},
             run_id=stage,
-            local_addr=LOOPBACK if alone else None,
+            local_addr=_LOOPBACK if alone else None,
             max_restarts=0,
-            shutdown_timeout=SECONDS_TO_END,
+            shutdown_timeout=_SECONDS_TO_END,
         )
         try:
-            elastic_launch(description, do)(stage, work, config, f"file://{meeting}/processes" if alone else "env://")
+            elastic_launch(description, _worker_main)(
+                stage, work, config, f"file://{meeting}/processes" if alone else "env://"
+            )
         except SignalException as signalled:
             raise Interrupted(int(signalled.sigval)) from None
         except RendezvousError as error:
-            reason = describe(error.__cause__ if isinstance(error.__cause__, Exception) else error)[:200]
+            reason = describe_error(error.__cause__ if isinstance(error.__cause__, Exception) else error)[:200]
             raise StageError(
                 f"hardware.launch.rendezvous={launch.rendezvous}: the machines do not meet there: {reason}"
             ) from None
         except ChildFailedError as error:
-            raise told_by(error, here * launch.machines) from None
+            raise _child_error(error, here * launch.machines) from None
 
 
-def told_by(error: Any, number: int) -> BaseException:
+def _child_error(error: Any, number: int) -> BaseException:
     """What the first of `number` processes to fail ended with, of a ChildFailedError."""
     rank, failure = error.get_first_failure()
     if failure.exitcode in (130, 143):
         return Interrupted(failure.exitcode - 128)
     said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-    said = said.removeprefix(f"{ProcessError.__name__}: ")
+    said = said.removeprefix(f"{_ProcessError.__name__}: ")
     return StageError(f"process {rank} of {number}: {said}")
 
 
-def start_everywhere(stage: str, launch: Launch) -> None:
+def _start_everywhere(stage: str, launch: Launch) -> None:
     """Start this stage's command on every machine by launch.started_by, where each starts its processes; wait for all.
 
     Raises:
@@ -125,13 +127,13 @@ def start_everywhere(stage: str, launch: Launch) -> None:
         Interrupted: if a signal ended them.
     """
     words = [word.replace("{machines}", str(launch.machines)) for word in launch.started_by or ()]
-    meeting = launch.rendezvous or f"{socket.gethostname()}:{free_port()}"
+    meeting = launch.rendezvous or f"{socket.gethostname()}:{_free_port()}"
     own = ["hardware.launch.started_by=null", f"hardware.launch.rendezvous='{meeting}'"]
     command = [*words, sys.executable, "-m", f"stages.{stage}", *sys.argv[1:], *own]
     try:
-        process = subprocess.Popen(command, preexec_fn=end_with_parent if sys.platform == "linux" else None)
+        process = subprocess.Popen(command, preexec_fn=_end_with_parent if sys.platform == "linux" else None)
     except (OSError, subprocess.SubprocessError) as error:
-        raise StageError(f"hardware.launch.started_by: {words[0]}: {describe(error)}") from None
+        raise StageError(f"hardware.launch.started_by: {words[0]}: {describe_error(error)}") from None
     try:
         code = process.wait()
     except Interrupted:
@@ -144,19 +146,19 @@ def start_everywhere(stage: str, launch: Launch) -> None:
         raise StageError(f"{words[0]} ended with exit code {code}; the error stands above")
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """Have Linux send this process SIGTERM when the one that started it is gone, however it went."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def free_port() -> int:
+def _free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as one:
         one.bind(("", 0))
         return int(one.getsockname()[1])
 
 
-def do(stage: str, work: Callable[[Any], None], config: Any, meeting: str) -> None:
+def _worker_main(stage: str, work: Callable[[Any], None], config: Any, meeting: str) -> None:
     """What each process does; it meets the others at `meeting`, as torch's init_process_group has it."""
     import torch
     import torch.distributed as dist
@@ -178,7 +180,7 @@ def do(stage: str, work: Callable[[Any], None], config: Any, meeting: str) -> No
             world_size=int(os.environ["WORLD_SIZE"]),
         )
         if config.hardware.launch.machines > 1:
-            check_alike(config)
+            _check_alike(config)
         work(config)
         dist.destroy_process_group()
     except Interrupted as interrupted:
@@ -188,10 +190,10 @@ def do(stage: str, work: Callable[[Any], None], config: Any, meeting: str) -> No
     except Exception as error:
         if os.environ.get("LM_REPRO_DEBUG") == "1":
             raise
-        raise ProcessError(describe(error, stage)) from None
+        raise _ProcessError(describe_error(error, stage)) from None
 
 
-def check_alike(config: Any) -> None:
+def _check_alike(config: Any) -> None:
     """Raise StageError, in every process, unless all were started with the same config.
 
     Each of several machines has a command of its own, and what they trained together with two would be nobody's.
@@ -208,7 +210,7 @@ def check_alike(config: Any) -> None:
             raise StageError(f"process {number} was started with other values than process 0: {', '.join(keys)}")
 
 
-def loopback_interface() -> str:
+def _loopback_interface() -> str:
     """The name of the network interface that leads to this machine alone."""
     addresses = psutil.net_if_addrs()
-    return next(name for name in addresses if any(one.address == LOOPBACK for one in addresses[name]))
+    return next(name for name in addresses if any(one.address == _LOOPBACK for one in addresses[name]))

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 
 
-def forget(prefixes: tuple[str, ...], ours: Mapping[str, str | None]) -> None:
+def drop_environment_variables(prefixes: tuple[str, ...], ours: Mapping[str, str | None]) -> None:
     """Remove the variables that begin with one of `prefixes`, and say so; one that has its value in `ours` stays.
 
     Args:

@@ -22,8 +22,8 @@ CHUNK_ELEMENTS = 2**26
 # Of these a CPU turns so many into probabilities at a time: they stay in its cache.
 CACHED_ELEMENTS = 2**20
 # Products with a large vocabulary are faster where each row begins a cache line, and by so many words at a time.
-ALIGNED_WORDS = 64
-WORDS_AT_ONCE = 99 * ALIGNED_WORDS
+_ALIGNED_WORDS = 64
+WORDS_AT_ONCE = 99 * _ALIGNED_WORDS
 
 
 class TokenLoss:
@@ -34,7 +34,7 @@ class TokenLoss:
     """
 
     def __init__(self, model: Any) -> None:
-        self._head = separable_head(model)
+        self._head = _separable_head(model)
 
     @contextlib.contextmanager
     def hidden_outputs(self) -> Iterator[None]:
@@ -57,7 +57,7 @@ class TokenLoss:
             return F.cross_entropy(outputs.float(), targets, reduction="sum")
         device = outputs.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else outputs.dtype
-        loss: torch.Tensor = ChunkedSum.apply(outputs, self._head.weight, self._head.bias, targets, dtype)
+        loss: torch.Tensor = _ChunkedSum.apply(outputs, self._head.weight, self._head.bias, targets, dtype)
         return loss
 
     def each(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -67,10 +67,10 @@ class TokenLoss:
         weight, bias = self._head.weight, self._head.bias
         rows = max(1, CHUNK_ELEMENTS // len(weight))
         chunks = zip(torch.split(outputs, rows), torch.split(targets, rows), strict=True)
-        return torch.cat([nats_of(logits_of(hidden, weight, bias), tokens) for hidden, tokens in chunks])
+        return torch.cat([_nats_of(_logits_of(hidden, weight, bias), tokens) for hidden, tokens in chunks])
 
 
-class ChunkedSum(torch.autograd.Function):
+class _ChunkedSum(torch.autograd.Function):
     """Sum of -ln p(target), and its gradients made in the forward pass, while the logits of a chunk are there."""
 
     @staticmethod
@@ -95,8 +95,8 @@ class ChunkedSum(torch.autograd.Function):
         for start in range(0, max(1, len(hidden)), rows):  # of no token too: its gradients are zeros
             chunk = slice(start, start + rows)
             inputs = hidden[chunk].to(dtype)
-            logits = logits_of(inputs, embedding, shift)
-            total += to_gradient_(logits, targets[chunk])
+            logits = _logits_of(inputs, embedding, shift)
+            total += _to_gradient_(logits, targets[chunk])
             grad_hidden[chunk] = logits @ embedding
             put = torch.Tensor.add_ if start else torch.Tensor.copy_  # to add to zeros takes a pass over memory more
             if grad_weight is not None:
@@ -115,16 +115,16 @@ class ChunkedSum(torch.autograd.Function):
         return *(None if gradient is None else gradient.mul_(grad_output) for gradient in gradients), None, None
 
 
-def logits_of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _logits_of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Logits [num_tokens, vocab_size], of which the rows are aligned, of hidden [num_tokens, width]."""
-    stride = -(-len(weight) // ALIGNED_WORDS) * ALIGNED_WORDS
+    stride = -(-len(weight) // _ALIGNED_WORDS) * _ALIGNED_WORDS
     logits = hidden.new_empty(len(hidden), stride)[:, : len(weight)]
     if bias is None:
         return torch.mm(hidden, weight.t(), out=logits)
     return torch.addmm(bias, hidden, weight.t(), out=logits)
 
 
-class Part(NamedTuple):
+class _Part(NamedTuple):
     """Some rows of logits, and what follows from them."""
 
     logits: torch.Tensor
@@ -137,32 +137,32 @@ class Part(NamedTuple):
     """[num_tokens] -ln p(target), fp32."""
 
 
-def parts_of(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[Part]:
+def _parts_of(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[_Part]:
     """Logits [num_tokens, vocab_size] and targets [num_tokens] in parts that stay in a CPU's cache."""
     rows = max(1, CACHED_ELEMENTS // logits.shape[-1] if logits.device.type == "cpu" else len(logits))
     for part, tokens in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True):
         shares = F.softmax(part, dim=-1, dtype=torch.float32)
         # By the largest share, of which the logarithm is always finite: one pass fewer than by log_softmax.
         below = part.amax(-1).float() - part.gather(-1, tokens[:, None])[:, 0].float()
-        yield Part(part, tokens, shares, below - shares.amax(-1).log())
+        yield _Part(part, tokens, shares, below - shares.amax(-1).log())
 
 
-def nats_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _nats_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """-ln p in fp32 of each of `targets` [num_tokens] by logits [num_tokens, vocab_size]."""
-    return torch.cat([part.nats for part in parts_of(logits, targets)])
+    return torch.cat([part.nats for part in _parts_of(logits, targets)])
 
 
-def to_gradient_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _to_gradient_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Turn logits [num_tokens, vocab_size] in place into the gradient of the sum in fp32 that is returned."""
     total = torch.zeros((), device=logits.device)
-    for part in parts_of(logits, targets):
+    for part in _parts_of(logits, targets):
         total += part.nats.sum()
         part.shares[torch.arange(len(part.targets), device=targets.device), part.targets] -= 1.0
         part.logits.copy_(part.shares)
     return total
 
 
-def separable_head(model: Any) -> torch.nn.Linear | None:
+def _separable_head(model: Any) -> torch.nn.Linear | None:
     """The output embedding of `model` if its logits are just that of the hidden states, as tried on a few tokens."""
     head = model.get_output_embeddings()
     if isinstance(head, torch.nn.Linear):
@@ -184,12 +184,12 @@ def separable_head(model: Any) -> torch.nn.Linear | None:
 @contextlib.contextmanager
 def without(head: torch.nn.Linear) -> Iterator[None]:
     """Within, `head` returns its input."""
-    vars(head)["forward"] = identity  # before the class's own
+    vars(head)["forward"] = _identity  # before the class's own
     try:
         yield
     finally:
         del vars(head)["forward"]
 
 
-def identity(hidden: torch.Tensor) -> torch.Tensor:
+def _identity(hidden: torch.Tensor) -> torch.Tensor:
     return hidden

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from stages.core.artifacts import TokenIds
-from stages.model.schema import Objective
+from stages.model.schema import ObjectiveConfig
 from stages.tokens.vocabulary import Vocabulary
 
-Uint64 = npt.NDArray[np.uint64]
+_Uint64 = npt.NDArray[np.uint64]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, splitmix64's increment
 _SHIFT_1, _SHIFT_2, _SHIFT_3 = np.uint64(30), np.uint64(27), np.uint64(31)
@@ -25,7 +25,7 @@ EVALUATION_SEED, EVALUATION_EPOCH = 0, 2**32 - 1
 IGNORED = -100  # label of a position that is not predicted, as torch's cross_entropy has it
 
 
-def mix(values: Uint64) -> Uint64:
+def mix(values: _Uint64) -> _Uint64:
     """splitmix64's output function, elementwise: a bijection of uint64 that scatters neighbours."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> _SHIFT_1)) * _MULTIPLY_1
@@ -33,7 +33,7 @@ def mix(values: Uint64) -> Uint64:
     return values ^ (values >> _SHIFT_3)
 
 
-def random_uint64(seed: int, epoch: int, blocks: npt.ArrayLike, num_draws: int) -> Uint64:
+def random_uint64(seed: int, epoch: int, blocks: npt.ArrayLike, num_draws: int) -> _Uint64:
     """Random numbers [len(blocks), num_draws]; row b depends on (seed, epoch, blocks[b]) alone."""
     key = mix(mix(np.array([seed], np.uint64)) + np.array([epoch], np.uint64))
     keys = mix(key + _GAMMA + np.asarray(blocks, np.uint64))
@@ -42,7 +42,7 @@ def random_uint64(seed: int, epoch: int, blocks: npt.ArrayLike, num_draws: int) 
 
 
 def mask_blocks(
-    blocks: TokenIds, indices: npt.ArrayLike, vocabulary: Vocabulary, config: Objective, seed: int, epoch: int
+    blocks: TokenIds, indices: npt.ArrayLike, vocabulary: Vocabulary, config: ObjectiveConfig, seed: int, epoch: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Model inputs and labels for `blocks` of token ids.
 
@@ -71,6 +71,6 @@ def mask_blocks(
     return input_ids, labels
 
 
-def _uniform(draws: Uint64) -> npt.NDArray[Any]:
+def _uniform(draws: _Uint64) -> npt.NDArray[Any]:
     """Uniform numbers in [0, 1), the upper 53 bits of each draw."""
     return (draws >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from stages.core.config import nearest
 from stages.core.errors import StageError
 from stages.hub.files import OFFSET_POSITIONS, pinned_files, usable_positions, weights_files
-from stages.model.environment import forget, keep_freed_memory
+from stages.model.environment import drop_environment_variables, keep_freed_memory
 from stages.model.hardware import Hardware, find_device
 from stages.model.schema import Model
 from stages.tokens.vocabulary import Vocabulary
@@ -22,10 +22,10 @@ from stages.tokens.vocabulary import Vocabulary
 log = logging.getLogger(__name__)
 
 # Accelerate takes precision, accumulation, compilation and more from these, where DVC cannot see them.
-SETTINGS_OF_OTHERS = ("ACCELERATE_", "FSDP_")
-LAUNCHER_VARIABLES = ("LOCAL_RANK", "MASTER_", "RANK", "WORLD_SIZE")
+_SETTINGS_OF_OTHERS = ("ACCELERATE_", "FSDP_")
+_LAUNCHER_VARIABLES = ("LOCAL_RANK", "MASTER_", "RANK", "WORLD_SIZE")
 
-AUTO_CLASS = {"causal": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM"}
+_AUTO_CLASS = {"causal": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM"}
 
 
 def prepare_torch(hardware: Hardware) -> None:
@@ -34,9 +34,9 @@ def prepare_torch(hardware: Hardware) -> None:
     Raises:
         StageError: if hardware.device is not available.
     """
-    others = SETTINGS_OF_OTHERS if dist.is_initialized() else SETTINGS_OF_OTHERS + LAUNCHER_VARIABLES
+    others = _SETTINGS_OF_OTHERS if dist.is_initialized() else _SETTINGS_OF_OTHERS + _LAUNCHER_VARIABLES
     # Ray says which GPU is whose.
-    forget(others, {"ACCELERATE_TORCH_DEVICE": None} if hardware.ray is not None else {})
+    drop_environment_variables(others, {"ACCELERATE_TORCH_DEVICE": None} if hardware.ray is not None else {})
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(hardware.num_threads)
@@ -63,7 +63,7 @@ def build_model(model: Model, vocabulary: Vocabulary, seed: int) -> Any:
 
 def _build(model: Model, vocabulary: Vocabulary | None, seed: int, scratch: Path) -> Any:
     config = _configuration(model, scratch)
-    auto = getattr(transformers, AUTO_CLASS[model.task])
+    auto = getattr(transformers, _AUTO_CLASS[model.task])
     if type(config) not in auto._model_mapping:
         raise StageError(
             f"model.config.model_type={config.model_type}: transformers has no such model for task={model.task}"
@@ -72,7 +72,7 @@ def _build(model: Model, vocabulary: Vocabulary | None, seed: int, scratch: Path
         names = nearest(unknown[0], list(config.to_dict()))
         raise StageError(f"model.config.{unknown[0]}: {config.model_type} has no such value; {names}")
     config = _overridden(config, model)
-    masked = type(config) in getattr(transformers, AUTO_CLASS["mlm"])._model_mapping
+    masked = type(config) in getattr(transformers, _AUTO_CLASS["mlm"])._model_mapping
     if model.task == "causal" and masked and not getattr(config, "is_decoder", True):
         raise StageError(
             f"task=causal: {config.model_type} attends to the tokens on both sides and would read what it predicts: set"
@@ -91,7 +91,7 @@ def _build(model: Model, vocabulary: Vocabulary | None, seed: int, scratch: Path
         try:
             return auto.from_config(config, dtype=torch.float32)
         except (ArithmeticError, TypeError, ValueError) as error:
-            raise StageError(f"model.config makes no {config.model_type}: {in_a_line(error)}") from None
+            raise StageError(f"model.config makes no {config.model_type}: {_in_a_line(error)}") from None
     _link(weights_files("model", str(model.path), model.revision, model.files), scratch)
     return _load(auto, scratch, config, str(model.path))
 
@@ -104,12 +104,12 @@ def _overridden(config: Any, model: Model) -> Any:
             return type(config)(**values)
         except Exception as error:  # each architecture checks its values in its own way
             shown = ", ".join(f"model.config.{key}={value!r}" for key, value in values.items())
-            raise StageError(f"{shown}: {in_a_line(error)}") from None
+            raise StageError(f"{shown}: {_in_a_line(error)}") from None
     for key, value in values.items():
         try:
             setattr(config, key, value)
         except Exception as error:
-            raise StageError(f"model.config.{key}={value!r}: {in_a_line(error)}") from None
+            raise StageError(f"model.config.{key}={value!r}: {_in_a_line(error)}") from None
     return config
 
 
@@ -130,7 +130,7 @@ def load_pretrained(model: Model) -> Any:
 
 def load_directory(task: str, directory: str | Path) -> Any:
     """The model that save_pretrained wrote into `directory`, in fp32 on the CPU."""
-    return _load(getattr(transformers, AUTO_CLASS[task]), Path(directory), None, str(directory))
+    return _load(getattr(transformers, _AUTO_CLASS[task]), Path(directory), None, str(directory))
 
 
 def _configuration(model: Model, scratch: Path) -> Any:
@@ -149,7 +149,7 @@ def _configuration(model: Model, scratch: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each architecture checks its values in its own way
-        reason = in_a_line(error).replace(str(scratch), str(model.path))
+        reason = _in_a_line(error).replace(str(scratch), str(model.path))
         if "trust_remote_code" in reason:
             reason = "its model_type is none of transformers' own, and code that comes with a model is never run"
         raise StageError(f"model.path={model.path}: its config.json cannot be used: {reason}") from None
@@ -170,7 +170,7 @@ def _load(auto: Any, directory: Path, config: Any, where: str) -> Any:
             output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise StageError(f"the weights in {where} cannot be loaded: {in_a_line(error)}") from None
+        raise StageError(f"the weights in {where} cannot be loaded: {_in_a_line(error)}") from None
     names = sorted(info["missing_keys"])
     if body := [name for name in names if name.startswith(f"{loaded.base_model_prefix}.")]:
         raise StageError(
@@ -184,7 +184,7 @@ def _load(auto: Any, directory: Path, config: Any, where: str) -> Any:
     return loaded
 
 
-def in_a_line(error: Exception) -> str:
+def _in_a_line(error: Exception) -> str:
     """What `error` says, without its line breaks."""
     return " ".join(str(error).split())
 

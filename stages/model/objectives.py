@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from stages.core.artifacts import TokenIds
 from stages.core.errors import StageError
 from stages.model.masking import EVALUATION_EPOCH, EVALUATION_SEED, IGNORED, mask_blocks
-from stages.model.schema import Objective as ObjectiveConfig
-from stages.model.schema import check_isolation
+from stages.model.schema import ObjectiveConfig, check_isolation
 from stages.tokens.vocabulary import Vocabulary
 
 NUM_PASSES = 7  # of pseudo_bits_per_byte: near 1 / 0.15, and the same for all runs
@@ -146,13 +145,13 @@ class Masked:
             batch["position_ids"] = torch.from_numpy(segment_positions(starts) + self._first_position)
             segments = torch.from_numpy(starts.cumsum(axis=-1))
             apart = segments[:, None, :, None] != segments[:, None, None, :]
-            batch["attention_mask"] = additive(apart)
+            batch["attention_mask"] = _additive(apart)
             if self._window is not None:
                 index = torch.arange(apart.shape[-1])
                 far = (index[:, None] - index).abs() > self._window
                 batch["attention_mask"] = {
-                    "full_attention": additive(apart),
-                    "sliding_attention": additive(apart | far),
+                    "full_attention": _additive(apart),
+                    "sliding_attention": _additive(apart | far),
                 }
         return batch
 
@@ -174,7 +173,7 @@ class Masked:
                         yield Window(document, input_ids, chosen + len(prefix), text[chosen])
 
 
-def additive(apart: torch.Tensor) -> torch.Tensor:
+def _additive(apart: torch.Tensor) -> torch.Tensor:
     """What attention scores gain where they are not `apart`: boolean masks of this shape fail on eager attention."""
     return torch.zeros(apart.shape).masked_fill_(apart, torch.finfo(torch.float32).min)
 

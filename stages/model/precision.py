@@ -34,19 +34,19 @@ def check_bf16(device: str, bf16: bool) -> None:
         log.info("this processor computes in bf16: hardware=cpu_bf16 trains faster (docs/performance.md)")
 
 
-BACKENDS: Any = torch.backends  # whose annotations do not know fp32_precision
+_BACKENDS: Any = torch.backends  # whose annotations do not know fp32_precision
 
 
 @contextlib.contextmanager
 def full_precision(model: Any) -> Iterator[None]:
     """Run `model` in evaluation mode, without gradients, in true fp32 on any device."""
-    training, fp32_precision = model.training, BACKENDS.fp32_precision
+    training, fp32_precision = model.training, _BACKENDS.fp32_precision
     # With a cache, GPT-2 and Llama take reset position_ids for a continuation, and do not isolate documents.
     use_cache = getattr(model.config, "use_cache", None)
     # A Trainer in bf16 wraps `forward` in an autocast of its own, which none around it turns off.
     forward, original = model.forward, getattr(model, "_original_forward", None)
     model.eval()
-    BACKENDS.fp32_precision = "ieee"  # not TF32; the older functions refuse to work beside this one
+    _BACKENDS.fp32_precision = "ieee"  # not TF32; the older functions refuse to work beside this one
     if original is not None:
         model.forward = original
     if use_cache is not None:
@@ -66,4 +66,4 @@ def full_precision(model: Any) -> Iterator[None]:
         if use_cache is not None:
             model.config.use_cache = use_cache
         model.train(training)
-        BACKENDS.fp32_precision = fp32_precision
+        _BACKENDS.fp32_precision = fp32_precision

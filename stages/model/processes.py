@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-Value = TypeVar("Value")
+_Value = TypeVar("_Value")
 
 
 def rank() -> int:
@@ -30,7 +30,7 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def of_the_first(value: Value) -> Value:
+def of_the_first(value: _Value) -> _Value:
     """The value that the first process gives."""
     if not dist.is_initialized():
         return value
@@ -39,7 +39,7 @@ def of_the_first(value: Value) -> Value:
     return held[0]
 
 
-def of_all(value: Value) -> list[Value]:
+def of_all(value: _Value) -> list[_Value]:
     """The values that the processes give, the first one's first."""
     if not dist.is_initialized():
         return [value]

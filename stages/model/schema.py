@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from stages.core.config import Fraction, Positive, part, whole
 from stages.core.pins import check_pin
 
+# Files that train writes where adapter.merge is false: the additions, and the config of the model that they extend.
+ADDITIONS, BASE = "adapter_model.safetensors", "base.json"
+
 
 @part
 class Model:
@@ -74,7 +77,7 @@ class ObjectiveName:
 ISOLATION_PROVEN = {"causal": ("gpt2", "gpt_neo", "gptj", "llama"), "mlm": ("bert", "modernbert", "roberta")}
 
 
-def check_isolation(objective: "Objective", model_type: str | None) -> None:
+def check_isolation(objective: "ObjectiveConfig", model_type: str | None) -> None:
     """Raise ValueError if documents are to be isolated in an architecture for which that is not proven."""
     if objective.isolate_documents and model_type not in (None, *ISOLATION_PROVEN[objective.name]):
         raise ValueError(
@@ -85,7 +88,7 @@ def check_isolation(objective: "Objective", model_type: str | None) -> None:
 
 
 @whole
-class Objective:
+class ObjectiveConfig:
     name: Literal["causal", "mlm"]
     """causal: predict the next token; mlm: predict masked ones."""
     isolate_documents: bool
@@ -98,7 +101,7 @@ class Objective:
     """Share of these that a random token replaces (mlm); the rest stay as they are."""
 
     @model_validator(mode="after")
-    def _matches_name(self) -> "Objective":
+    def _matches_name(self) -> "ObjectiveConfig":
         masking = {
             "mlm_probability": self.mlm_probability,
             "mask_replace_prob": self.mask_replace_prob,

@@ -27,7 +27,7 @@ log = logging.getLogger("stage")
 
 # What makes a stage need half the memory, by stage.
 _AT_ONCE = "halve hardware.evaluate_batch_tokens (conf/hardware; changes no figure)"
-HALVE_MEMORY = {
+_HALVE_MEMORY = {
     "train": "halve hardware.per_device_batch_size (conf/hardware; null is the whole batch_size; gradients add up to"
     " the same step), or set trainer.activation_checkpointing: true (conf/task); framework: keras has neither, there"
     " halve batch_size; if it was in validation, " + _AT_ONCE,
@@ -39,14 +39,14 @@ HALVE_MEMORY = {
 }
 
 # As torch, JAX and TensorFlow say it.
-NO_MEMORY = ("out of memory", "can't allocate memory", "resource_exhausted", "oom when allocating")
+_NO_MEMORY = ("out of memory", "can't allocate memory", "resource_exhausted", "oom when allocating")
 # Libraries raise errors of their own where the disk is full: safetensors, tokenizers, SQLite.
-NO_SPACE = ("No space left on device", "os error 28", "database or disk is full")
-FREE_SPACE = (
+_NO_SPACE = ("No space left on device", "os error 28", "database or disk is full")
+_FREE_SPACE = (
     "free some (`dvc gc --workspace` keeps the workspace's artifacts alone; TMPDIR and LM_REPRO_CACHE move temporary"
     " files), then run the same command again"
 )
-REMEDIES = {
+_REMEDIES = {
     errno.EACCES: ": this user may not read or write there: change its owner or mode (chown, chmod)",
     errno.EROFS: ": nothing can be written there: run in a workspace on a writable disk",
     errno.ELOOP: ": a symbolic link that leads to itself",
@@ -64,7 +64,7 @@ def run(stage: str, schema: type[Schema], main: Callable[[Schema], None]) -> Non
     threading.Thread(target=end_with_dvc, daemon=True).start()
     started = time.monotonic()
     try:
-        composition = compose(stage, arguments.overrides, task_of_dvc(stage))
+        composition = compose(stage, arguments.overrides, _task_of_dvc(stage))
         if composition.task is not None:  # so that hardware.launch.started_by can repeat the command elsewhere
             sys.argv[1:] = [f"task={composition.task}", *arguments.overrides]
         if composition.problems and (arguments.help or arguments.cfg):
@@ -83,7 +83,7 @@ def run(stage: str, schema: type[Schema], main: Callable[[Schema], None]) -> Non
     except Exception as error:
         if os.environ.get("LM_REPRO_DEBUG") == "1":
             raise
-        show_error(stage, describe(error, stage))
+        show_error(stage, describe_error(error, stage))
         sys.exit(1)
     logging.shutdown()
     sys.stdout.flush()
@@ -103,7 +103,7 @@ def _parse_arguments(stage: str) -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def task_of_dvc(stage: str) -> str | None:
+def _task_of_dvc(stage: str) -> str | None:
     """The task for which DVC runs `stage`, as DVC names it (train@causal) in the environment of the command.
 
     So no name of params.yaml stands in the command, which DVC passes to a shell.
@@ -134,17 +134,17 @@ def _words(process: psutil.Process) -> list[str]:
         return []
 
 
-def describe(error: Exception, stage: str = "") -> str:
+def describe_error(error: Exception, stage: str = "") -> str:
     """One or two lines for `error`: its own words where it was written for users, its type as well where it was not."""
     if isinstance(error, StageError):
         return str(error)
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in NO_MEMORY):
-        return f"out of memory{text and f' ({text})'}\n  {HALVE_MEMORY.get(stage, HALVE_MEMORY[''])}"
-    if getattr(error, "errno", None) == errno.ENOSPC or any(sign in text for sign in NO_SPACE):
-        return f"no space left on the disk{_of(error)} ({text})\n  {FREE_SPACE}"
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in _NO_MEMORY):
+        return f"out of memory{text and f' ({text})'}\n  {_HALVE_MEMORY.get(stage, _HALVE_MEMORY[''])}"
+    if getattr(error, "errno", None) == errno.ENOSPC or any(sign in text for sign in _NO_SPACE):
+        return f"no space left on the disk{_of(error)} ({text})\n  {_FREE_SPACE}"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}{_of(error)}{REMEDIES.get(error.errno or 0, '')}"
+        return f"{error.strerror}{_of(error)}{_REMEDIES.get(error.errno or 0, '')}"
     return f"{type(error).__name__}: {text} (LM_REPRO_DEBUG=1 shows where)"
 
 
@@ -153,7 +153,7 @@ def _of(error: Exception) -> str:
     return f": {filename}" if filename else ""
 
 
-class ToStderr(logging.Handler):
+class _ToStderr(logging.Handler):
     """Writes lines to what stderr is now: a bar on a terminal takes its place, so that they come above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -165,7 +165,7 @@ class ToStderr(logging.Handler):
 
 def start_logging(stage: str) -> None:
     """Log lines `stage: text` to stderr, of the project's own modules from INFO up and of libraries from ERROR up."""
-    handler = ToStderr()
+    handler = _ToStderr()
     handler.setFormatter(logging.Formatter(f"{stage}: %(message)s"))
     logging.basicConfig(level=logging.ERROR, handlers=[handler], force=True)
     # A stage's module is __main__, and __mp_main__ in the processes that it starts.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):  # not an error: nothing on the way may take it for one
@@ -24,7 +24,7 @@ class Interrupted(BaseException):  # not an error: nothing on the way may take i
 
 def end_on_signals() -> None:
     """Have SIGINT and SIGTERM raise Interrupted, so that what a stage holds is put away."""
-    for number in SIGNALS:
+    for number in _SIGNALS:
         signal.signal(number, _raise)
 
 
@@ -57,7 +57,7 @@ def signals_as_request() -> Iterator[Request]:
         elif time.monotonic() - request.since >= 1.0:
             raise Interrupted(number)
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before = {number: signal.signal(number, note) for number in _SIGNALS}
     try:
         yield request
     finally:

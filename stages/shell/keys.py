@@ -32,7 +32,7 @@ def _keys(schema: dict[str, Any], definitions: dict[str, Any], prefix: str) -> I
         section = next((option for option in options if "properties" in option), None)
         meaning = value.get("description") or (section or {}).get("description", "")
         if section is None or len(options) > 1 or meaning:
-            yield Key(prefix + name, describe(value), " ".join(meaning.split()))
+            yield Key(prefix + name, describe_type(value), " ".join(meaning.split()))
         if section is not None:
             yield from _keys(section, definitions, f"{prefix}{name}.")
 
@@ -42,17 +42,17 @@ def _options(schema: dict[str, Any]) -> list[dict[str, Any]]:
     return options
 
 
-def describe(schema: dict[str, Any]) -> str:
+def describe_type(schema: dict[str, Any]) -> str:
     """The type and the range that a JSON schema states, in words."""
     if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(describe(option) for option in schema["anyOf"]))
+        return " or ".join(dict.fromkeys(describe_type(option) for option in schema["anyOf"]))
     if "$ref" in schema:
         return SECTION
     if "enum" in schema or "const" in schema:
         options = schema.get("enum", [schema.get("const")])
         return ", ".join(code(shown(option)) for option in options) if len(options) < 10 else f"{len(options)} names"
     if schema.get("type") == "array":
-        return f"list of {describe(schema['items'])}" + (" (not empty)" if schema.get("minItems") else "")
+        return f"list of {describe_type(schema['items'])}" + (" (not empty)" if schema.get("minItems") else "")
     words = {"string": "text", "integer": "whole number", "number": "number", "object": "mapping", "null": "`null`"}
     words["boolean"] = "`true`, `false`"
     return words.get(schema.get("type", ""), "see transformers") + _range(schema)

@@ -8,7 +8,7 @@ from stages.shell.terminal import is_plain
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
@@ -39,7 +39,7 @@ class Progress:
             return
         now = time.monotonic()
         self._first = done if self._first is None else self._first
-        if now - self._last_line >= SECONDS_BETWEEN_LINES and done > self._first:
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES and done > self._first:
             self._last_line = now
             to_go = (self._total - done) * (now - self._started) / (done - self._first)
             log.info(

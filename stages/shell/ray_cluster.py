@@ -12,7 +12,7 @@ from typing import Any
 
 from stages.core.errors import StageError
 
-PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def connected() -> Any:
@@ -27,13 +27,13 @@ def connected() -> Any:
         raise StageError("Ray is not installed: `make ray` adds it to the environment") from None
     if not ray.is_initialized():
         # Its workers import the project from where this process does.
-        path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join([str(_PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         passed = {name: value for name, value in os.environ.items() if name.startswith("LM_REPRO_")}
         address = os.environ.get("RAY_ADDRESS") or "auto"
         if address == "local":
             raise StageError("RAY_ADDRESS=local would have this stage start Ray: name a cluster, HOST:PORT")
         try:
-            knock(address)
+            _knock(address)
             ray.init(
                 address=address,
                 runtime_env={"env_vars": {"PYTHONPATH": path, **passed}},
@@ -48,7 +48,7 @@ def connected() -> Any:
     return ray
 
 
-def knock(address: str) -> None:
+def _knock(address: str) -> None:
     """Raise OSError if nobody answers at an address HOST:PORT, which Ray would try for minutes."""
     host, _, port = address.rpartition(":")
     if "/" not in address and port.isdigit():

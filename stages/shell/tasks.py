@@ -10,21 +10,21 @@ from typing import Any, TypeVar
 
 from stages.core.errors import StageError
 
-Job = TypeVar("Job")
-Result = TypeVar("Result")
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
 
-PLACE = "LM_REPRO_PREPROCESSING"
+_PLACE = "LM_REPRO_PREPROCESSING"
 
 
 def are_spread() -> bool:
     """Whether pieces are tasks of a cluster."""
-    place = os.environ.get(PLACE, "")
+    place = os.environ.get(_PLACE, "")
     if place not in ("", "ray"):
-        raise StageError(f"{PLACE}={place}: it should be ray, or not be set")
+        raise StageError(f"{_PLACE}={place}: it should be ray, or not be set")
     return bool(place)
 
 
-def prepare() -> None:
+def connect_workers() -> None:
     """Find the cluster where pieces are to be its tasks.
 
     Raises:
@@ -36,7 +36,7 @@ def prepare() -> None:
         connected()
 
 
-def each(function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
+def run_pieces(function: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[_Result]:
     """`function` of each job, in order.
 
     On a cluster, function and jobs are pickled, so that they are of modules, and files are on a disk that its machines
@@ -51,7 +51,7 @@ def each(function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Res
     from stages.shell.ray_cluster import connected
 
     ray = connected()
-    remote, held, here = ray.remote(do), ray.put(function), str(Path.cwd())
+    remote, held, here = ray.remote(_run_piece), ray.put(function), str(Path.cwd())
     tasks = [remote.remote(held, job, here) for job in jobs]
     for task in tasks:
         try:
@@ -60,7 +60,7 @@ def each(function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Res
             raise error.cause from None
 
 
-def do(function: Callable[[Any], Any], job: Any, directory: str) -> Any:
+def _run_piece(function: Callable[[Any], Any], job: Any, directory: str) -> Any:
     """What a task does: `function` of `job`, whose paths are relative to `directory`."""
     os.chdir(directory)
     return function(job)

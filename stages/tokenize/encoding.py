@@ -82,7 +82,7 @@ class Tokenizers:
         return Encoded(np.fromiter(itertools.chain.from_iterable(rows), np.uint32, int(offsets[-1])), offsets)
 
 
-class Fastokens:
+class _Fastokens:
     """fastokens, for the byte-level BPE that it takes: others, and those with rules that it lacks, are an error."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -94,8 +94,8 @@ class Fastokens:
             content = json.dumps(json.loads(content) | {"post_processor": None})
         self._tokenizer, self._fast = tokenizer, FastTokenizer.from_json_str(content)
 
-    def __reduce__(self) -> tuple[type["Fastokens"], tuple[Tokenizer]]:
-        return Fastokens, (self._tokenizer,)  # its own does not pickle
+    def __reduce__(self) -> tuple[type["_Fastokens"], tuple[Tokenizer]]:
+        return _Fastokens, (self._tokenizer,)  # its own does not pickle
 
     def __call__(self, texts: list[str]) -> Encoded:
         ids, offsets = self._fast.encode_batch_flat(texts, split_special_tokens=True)
@@ -104,16 +104,16 @@ class Fastokens:
 
 def fastokens_engine(tokenizer: Tokenizer) -> Engine | None:
     """fastokens, where it takes `tokenizer`."""
-    if not isinstance(tokenizer.model, models.BPE) or not is_byte_level(tokenizer):
+    if not isinstance(tokenizer.model, models.BPE) or not _is_byte_level(tokenizer):
         return None
     try:
-        return Fastokens(tokenizer)
+        return _Fastokens(tokenizer)
     except Exception as error:  # it raises what its Rust code meets
         log.info("fastokens does not take this tokenizer (%s): tokenizers encodes", error)
         return None
 
 
-def is_byte_level(tokenizer: Tokenizer) -> bool:
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
     """Whether the tokens of `tokenizer` are spelt in bytes."""
     return isinstance(tokenizer.decoder, decoders.ByteLevel)
 
@@ -123,7 +123,7 @@ class Decoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._spellings = token_bytes(tokenizer) if is_byte_level(tokenizer) else None
+        self._spellings = token_bytes(tokenizer) if _is_byte_level(tokenizer) else None
 
     def num_lossy(self, texts: pa.Array, encoded: Encoded) -> int:
         """How many of `texts`, an array of strings, are not what decoding their ids gives."""

@@ -30,7 +30,7 @@ from stages.core.errors import StageError
 from stages.core.pins import pinned_origin
 from stages.hub.files import TOKENIZER_FILES, VOCABULARY_FILES, pinned_files
 from stages.shell.progress import Progress
-from stages.shell.tasks import are_spread, each, prepare
+from stages.shell.tasks import are_spread, connect_workers, run_pieces
 from stages.tokenize.encoding import Decoder, Engine, choose_engine
 from stages.tokenize.schema import Flatten, Tokenize
 from stages.tokenize.texts import TextFile
@@ -76,12 +76,12 @@ class TokenizeConfig:
 
 
 def main(config: TokenizeConfig) -> None:
-    prepare()  # before a tokenizer is trained in vain
+    connect_workers()  # before a tokenizer is trained in vain
     flatten = config.data.flatten
     files = {split: TextFile(Path(config.raw) / f"{split}.parquet", flatten) for split in SPLITS}
     with staged(config.out, ["stats.json", "tokenizer", *SPLITS]) as directory:
         copy = directory / "tokenizer"
-        prepare_tokenizer(config.model.tokenizer, files["train"], copy)
+        _prepare_tokenizer(config.model.tokenizer, files["train"], copy)
         try:
             tokenizer = load_tokenizer(copy)
             vocabulary = vocabulary_of(tokenizer, copy, config.tokenize.wrap, config.tokenize.requires)
@@ -109,7 +109,7 @@ def main(config: TokenizeConfig) -> None:
     log.info("-> %s", config.out)
 
 
-def prepare_tokenizer(source: TokenizerSource, training: TextFile, directory: Path) -> None:
+def _prepare_tokenizer(source: TokenizerSource, training: TextFile, directory: Path) -> None:
     """Put the tokenizer's files into `directory`: trained on `training`, or copied from where they are pinned."""
     if source.train is not None:
         log.info("training a byte-level BPE of %d tokens", source.train.vocab_size)
@@ -158,7 +158,7 @@ def tokenize_split(
     checksums = []
     with closing(Progress(directory.name, texts.num_documents, "documents")) as progress:
         write = TokenShards(texts, encode, vocabulary, decoder, None if are_spread() else progress.update)
-        for checksum, counts in each(write, shards):
+        for checksum, counts in run_pieces(write, shards):
             checksums.append(checksum)
             ledger = {key: ledger[key] + counts[key] for key in ledger}
             progress.update(ledger["documents"])

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from stages.core.artifacts import damaged, to_arrow, to_numpy
 from stages.tokenize.schema import Flatten
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 _END: Any = object()
 
 
@@ -37,7 +37,7 @@ class TextFile:
 
     def __init__(self, path: Path, flatten: Flatten) -> None:
         self._path, self._flatten = path, flatten
-        metadata = metadata_of(path)
+        metadata = _metadata_of(path)
         texts = {column.path for column in metadata.schema if str(column.logical_type) == "String"}
         for name in flatten.columns:
             if _path(name) not in texts:
@@ -68,9 +68,9 @@ class TextFile:
 
     def groups(self, numbers: Iterable[int]) -> Iterator[pa.Array]:
         """The texts of the row groups numbered `numbers`, an array of strings each."""
-        metadata = metadata_of(self._path)
+        metadata = _metadata_of(self._path)
         with (
-            named_damage(self._path),
+            _named_damage(self._path),
             pq.ParquetFile(self._path, metadata=metadata, page_checksum_verification=True) as file,
         ):
             for number in numbers:
@@ -95,7 +95,7 @@ class TextFile:
         return join(pa.LargeListArray.from_arrays(to_arrow(ends), values), self._flatten.joiner)
 
 
-def metadata_of(path: Path) -> pq.FileMetaData:
+def _metadata_of(path: Path) -> pq.FileMetaData:
     """What the Parquet file `path` says of itself, parsed once a process (18 us a row group)."""
     stat = path.stat()
     return _metadata(path, stat.st_mtime_ns, stat.st_size)
@@ -103,7 +103,7 @@ def metadata_of(path: Path) -> pq.FileMetaData:
 
 @functools.lru_cache(maxsize=4)
 def _metadata(path: Path, *_: int) -> pq.FileMetaData:
-    with named_damage(path):
+    with _named_damage(path):
         return pq.read_metadata(path)
 
 
@@ -130,7 +130,7 @@ def strings(values: list[bytes]) -> pa.Array:
 
 
 @contextmanager
-def named_damage(file: Path) -> Iterator[None]:
+def _named_damage(file: Path) -> Iterator[None]:
     """Errors of a damaged Parquet file inside the block, as StageErrors that name it."""
     try:
         yield
@@ -140,7 +140,7 @@ def named_damage(file: Path) -> Iterator[None]:
         raise damaged(file, error) from None
 
 
-def ahead(items: Iterable[Item]) -> Iterator[Item]:
+def prefetch(items: Iterable[_Item]) -> Iterator[_Item]:
     """`items`, each computed by a thread while the one before is worked on."""
     iterator = iter(items)
     with ThreadPoolExecutor(1) as thread:

@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 from stages.core.artifacts import TokenIds, to_arrow, write_shard
 from stages.core.errors import StageError
 from stages.tokenize.encoding import Decoder, Encoded, Engine
-from stages.tokenize.texts import Rows, TextFile, ahead
+from stages.tokenize.texts import Rows, TextFile, prefetch
 from stages.tokens.vocabulary import Vocabulary
 
-CONTROL_ROLES = {"eos_token", "mask_token", "cls_token", "sep_token", "pad_token", "bos_token"}  # unk stands for text
+_CONTROL_ROLES = {"eos_token", "mask_token", "cls_token", "sep_token", "pad_token", "bos_token"}  # unk stands for text
 
 
 class Shard(NamedTuple):
@@ -53,10 +53,10 @@ class TokenShards:
 
         def batches() -> Iterator[pa.RecordBatch]:
             # Reading, encoding and writing are a thread each: pyarrow, numpy and the engines all work without the lock.
-            read = ahead((texts, texts.to_pylist()) for texts in self._texts.groups(shard.documents.groups))
-            for texts, encoded in ahead((texts, self._encode(strings)) for texts, strings in read):
+            read = prefetch((texts, texts.to_pylist()) for texts in self._texts.groups(shard.documents.groups))
+            for texts, encoded in prefetch((texts, self._encode(strings)) for texts, strings in read):
                 first = shard.documents.first + counts["documents"]
-                refuse_control_tokens(encoded, self._vocabulary, f"{shard.file.parent.name} document", first)
+                _refuse_control_tokens(encoded, self._vocabulary, f"{shard.file.parent.name} document", first)
                 ids, offsets = wrap(encoded, self._vocabulary, first=first == 0)
                 num_bytes = pc.binary_length(texts)
                 counts["documents"] += len(texts)
@@ -73,13 +73,13 @@ class TokenShards:
         return write_shard(shard.file, schema, batches()), counts
 
 
-def refuse_control_tokens(encoded: Encoded, vocabulary: Vocabulary, what: str, first: int) -> None:
+def _refuse_control_tokens(encoded: Encoded, vocabulary: Vocabulary, what: str, first: int) -> None:
     """Raise StageError if a text became a token with a special role.
 
     Byte-level BPE spells such a text in ordinary tokens; a tokenizer whose own vocabulary holds the control tokens as
     pieces (Unigram) or as plain words cannot.
     """
-    roles = [vocabulary.special[role] for role in CONTROL_ROLES & set(vocabulary.special)]
+    roles = [vocabulary.special[role] for role in _CONTROL_ROLES & set(vocabulary.special)]
     special = np.array([*vocabulary.control.tolist(), *roles], np.uint32)
     found = np.isin(encoded.ids, special, kind="sort")  # a comparison for each of these few, faster than a table
     if found.any():

@@ -7,12 +7,12 @@ from pydantic import Field, model_validator
 from stages.core.config import part, whole
 from stages.core.pins import check_pin
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @whole
 class TrainedTokenizer:
-    vocab_size: Annotated[int, Field(ge=257 + len(SPECIAL_TOKENS))]
+    vocab_size: Annotated[int, Field(ge=257 + len(_SPECIAL_TOKENS))]
     """Tokens, the 256 bytes and the special tokens included."""
     special_tokens: dict[str, str]
     """Role (eos_token, mask_token, ...) to token; ids follow this order from 0. cls and sep wrap a document."""
@@ -20,8 +20,8 @@ class TrainedTokenizer:
     @model_validator(mode="after")
     def _known_roles(self) -> "TrainedTokenizer":
         for role in self.special_tokens:
-            if role not in SPECIAL_TOKENS:
-                raise ValueError(f"tokenizer.train.special_tokens.{role} is not a role: {', '.join(SPECIAL_TOKENS)}")
+            if role not in _SPECIAL_TOKENS:
+                raise ValueError(f"tokenizer.train.special_tokens.{role} is not a role: {', '.join(_SPECIAL_TOKENS)}")
         return self
 
 

@@ -13,7 +13,7 @@ from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "sdpa_on_cpu"
+_NAME = "sdpa_on_cpu"
 
 
 def use_fast_kernels(model: Any, device: str) -> None:
@@ -28,9 +28,9 @@ def use_fast_kernels(model: Any, device: str) -> None:
             if device == "cpu" and type(child) is torch.nn.Dropout:
                 setattr(module, name, Dropout(child.p))
     if device == "cpu" and model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, attend)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.set_attn_implementation(NAME)
+        AttentionInterface.register(_NAME, attend)
+        AttentionMaskInterface.register(_NAME, sdpa_mask)
+        model.set_attn_implementation(_NAME)
 
 
 def attend(
@@ -62,11 +62,11 @@ def attend(
             length = query.shape[2]
             attention_mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return dropped_attention(query, key, value, attention_mask, dropout, scale), None
+        return _dropped_attention(query, key, value, attention_mask, dropout, scale), None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled, it would be torch's own again, and keep scores
-def dropped_attention(*arguments: Any) -> torch.Tensor:
+def _dropped_attention(*arguments: Any) -> torch.Tensor:
     """[batch, length, heads, head_size]"""
     attended: torch.Tensor = DroppedAttention.apply(*arguments)
     return attended.transpose(1, 2).contiguous()
@@ -86,12 +86,12 @@ class DroppedAttention(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         """[batch, heads, length, head_size] in the dtype of `query`, computed in fp32."""
-        is_kept, ctx.share_kept = kept((*query.shape[:3], key.shape[2]), dropout)
+        is_kept, ctx.share_kept = dropout_mask((*query.shape[:3], key.shape[2]), dropout)
         ctx.save_for_backward(query, key, value, mask, is_kept)
         ctx.scale = scale
         output = torch.empty_like(query)
         for row in range(len(query)):
-            shares = shares_of(query[row], key[row], mask, row, scale).mul_(is_kept[row])
+            shares = _shares_of(query[row], key[row], mask, row, scale).mul_(is_kept[row])
             output[row] = (shares @ value[row].float()).div_(ctx.share_kept)
         return output
 
@@ -101,7 +101,7 @@ class DroppedAttention(torch.autograd.Function):
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
         with torch.autocast("cpu", enabled=False):
             for row in range(len(query)):
-                shares = shares_of(query[row], key[row], mask, row, ctx.scale)
+                shares = _shares_of(query[row], key[row], mask, row, ctx.scale)
                 grad = grad_output[row].float().div(ctx.share_kept)
                 grads[2][row] = (shares * is_kept[row]).mT @ grad
                 grad_shares = (grad @ value[row].float().mT).mul_(is_kept[row])
@@ -112,7 +112,7 @@ class DroppedAttention(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def shares_of(
+def _shares_of(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, row: int, scale: float
 ) -> torch.Tensor:
     """What each query [heads, length, head_size] of a row of the batch gives to each key: fp32, adding up to 1."""
@@ -124,21 +124,21 @@ def shares_of(
 
 
 class Dropout(torch.nn.Dropout):
-    """torch's dropout with draws of `kept`: with torch's own it is a thirtieth of a training step of DistilGPT2."""
+    """torch's dropout with draws of `dropout_mask`: torch's own takes a thirtieth of a training step of DistilGPT2."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p in (0.0, 1.0):
             return F.dropout(input, self.p, self.training)
-        output: torch.Tensor = Dropped.apply(input, self.p)
+        output: torch.Tensor = _Dropped.apply(input, self.p)
         return output
 
 
-class Dropped(torch.autograd.Function):
+class _Dropped(torch.autograd.Function):
     """What dropout keeps of its input, over the share that it keeps; the backward pass is left a byte for each."""
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, dropout: float) -> torch.Tensor:
-        is_kept, ctx.share_kept = kept(tuple(input.shape), dropout)
+        is_kept, ctx.share_kept = dropout_mask(tuple(input.shape), dropout)
         ctx.save_for_backward(is_kept)
         return (input * is_kept).div_(ctx.share_kept)
 
@@ -148,7 +148,7 @@ class Dropped(torch.autograd.Function):
         return (grad_output * is_kept).div_(ctx.share_kept), None
 
 
-def kept(shape: tuple[int, ...], dropout: float) -> tuple[torch.Tensor, float]:
+def dropout_mask(shape: tuple[int, ...], dropout: float) -> tuple[torch.Tensor, float]:
     """What dropout keeps, bool of `shape`, and its expected share: 1 - dropout to 2^-16.
 
     Drawn as 16-bit numbers, four from each of torch's: in a sixth of the time of its own `bernoulli_`.

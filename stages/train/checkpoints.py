@@ -23,7 +23,7 @@ from stages.shell.cache import cache_directory
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest-{}.json"  # of each process that wrote
+_MANIFEST = "manifest-{}.json"  # of each process that wrote
 LIBRARIES = ("accelerate", "numpy", "peft", "torch", "transformers")
 
 
@@ -59,7 +59,7 @@ class Checkpoints:
     def newest(self) -> int | None:
         """The step of the newest checkpoint whose files are all as they were written; damaged ones are removed."""
         for step in reversed(self.steps()):
-            damage = damaged(self.path(step))
+            damage = find_damage(self.path(step))
             if damage is None:
                 return step
             log.warning("the checkpoint of step %d is damaged (%s) and left out", step, damage)
@@ -84,10 +84,10 @@ class Checkpoints:
         aside.mkdir(parents=True)
         try:
             yield aside
-            seal(aside / self.path(step).name, writer)
+            _seal(aside / self.path(step).name, writer)
             shutil.rmtree(self.path(step), ignore_errors=True)
             (aside / self.path(step).name).rename(self.path(step))
-            sync(self.directory)
+            _sync(self.directory)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         for old in self.steps()[: -self._keep]:
@@ -95,20 +95,20 @@ class Checkpoints:
                 shutil.rmtree(self.path(old))
 
 
-def seal(checkpoint: Path, writer: int) -> None:
+def _seal(checkpoint: Path, writer: int) -> None:
     """Write the hashes of a checkpoint's files beside them, and wait until all of it is on the disk."""
-    manifest = checkpoint / MANIFEST.format(writer)
+    manifest = checkpoint / _MANIFEST.format(writer)
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     hashes = {file.relative_to(checkpoint).as_posix(): sha256(file) for file in files}
     manifest.write_text(json.dumps(hashes), encoding="utf-8")
     for path in (*files, manifest, checkpoint):
-        sync(path)
+        _sync(path)
 
 
-def damaged(checkpoint: Path) -> str | None:
+def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None where nothing is."""
     try:
-        manifests = {checkpoint / MANIFEST.format(0), *checkpoint.glob(MANIFEST.format("*"))}
+        manifests = {checkpoint / _MANIFEST.format(0), *checkpoint.glob(_MANIFEST.format("*"))}
         hashes = {
             name: digest
             for manifest in manifests
@@ -120,7 +120,7 @@ def damaged(checkpoint: Path) -> str | None:
     return f"{', '.join(changed)} changed" if changed else None
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Wait until `path`, a file or the names in a directory, is on the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no directories

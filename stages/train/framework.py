@@ -16,7 +16,7 @@ DROPOUTS = {
 }
 ACTIVATION = {"gpt2": "activation_function", "bert": "hidden_act", "roberta": "hidden_act"}
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
-FIXED = {
+_FIXED = {
     "add_cross_attention": False,
     "is_decoder": False,
     "reorder_and_upcast_attn": False,
@@ -25,7 +25,7 @@ FIXED = {
     "tie_word_embeddings": True,
 }
 # Arguments of `trainer` that Keras honours; any other may have its default alone.
-KERAS_ARGUMENTS = {
+_KERAS_ARGUMENTS = {
     "adam_beta1",
     "adam_beta2",
     "adam_epsilon",
@@ -43,7 +43,7 @@ KERAS_ARGUMENTS = {
     "weight_decay",
 }
 # Values that are no defaults, and yet ask for what Keras does.
-KERAS_VALUES = {
+_KERAS_VALUES = {
     "logging_nan_inf_filter": (False,),
     "optim": ("adamw_torch", "adamw_torch_fused"),
     "save_strategy": ("no", "steps", "epoch"),
@@ -84,7 +84,7 @@ def keras_refusals(values: Mapping[str, Any]) -> Iterator[str]:
     if model is not None and "model_type" in model.config:
         yield from keras_model_refusals(model.config)
     for name, value in values.get("trainer", {}).items():
-        known = KERAS_VALUES.get(name, () if name in KERAS_ARGUMENTS else (default_of(name),))
+        known = _KERAS_VALUES.get(name, () if name in _KERAS_ARGUMENTS else (default_of(name),))
         if known and value not in known:
             fits = f"leave it at {' or '.join(map(str, known))}"
             yield f"trainer.{name}={value}: it does not do that: {fits}"
@@ -102,6 +102,6 @@ def keras_model_refusals(config: Mapping[str, Any]) -> Iterator[str]:
     activation = config.get(ACTIVATION[name], ACTIVATIONS[0])
     if activation not in ACTIVATIONS:
         yield f"model.config.{ACTIVATION[name]}={activation}: there are {', '.join(ACTIVATIONS)}"
-    for key, value in FIXED.items():
+    for key, value in _FIXED.items():
         if config.get(key, value) != value:
             yield f"model.config.{key}={config[key]}: it should be {value}"

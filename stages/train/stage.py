@@ -21,13 +21,13 @@ from stages.core.pins import pinned_origin
 from stages.core.source_code import hash_code
 from stages.launch.torchrun import run_in_processes
 from stages.model.hardware import Hardware
-from stages.model.schema import Adapter, Model, Objective, check_isolation, check_task
-from stages.model.trained import add_adapter, save_model, saved_files
+from stages.model.schema import Adapter, Model, ObjectiveConfig, check_isolation, check_task
 from stages.shell.interruption import signals_as_request
 from stages.tokens.vocabulary import Vocabulary
 from stages.train.batches import batches
 from stages.train.checkpoints import LIBRARIES, checkpoint_directory, fingerprint
 from stages.train.framework import Framework, keras_refusals
+from stages.train.saving import add_adapter, save_model, saved_files
 from stages.train.schema import CheckpointSettings, EarlyStopping
 from stages.train.trainer_arguments import problems
 
@@ -42,7 +42,7 @@ class TrainConfig:
     model: Model
     adapter: Adapter | None
     """Null: all weights are trained."""
-    objective: Objective
+    objective: ObjectiveConfig
     hardware: Hardware
     checkpoints: CheckpointSettings
     trainer: dict[str, Any]
@@ -81,7 +81,7 @@ class TrainConfig:
 
     @field_validator("objective")
     @classmethod
-    def _is_the_models(cls, objective: Objective, info: ValidationInfo) -> Objective:
+    def _is_the_models(cls, objective: ObjectiveConfig, info: ValidationInfo) -> ObjectiveConfig:
         model = info.data.get("model")
         if model is not None:
             check_task(model, objective.name)
@@ -91,7 +91,7 @@ class TrainConfig:
     @field_validator("trainer")
     @classmethod
     def _are_arguments(cls, trainer: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        found = [*problems(trainer), *sharding_problems(trainer, info.data.get("hardware"), info.data.get("adapter"))]
+        found = [*problems(trainer), *_sharding_problems(trainer, info.data.get("hardware"), info.data.get("adapter"))]
         evaluating, saving = trainer.get("eval_strategy", "no"), trainer.get("save_strategy", "no")
         if trainer.get("load_best_model_at_end") is True and (evaluating != saving or evaluating == "no"):
             found.append("trainer.load_best_model_at_end needs save_strategy and eval_strategy alike (epoch or steps)")
@@ -130,7 +130,7 @@ class TrainConfig:
         return framework
 
 
-def sharding_problems(trainer: dict[str, Any], hardware: Hardware | None, adapter: Adapter | None) -> Iterator[str]:
+def _sharding_problems(trainer: dict[str, Any], hardware: Hardware | None, adapter: Adapter | None) -> Iterator[str]:
     """Why a model cannot be sharded where trainer.fsdp asks for it."""
     if not trainer.get("fsdp") or hardware is None:
         return
@@ -148,7 +148,7 @@ def sharding_problems(trainer: dict[str, Any], hardware: Hardware | None, adapte
 def main(config: TrainConfig) -> None:
     check_out(config.out, saved_files(config.adapter))  # now rather than after hours
     check_out(config.report, ["stats.json"])
-    run_in_processes("train", train, config, named)
+    run_in_processes("train", train, config, _checkpoint_name)
 
 
 def train(config: TrainConfig) -> None:
@@ -157,7 +157,7 @@ def train(config: TrainConfig) -> None:
     from stages.model.objectives import make_objective
     from stages.model.processes import rank, wait_for_all
 
-    framework = framework_of(config)
+    framework = _framework_of(config)
     framework.prepare(config)
     prepare_torch(config.hardware)
     tokens, blocks = Path(config.tokens), Path(config.blocks)
@@ -173,7 +173,7 @@ def train(config: TrainConfig) -> None:
             f"block_size={config.block_size}: the blocks in {blocks} hold {training.block_size} tokens each"
         )
     log.info("%d blocks of %d tokens, %d per step", len(training), training.block_size, config.batch_size)
-    with checkpoints_of(config) as directory:
+    with _checkpoints_of(config) as directory:
         with signals_as_request() as request:
             model, state = framework.fit(config, model, objective, training, validation, directory, request)
         if not rank():
@@ -182,13 +182,13 @@ def train(config: TrainConfig) -> None:
     log.info("%d steps -> %s", state.global_step, config.out)
 
 
-def framework_of(config: TrainConfig) -> Any:
+def _framework_of(config: TrainConfig) -> Any:
     """The package that trains, the chosen one alone: another's libraries may not be there."""
     return importlib.import_module(f"stages.frameworks.{config.framework.name}")
 
 
 @contextlib.contextmanager
-def checkpoints_of(config: TrainConfig) -> Iterator[str]:
+def _checkpoints_of(config: TrainConfig) -> Iterator[str]:
     """The directory of the run's checkpoints: of all its processes, or with Ray, which puts them together, of this."""
     from stages.model.processes import of_the_first, rank
 
@@ -203,7 +203,7 @@ def checkpoints_of(config: TrainConfig) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def named(config: TrainConfig) -> Iterator[str]:
+def _checkpoint_name(config: TrainConfig) -> Iterator[str]:
     """A name for the run that none other has meanwhile, and by which it is found again."""
     with checkpoint_directory(name_of(config)) as place:
         yield place.name
@@ -220,7 +220,7 @@ def name_of(config: TrainConfig) -> str:
         for key in ("rendezvous", "started_by", "max_failures", "storage"):
             (started or {}).pop(key, None)
     values["processes"] = config.hardware.processes or world_size()  # where the config leaves it to the GPUs
-    values["libraries"] = versions(*framework_of(config).libraries(config))
+    values["libraries"] = versions(*_framework_of(config).libraries(config))
     # The blocks by the checksums beside them, which are verified when they are read.
     ledgers = [Path(config.tokens) / "stats.json", *sorted(Path(config.blocks).rglob("*.json"))]
     return fingerprint(values, ledgers, hash_code(f"train-{config.framework.name}"))
@@ -234,11 +234,11 @@ def write(config: TrainConfig, model: Any, state: "TrainerState", num_blocks: in
         save_model(model, config.adapter, config.model, directory)
         free_copy(Path(config.tokens) / "tokenizer", directory, leave=["config.json"])
     with staged(config.report, ["stats.json"]) as directory:
-        write_curves(state.log_history, directory)
+        _write_curves(state.log_history, directory)
         write_json(directory / "stats.json", ledger(config, state, num_blocks))
 
 
-def write_curves(history: list[dict[str, float]], directory: Path) -> None:
+def _write_curves(history: list[dict[str, float]], directory: Path) -> None:
     """Curves over steps of a log history as the Trainer keeps it, as `dvc plots` reads them, through DVCLive."""
     from dvclive import Live
 
@@ -262,5 +262,5 @@ def ledger(config: TrainConfig, state: "TrainerState", num_blocks: int) -> dict[
         "epochs": state.epoch,
         "best_step": state.best_global_step,
         "best_validation_loss": state.best_metric,
-        "versions": versions(*LIBRARIES, *framework_of(config).libraries(config)),
+        "versions": versions(*LIBRARIES, *_framework_of(config).libraries(config)),
     }

@@ -25,15 +25,15 @@ from stages.model.processes import largest, of_the_first, rank, wait_for_all, wo
 from stages.shell.interruption import Interrupted, Request
 from stages.shell.progress import Progress
 from stages.train.attention import use_fast_kernels
-from stages.train.checkpoints import Checkpoints, damaged
+from stages.train.checkpoints import Checkpoints, find_damage
 from stages.train.schema import CheckpointSettings
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 2**16  # keys
+_AT_ONCE = 2**16  # keys
 LOSS_FILE = "loss_since_log-{}.json"  # of each process
 
-Batch = dict[str, torch.Tensor]
+_Batch = dict[str, torch.Tensor]
 
 
 class EpochSampler(Sampler[int]):
@@ -57,12 +57,12 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 2**20 + self._epoch)
         keys = self._epoch * self._num_blocks + torch.randperm(self._num_blocks, generator=generator)
-        for some in torch.split(keys, AT_ONCE):  # as a list, all of many blocks would take five times their memory
+        for some in torch.split(keys, _AT_ONCE):  # as a list, all of many blocks would take five times their memory
             yield from some.tolist()
         yield from [~int(keys[0])] * self._fill
 
 
-class TrainingBlocks(Dataset[Batch]):
+class TrainingBlocks(Dataset[_Batch]):
     """Whole batches by EpochSampler's keys. Stateless: the epoch comes with the key, so it is right in any process."""
 
     def __init__(self, blocks: Blocks, objective: Objective, seed: int) -> None:
@@ -71,7 +71,7 @@ class TrainingBlocks(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def __getitems__(self, keys: list[int]) -> Batch:
+    def __getitems__(self, keys: list[int]) -> _Batch:
         real = [max(key, ~key) for key in keys]
         epoch = real[0] // len(self)  # a batch never spans epochs
         indices = [key % len(self) for key in real]
@@ -80,7 +80,7 @@ class TrainingBlocks(Dataset[Batch]):
         return batch
 
 
-def identity(batch: Batch) -> Batch:
+def _identity(batch: _Batch) -> _Batch:
     return batch
 
 
@@ -117,7 +117,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
             args=arguments,
             train_dataset=TrainingBlocks(train, objective, arguments.seed),
             eval_dataset=validation,
-            data_collator=identity,
+            data_collator=_identity,
             compute_loss_func=loss,
             callbacks=callbacks,
         )
@@ -152,7 +152,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
             self.train()
             return
         log.info("resuming from step %d", step)
-        self.add_callback(Restoring(self, step))
+        self.add_callback(_Restoring(self, step))
         self.train(resume_from_checkpoint=str(self._checkpoints.path(step)))
 
     def _to_go_on_from(self) -> int | None:
@@ -162,7 +162,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
             return None
         state = json.loads((self._checkpoints.path(step) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         best = state["best_global_step"]
-        damage = damaged(self._checkpoints.path(best)) if self.args.load_best_model_at_end and best else None
+        damage = find_damage(self._checkpoints.path(best)) if self.args.load_best_model_at_end and best else None
         if damage is not None:
             log.warning("the checkpoint of the best step, %d, is damaged (%s): training starts anew", best, damage)
             self._checkpoints.clear()  # those of the run before would be newer than the next ones
@@ -250,7 +250,7 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         self._progress.close()
 
 
-class Restoring(TrainerCallback):  # type: ignore[misc]
+class _Restoring(TrainerCallback):  # type: ignore[misc]
     """Completes the resumption from a checkpoint once the Trainer has done its part."""
 
     def __init__(self, trainer: BlockTrainer, step: int) -> None:

@@ -10,12 +10,12 @@ import transformers
 
 from stages.core.artifacts import Documents, read_json
 from stages.core.errors import ConfigError, StageError
+from stages.evaluate.loading import load_trained
 from stages.evaluate.samples import make_samples
 from stages.evaluate.schema import Samples
 from stages.figures.metrics import document_metrics
 from stages.figures.schema import Evaluate
 from stages.model.objectives import make_objective
-from stages.model.trained import load_trained
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 
 TASKS = ("causal", "mlm")
@@ -26,7 +26,7 @@ PERPLEXITY = {"causal": "perplexity", "mlm": "masked_perplexity"}
 
 
 def metrics_of(root, task):
-    return read_json(root / "metrics.json")[task]
+    return read_json(root / "evaluation/metrics.json")[task]
 
 
 # -- baseline ----------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def test_evaluate_after_training_is_better_than_before(trained, task):
 @pytest.mark.parametrize("task", TASKS)
 def test_evaluate_run_twice_gives_the_same_bytes(trained, run_toy, tmp_path, task):
     root = trained[task]
-    again = [f"out={tmp_path}/metrics.json", f"samples_out={tmp_path}/samples.md"]
+    again = [f"out={tmp_path}/metrics.json", f"samples_out={tmp_path}/samples.md", f"report={tmp_path}/evaluation"]
     run_toy("evaluate", task, root, *again)
     assert (tmp_path / "metrics.json").read_bytes() == (root / "metrics.json").read_bytes()
     assert (tmp_path / "samples.md").read_bytes() == (root / "samples.md").read_bytes()
@@ -98,7 +98,12 @@ def test_evaluate_run_twice_gives_the_same_bytes(trained, run_toy, tmp_path, tas
 def test_evaluate_on_blocks_of_another_size_gives_the_same_document_metric_to_all_digits(
     trained, corpus, run_toy, tmp_path, task
 ):
-    more = [f"blocks={corpus}/blocks-8/{task}", f"out={tmp_path}/metrics.json", f"samples_out={tmp_path}/samples.md"]
+    more = [
+        f"blocks={corpus}/blocks-8/{task}",
+        f"out={tmp_path}/metrics.json",
+        f"samples_out={tmp_path}/samples.md",
+        f"report={tmp_path}/evaluation",
+    ]
     run_toy("evaluate", task, trained[task], *more)
     at_16, at_8 = metrics_of(trained[task], task), metrics_of(tmp_path, task)
     for split in SPLITS:
@@ -114,6 +119,7 @@ def test_evaluate_at_another_batch_size_gives_equal_figures(trained, run_toy, tm
         f"hardware.evaluate_batch_tokens={batch_tokens}",
         f"out={tmp_path}/metrics.json",
         f"samples_out={tmp_path}/samples.md",
+        f"report={tmp_path}/evaluation",
     ]
     run_toy("evaluate", task, trained[task], *more)
     for split in SPLITS:
@@ -140,7 +146,12 @@ def test_evaluate_with_max_documents_counts_those_alone(trained, run_toy, tmp_pa
 
 
 def test_evaluate_with_a_context_above_block_size_warns(trained, corpus, run_toy, tmp_path, caplog):
-    more = [f"blocks={corpus}/blocks-8/causal", f"out={tmp_path}/metrics.json", f"samples_out={tmp_path}/samples.md"]
+    more = [
+        f"blocks={corpus}/blocks-8/causal",
+        f"out={tmp_path}/metrics.json",
+        f"samples_out={tmp_path}/samples.md",
+        f"report={tmp_path}/evaluation",
+    ]
     with caplog.at_level("WARNING", logger="stages.evaluate.stage"):
         run_toy("evaluate", "causal", trained["causal"], *more)
     assert "evaluate.context=16 is above block_size=8" in caplog.text
@@ -157,8 +168,16 @@ def test_evaluate_of_damaged_weights_is_an_error_that_names_the_directory(traine
 
 
 def test_metrics_file_is_json_that_reads_well(trained):
-    text = (trained["causal"] / "metrics.json").read_text()
-    assert text == json.dumps(json.loads(text), indent=2) + "\n"
+    for name in ("metrics.json", "evaluation/metrics.json"):
+        text = (trained["causal"] / name).read_text()
+        assert text == json.dumps(json.loads(text), indent=2) + "\n"
+
+
+@pytest.mark.parametrize(("task", "short"), [("causal", "bpb"), ("mlm", "pseudo_bpb")])
+def test_metrics_file_holds_the_headline_metrics_of_the_report_under_the_tasks_name(trained, task, short):
+    report = metrics_of(trained[task], task)
+    headline = {"val": {short: report["validation"][METRIC[task]]}, "test": {short: report["test"][METRIC[task]]}}
+    assert read_json(trained[task] / "metrics.json") == {task: headline}
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------
@@ -234,6 +253,11 @@ def test_evaluate_config_of_a_masked_prompt_without_exactly_one_mask_is_an_error
 
 
 def test_evaluate_of_a_context_above_the_models_positions_is_an_error(trained, run_toy, tmp_path):
-    more = ["evaluate.context=4096", f"out={tmp_path}/metrics.json", f"samples_out={tmp_path}/samples.md"]
+    more = [
+        "evaluate.context=4096",
+        f"out={tmp_path}/metrics.json",
+        f"samples_out={tmp_path}/samples.md",
+        f"report={tmp_path}/evaluation",
+    ]
     with pytest.raises(StageError, match=r"evaluate\.context=4096 is above the model's positions, 64"):
         run_toy("evaluate", "causal", trained["causal"], *more)

@@ -62,9 +62,11 @@ def test_training_in_two_processes_has_the_losses_of_one(run_toy, corpus, cache,
 
 @pytest.mark.parametrize("task", [pytest.param("causal", marks=pytest.mark.slow), "mlm"])
 def test_evaluate_in_two_processes_writes_the_metrics_of_one(run_toy, one, tmp_path, task):
-    outs = [f"out={tmp_path}/metrics.json", f"samples_out={tmp_path}/samples.md"]
+    outs = [f"out={tmp_path}/metrics.json", f"samples_out={tmp_path}/samples.md", f"report={tmp_path}/evaluation"]
     run_toy("evaluate", task, one[task], TWO, *outs)
-    found, expected = (json.loads((root / "metrics.json").read_text())[task] for root in (tmp_path, one[task]))
+    found, expected = (
+        json.loads((root / "evaluation/metrics.json").read_text())[task] for root in (tmp_path, one[task])
+    )
     assert found.keys() == expected.keys()
     for split, figures in expected.items():
         assert found[split] == pytest.approx(figures, rel=1e-6)

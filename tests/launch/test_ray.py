@@ -188,12 +188,14 @@ def test_a_stages_own_error_on_a_cluster_is_shown_and_not_tried_again(
 def test_evaluate_on_a_cluster_writes_the_metrics_of_one_process(
     cluster: Cluster, overrides, trained, tmp_path: Path
 ) -> None:
-    outs = [f"out={tmp_path}/metrics.json", f"samples_out={tmp_path}/samples.md"]
+    outs = [f"out={tmp_path}/metrics.json", f"samples_out={tmp_path}/samples.md", f"report={tmp_path}/evaluation"]
     code, printed = cluster.run(
         "-m", "stages.evaluate", *overrides("evaluate", "causal", trained["causal"], *ON_RAY, *outs)
     )
     assert code == 0, printed
-    found, expected = (json.loads((root / "metrics.json").read_text()) for root in (tmp_path, trained["causal"]))
+    found, expected = (
+        json.loads((root / "evaluation/metrics.json").read_text()) for root in (tmp_path, trained["causal"])
+    )
     for split, figures in expected["causal"].items():
         assert found["causal"][split] == pytest.approx(figures, rel=1e-6)
 

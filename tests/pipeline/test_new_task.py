@@ -27,8 +27,8 @@ def test_task_of_ones_own_runs_and_every_tool_knows_it(clean: Path) -> None:
     run(clean, "python", "-m", "tools.document")
     assert "packed" in (clean / "docs/configuration.md").read_text(encoding="utf-8")
     run(clean, "python", "-m", "tools.report")
-    page = (clean / "reports/index.html").read_text(encoding="utf-8")
-    assert "packed.validation.bits_per_byte" in page and "causal.validation.bits_per_byte" in page
+    page = (clean / "reports/report.html").read_text(encoding="utf-8")
+    assert "packed, validation: bits_per_byte" in page and "causal, validation: bits_per_byte" in page
     said = run(clean, "python", "-m", "tools.publish", "packed", "--dry-run", check=False)
     assert "conf/publish.yaml" in said and "packed" in said and "Traceback" not in said
     run(clean, "git", "reset", "-q", "--hard", "HEAD~1")

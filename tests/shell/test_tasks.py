@@ -5,16 +5,16 @@ import sys
 import pytest
 
 from stages.core.errors import StageError
-from stages.shell.tasks import are_spread, each
+from stages.shell.tasks import are_spread, run_pieces
 
 
 def test_each_gives_the_results_in_order() -> None:
-    assert list(each(str, [3, 1, 2])) == ["3", "1", "2"]
+    assert list(run_pieces(str, [3, 1, 2])) == ["3", "1", "2"]
 
 
 def test_each_raises_what_a_piece_raises() -> None:
     with pytest.raises(ZeroDivisionError):
-        list(each(lambda number: 1 // number, [1, 0]))
+        list(run_pieces(lambda number: 1 // number, [1, 0]))
 
 
 @pytest.mark.parametrize(("place", "spread"), [("", False), ("ray", True)])
@@ -35,4 +35,4 @@ def test_pieces_on_ray_without_it_are_an_error_that_says_how_to_install_it(monke
     monkeypatch.setenv("LM_REPRO_PREPROCESSING", "ray")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(StageError, match="Ray is not installed: `make ray`"):
-        list(each(str, [1]))
+        list(run_pieces(str, [1]))

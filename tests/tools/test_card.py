@@ -5,6 +5,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +14,8 @@ from hub_cases import TOKEN
 from huggingface_hub import ModelCard
 from upload_hub import metadata_problems
 
-from tools.card import MEANING, make_card, meaning, public
+from stages.core.config import flat
+from tools.card import MEANING, RecordedRun, locked_params, make_card, meaning, public, reproduction
 from tools.publish import public_remote, recorded_run
 
 NAME = "someone/some-model"
@@ -47,9 +49,13 @@ def test_card_holds_every_figure_parameter_sample_and_sum(inside: Path, task: st
         assert f"| {key} | {shown} | " in text
     assert (inside / f"reports/samples/{task}.md").read_text().partition("\n")[2].strip() in text
     locked = yaml.safe_load((inside / "dvc.lock").read_text())["stages"]
-    for name, stage in locked.items():
-        for item in [*stage["deps"], *stage["outs"]] if name.partition("@")[2] in ("", task) else []:
-            assert f"{item['md5']:36}  {item['path']}\n" in text
+    used = {}
+    for stage in (stage for name, stage in locked.items() if name.partition("@")[2] in ("", task)):
+        for item in [*stage["deps"], *stage["outs"]]:
+            assert text.count(f"\n{item['md5']:36}  {item['path']}\n") == 1
+        used |= stage.get("params", {}).get("params.yaml", {})
+    shown = re.search(r"`params\.yaml`\n\n```yaml\n(.*?)```", text, flags=re.DOTALL)
+    assert shown is not None and dict(flat(yaml.safe_load(shown[1]))) == used
     assert "num_train_epochs: 0.05" in text and "weight_decay: 0.01" in text and "max_records: 80" in text
     assert {"causal", "mlm"} - {task} <= set(TASKS) and f"  {({*TASKS} - {task}).pop()}:\n" not in text
     assert f"torch {json.loads(Path(f'reports/train/{task}/stats.json').read_text())['versions']['torch']}" in text
@@ -107,6 +113,48 @@ def test_card_local_paths_are_not_in_the_card() -> None:
         "path": ".../b",
         "model": {"path": "owner/name"},
     }
+
+
+def test_card_credentials_in_addresses_are_not_in_the_card() -> None:
+    values = {"ray": {"storage": f"s3://me:{TOKEN}@bucket/a"}, "started_by": ["run", f"--to=https://me:{TOKEN}@host"]}
+    assert public(values) == {
+        "ray": {"storage": "s3://me:***@bucket/a"},
+        "started_by": ["run", "--to=https://me:***@host"],
+    }
+
+
+def run_of(task: str, params: dict[str, Any]) -> RecordedRun:
+    return RecordedRun(task, "0" * 40, None, {f"train@{task}": {"params": params}}, text_in_git=True, dvc_remote=False)
+
+
+def test_card_dotted_keys_of_the_lock_are_nested_and_sections_keep_their_keys() -> None:
+    found = run_of(
+        "prefix",
+        {
+            "params.yaml": {"data.name": "sample", "tasks.prefix.model": "tiny", "tasks.prefix.batch_size": 4},
+            "conf/task/prefix.yaml": {"objective.name": "mlm", "filter": {"a.b": 1}},
+        },
+    )
+    found.stages["evaluate@prefix"] = {"params": {"conf/task/prefix.yaml": {"objective": {"mlm_probability": 0.1}}}}
+    assert locked_params(found) == {
+        "params.yaml": {"data": {"name": "sample"}, "tasks": {"prefix": {"model": "tiny", "batch_size": 4}}},
+        "conf/task/prefix.yaml": {"objective": {"name": "mlm", "mlm_probability": 0.1}, "filter": {"a.b": 1}},
+    }
+    assert found.objective == "mlm"
+    assert found.stages["evaluate@prefix"]["params"]["conf/task/prefix.yaml"]["objective"] == {"mlm_probability": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("framework", "ray", "targets"),
+    [("trainer", None, "env"), ("keras", None, "env keras"), ("trainer", {"workers": 2}, "env ray")],
+)
+def test_card_says_what_to_install(framework: str, ray: dict[str, int] | None, targets: str) -> None:
+    hardware = {"device": "cpu"} if ray is None else {"device": "cpu", "ray": ray}
+    params = {
+        "params.yaml": {"framework": framework, "hardware": "mine"},
+        "conf/hardware/mine.yaml": {"hardware": hardware},
+    }
+    assert f"$ make {targets} && source" in reproduction(run_of("prefix", params), {"files": "a.txt"})
 
 
 @pytest.mark.parametrize(

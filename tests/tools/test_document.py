@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from stages.core.config import CONF
-from stages.shell.keys import describe
+from stages.core.config import CONF, MISSING
+from stages.shell.keys import describe_type
 from tools import document
 
 FILES = sorted(file.relative_to(CONF).as_posix() for file in CONF.glob("*/*.yaml"))
@@ -59,7 +59,7 @@ def test_document_names_every_key_of_a_conf_file(file: str) -> None:
     ],
 )
 def test_describe_says_type_and_range_in_words(schema, words) -> None:
-    assert describe(schema) == words
+    assert describe_type(schema) == words
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_describe_says_type_and_range_in_words(schema, words) -> None:
     [
         ({"cpu": 2, "gpu": 2}, "`2`"),
         ({"cpu": 2, "gpu": 8}, "`2`: cpu<br>`8`: gpu"),
-        ({"cpu": document.ABSENT, "gpu": True}, "`true`: gpu"),
-        ({"cpu": document.ABSENT}, ""),
+        ({"cpu": MISSING, "gpu": True}, "`true`: gpu"),
+        ({"cpu": MISSING}, ""),
         ({str(number): number for number in range(5)}, "[each its own](../conf/hardware)"),
     ],
 )

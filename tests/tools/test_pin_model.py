@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import yaml
 from data_helpers import CAUSAL_TOKENS, MLM_TOKENS, hashes, write_bpe
-from omegaconf import OmegaConf
 
-from stages.core.config import CONF, load
+from stages.core.config import CONF, validate
 from stages.hub.files import pinned_files, weights_files
 from stages.model.schema import Model
 from stages.tokens.schema import ModelTokenizer
@@ -58,9 +57,9 @@ def config_of(name: str) -> Any:
 
 def model_of(name: str) -> Model:
     """The configuration, taken by both schemas that read it."""
-    composed = OmegaConf.create({"model": config_of(name)})
-    assert load(ModelTokenizer, composed.model, "tokenize").tokenizer.path is not None
-    return load(Model, composed.model, "train")
+    values = config_of(name)
+    assert validate(ModelTokenizer, values, "tokenize").tokenizer.path is not None
+    return validate(Model, values, "train")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """tools.publish: what it refuses, the card that it writes, and what arrives at a Hub on the loopback."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from data_helpers import contents
 from dvc_project import edit, run
 from hub_cases import TOKEN
@@ -98,10 +100,20 @@ def test_publish_changed_parameter_is_refused(inside: Path, key: str, value: flo
     ("text", "task", "message"),
     [
         ("causal: {repository: null}", "casual", "casual is no task of params.yaml: did you mean causal?"),
-        ("mlm: {repository: null}", "causal", "conf/publish.yaml has no section causal: add one with repository,"),
+        ("causal: {repository: null}", "prefix", "prefix is no task of params.yaml: there are causal, mlm"),
+        (
+            "mlm: {repository: null}",
+            "causal",
+            "no section causal: add `causal:` with the keys repository, license, language, private",
+        ),
         ("causal: 3", "causal", "conf/publish.yaml has no section causal"),
         ("causal: {repository: x}", "causal", "conf/publish.yaml: causal.license is missing"),
-        ("causal: {repository: '${oc.env:HF_TOKEN}'}", "causal", "interpolations are not resolved"),
+        (
+            "causal: {repository: '${oc.env:HF_TOKEN}'}",
+            "causal",
+            "causal.repository=${oc.env:HF_TOKEN}: ",
+        ),
+        ("causal: {language: [en, '${oc.env:HF_TOKEN}']}", "causal", "causal.language=${oc.env:HF_TOKEN}: "),
         ("causal: {repository: &a x, license: *a}", "causal", "aliases (*name) and tags (!name) cannot be used"),
     ],
 )
@@ -138,7 +150,7 @@ def test_publish_lock_that_is_cut_short_or_gone_is_refused(inside: Path, size: i
 
 
 def test_publish_what_made_nothing_may_change(inside: Path) -> None:
-    for file in ("conf/publish.yaml", "README.md", "stages/README"):
+    for file in ("conf/publish.yaml", "README.md", "docs/new.md"):
         (inside / file).touch()
         append(inside / file, "# x\n")
     edit(inside / "conf/task/mlm.yaml", trainer__weight_decay=0.5)
@@ -170,12 +182,12 @@ def test_publish_pickled_weights_are_never_uploaded(inside: Path) -> None:
         ("causal__repository", "name", 'causal.repository="name": '),
         ("causal__license", "Apache 2.0", 'causal.license="Apache 2.0": '),
         ("causal__licence", "mit", "causal.licence is not a key that conf/publish.yaml knows"),
-        ("mlm__private", "no", "mlm.private"),
+        ("mlm__private", "no", 'conf/publish.yaml: mlm.private="no": '),
     ],
 )
 def test_publish_wrong_configuration_is_named(clean: Path, tmp_path: Path, key: str, value: Any, message: str) -> None:
     edit(clean / "conf/publish.yaml", **{key: value})
-    said = publish(clean, tmp_path, "http://127.0.0.1:9", "causal")
+    said = publish(clean, tmp_path, "http://127.0.0.1:9", key.partition("__")[0])
     assert said.startswith("exit 1") and message in said
 
 
@@ -191,6 +203,29 @@ def test_publish_dry_run_writes_the_card_and_asks_no_hub(clean: Path, tmp_path: 
     written = (tmp_path / "card.md").read_text()
     assert written == (clean / "reports/cards/mlm.md").read_text()
     assert ModelCard(written).data.license is None and TOKEN not in written + said
+
+
+def test_publish_task_of_ones_own_has_a_card_of_its_objective(clean: Path, tmp_path: Path) -> None:
+    for file, name in (("params.yaml", "tasks"), ("conf/publish.yaml", None)):
+        values = yaml.safe_load((clean / file).read_text())
+        sections = values[name] if name else values
+        sections["prefix"] = dict(sections["mlm"])
+        (clean / file).write_text(yaml.safe_dump(values, sort_keys=False))
+    edit(clean / "conf/publish.yaml", prefix__repository=NAME)
+    shutil.copy(clean / "conf/task/mlm.yaml", clean / "conf/task/prefix.yaml")
+    run(clean, "dvc", "repro", "evaluate@prefix")
+    run(clean, "git", "add", "-A")
+    run(clean, "git", "commit", "-qm", "a task")
+    try:
+        said = publish(clean, tmp_path, "http://127.0.0.1:9", "prefix", "--dry-run")
+        assert said.startswith("exit 0: reports/cards/prefix.md: the card")
+        card = ModelCard((clean / "reports/cards/prefix.md").read_text())
+        assert (card.data.pipeline_tag, card.data.model_name) == ("fill-mask", "some-model")
+        assert {"pseudo_bits_per_byte", "masked_loss"} <= {result.metric_type for result in card.data.eval_results}
+        assert "dvc repro evaluate@prefix" in card.text and "  prefix:\n" in card.text
+        assert "conf/task/mlm.yaml" not in card.text and "data/tokens/mlm" not in card.text
+    finally:
+        run(clean, "git", "reset", "-q", "--hard", "HEAD~1")
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from dvc_project import ROOT, environment, run
-from report_cases import HOSTILE, read, runs, shown
+from report_cases import HOSTILE, figures, read, runs, shown
 
-from tools.report_data import alike, curve, curve_file, flow, read_runs
+from tools.report_data import Run, alike, curve, curve_file, flow, read_runs
 from tools.report_page import bars_of, chosen_metrics, curves_of, metric_columns, render, samples_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -62,35 +62,64 @@ def test_runs_with_metrics_that_cannot_be_read_have_none_and_no_error() -> None:
     assert (found.metrics, found.state) == ({}, "no metrics")
 
 
-def test_runs_without_the_full_metrics_have_the_headline_metrics_under_their_full_names() -> None:
-    def read_none(rev: str, paths: list[str]) -> Iterator[str | None]:
-        yield from (None for _ in paths)
+def read_none(rev: str, paths: list[str]) -> Iterator[str | None]:
+    """In no cache."""
+    yield from (None for _ in paths)
 
-    found = next(run for run in read_runs(shown(), read_none) if run.name == "wide")
-    assert found.metrics["causal.validation.bits_per_byte"] == 2.25
-    assert "causal.validation.loss" not in found.metrics
-    assert next(run for run in runs() if run.name == "wide").metrics["causal.validation.loss"] == 4.5
+
+def run_named(name: str, found: list[Run]) -> Run:
+    return next(run for run in found if run.name == name)
+
+
+def test_runs_without_the_full_metrics_have_the_headline_metrics_under_their_full_names() -> None:
+    found = read_runs(shown(), read_none)
+    wide = run_named("wide", found)
+    assert wide.metrics["causal.validation.bits_per_byte"] == 2.25
+    assert "causal.validation.loss" not in wide.metrics and "reports/evaluate/causal" in wide.missing
+    assert run_named("wide", runs()).metrics["causal.validation.loss"] == 4.5
+    assert bars_of("causal.validation.bits_per_byte", found).spec["data"][0]["x"] == [2.5, 2.5, 2.25, 2.75]
+    assert "reports/evaluate/causal" in render(found)
 
 
 def test_runs_of_an_earlier_version_have_the_metrics_of_its_files() -> None:
     revisions = shown()
     old = {"causal": {"validation": {"bits_per_byte": 9.5}, "test": {"bits_per_byte": 9.75}}}
     revisions[1]["data"]["metrics"] = {"metrics/causal.json": {"data": old}}
-    found = next(
-        run for run in read_runs(revisions, lambda rev, paths: iter([None] * len(paths))) if run.name == "main"
-    )
+    found = run_named("main", read_runs(revisions, read_none))
     assert found.metrics == {"causal.validation.bits_per_byte": 9.5, "causal.test.bits_per_byte": 9.75}
+    assert "reports/evaluate/causal" not in found.missing
 
 
-def test_runs_of_two_tasks_of_one_objective_have_the_metrics_of_both() -> None:
+def test_runs_whose_full_metrics_are_of_another_commit_have_the_headline_metrics() -> None:
     revisions = shown()
-    packed = {"packed": {"val": {"bpb": 1.5}, "test": {"bpb": 1.75}}}
-    revisions[1]["data"]["metrics"]["metrics/packed.json"] = {"data": packed}
-    found = read_runs(revisions, read)
-    main = next(run for run in found if run.name == "main")
-    assert (main.metrics["packed.test.bits_per_byte"], main.metrics["causal.test.bits_per_byte"]) == (1.75, 2.6)
+    revisions[0]["data"]["metrics"]["metrics/causal.json"]["data"]["causal"]["val"]["bpb"] = 1.5
+    metrics = read_runs(revisions, read)[0].metrics
+    assert metrics["causal.validation.bits_per_byte"] == 1.5 and "causal.validation.loss" not in metrics
+    assert metrics["mlm.validation.loss"] == 6.4
+
+
+def test_report_of_three_tasks_shows_both_that_share_an_objective() -> None:
+    def read_packed(rev: str, paths: list[str]) -> Iterator[str | None]:
+        texts = read(rev, [path.replace("packed", "causal") for path in paths])
+        for path, text in zip(paths, texts, strict=True):
+            yield text.replace('"causal"', '"packed"') if text and "packed" in path else text
+
+    revisions = shown()
+    headlines = figures("causal", 2.5)["metrics/causal.json"]["data"]["causal"]
+    revisions[1]["data"]["metrics"]["metrics/packed.json"] = {"data": {"packed": headlines}}
+    found = read_runs(revisions, read_packed)
+    main = run_named("main", found)
+    assert main.metrics["packed.validation.loss"] == main.metrics["causal.validation.loss"] == 5.0
+    assert run_named("wide", found).missing == []  # has no such task
+    assert chosen_metrics(metric_columns(found)) == [
+        "causal.validation.bits_per_byte",
+        "mlm.validation.pseudo_bits_per_byte",
+        "packed.validation.bits_per_byte",
+    ]
+    assert [names(members) for column in flow("packed", found) for members, _ in column] == [["main"]] * 4
     page = render(found)
-    assert "packed" in page
+    assert [page.count(f"<h3>{task}</h3>") for task in ("causal", "mlm", "packed")] == [3] * 3  # loss, samples, data
+    assert "packed, validation: bits_per_byte" in page
 
 
 def test_runs_name_the_outs_that_are_in_no_cache() -> None:

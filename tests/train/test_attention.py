@@ -8,7 +8,7 @@ from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stages.train import attention
-from stages.train.attention import Dropout, DroppedAttention, attend, kept, use_fast_kernels
+from stages.train.attention import Dropout, DroppedAttention, attend, dropout_mask, use_fast_kernels
 
 BATCH, HEADS, LENGTH, SIZE = 3, 4, 7, 8
 CAUSAL_MASK = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
@@ -42,7 +42,7 @@ def with_gradients(function, tensors):
 def test_dropped_attention_has_the_value_and_gradients_of_its_definition(mask):
     def defined(query, key, value):
         torch.manual_seed(5)
-        keep, share = kept((BATCH, HEADS, LENGTH, LENGTH), 0.3)
+        keep, share = dropout_mask((BATCH, HEADS, LENGTH, LENGTH), 0.3)
         scores = query @ key.mT * 0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
@@ -62,7 +62,7 @@ def test_dropped_attention_has_the_value_and_gradients_of_its_definition(mask):
 def test_attend_whose_dropout_keeps_all_is_torchs_own(monkeypatch, mask, key_heads, causal):
     module = torch.nn.Module()
     module.is_causal, module.num_key_value_groups = causal, HEADS // key_heads
-    monkeypatch.setattr(attention, "kept", lambda shape, dropout: (torch.ones(shape, dtype=torch.bool), 1.0))
+    monkeypatch.setattr(attention, "dropout_mask", lambda shape, dropout: (torch.ones(shape, dtype=torch.bool), 1.0))
 
     def ours(*tensors):
         return attend(module, *tensors, mask, dropout=0.1)[0]
@@ -93,9 +93,9 @@ def test_attend_under_bf16_autocast_is_that_of_fp32_to_the_precision_of_its_inpu
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
-def test_kept_is_as_often_as_it_says_and_independent_between_neighbours(dropout):
+def test_dropout_mask_is_as_often_as_it_says_and_independent_between_neighbours(dropout):
     torch.manual_seed(0)
-    keep, share = kept((1000, 1000), dropout)
+    keep, share = dropout_mask((1000, 1000), dropout)
     assert share == pytest.approx(1.0 - dropout, abs=2**-16)
     assert keep.float().mean().item() == pytest.approx(share, abs=0.002)
     flat = keep.flatten().float()
@@ -104,11 +104,11 @@ def test_kept_is_as_often_as_it_says_and_independent_between_neighbours(dropout)
         assert both == pytest.approx(share**2, abs=0.002)
 
 
-def test_kept_follows_the_seed_and_differs_from_call_to_call():
+def test_dropout_mask_follows_the_seed_and_differs_from_call_to_call():
     torch.manual_seed(3)
-    first, second = kept((11,), 0.5)[0], kept((11,), 0.5)[0]
+    first, second = dropout_mask((11,), 0.5)[0], dropout_mask((11,), 0.5)[0]
     torch.manual_seed(3)
-    assert torch.equal(kept((11,), 0.5)[0], first)
+    assert torch.equal(dropout_mask((11,), 0.5)[0], first)
     assert not torch.equal(first, second)
 
 
@@ -142,7 +142,7 @@ def test_use_fast_kernels_for_another_device_leaves_its_attention(device):
 def test_dropout_has_the_value_and_gradient_of_its_definition(dtype):
     def defined(tensor):
         torch.manual_seed(5)
-        keep, share = kept(tuple(tensor.shape), 0.3)
+        keep, share = dropout_mask(tuple(tensor.shape), 0.3)
         return torch.where(keep, tensor / share, 0.0)
 
     def ours(tensor):

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from stages.shell.interruption import Interrupted
 from stages.train import checkpoints
-from stages.train.checkpoints import Checkpoints, damaged
+from stages.train.checkpoints import Checkpoints, find_damage
 from stages.train.stage import name_of
 from stages.train.training import BlockTrainer
 
@@ -284,9 +284,9 @@ def test_checkpoint_whose_writing_fails_is_not_there(tmp_path):
 def test_checkpoint_with_a_file_too_many_or_a_changed_one_is_damaged(tmp_path):
     found = Checkpoints(tmp_path / "run", keep=2)
     write_checkpoint(found, 1)
-    assert damaged(found.path(1)) is None
+    assert find_damage(found.path(1)) is None
     (found.path(1) / "deep/file").write_text("2")
-    assert damaged(found.path(1)) == "deep/file changed"
+    assert find_damage(found.path(1)) == "deep/file changed"
 
 
 def test_checkpoint_directory_in_use_is_left_to_its_user(cache):

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from stages.core.artifacts import Blocks
 from stages.core.errors import ConfigError, StageError
+from stages.evaluate.loading import load_trained
 from stages.model.block_loss import block_loss
 from stages.model.hardware import Hardware
 from stages.model.objectives import make_objective
-from stages.model.trained import load_trained
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 from stages.train.stage import batches
 

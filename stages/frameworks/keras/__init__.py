@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core.artifacts import Blocks
 from stages.core.errors import StageError
-from stages.model.environment import forget
+from stages.model.environment import drop_environment_variables
 from stages.shell.cache import cache_directory
 from stages.shell.interruption import Request
 from stages.tokens.vocabulary import Vocabulary
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stages.train.stage import TrainConfig
 
 # Keras and what it computes with take settings from these, where DVC cannot see them.
-SETTINGS_OF_OTHERS = (
+_SETTINGS_OF_OTHERS = (
     *("JAX_", "KERAS_", "NPROC", "PJRT_", "XLA_"),
     *("TF_DETERMINISTIC", "TF_ENABLE_", "TF_NUM_", "TF_XLA_"),
 )
@@ -41,7 +41,7 @@ def prepare(config: "TrainConfig") -> None:
         "PJRT_NPROC": str(config.hardware.num_threads),  # the same, and read before
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    forget(SETTINGS_OF_OTHERS, ours)
+    drop_environment_variables(_SETTINGS_OF_OTHERS, ours)
     os.environ.update(ours)
     import transformers.trainer  # noqa: F401  triton's LLVM, loaded behind TensorFlow's, ends the process
 

@@ -17,23 +17,23 @@ from keras import layers, ops
 from stages.core.errors import StageError
 from stages.train.framework import ACTIVATION, DROPOUTS, keras_model_refusals
 
-tanh_gelu = functools.partial(keras.activations.gelu, approximate=True)
-ACTIVATIONS: dict[str, Callable[[Any], Any]] = {  # those of framework_config
+_tanh_gelu = functools.partial(keras.activations.gelu, approximate=True)
+_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {  # those of framework_config
     "gelu": functools.partial(keras.activations.gelu, approximate=False),
-    "gelu_new": tanh_gelu,
-    "gelu_pytorch_tanh": tanh_gelu,
+    "gelu_new": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
     "relu": keras.activations.relu,
     "silu": keras.activations.silu,
     "swish": keras.activations.silu,
 }
 
 
-class BlockModel(keras.Model):  # type: ignore[misc]
+class _BlockModel(keras.Model):  # type: ignore[misc]
     """A functional model whose logs hold the loss of the step alone: Keras's own `loss` is the mean of the epoch."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.step_loss = StepLoss(name="step_loss")
+        self.step_loss = _StepLoss(name="step_loss")
 
     def compute_loss(self, *arguments: Any, **named: Any) -> Any:
         loss = super().compute_loss(*arguments, **named)
@@ -41,7 +41,7 @@ class BlockModel(keras.Model):  # type: ignore[misc]
         return loss
 
 
-class StepLoss(keras.metrics.Metric):  # type: ignore[misc]
+class _StepLoss(keras.metrics.Metric):  # type: ignore[misc]
     """The last value that it was given."""
 
     def __init__(self, name: str) -> None:
@@ -55,7 +55,7 @@ class StepLoss(keras.metrics.Metric):  # type: ignore[misc]
         return ops.convert_to_tensor(self._value)
 
 
-def build(model: Any) -> BlockModel:
+def build(model: Any) -> _BlockModel:
     """The Keras model that computes what `model`, transformers' on torch, computes, with its weights.
 
     Its inputs are int32: input_ids, position_ids and segments [batch, length], tokens of other segments not being
@@ -98,15 +98,15 @@ def build(model: Any) -> BlockModel:
                 hidden, attention_mask=together
             )
         # RoBERTa's head has its own activation, whatever the layers have.
-        activation = ACTIVATIONS[config.hidden_act if config.model_type == "bert" else "gelu"]
+        activation = _ACTIVATIONS[config.hidden_act if config.model_type == "bert" else "gelu"]
         logits = keras_hub.layers.MaskedLMHead(
             token_embedding=embedding,
             intermediate_activation=activation,
             layer_norm_epsilon=epsilon,
             name="mlm_head",
         )(hidden, inputs["mask_positions"])
-    built = BlockModel(inputs=inputs, outputs=logits)
-    to_keras(model, built)
+    built = _BlockModel(inputs=inputs, outputs=logits)
+    _to_keras(model, built)
     return built
 
 
@@ -122,7 +122,7 @@ def block(config: Any, intermediate: int, epsilon: float, index: int) -> dict[st
         "intermediate_dim": intermediate,
         "num_heads": config.num_attention_heads,
         "dropout": getattr(config, DROPOUTS[config.model_type][0]),
-        "activation": ACTIVATIONS[getattr(config, ACTIVATION[config.model_type])],
+        "activation": _ACTIVATIONS[getattr(config, ACTIVATION[config.model_type])],
         "layer_norm_epsilon": epsilon,
         "name": f"transformer_layer_{index}",
     }
@@ -131,7 +131,7 @@ def block(config: Any, intermediate: int, epsilon: float, index: int) -> dict[st
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 # Keras layer to torch module; `:0` to `:2` are the thirds of one that holds query, key and value.
-LAYERS = {
+_LAYERS = {
     "gpt2": {
         "token_embedding": "transformer.wte",
         "position_embedding": "transformer.wpe",
@@ -146,13 +146,13 @@ LAYERS = {
         "mlm_head/intermediate_layer_norm": "lm_head.layer_norm",
     },
 }
-EMBEDDINGS = {
+_EMBEDDINGS = {
     "token_embedding": "word_embeddings",
     "position_embedding": "position_embeddings",
     "segment_embedding": "token_type_embeddings",
     "embeddings_layer_norm": "LayerNorm",
 }
-DECODER = {
+_DECODER = {
     "self_attention/query": "attn.c_attn:0",
     "self_attention/key": "attn.c_attn:1",
     "self_attention/value": "attn.c_attn:2",
@@ -162,7 +162,7 @@ DECODER = {
     "feedforward_intermediate_dense": "mlp.c_fc",
     "feedforward_output_dense": "mlp.c_proj",
 }
-ENCODER = {
+_ENCODER = {
     "self_attention_layer/query": "attention.self.query",
     "self_attention_layer/key": "attention.self.key",
     "self_attention_layer/value": "attention.self.value",
@@ -177,10 +177,10 @@ ENCODER = {
 def modules(config: Any) -> Iterator[tuple[str, str]]:
     """Each Keras layer with weights and the torch module that has the same."""
     name = config.model_type
-    yield from LAYERS[name].items()
+    yield from _LAYERS[name].items()
     if name != "gpt2":
-        yield from ((layer, f"{name}.embeddings.{module}") for layer, module in EMBEDDINGS.items())
-    place, inner = ("transformer.h", DECODER) if name == "gpt2" else (f"{name}.encoder.layer", ENCODER)
+        yield from ((layer, f"{name}.embeddings.{module}") for layer, module in _EMBEDDINGS.items())
+    place, inner = ("transformer.h", _DECODER) if name == "gpt2" else (f"{name}.encoder.layer", _ENCODER)
     for index in range(config.num_hidden_layers):
         for layer, module in inner.items():
             yield f"transformer_layer_{index}/{layer}", f"{place}.{index}.{module}"
@@ -219,7 +219,7 @@ def decays(path: str) -> bool:
     return path.rpartition("/")[2] in ("kernel", "embeddings")
 
 
-def to_keras(model: Any, built: keras.Model) -> None:
+def _to_keras(model: Any, built: keras.Model) -> None:
     """Give the Keras model the weights of `model`."""
     known = views(model)
     for variable in built.trainable_variables:

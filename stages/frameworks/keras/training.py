@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = "variables.safetensors"
-LOSS_FILE = "loss_since_log.json"
+_WEIGHTS = "variables.safetensors"
+_LOSS_FILE = "loss_since_log.json"
 # The logits that a masked model makes are so many quarters of a block: each size is compiled once. On TensorFlow, where
 # `fit` takes the first batches' shape for that of all, they are those of the whole block.
-POSITION_STEPS = {"jax": 4, "tensorflow": 1}
+_POSITION_STEPS = {"jax": 4, "tensorflow": 1}
 
 
 class Training:
@@ -69,7 +69,7 @@ class Training:
         self.state.compute_steps(arguments, max_steps)
         keras.utils.set_random_seed(config.seed)  # from which the seeds of dropout are drawn
         self.built = build(model)
-        self.schedule = Linear(arguments.learning_rate, arguments.get_warmup_steps(max_steps), max_steps)
+        self.schedule = _Linear(arguments.learning_rate, arguments.get_warmup_steps(max_steps), max_steps)
         self.optimizer = AdamW(arguments, self.schedule)
         self.optimizer.exclude_from_weight_decay(
             [variable for variable in self.built.trainable_variables if not decays(variable.path)]
@@ -85,7 +85,7 @@ class Training:
             Saving(request, 60.0 * config.checkpoints.minutes),
         ]
         self.handler = CallbackHandler(callbacks, model, None, None, None)
-        self.batches = Batches(
+        self.batches = _Batches(
             TrainingBlocks(train, objective, config.seed),
             sampler,
             config.batch_size,
@@ -110,8 +110,8 @@ class Training:
         with self.checkpoints.writing(step, None) as aside:
             place = aside / self.checkpoints.path(step).name
             place.mkdir()
-            save_file({name: np.array(variable.value) for name, variable in self._variables()}, place / WEIGHTS)
-            (place / LOSS_FILE).write_text(json.dumps(self.loss), encoding="utf-8")
+            save_file({name: np.array(variable.value) for name, variable in self._variables()}, place / _WEIGHTS)
+            (place / _LOSS_FILE).write_text(json.dumps(self.loss), encoding="utf-8")
             self.state.save_to_json(str(place / TRAINER_STATE_NAME))
 
     def _restore(self) -> None:
@@ -121,8 +121,8 @@ class Training:
         log.info("resuming from step %d", step)
         place = self.checkpoints.path(step)
         self.state = TrainerState.load_from_json(str(place / TRAINER_STATE_NAME))
-        self.loss = json.loads((place / LOSS_FILE).read_text(encoding="utf-8"))
-        saved = load_file(place / WEIGHTS)
+        self.loss = json.loads((place / _LOSS_FILE).read_text(encoding="utf-8"))
+        saved = load_file(place / _WEIGHTS)
         for name, variable in self._variables():
             variable.assign(saved[name])
 
@@ -132,7 +132,7 @@ class Training:
         return [(f"{index}:{variable.name}", variable) for index, variable in enumerate(variables)]
 
 
-class Batches(keras.utils.PyDataset):  # type: ignore[misc]
+class _Batches(keras.utils.PyDataset):  # type: ignore[misc]
     """The batches that are still to come, in the Trainer's order and with its masks, as Keras takes them."""
 
     def __init__(
@@ -185,7 +185,7 @@ def arrays(
     inputs = {"input_ids": ids, "position_ids": positions, "segments": (positions == positions[:, :1]).cumsum(axis=1)}
     if config.model_type != "gpt2":
         most = int((wanted != IGNORED).sum(axis=1).max())
-        step = -(-length // POSITION_STEPS[keras.backend.backend()])
+        step = -(-length // _POSITION_STEPS[keras.backend.backend()])
         chosen = np.argsort(wanted == IGNORED, axis=1, kind="stable")[:, : max(1, -(-most // step)) * step]
         inputs["mask_positions"], wanted = chosen, np.take_along_axis(wanted, chosen, axis=1)
     predicted = wanted != IGNORED
@@ -267,7 +267,7 @@ class Flow(keras.callbacks.Callback):  # type: ignore[misc]
 class AdamW(keras.optimizers.AdamW):  # type: ignore[misc]
     """AdamW as torch computes it, its gradients clipped as torch clips them."""
 
-    def __init__(self, arguments: TrainingArguments, schedule: "Linear") -> None:
+    def __init__(self, arguments: TrainingArguments, schedule: "_Linear") -> None:
         super().__init__(
             schedule,
             weight_decay=arguments.weight_decay,
@@ -302,7 +302,7 @@ class AdamW(keras.optimizers.AdamW):  # type: ignore[misc]
         super().apply(grads, trainable_variables)
 
 
-class Linear(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
+class _Linear(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
     """transformers' linear schedule: up to `peak` in `warmup` steps, then down to 0 at `end`."""
 
     def __init__(self, peak: float, warmup: int, end: int) -> None:

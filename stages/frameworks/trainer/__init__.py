@@ -27,7 +27,7 @@ def prepare(config: "TrainConfig") -> None:
         StageError: if this processor cannot do what `config` asks for.
     """
     check_bf16(config.hardware.device, config.trainer.get("bf16") is True)
-    keep_compiled()
+    _keep_compiled()
 
 
 def libraries(_: "TrainConfig") -> tuple[str, ...]:
@@ -62,7 +62,7 @@ def fit(
     return gathered(trainer.model, whole), trainer.state
 
 
-def keep_compiled() -> None:
+def _keep_compiled() -> None:
     """Have torch.compile keep its work for the next run: half a minute for a small model."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
 

@@ -1,6 +1,5 @@
-"""What train writes and evaluate reads: a model, or low-rank additions to one (LoRA, through peft)."""
+"""Low-rank additions to a model (LoRA, through peft), and how a trained model is written."""
 
-import json
 import logging
 import warnings
 from pathlib import Path
@@ -8,14 +7,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from stages.core.artifacts import damaged, read_json, write_json
+from stages.core.artifacts import write_json
 from stages.core.errors import StageError
-from stages.model.schema import Adapter, Model
+from stages.model.schema import ADDITIONS, BASE, Adapter, Model
 
 log = logging.getLogger(__name__)
-
-ADDITIONS = "adapter_model.safetensors"
-BASE = "base.json"  # beside additions alone: the config of the model that they are added to
 
 
 def add_adapter(model: Any, adapter: Adapter, source: Model, seed: int) -> Any:
@@ -52,7 +48,7 @@ def saved_files(adapter: Adapter | None) -> list[str]:
 
 
 def save_model(model: Any, adapter: Adapter | None, source: Model, directory: Path) -> None:
-    """Write a trained model, of `source`, into `directory` as `load_trained` reads it."""
+    """Write a trained model, of `source`, into `directory` as evaluate's `load_trained` reads it."""
     if adapter is None:
         model.save_pretrained(directory)
     elif adapter.merge:
@@ -61,21 +57,3 @@ def save_model(model: Any, adapter: Adapter | None, source: Model, directory: Pa
         model.save_pretrained(directory)
         (directory / "README.md").unlink()  # peft's empty model card
         write_json(directory / BASE, TypeAdapter(Model).dump_python(source))
-
-
-def load_trained(task: str, directory: str | Path) -> Any:
-    """The model that train wrote into `directory`, in fp32 on the CPU; additions are merged into its weights."""
-    from stages.model.models import load_directory, load_pretrained
-
-    base = Path(directory) / BASE
-    if not base.is_file():
-        return load_directory(task, directory)
-    from peft import PeftModel
-
-    try:
-        source = TypeAdapter(Model).validate_json(json.dumps(read_json(base)))
-    except ValueError as error:
-        raise damaged(base, f"not the config of a model: {error}") from None
-    if not (Path(directory) / ADDITIONS).is_file():  # peft would look for a pickle
-        raise damaged(directory, f"no {ADDITIONS}")
-    return PeftModel.from_pretrained(load_pretrained(source), directory).merge_and_unload()

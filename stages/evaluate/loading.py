@@ -1,0 +1,28 @@
+"""Reads what train writes: a model, or low-rank additions to one (LoRA, through peft)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from stages.core.artifacts import damaged, read_json
+from stages.model.schema import ADDITIONS, BASE, Model
+
+
+def load_trained(task: str, directory: str | Path) -> Any:
+    """The model that train wrote into `directory`, in fp32 on the CPU; additions are merged into its weights."""
+    from stages.model.models import load_directory, load_pretrained
+
+    base = Path(directory) / BASE
+    if not base.is_file():
+        return load_directory(task, directory)
+    from peft import PeftModel
+
+    try:
+        source = TypeAdapter(Model).validate_json(json.dumps(read_json(base)))
+    except ValueError as error:
+        raise damaged(base, f"not the config of a model: {error}") from None
+    if not (Path(directory) / ADDITIONS).is_file():  # peft would look for a pickle
+        raise damaged(directory, f"no {ADDITIONS}")
+    return PeftModel.from_pretrained(load_pretrained(source), directory).merge_and_unload()
