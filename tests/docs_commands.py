@@ -36,7 +36,13 @@ PROGRAMS = (
 )
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.DOTALL | re.MULTILINE)
 # Key of params.yaml to the group in conf/ that it chooses from.
-GROUPS = {"data.name": "data", "hardware": "hardware", "framework": "framework"}
+GROUPS = {
+    "data.name": "data",
+    "hardware": "hardware",
+    "framework": "framework",
+    "tasks.TASK.model": "model",
+    "tasks.TASK.adapter": "adapter",
+}
 OWN = ("benchmarks", "conf", "docs", "stages", "tests", "tools")  # directories all of whose files are in git
 
 
@@ -147,8 +153,10 @@ def is_made(name: str, text: str) -> bool:
 
 def wrong_module(words: list[str]) -> Iterator[str]:
     """`python -m MODULE` or `python FILE` of the project's that is not there."""
-    if words[:1] == ["-m"] and words[1].split(".")[0] in OWN and not exists(f"{words[1].replace('.', '/')}.py"):
-        yield f"no module {words[1]}"
+    if words[:1] == ["-m"] and words[1].split(".")[0] in OWN:
+        path = words[1].replace(".", "/")
+        if not exists(f"{path}.py") and not exists(f"{path}/__main__.py"):
+            yield f"no module {words[1]}"
     if words and words[0].endswith(".py") and not exists(words[0]):
         yield f"no file {words[0]}"
 
@@ -192,10 +200,9 @@ def has_key(file: str, dotted: str) -> bool:
 def named_files(word: str) -> Iterator[str]:
     """Files of the project that a word of a command names, a choice among those of conf/ included."""
     yield from re.findall(rf"(?:^|[=:'\"])((?:{'|'.join(OWN)})/[\w./-]+\w)", word)
-    if match := re.fullmatch(r"([a-z]+(?:\.[a-z]+)?)=([\w.,-]+)", word):
-        task, _, group = match[1].rpartition(".")
-        group = GROUPS.get(match[1], group if task in ("causal", "mlm") and group in ("model", "adapter") else "")
-        if group:
+    if match := re.fullmatch(r"([a-z]+(?:\.[a-z]+)*)=([\w.,-]+)", word):
+        key = re.sub(r"^tasks\.\w+\.", "tasks.TASK.", match[1])
+        if group := GROUPS.get(key):
             yield from (f"conf/{group}/{choice}.yaml" for choice in match[2].split(","))
 
 

@@ -2,7 +2,7 @@
 
 A page is read as its reader would type it: its commands run in one shell, in order, and the first that fails ends it.
 A section (`##`) begins with the workspace as the commit has it.
-`pytest tests/test_docs_commands.py -m slow -s` runs them and says how many they were.
+`pytest tests/docs/test_docs_commands.py -m slow -s` runs them and says how many they were.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import psutil
 import pytest
 import yaml
 from docs_commands import FENCE, PAGES, Command, commands, complaints, page_text, spans, without_comment, words_of
-from dvc_project import ROOT, edit, environment, run, stages_run
+from dvc_project import ALL, ROOT, TASKS, edit, environment, run, stages_run
 from hub_cases import COMMIT, guide_questions, parquet, small_model
 from mini_hub import MiniHub
 from upload_hub import UploadHub
@@ -31,7 +31,9 @@ from tools import summary
 
 # Commands that are not run, by name (the first line, without comment), and why.
 NOT_RUN = {
-    "import logging": "a module of a stage: test_docs_stage_added_as_contributing_says_runs_once makes it one",
+    '"""Stage `lengths@TASK`: documents of token ids -> their number in each split.': "a module of a stage, which"
+    " test_docs_stage_added_as_contributing_says_runs_once adds",
+    '"""Command line of stage `lengths`."""': "the same",
     "make keras": "three gigabytes of packages: .ci/run does it",
     "make ray": "the packages of Ray: .ci/run does it",
 }
@@ -125,11 +127,12 @@ def test_docs_tables_of_this_test_name_commands_that_are_there() -> None:
     assert [pattern for pattern in REDUCTIONS if not any(re.search(pattern, text) for text in texts)] == []
 
 
-def test_docs_readme_shows_what_make_prints(capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.chdir(ROOT)
+def test_docs_readme_shows_what_make_prints(capsys: Any, inside: Path) -> None:
+    def words(text: str) -> str:
+        return " ".join(re.sub(r"\d+", "0", text.replace("─", "")).split())
+
     summary.main()
-    said = re.sub(r" +$", "", capsys.readouterr().out, flags=re.MULTILINE).strip()
-    assert re.sub(r"\d+", "0", said) in re.sub(r"\d+", "0", page_text("README.md"))
+    assert words(capsys.readouterr().out) in words(page_text("README.md"))
 
 
 def test_docs_picture_of_the_pipeline_has_the_edges_that_dvc_draws() -> None:
@@ -142,7 +145,11 @@ def test_docs_picture_of_the_pipeline_has_the_edges_that_dvc_draws() -> None:
             drawn |= {(start, end) for start in before for end in after}
     edges = re.findall(r'"([^"]+)" -> "([^"]+)"', run(ROOT, "dvc", "dag", "--dot"))
     of_tasks = {
-        task: {(start.removesuffix(task), end.removesuffix(task)) for start, end in edges if end.endswith(task)}
+        task: {
+            (start.removesuffix(task), end.removesuffix(task))
+            for start, end in edges
+            if end.endswith(task) and start != "code"
+        }
         for task in ("@causal", "@mlm")
     }
     assert of_tasks == {"@causal": drawn, "@mlm": drawn}
@@ -150,17 +157,36 @@ def test_docs_picture_of_the_pipeline_has_the_edges_that_dvc_draws() -> None:
 
 @pytest.mark.slow
 def test_docs_stage_added_as_contributing_says_runs_once(clean: Path) -> None:
-    module, conf, stage = (
+    module, main, conf, stage = (
         textwrap.dedent(fence[3]) for fence in FENCE.finditer(page_text("CONTRIBUTING.md")) if fence[2] != "console"
     )
-    (clean / "stages/lengths.py").write_text(module)
+    package = clean / "stages/lengths"
+    package.mkdir()
+    for name, text in (("__init__", '"""Stage `lengths`."""\n'), ("stage", module), ("__main__", main)):
+        (package / f"{name}.py").write_text(text)
     (clean / "conf/lengths.yaml").write_text(conf)
     pipeline = (clean / "dvc.yaml").read_text()
     (clean / "dvc.yaml").write_text(pipeline.replace("\n  baseline:", f"\n{textwrap.indent(stage, '  ')}\n  baseline:"))
-    run(clean, "python", "-m", "tools.check")
-    assert stages_run(run(clean, "dvc", "repro", "lengths@causal")) == {"lengths@causal"}
-    assert stages_run(run(clean, "dvc", "repro", "lengths@causal")) == set()
-    run(clean, "python", "-m", "pytest", "-q", "tests/test_dvc_yaml.py", "-k", "lengths")
+    assert f"{len(ALL) + len(TASKS)} stages is in order" in run(clean, "python", "-m", "tools.check")
+    assert stages_run(run(clean, "dvc", "repro", "lengths@causal")) == {"code", "lengths@causal"}
+    assert stages_run(run(clean, "dvc", "repro")) == {"lengths@mlm"}
+    assert stages_run(run(clean, "dvc", "repro")) == set()
+
+
+@pytest.mark.slow
+def test_docs_refactored_code_is_committed_as_contributing_says(clean: Path) -> None:
+    section = next(c.section for c in COMMANDS["CONTRIBUTING.md"] if c.text == "dvc commit --force")
+    repro, status, commit = (c.text for c in COMMANDS["CONTRIBUTING.md"] if c.section == section)
+    metrics = (clean / "metrics/causal.json").read_text(encoding="utf-8")
+    file = clean / "stages/model/loss.py"
+    file.write_text(file.read_text(encoding="utf-8") + "\nUNUSED = 1\n", encoding="utf-8")
+    assert stages_run(run(clean, *shlex.split(repro))) == {"code"}
+    changes = re.findall(r"^\s*(\w+):\s+(\S+)$", run(clean, *shlex.split(status)), flags=re.MULTILINE)
+    expected = [f"code/{name}.json" for name in ("baseline", "evaluate", "train-trainer") for _ in TASKS]
+    assert sorted(changes) == [("modified", name) for name in expected]
+    run(clean, *shlex.split(commit))
+    assert stages_run(run(clean, "dvc", "repro")) == set()
+    assert (clean / "metrics/causal.json").read_text(encoding="utf-8") == metrics
 
 
 # -- running them ------------------------------------------------------------------------------------------------------
