@@ -14,9 +14,9 @@ import yaml
 ROOT = Path(__file__).parent.parent
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 TASKS = tuple(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["tasks"])
-ONCE = {name for name, stage in STAGES.items() if "foreach" not in stage}
+ONCE = tuple(name for name, stage in STAGES.items() if "foreach" not in stage)
 PER_TASK = tuple(name for name in STAGES if name not in ONCE)
-ALL = ONCE | {f"{stage}@{task}" for stage in PER_TASK for task in TASKS}
+ALL = {*ONCE} | {f"{stage}@{task}" for stage in PER_TASK for task in TASKS}
 
 
 def environment(directory: Path) -> dict[str, str]:

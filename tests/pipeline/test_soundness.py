@@ -200,11 +200,9 @@ def reworded(text: str) -> str:
 def importers(module: str) -> set[str]:
     """The stages whose process may import `module`, followed through the sources' import statements as text."""
     found = set()
-    for stage in sorted(ONCE | set(PER_TASK)):
-        seen, waiting = (
-            set(),
-            [f"stages/{stage}/__main__"] + ["stages/frameworks/trainer/__init__"] * (stage == "train"),
-        )
+    for stage in (*ONCE, *PER_TASK):
+        seen = set()
+        waiting = [f"stages/{stage}/__main__"] + ["stages/frameworks/trainer/__init__"] * (stage == "train")
         while waiting:
             file = waiting.pop()
             if file in seen or file not in MODULES:
@@ -214,9 +212,12 @@ def importers(module: str) -> set[str]:
             source = re.sub(
                 r"(?m)^if TYPE_CHECKING:\n(?:    .*\n|\n)+", "", (ROOT / f"{file}.py").read_text(encoding="utf-8")
             )
-            for base, names in re.findall(r"(?m)^ *from (stages[\\w.]*) import \\(?([\\w, \n]+)", source):
+            for base, listed, in_a_line in re.findall(
+                r"(?m)^ *from (stages[\w.]*) import (?:\(([^)]*)\)|([\w, ]+))", source
+            ):
                 path = base.replace(".", "/")
-                waiting += [path, *(f"{path}/{name.strip()}" for name in names.replace("\n", ",").split(","))]
+                names = re.findall(r"\w+", listed or in_a_line)
+                waiting += [path, *(f"{path}/{name}" for name in names)]
                 parts = path.split("/")
                 waiting += ["/".join([*parts[:end], "__init__"]) for end in range(1, len(parts) + 1)]
             parts = file.split("/")
