@@ -23,7 +23,7 @@ from dvc.repo import Repo
 
 from stages.core.compose import GLOBAL_GROUPS, PARAMS, Composition, compose, load, read_root
 from stages.core.config import CONF, find, flat, nearest, read_yaml
-from stages.core.errors import ConfigError
+from stages.core.errors import ConfigError, printable_lines
 from stages.core.source_code import hashed_names
 from stages.hub.files import sha256
 from tools.architectures import config_keys, model_types
@@ -53,14 +53,14 @@ def main() -> None:
             stages = list(declared_stages(repo))
             problems = list(pipeline_problems(repo))
     except ConfigError as error:
-        sys.exit(f"check: {error}")
+        sys.exit(printable_lines(f"check: {error}"))
     except DvcException as error:
         if "dvc.lock" in str(error):  # which DVC writes in place
             sys.exit(
                 "check: dvc.lock was cut short, by a kill while DVC wrote it? Run `git restore dvc.lock`; what finished"
                 " stages made comes back from DVC's cache"
             )
-        sys.exit(f"check: params.yaml and dvc.yaml do not fit together: {error}")
+        sys.exit(printable_lines(f"check: params.yaml and dvc.yaml do not fit together: {error}"))
     composed, found = compose_stages(stages)
     problems += found
     for check in (missing_source, unread_params, unread_keys, wrong_architectures, changed_pins):
@@ -72,7 +72,7 @@ def main() -> None:
         print(f"check: warning: {warning}", file=sys.stderr)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
-        sys.exit(f"check: the configuration is wrong:\n{lines}")
+        sys.exit(printable_lines(f"check: the configuration is wrong:\n{lines}"))
     print(f"check: the configuration of {len(stages)} stages is in order")
 
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stages.core.errors import StageError
+from stages.core.errors import StageError, printable
 from stages.hub.files import CONVERT, only_pickles, usable_positions
 from stages.model.schema import BASE
 from tools.pin_model import read_object, task_of
@@ -41,7 +41,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         if os.environ.get("LM_REPRO_DEBUG") == "1":
             raise
-        sys.exit(f"generate: error: {' '.join(str(error).split())}")
+        sys.exit(f"generate: error: {printable(' '.join(str(error).split()), 2000)}")
 
 
 def speak(arguments: argparse.Namespace) -> None:

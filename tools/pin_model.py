@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from stages.core.artifacts import write_text
+from stages.core.errors import printable_lines
 from stages.hub.files import (
     CONVERT,
     OFFSET_POSITIONS,
@@ -51,7 +52,7 @@ def main() -> None:
     try:
         config = pin(directory, arguments.task, arguments.from_scratch, arguments.model_type)
     except (OSError, ValueError) as error:
-        sys.exit(f"pin_model: {error}")
+        sys.exit(printable_lines(f"pin_model: {error}"))
     header = "# Pinned by `python -m tools.pin_model`: a file that changes is an error until it is pinned anew.\n"
     write_text(file, header + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     print(f"{file}: use it with -S tasks.{config['task']}.model={name}")

@@ -20,7 +20,7 @@ from pydantic import Field
 from stages.core.artifacts import write_text
 from stages.core.compose import Params, forbidden_values
 from stages.core.config import CONF, nearest, read_yaml, validate, whole
-from stages.core.errors import ConfigError, StageError
+from stages.core.errors import ConfigError, StageError, printable_lines
 from stages.hub.client import hub_unreachable
 from stages.hub.files import CONVERT, PICKLES
 from stages.shell.app import describe_error
@@ -67,7 +67,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("LM_REPRO_DEBUG") == "1":
             raise
-        sys.exit(f"publish: error: {describe_error(error)}")
+        sys.exit(printable_lines(f"publish: error: {describe_error(error)}"))
 
 
 def publish(task: str, dry_run: Path | None) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from stages.core.artifacts import read_json
 from stages.core.compose import PARAMS
 from stages.core.config import read_yaml
-from stages.core.errors import StageError
+from stages.core.errors import StageError, printable_lines
 
 NEXT = """\
 Samples are in reports/samples/, the models in models/. Next (after `source .venv/bin/activate`):
@@ -36,7 +36,7 @@ def main() -> None:
             else:
                 print(f"summary: {task} is not evaluated yet: run `dvc repro`", file=sys.stderr)
     except StageError as error:
-        sys.exit(f"summary: {error}")
+        sys.exit(printable_lines(f"summary: {error}"))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(NEXT, markup=False)

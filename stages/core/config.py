@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from stages.core.errors import ConfigError
+from stages.core.errors import ConfigError, printable
 
 Schema = TypeVar("Schema")
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -102,7 +102,8 @@ def _problem(item: dict[str, Any], stage: str) -> str:
     if item["type"] == "unexpected_keyword_argument":
         return f"{key} is not a key that {stage} knows"
     text = item["msg"][0].lower() + item["msg"][1:]
-    return f"{key}={json.dumps(item['input'], ensure_ascii=False)}: {text.replace('input should', 'it should')}"
+    given = printable(json.dumps(item["input"], ensure_ascii=False))
+    return f"{printable(key)}={given}: {text.replace('input should', 'it should')}"
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -1,5 +1,7 @@
 """The errors that are written for users: what is wrong, where, and how to mend it."""
 
+_LINE_LIMIT = 2000  # characters of a line of a message
+
 
 class StageError(ValueError):
     """Bad input or surroundings, in words that a user can act on."""
@@ -11,3 +13,24 @@ class ConfigError(StageError):
     def __init__(self, problems: list[str]) -> None:
         super().__init__(problems[0] if len(problems) == 1 else "\n  ".join(["the configuration is wrong:", *problems]))
         self.problems = problems
+
+
+def printable(value: object, limit: int = 200) -> str:
+    """`value` as text for a message: in one line of at most some `limit` characters.
+
+    Whatever comes from outside (names of files and columns, values, what a server says) passes through here, since it
+    may hold megabytes, or control characters with which it would move a terminal's cursor or forge a line of a log.
+    """
+    text = str(value)
+    if len(text) > limit:
+        text = f"{text[:limit]}... ({len(text):,} characters)"
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def printable_lines(message: str) -> str:
+    """`message` with each of its lines made printable: the last guard before a terminal or a log."""
+    return "\n".join(printable(line, _LINE_LIMIT) for line in message.split("\n"))

@@ -17,7 +17,7 @@ import psutil
 import yaml
 
 from stages.core.compose import compose, load, read_root
-from stages.core.errors import ConfigError, StageError
+from stages.core.errors import ConfigError, StageError, printable_lines
 from stages.shell.interruption import Interrupted, end_on_signals
 from stages.shell.terminal import help_text, show_error
 
@@ -158,7 +158,7 @@ class _ToStderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.write(printable_lines(self.format(record)) + "\n")
         except Exception:  # as the handlers of logging do: a line that cannot be written ends no stage
             self.handleError(record)
 

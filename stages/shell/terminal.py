@@ -7,6 +7,7 @@ import textwrap
 from typing import Any
 
 from stages.core.config import MISSING, choices, find
+from stages.core.errors import printable_lines
 from stages.shell.keys import keys_of, shown
 
 
@@ -17,6 +18,7 @@ def is_plain() -> bool:
 
 def show_error(stage: str, text: str) -> None:
     """Write what ended `stage` to stderr."""
+    text = printable_lines(text)
     if is_plain():
         sys.stderr.write(f"{stage}: error: {text}\n")
         return

@@ -1,0 +1,33 @@
+"""What comes from outside, in messages: in one line, without control characters, never megabytes."""
+
+import pytest
+
+from stages.core.errors import printable, printable_lines
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("plain text, äöü, 日本", "plain text, äöü, 日本"),
+        ("red \x1b[31m", r"red \x1b[31m"),
+        ("two\nlines\r\n", r"two\nlines\r\n"),
+        ("bell\x07 del\x7f c1\x9b", r"bell\x07 del\x7f c1\x9b"),
+        ("right-to-left \u202eevil", r"right-to-left \u202eevil"),
+        ("half \ud800", r"half \ud800"),
+        ("line\u2028separator", r"line\u2028separator"),
+        (["a list"], "['a list']"),
+    ],
+)
+def test_printable_escapes_what_a_terminal_would_obey(value, shown) -> None:
+    assert printable(value) == shown
+
+
+def test_printable_shortens_and_says_how_long_it_was() -> None:
+    assert printable("x" * 201) == "x" * 200 + "... (201 characters)"
+    assert printable("x" * 200) == "x" * 200
+    assert printable("abcdef", 2) == "ab... (6 characters)"
+
+
+def test_printable_lines_keeps_lines_apart_and_guards_each() -> None:
+    assert printable_lines("one\n  two\x1b") == "one\n  two\\x1b"
+    assert len(printable_lines("y" * 9_000_000 + "\nz")) < 2100
