@@ -26,9 +26,9 @@ from transformers import AutoTokenizer
 from stages.download.records import to_record
 from stages.download.schema import Columns
 from stages.download.sources import find_files, read_rows
-from stages.evaluate.loading import load_trained
 from stages.figures.metrics import document_nats, ratio_with_error
 from stages.model.objectives import make_objective
+from stages.model.trained import load_trained
 from stages.tokenize.encoding import Tokenizers
 from stages.tokens.vocabulary import load_tokenizer, vocabulary_of
 

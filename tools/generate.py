@@ -58,7 +58,7 @@ def speak(arguments: argparse.Namespace) -> None:
     import transformers
     from transformers import AutoTokenizer
 
-    from stages.evaluate.loading import load_trained
+    from stages.model.trained import load_trained
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

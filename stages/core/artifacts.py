@@ -299,6 +299,7 @@ class Blocks:
     """A split of blocks, memory-mapped: `blocks[[3, 1]]` is an array [2, block_size] of token ids."""
 
     def __init__(self, directory: str | Path) -> None:
+        self.directory = directory
         batches = [batch for batch in shard_batches(directory) if len(batch)]
         columns = [batch.column("input_ids") for batch in batches]
         if not columns:

@@ -78,11 +78,11 @@ def main(config: EvaluateConfig) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
     """The work of the stage, as one of the processes that do it does it."""
-    from stages.evaluate.loading import load_trained
     from stages.evaluate.samples import make_samples
     from stages.model.models import prepare_torch
     from stages.model.objectives import make_objective
     from stages.model.processes import rank, wait_for_all
+    from stages.model.trained import load_trained
 
     prepare_torch(config.hardware)
     name, tokens = config.objective.name, Path(config.tokens)

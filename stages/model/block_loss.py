@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from stages.core.artifacts import Blocks
+from stages.core.errors import StageError
 from stages.model.loss import TokenLoss
 from stages.model.masking import IGNORED
 from stages.model.objectives import Objective, evaluation_batch
@@ -21,7 +22,12 @@ def row_sums(nats: torch.Tensor, rows: npt.NDArray[np.int64], num_rows: int) -> 
 
 
 def block_loss(model: Any, objective: Objective, blocks: Blocks, batch_tokens: int) -> float:
-    """Nats per predicted token over all blocks, token-weighted; masks are those of every evaluation."""
+    """Nats per predicted token over all blocks, token-weighted; masks are those of every evaluation.
+
+    Raises:
+        StageError: if no token of them is predicted.
+    """
+    check_predictions(objective, blocks)
     loss, rows = TokenLoss(model), max(1, batch_tokens // blocks.block_size)
     starts = range(0, len(blocks), rows)
     sums, counts = np.zeros(len(starts)), np.zeros(len(starts))
@@ -43,3 +49,16 @@ def block_loss(model: Any, objective: Objective, blocks: Blocks, batch_tokens: i
             counts[batch_index] = len(row)
     mine = np.arange(len(starts)) % world_size() == rank()
     return float(sum(summed(sums * mine).tolist()) / summed(counts * mine).sum())
+
+
+def check_predictions(objective: Objective, blocks: Blocks) -> None:
+    """Raise StageError if evaluation's masks leave nothing to predict in `blocks`."""
+    for index in range(len(blocks)):
+        labels = evaluation_batch(objective, blocks[[index]], [index])["labels"]
+        if (objective.targets(labels) != IGNORED).any():
+            return
+    raise StageError(
+        f"{blocks.directory}: in its {len(blocks)} blocks of {blocks.block_size} tokens, no token is predicted: "
+        "evaluation's masks, which are the same in every run, choose none. Give more text to this split (split in"
+        " conf/data), or raise block_size or objective.mlm_probability"
+    )

@@ -27,12 +27,14 @@ from stages.tokens.vocabulary import Vocabulary
 from stages.train.batches import batches
 from stages.train.checkpoints import LIBRARIES, checkpoint_directory, fingerprint
 from stages.train.framework import Framework, keras_refusals
-from stages.train.saving import add_adapter, save_model, saved_files
+from stages.train.saving import add_adapter, probe_loss, save_model, saved_files, verify_saved
 from stages.train.schema import CheckpointSettings, EarlyStopping
 from stages.train.trainer_arguments import problems
 
 if TYPE_CHECKING:
     from transformers import TrainerState
+
+    from stages.model.objectives import Objective
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +111,9 @@ class TrainConfig:
     @field_validator("block_size")
     @classmethod
     def _fits_the_model(cls, block_size: int, info: ValidationInfo) -> int:
-        model = info.data.get("model")
+        model, objective = info.data.get("model"), info.data.get("objective")
+        if objective is not None and objective.name == "causal" and block_size < 2:
+            raise ValueError("block_size=1: a causal model predicts a token from those before it: set 2 or more")
         if model is not None and block_size > model.max_positions:
             raise ValueError(f"block_size={block_size} is above the model's positions, {model.max_positions}")
         return block_size
@@ -153,6 +157,7 @@ def main(config: TrainConfig) -> None:
 
 def train(config: TrainConfig) -> None:
     """The work of the stage, as one of the processes that do it does it."""
+    from stages.model.block_loss import check_predictions
     from stages.model.models import build_model, prepare_torch
     from stages.model.objectives import make_objective
     from stages.model.processes import rank, wait_for_all
@@ -172,12 +177,13 @@ def train(config: TrainConfig) -> None:
         raise StageError(
             f"block_size={config.block_size}: the blocks in {blocks} hold {training.block_size} tokens each"
         )
+    check_predictions(objective, validation)
     log.info("%d blocks of %d tokens, %d per step", len(training), training.block_size, config.batch_size)
     with _checkpoints_of(config) as directory:
         with signals_as_request() as request:
             model, state = framework.fit(config, model, objective, training, validation, directory, request)
         if not rank():
-            write(config, model, state, len(training), use_cache)
+            write(config, model, state, len(training), use_cache, objective, validation)
         wait_for_all()
     log.info("%d steps -> %s", state.global_step, config.out)
 
@@ -226,12 +232,22 @@ def name_of(config: TrainConfig) -> str:
     return fingerprint(values, ledgers, hash_code(f"train-{config.framework.name}"))
 
 
-def write(config: TrainConfig, model: Any, state: "TrainerState", num_blocks: int, use_cache: bool | None) -> None:
-    """Write the model and the curves."""
+def write(
+    config: TrainConfig,
+    model: Any,
+    state: "TrainerState",
+    num_blocks: int,
+    use_cache: bool | None,
+    objective: "Objective",
+    validation: Blocks,
+) -> None:
+    """Write the model, verified on blocks of `validation`, and the curves."""
     if use_cache is not None:
         model.config.use_cache = use_cache  # the Trainer switches it off, which saved would make generation slow
+    loss = probe_loss(model, objective, validation)  # before additions are merged into the weights
     with staged(config.out, saved_files(config.adapter)) as directory:
         save_model(model, config.adapter, config.model, directory)
+        verify_saved(directory, config.model.task, loss, objective, validation)
         free_copy(Path(config.tokens) / "tokenizer", directory, leave=["config.json"])
     with staged(config.report, ["stats.json"]) as directory:
         _write_curves(state.log_history, directory)

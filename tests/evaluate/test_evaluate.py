@@ -10,12 +10,12 @@ import transformers
 
 from stages.core.artifacts import Documents, read_json
 from stages.core.errors import ConfigError, StageError
-from stages.evaluate.loading import load_trained
 from stages.evaluate.samples import make_samples
 from stages.evaluate.schema import Samples
 from stages.figures.metrics import document_metrics
 from stages.figures.schema import Evaluate
 from stages.model.objectives import make_objective
+from stages.model.trained import load_trained
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 
 TASKS = ("causal", "mlm")

@@ -5,9 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from toys import TASK, objective_for, save_blocks, text_ids, toy_blocks, toy_model
+from toys import TASK, VOCABULARY, objective_for, save_blocks, text_ids, toy_blocks, toy_model
 
-from stages.model.block_loss import block_loss
+from stages.core.errors import StageError
+from stages.model.block_loss import block_loss, check_predictions
 from stages.model.masking import IGNORED
 from stages.model.objectives import evaluation_batch
 
@@ -69,3 +70,20 @@ def test_block_loss_of_a_causal_model_equals_transformers_own_loss(tmp_path):
     with torch.no_grad():
         stock = float(model(input_ids, labels=input_ids).loss)
     assert block_loss(model, objective_for(model, False), blocks, 4096) == pytest.approx(stock, rel=1e-6)
+
+
+@pytest.mark.parametrize(("task", "block_size"), [("causal", 1), ("mlm", 4)])
+def test_block_loss_of_blocks_in_which_nothing_is_predicted_says_so(tmp_path, task, block_size):
+    model = toy_model("gpt2" if task == "causal" else "roberta")
+    vocabulary = VOCABULARY[task]
+    ids = np.full((3, block_size), vocabulary.special["eos_token" if task == "causal" else "sep_token"])
+    blocks = save_blocks(tmp_path / "blocks", ids)  # a mask never covers a control token
+    with pytest.raises(StageError, match=r"blocks: in its 3 blocks of \d tokens, no token is predicted"):
+        block_loss(model, objective_for(model, False), blocks, 64)
+
+
+def test_check_predictions_looks_on_until_a_block_has_one(tmp_path):
+    model = toy_model("roberta")
+    ids = np.full((40, 16), VOCABULARY["mlm"].special["sep_token"])
+    ids[-1] = 7
+    check_predictions(objective_for(model, False), save_blocks(tmp_path / "blocks", ids))

@@ -8,11 +8,11 @@ import torch
 import yaml
 from toys import ARCHITECTURES, TASK, VOCABULARY, objective_config, toy_blocks, toy_trainer
 
-from stages.evaluate.loading import load_trained
 from stages.hub.files import sha256
 from stages.model.models import build_model, load_directory
 from stages.model.objectives import make_objective
 from stages.model.schema import BASE, Adapter, Model
+from stages.model.trained import load_trained
 from stages.train.saving import add_adapter, save_model
 
 CONF = Path(__file__).parents[2] / "conf" / "model"

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from stages.core.artifacts import Blocks
 from stages.core.errors import ConfigError, StageError
-from stages.evaluate.loading import load_trained
 from stages.model.block_loss import block_loss
 from stages.model.hardware import Hardware
 from stages.model.objectives import make_objective
+from stages.model.trained import load_trained
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 from stages.train.stage import batches
 
@@ -45,6 +45,7 @@ def curve(report, name):
         (["batch_size=0"], "batch_size=0: it should be greater than or equal to 1"),
         (["seed=-1"], "seed=-1: it should be greater than or equal to 0"),
         (["++objective.mlm_probability=0.15"], "objective.mlm_probability has no meaning"),
+        (["block_size=1"], "block_size=1: a causal model predicts a token from those before it"),
     ],
 )
 def test_train_config_that_breaks_a_rule_is_a_config_error_that_names_it(
