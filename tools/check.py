@@ -6,7 +6,9 @@ Composes the config of every stage that dvc.yaml defines, as the stage itself wi
 checks that dvc.yaml declares exactly the values and the inputs that the stage uses.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib
 import json
 import sys
@@ -21,11 +23,14 @@ import yaml
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
+from stages.core.artifacts import versions
 from stages.core.compose import GLOBAL_GROUPS, PARAMS, Composition, compose, load, read_root
 from stages.core.config import CONF, find, flat, nearest, read_yaml
-from stages.core.errors import ConfigError, printable_lines
-from stages.core.source_code import hashed_names
+from stages.core.errors import ConfigError, StageError, printable_lines
+from stages.core.source_code import hash_behaviour, hashed_names
 from stages.hub.files import sha256
+from stages.shell.cache import cache_directory
+from stages.train.checkpoints import LIBRARIES
 from tools.architectures import config_keys, model_types
 
 ROOT = CONF.parent
@@ -63,7 +68,7 @@ def main() -> None:
         sys.exit(printable_lines(f"check: params.yaml and dvc.yaml do not fit together: {error}"))
     composed, found = compose_stages(stages)
     problems += found
-    for check in (missing_source, unread_params, unread_keys, wrong_architectures, changed_pins):
+    for check in (missing_source, unread_params, unread_keys, wrong_architectures, changed_pins, refused_arguments):
         problems += check([composition for _, composition in composed])
     for stage, composition in composed:
         if not composition.problems and not composition.missing:
@@ -237,6 +242,37 @@ def wrong_architectures(compositions: list[Composition]) -> Iterator[str]:
             continue
         for key in sorted(set(config) - known):
             yield f"{where(file)}: config.{key} is no key of {config['model_type']}; {nearest(key, sorted(known))}"
+
+
+def refused_arguments(compositions: list[Composition]) -> Iterator[str]:
+    """What transformers, the optimizer or the schedule would refuse of a task's `trainer` section, or ignore.
+
+    To ask them takes some seconds of imports: a section that passed is remembered, for the installed libraries.
+    """
+    for composition in compositions:
+        if composition.stage != "train" or composition.problems or composition.missing:
+            continue
+        try:
+            config = load(schema_of("train"), composition)
+        except ConfigError:
+            continue  # said already
+        if config.framework.name != "trainer":
+            continue
+        asked = [config.trainer, config.learning_rate, config.num_train_epochs]
+        known = [asked, versions(*LIBRARIES), hash_behaviour(ROOT / "stages/frameworks/trainer/arguments.py")]
+        passed = cache_directory() / "passed" / hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
+        if passed.exists():
+            continue
+        from stages.frameworks.trainer.arguments import try_arguments
+
+        try:
+            try_arguments(config)
+        except StageError as error:
+            yield f"{error} (train@{composition.task})"
+            continue
+        with contextlib.suppress(OSError):  # then it is asked again
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            passed.touch()
 
 
 def changed_pins(compositions: list[Composition]) -> Iterator[str]:

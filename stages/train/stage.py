@@ -93,7 +93,9 @@ class TrainConfig:
     @field_validator("trainer")
     @classmethod
     def _are_arguments(cls, trainer: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        found = [*problems(trainer), *_sharding_problems(trainer, info.data.get("hardware"), info.data.get("adapter"))]
+        hardware = info.data.get("hardware")
+        found = problems(trainer, hardware and hardware.device)
+        found += _sharding_problems(trainer, hardware, info.data.get("adapter"))
         evaluating, saving = trainer.get("eval_strategy", "no"), trainer.get("save_strategy", "no")
         if trainer.get("load_best_model_at_end") is True and (evaluating != saving or evaluating == "no"):
             found.append("trainer.load_best_model_at_end needs save_strategy and eval_strategy alike (epoch or steps)")

@@ -40,6 +40,17 @@ def test_check_wrong_value_is_refused_by_name(clean: Path, file: str, key: str, 
     assert message in checked(clean)
 
 
+def test_check_refuses_what_the_optimizer_or_the_schedule_would_and_remembers_what_passed(clean: Path) -> None:
+    edit(clean / "conf/task/causal.yaml", trainer__lr_scheduler_type="warmup_stable_decay")
+    assert "trainer.lr_scheduler_type=warmup_stable_decay: " in (said := checked(clean))
+    assert "(train@causal)" in said and "train@mlm" not in said
+    edit(clean / "conf/task/causal.yaml", trainer__lr_scheduler_kwargs={"num_decay_steps": 10})
+    checked(clean, wrong=False)
+    # What passed is asked no more: the check does without the imports then.
+    code = "import sys, runpy; runpy.run_module('tools.check', run_name='__main__'); print('torch' in sys.modules)"
+    assert run(clean, "python", "-c", code).splitlines()[-1] == "False"
+
+
 def test_check_of_an_extra_that_is_not_installed_says_what_installs_it(clean: Path) -> None:
     hidden = clean / "hidden"
     hidden.mkdir()

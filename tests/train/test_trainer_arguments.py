@@ -59,7 +59,6 @@ def test_problems_of_an_unknown_name_names_the_nearest(name, nearest):
         ("torch_compile_backend", None),
         ("load_best_model_at_end", True),
         ("metric_for_best_model", "loss"),
-        ("fsdp_config", {"min_num_params": 0}),
         ("warmup_ratio", 0.1),
         ("warmup_ratio", 0),
     ],
@@ -91,6 +90,69 @@ def test_problems_of_a_wrong_value_name_the_key_and_the_value(name, value):
     found = problems({name: value})
     assert found
     assert all(problem.startswith(f"trainer.{name}={value!r}: it should be ") for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "device", "problem"),
+    [
+        ({"fp16": True}, "cpu", "trainer.fp16=True: hardware.device=cpu would ignore it (cuda and mps would not)"),
+        ({"tf32": True}, "cpu", "trainer.tf32=True: hardware.device=cpu would ignore it (cuda would not)"),
+        ({"tf32": True}, "mps", "trainer.tf32=True: hardware.device=mps would ignore it"),
+        ({"torch_empty_cache_steps": 5}, "cpu", "trainer.torch_empty_cache_steps=5: hardware.device=cpu"),
+        ({"fp16": True, "bf16": True}, "cuda", "trainer.fp16 and trainer.bf16 are both true"),
+        ({"greater_is_better": True}, "cpu", "trainer.greater_is_better=True: less loss is better"),
+        ({"metric_for_best_model": "accuracy"}, "cpu", "trainer.metric_for_best_model='accuracy': validation during"),
+        ({"debug": "tpu_metrics_debug"}, "cpu", "trainer.debug='tpu_metrics_debug': the other features are for TPUs"),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}},
+            "cpu",
+            "gradient_accumulation_kwargs cannot be set: the pipeline makes its own batches",
+        ),
+        ({"accelerator_config": {"split_batches": True, "non_blocking": True}}, "cpu", "split_batches cannot be set"),
+        ({"accelerator_config": "accelerate.json"}, "cpu", "it should be a section with keys and values"),
+        ({"fsdp_config": "fsdp.json", "fsdp": True}, "cuda", "it should be a section with keys and values"),
+        ({"lr_scheduler_kwargs": '{"num_cycles": 2}'}, "cpu", "it should be a section with keys and values"),
+        ({"logging_steps": 0}, "cpu", "trainer.logging_steps=0: it should be above 0"),
+        ({"eval_steps": -1, "eval_strategy": "steps"}, "cpu", "trainer.eval_steps=-1: it should be above 0"),
+        ({"save_steps": 0, "save_strategy": "steps"}, "cpu", "trainer.save_steps=0: it should be above 0"),
+        ({"max_steps": 0}, "cpu", "trainer.max_steps=0: it should be 1 or above, or -1"),
+        ({"max_grad_norm": float("nan")}, "cpu", "trainer.max_grad_norm=nan: it should be 0 or above"),
+        ({"weight_decay": -0.1}, "cpu", "trainer.weight_decay=-0.1: it should be 0 or above"),
+        ({"eval_steps": 5, "eval_strategy": "epoch"}, "cpu", "it has no effect without trainer.eval_strategy steps"),
+        ({"eval_delay": 2}, "cpu", "it has no effect without trainer.eval_strategy epoch or steps"),
+        ({"save_steps": 5}, "cpu", "it has no effect without trainer.save_strategy steps"),
+        ({"logging_steps": 5, "logging_strategy": "epoch"}, "cpu", "without trainer.logging_strategy steps"),
+        ({"torch_compile_mode": "max-autotune", "torch_compile": False}, "cpu", "without trainer.torch_compile"),
+        ({"fsdp_config": {"min_num_params": 1}}, "cuda", "it has no effect without trainer.fsdp"),
+        ({"activation_checkpointing_kwargs": {"a": 1}}, "cpu", "without trainer.activation_checkpointing"),
+        ({"dataloader_multiprocessing_context": "spawn"}, "cpu", "without trainer.dataloader_num_workers"),
+        ({"gradient_checkpointing": True, "activation_checkpointing": False}, "cpu", "it is the old name of"),
+    ],
+)
+def test_problems_of_a_value_that_would_be_ignored_or_do_harm_say_why(arguments, device, problem):
+    (found,) = problems(arguments, device)
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "device"),
+    [
+        ({"fp16": True}, "cuda"),
+        ({"fp16": True}, "mps"),
+        ({"fp16": False, "tf32": False}, "cpu"),
+        ({"tf32": True, "bf16": True}, "cuda"),
+        ({"greater_is_better": False, "metric_for_best_model": "eval_loss"}, "cpu"),
+        ({"accelerator_config": {"non_blocking": True}}, "cuda"),
+        ({"eval_steps": 5, "eval_strategy": "steps", "eval_delay": 1}, "cpu"),
+        ({"eval_steps": None, "eval_delay": 0, "torch_compile_mode": None}, "cpu"),
+        ({"logging_steps": 0.1}, "cpu"),
+        ({"save_steps": 5, "save_strategy": "steps"}, "cpu"),
+        ({"torch_compile": True, "torch_compile_backend": "inductor"}, "cuda"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, "cpu"),
+    ],
+)
+def test_problems_of_arguments_that_go_together_are_none(arguments, device):
+    assert problems(arguments, device) == []
 
 
 def test_problems_of_a_wrong_enumeration_name_the_allowed_values():

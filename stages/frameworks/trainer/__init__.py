@@ -4,10 +4,11 @@ import copy
 import os
 from typing import TYPE_CHECKING, Any
 
-from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerState
 
 from stages.core.artifacts import Blocks
 from stages.core.errors import StageError
+from stages.frameworks.trainer.arguments import make_arguments
 from stages.model.precision import check_bf16
 from stages.model.processes import rank, world_size
 from stages.shell.cache import cache_directory
@@ -89,26 +90,7 @@ def make_trainer(
         from stages.launch.ray import reporting
 
         callbacks.append(reporting())
-    owned = {
-        "output_dir": directory,
-        "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting
-        "seed": config.seed,
-        "learning_rate": config.learning_rate,
-        "num_train_epochs": config.num_train_epochs,
-        "per_device_train_batch_size": at_once,
-        "gradient_accumulation_steps": accumulation,
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": config.hardware.device == "cpu",
-    }
-    defaults = {
-        "save_strategy": "no",
-        "logging_nan_inf_filter": False,
-        "dataloader_pin_memory": config.hardware.device == "cuda",
-        "ddp_find_unused_parameters": False,
-    }
-    arguments = TrainingArguments(**{**defaults, **given, **owned})
+    arguments = make_arguments(config, given, directory, at_once, accumulation)
     return BlockTrainer(
         model,
         arguments,
