@@ -68,7 +68,7 @@ def main() -> None:
         sys.exit(printable_lines(f"check: params.yaml and dvc.yaml do not fit together: {error}"))
     composed, found = compose_stages(stages)
     problems += found
-    for check in (missing_source, unread_params, unread_keys, wrong_architectures, changed_pins, refused_arguments):
+    for check in (missing_source, unread_params, unread_keys, wrong_architectures, changed_pins, refused_trainings):
         problems += check([composition for _, composition in composed])
     for stage, composition in composed:
         if not composition.problems and not composition.missing:
@@ -244,10 +244,10 @@ def wrong_architectures(compositions: list[Composition]) -> Iterator[str]:
             yield f"{where(file)}: config.{key} is no key of {config['model_type']}; {nearest(key, sorted(known))}"
 
 
-def refused_arguments(compositions: list[Composition]) -> Iterator[str]:
-    """What transformers, the optimizer or the schedule would refuse of a task's `trainer` section, or ignore.
+def refused_trainings(compositions: list[Composition]) -> Iterator[str]:
+    """What transformers or peft would refuse of a task's `trainer` or `adapter` section, or ignore.
 
-    To ask them takes some seconds of imports: a section that passed is remembered, for the installed libraries.
+    To ask them takes some seconds of imports: what passed is remembered, for the installed libraries.
     """
     for composition in compositions:
         if composition.stage != "train" or composition.problems or composition.missing:
@@ -258,15 +258,21 @@ def refused_arguments(compositions: list[Composition]) -> Iterator[str]:
             continue  # said already
         if config.framework.name != "trainer":
             continue
-        asked = [config.trainer, config.learning_rate, config.num_train_epochs]
-        known = [asked, versions(*LIBRARIES), hash_behaviour(ROOT / "stages/frameworks/trainer/arguments.py")]
-        passed = cache_directory() / "passed" / hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
+        values = {key: composition.values[key] for key in ("trainer", "learning_rate", "num_train_epochs")}
+        if config.adapter is not None:
+            values |= {key: composition.values[key] for key in ("adapter", "model")}
+        modules = [ROOT / "stages/frameworks/trainer/arguments.py", ROOT / "stages/train/saving.py"]
+        known = json.dumps([values, versions(*LIBRARIES), *map(hash_behaviour, modules)])
+        passed = cache_directory() / "passed" / hashlib.sha256(known.encode()).hexdigest()[:32]
         if passed.exists():
             continue
         from stages.frameworks.trainer.arguments import try_arguments
+        from stages.train.saving import try_adapter
 
         try:
             try_arguments(config)
+            if config.adapter is not None:
+                try_adapter(config.adapter, config.model)
         except StageError as error:
             yield f"{error} (train@{composition.task})"
             continue

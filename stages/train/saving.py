@@ -56,6 +56,32 @@ def add_adapter(model: Any, adapter: Adapter, source: Model, seed: int) -> Any:
     return adapted
 
 
+def try_adapter(adapter: Adapter, source: Model) -> None:
+    """Raise StageError where `add_adapter` would for a model of `source`, which is built without its weights.
+
+    Nothing is known of a checkpoint whose config is not on this machine.
+    """
+    import torch
+    import transformers
+
+    if source.path is None:
+        config = transformers.AutoConfig.for_model(**source.config)
+    else:
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                Path(source.path).expanduser() if source.files is not None else source.path,
+                revision=source.revision,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        except (OSError, ValueError):
+            return
+    auto = transformers.AutoModelForCausalLM if source.task == "causal" else transformers.AutoModelForMaskedLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    add_adapter(model, adapter, source, seed=0)
+
+
 def _owners_of_weights(model: Any) -> dict[int, list[str]]:
     """Names of the layers that hold each weight, by the weight's identity."""
     owners = defaultdict(list)

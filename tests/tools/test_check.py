@@ -51,6 +51,21 @@ def test_check_refuses_what_the_optimizer_or_the_schedule_would_and_remembers_wh
     assert run(clean, "python", "-c", code).splitlines()[-1] == "False"
 
 
+@pytest.mark.parametrize(
+    ("task", "targets", "message"),
+    [
+        ("causal", ["lm_head", "c_attn"], "transformer.wte and lm_head share one weight"),
+        ("mlm", ["decoder"], "roberta.embeddings.word_embeddings and lm_head.decoder share one weight"),
+        ("causal", ["query"], "query"),
+    ],
+)
+def test_check_refuses_an_adapter_that_cannot_be_exported(clean: Path, task: str, targets: list[str], message: str):
+    edit(clean / "params.yaml", **{f"tasks__{task}__adapter": "lora"})
+    edit(clean / "conf/adapter/lora.yaml", adapter__targets=targets)
+    output = checked(clean)
+    assert f"adapter.targets={targets}: " in output and message in output and f"(train@{task})" in output
+
+
 def test_check_of_an_extra_that_is_not_installed_says_what_installs_it(clean: Path) -> None:
     hidden = clean / "hidden"
     hidden.mkdir()
