@@ -23,9 +23,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
+from stages.download.files import find_files
 from stages.download.records import to_record
 from stages.download.schema import Columns
-from stages.download.sources import find_files, read_rows
+from stages.download.sources import read_rows
 from stages.figures.metrics import document_nats, ratio_with_error
 from stages.model.objectives import make_objective
 from stages.model.trained import load_trained

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from stages.core.artifacts import SPLITS, TokenIds, shard_name, to_arrow, write_checksums, write_json, write_shard
 from stages.download.records import ELI5
 from stages.download.schema import Columns, SourceData, Split
+from stages.download.sources import read
 from stages.hub.files import sha256
 from stages.tokens.schema import TrainedTokenizer
 from stages.tokens.vocabulary import train_tokenizer
@@ -57,6 +58,11 @@ def source_data(path: Path | str, title: str | None = "title", texts: str = "ans
         "split": split(),
     }
     return SourceData(**(values | changes))
+
+
+def values(path: Path | str, **changes: Any) -> list[Any]:
+    """What download reads at `path`: a record, or a BadRecordError, for each."""
+    return [row.value for row in read(source_data(path, **changes))]
 
 
 def questions(number: int, first: int = 0) -> list[dict[str, Any]]:

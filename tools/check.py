@@ -26,8 +26,9 @@ from dvc.repo import Repo
 from stages.core.artifacts import versions
 from stages.core.compose import GLOBAL_GROUPS, PARAMS, Composition, compose, load, read_root
 from stages.core.config import CONF, find, flat, nearest, read_yaml
-from stages.core.errors import ConfigError, StageError, printable_lines
+from stages.core.errors import ConfigError, StageError, printable, printable_lines
 from stages.core.source_code import hash_behaviour, hashed_names
+from stages.download.files import PATH_LIMIT, find_files
 from stages.hub.files import sha256
 from stages.shell.cache import cache_directory
 from stages.train.checkpoints import LIBRARIES
@@ -300,11 +301,18 @@ def where(file: Path) -> str:
 
 
 def missing_source(compositions: list[Composition]) -> Iterator[str]:
-    """The user's own text, where it is a local path that is not there."""
+    """The user's own text, where it is a local path at which none can be read."""
     for composition in compositions:
         path = str(find(composition.values, "data.path") if composition.stage == "download" else "://")
-        if "://" not in path and not Path(path).exists():
-            yield f"data.path={path}: no such file or directory"
+        if "://" in path:
+            continue
+        if not Path(path).exists():
+            yield f"data.path={printable(path, PATH_LIMIT)}: no such file or directory"
+        elif find(composition.values, "data.source") != "hub":
+            try:
+                find_files(path)
+            except (StageError, OSError) as error:
+                yield str(error)
 
 
 def other_versions() -> Iterator[str]:

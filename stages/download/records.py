@@ -1,13 +1,15 @@
 """Records in ELI5's schema: found in a source's own columns, cleaned, and given to a split."""
 
 import hashlib
+import itertools
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
+from stages.core.errors import printable
 from stages.download.schema import Columns, Split
 
 TEXTS = pa.list_(pa.string())
@@ -29,6 +31,11 @@ ELI5 = pa.schema(
 
 # What Reddit leaves of an answer that its author or a moderator took away.
 _REMOVED = {"", "[deleted]", "[removed]"}
+
+_URL_FIELDS = ("title_urls", "selftext_urls", "answers_urls")
+_OPTIONAL = ("q_id", "selftext", "document", "subreddit", "answers.a_id", "answers.score")
+
+_NAMES = 20  # columns that a message lists
 
 Record = dict[str, Any]
 
@@ -55,9 +62,19 @@ def lookup(row: Mapping[str, Any], name: str) -> Any:
             ]  # a list of structs, which other tools write for ELI5's struct of lists
             continue
         if not isinstance(value, Mapping) or step not in value:
-            raise BadRecordError(f"no column {name!r}; there are: {', '.join(map(str, row)) or 'none'}")
+            raise BadRecordError(f"no column {_quoted(name)}; there are: {_listed(row)}")
         value = value[step]
     return value
+
+
+def _quoted(name: str) -> str:
+    return printable(repr(name))
+
+
+def _listed(names: Collection[Any]) -> str:
+    """The first of `names`, of which there may be a million."""
+    shown = ", ".join(printable(name, 60) for name in itertools.islice(names, _NAMES))
+    return f"{shown} and {len(names) - _NAMES:,} more" if len(names) > _NAMES else shown or "none"
 
 
 def mismatch(row: Any, allowed: Mapping[str, Sequence[Any]]) -> str | None:
@@ -71,8 +88,14 @@ def mismatch(row: Any, allowed: Mapping[str, Sequence[Any]]) -> str | None:
     for name, values in allowed.items():
         value = lookup(row, name)
         if value not in values:
-            return f"{name} is {value!r}, none of {', '.join(map(str, values))}"
+            return f"{printable(name)} is {printable(repr(value))}, none of {_listed(values)}"
     return None
+
+
+def columns_read(columns: Columns, filtered: Iterable[str]) -> list[str]:
+    """The names that `mismatch` and `to_record` look up in a row, those that it need not have included."""
+    title = [] if columns.title is None else [columns.title]
+    return [*filtered, *title, *columns.texts, *_OPTIONAL, *(f"{name}.url" for name in _URL_FIELDS)]
 
 
 def to_record(row: Any, columns: Columns) -> tuple[Record, int]:
@@ -97,7 +120,7 @@ def to_record(row: Any, columns: Columns) -> tuple[Record, int]:
             "text": [texts[index] for index in kept],
             "score": _parallel(row, "answers.score", kept, len(texts), 0),
         },
-        **{name: {"url": _urls(row, f"{name}.url")} for name in ("title_urls", "selftext_urls", "answers_urls")},
+        **{name: {"url": _urls(row, f"{name}.url")} for name in _URL_FIELDS},
     }
     return record, len(texts) - len(kept)
 
@@ -106,11 +129,13 @@ def _text(value: Any, name: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise BadRecordError(f"column {name!r} holds {type(value).__name__}, not text")
+        raise BadRecordError(f"column {_quoted(name)} holds {type(value).__name__}, not text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise BadRecordError(f"column {name!r} holds half of a surrogate pair, which is not Unicode text") from None
+        raise BadRecordError(
+            f"column {_quoted(name)} holds half of a surrogate pair, which is not Unicode text"
+        ) from None
     return value
 
 
@@ -139,9 +164,9 @@ def _parallel(row: Mapping[str, Any], name: str, kept: list[int], length: int, f
     if isinstance(filler, int):
         values = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
     if not all(type(value) is type(filler) for value in values):
-        raise BadRecordError(f"column {name!r} holds something other than {type(filler).__name__}")
+        raise BadRecordError(f"column {_quoted(name)} holds something other than {type(filler).__name__}")
     if isinstance(filler, int) and not all(-(2**63) <= value < 2**63 for value in values):
-        raise BadRecordError(f"column {name!r} holds a number of more than 64 bits")
+        raise BadRecordError(f"column {_quoted(name)} holds a number of more than 64 bits")
     if isinstance(filler, str):
         _texts(values, name)
     return [values[index] for index in kept]
@@ -165,8 +190,27 @@ def split_key(record: Record) -> str:
 
 def normalise(text: str) -> str:
     """`text` without differences of case, punctuation, spacing and compatibility characters."""
-    words = re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
+    words = re.sub(r"[\W_]+", " ", _compatible(text).casefold()).strip()
     return words or " ".join(text.split())  # a text of symbols alone is itself
+
+
+# Longer than any run of combining marks in ordinary text; the two of half width combine once they are normalised.
+_MANY_MARKS = re.compile(r"(?:[^\w\s\x00-\x7f]|[\uff9e\uff9f]){100,}")
+
+
+def _compatible(text: str) -> str:
+    """The NFKC form of `text`, in a time that grows linearly.
+
+    `unicodedata` orders the combining marks after a letter by insertion, so that a million take an hour. In runs of
+    many they are put in that order first.
+    """
+    return unicodedata.normalize("NFKC", _MANY_MARKS.sub(_ordered_marks, text))
+
+
+def _ordered_marks(run: re.Match[str]) -> str:
+    characters = (part for character in run[0] for part in unicodedata.normalize("NFKD", character))
+    groups = itertools.groupby(characters, key=lambda character: unicodedata.combining(character) > 0)
+    return "".join(character for _, group in groups for character in sorted(group, key=unicodedata.combining))
 
 
 def split_of(key: str, split: Split) -> str:

@@ -1,11 +1,13 @@
 """Schema of conf/data."""
 
 import re
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from stages.core.config import Fraction, Positive, Seed, part, whole
+from stages.core.errors import printable
 
 SAMPLE = "data/sample/askscience.jsonl"
 
@@ -73,6 +75,49 @@ def without_credentials(path: str) -> str | None:
     return shown if shown != path else None
 
 
+# URLs that DVC takes as a dependency and fsspec opens, each with DVC's package for it.
+REMOTES = {
+    "http": "dvc_http",
+    "https": "dvc_http",
+    "s3": "dvc_s3",
+    "gs": "dvc_gs",
+    "ssh": "dvc_ssh",
+    "hdfs": "dvc_hdfs",
+    "webhdfs": "dvc_webhdfs",
+    "oss": "dvc_oss",
+}
+_INSTEAD = {
+    "hf": "set data.name=hub and, in conf/data/hub.yaml, hub.id=OWNER/NAME",
+    "file": "write the path without file://",
+    "local": "write the path without local://",
+    "gcs": "write gs://",
+    "sftp": "write ssh://",
+    "s3a": "write s3://",
+    **dict.fromkeys(("zip", "tar", "libarchive"), "archives are not unpacked: unpack it, and name the directory"),
+}
+
+
+def unreadable_path(path: str) -> str | None:
+    """Why `path` cannot be a dependency of DVC, and what to write instead; None where it can.
+
+    DVC takes what it does not know for a relative path, or refuses it in words about its own configuration.
+    """
+    if path.startswith("~"):
+        return "~ is not resolved: write the absolute path"
+    scheme, separator, _ = path.partition("://")
+    if not separator:
+        return None
+    if "::" in path:
+        return f"chained URLs are not read: {_INSTEAD.get(scheme, 'fetch the file, and name it')}"
+    if scheme not in REMOTES:
+        instead = _INSTEAD.get(scheme, "fetch the file, and name it")
+        return f"not a URL that DVC and fsspec both read ({', '.join(REMOTES)}): {instead}"
+    if find_spec(package := REMOTES[scheme]) is None:
+        name = package.replace("_", "-")
+        return f"DVC reads {scheme}:// with {name}, which is not installed: `uv pip install {name}`"
+    return None
+
+
 @part
 class SourceData:
     """What `download` reads of conf/data/NAME.yaml."""
@@ -80,7 +125,7 @@ class SourceData:
     source: Literal["sample", "files", "hub"]
     """sample: the embedded corpus; files: those at `path`; hub: a data set of the Hugging Face Hub."""
     path: str
-    """File, directory or fsspec URL; ignored by hub."""
+    """File, directory or URL (http, https, or s3, gs, ssh, ... with DVC's package for it); ignored by hub."""
     hub: HubData | None
     """The data set, for source hub; null for the others."""
     columns: Columns
@@ -118,4 +163,6 @@ class SourceData:
             raise ValueError(f"data.hub has no meaning for data.source={self.source}: set hub: null")
         if not self.path.strip():
             raise ValueError("data.path is empty: name a file, a directory or a URL")
+        if reason := unreadable_path(self.path):
+            raise ValueError(f"data.path={printable(self.path)}: {reason}")
         return self

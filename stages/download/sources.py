@@ -1,34 +1,32 @@
-"""Where records come from: files of five formats on any file system that fsspec opens."""
+"""Records as files of five formats hold them."""
 
 import csv
 import io
+import itertools
 import json
-import logging
 import lzma
-import os
 import re
 import zlib
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import fsspec
-import fsspec.core
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.core.errors import StageError
-from stages.download.records import BadRecordError
+from stages.core.errors import StageError, printable
+from stages.download.files import (
+    PATH_LIMIT,
+    compression_of,
+    describe_web,
+    find_files,
+    format_of,
+    is_web,
+    own_split,
+)
+from stages.download.records import BadRecordError, columns_read
 from stages.download.schema import SourceData
 
-log = logging.getLogger(__name__)
-
-FORMATS = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text",
-    ".md": "text",
-}  # fmt: skip
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-_OWN_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
 _PARQUET_ROWS = 1000  # read at once
 # How files begin that are not what the name says. None is the beginning of text.
 _SIGNATURES = {
@@ -56,92 +54,42 @@ class Row(NamedTuple):
 def read(data: SourceData) -> Iterator[Row]:
     """The rows of the files that `data` describes, in order (files by name)."""
     for file_system, file in find_files(data.path):
-        yield from read_rows(file_system, file, data.text_record)
+        yield from read_rows(file_system, file, data.text_record, columns_read(data.columns, data.filter or {}))
 
 
-def find_files(path: str) -> list[tuple[Any, str]]:
-    """The readable files at `path` (a file, a directory or a URL), each with its file system, sorted by name."""
+def read_rows(
+    file_system: Any, file: str, text_record: str = "file", columns: Collection[str] | None = None
+) -> Iterator[Row]:
+    """The rows of `file`.
+
+    Args:
+        columns: those that are used (dotted names go into nested fields), where the format can leave out others; None:
+            all.
+    """
+    split, kind, where = own_split(file), format_of(file), printable(file, PATH_LIMIT)
     try:
-        file_system, root = fsspec.core.url_to_fs(path)
-        # Over HTTP, isdir reads the whole file and takes one with links in it for a directory.
-        is_page = "http" in file_system.protocol and format_of(root)
-        if not is_page and file_system.isdir(root):
-            found = sorted(file_system.find(root))
-            files = [file for file in found if format_of(file) and not _is_hidden(file.removeprefix(root))]
-            if len(files) < len(found):
-                log.info("%s: %d files of other formats left alone", path, len(found) - len(files))
-        else:
-            files = [root] if file_system.exists(root) else []
-            if files and not format_of(root):
-                raise StageError(
-                    f"data.path={path}: unknown format; give it one of {', '.join(FORMATS)} (.gz, .zst may follow)"
-                )
-    except (ImportError, OSError, ValueError) as error:
-        if isinstance(error, StageError):
-            raise
-        raise StageError(f"data.path={path}: {error}") from None
-    if not files and "://" in path:
-        raise StageError(f"data.path={path}: there is no such file, or its server does not answer")
-    if not files:
-        _refuse_unreadable(path)
-        raise StageError(f"data.path={path}: no such file, or a directory without {', '.join(FORMATS)} files")
-    return [(file_system, file) for file in files]
-
-
-def _refuse_unreadable(path: str) -> None:
-    """Raise the system's own error where `path` cannot be looked at: fsspec takes that for an absent file."""
-    local = Path(path)
-    if os.path.lexists(local):
-        local.stat()
-        if local.is_dir():
-            next(local.iterdir(), None)
-
-
-def format_of(file: str) -> str | None:
-    """The format that the name of `file` says, compression aside."""
-    name = _without_query(file)
-    return FORMATS.get(PurePosixPath(name.stem).suffix if name.suffix in _COMPRESSIONS else name.suffix)
-
-
-def _is_hidden(file: str) -> bool:
-    """Whether the name of `file`, or of a directory that it is in, begins with a dot."""
-    return any(step.startswith(".") for step in PurePosixPath(file).parts)
-
-
-def _without_query(file: str) -> PurePosixPath:
-    return PurePosixPath(file.lower().split("?")[0])
-
-
-def own_split(name: str) -> str | None:
-    """The split that a file or split called `name` is by its own account."""
-    match = _OWN_SPLIT.match(PurePosixPath(name).name) or _OWN_SPLIT.fullmatch(PurePosixPath(name).parent.name)
-    if match is None:
-        return None
-    word = match[1].lower()
-    return word if word in ("train", "test") else "validation"
-
-
-def read_rows(file_system: Any, file: str, text_record: str = "file") -> Iterator[Row]:
-    split, kind = own_split(file), format_of(file)
-    try:
-        with _open(file_system, file) as stream:
+        with _open(file_system, file, whole=kind != "parquet") as stream:
             readers = {"jsonl": _jsonl, "json": _json, "csv": _csv}
             if kind == "parquet":
-                rows = _parquet(stream)
+                rows = _parquet(stream, columns)
             else:
                 lines = io.BufferedReader(stream)
-                _refuse_other_content(lines.peek(8), file)
+                _refuse_other_content(lines.peek(8), where)
                 rows = _text(lines, text_record) if kind == "text" else readers[str(kind)](lines)
             for place, value in rows:
-                yield Row(f"{file}:{place}", split, value)
-    except (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowInvalid) as error:
+                yield Row(f"{where}:{place}", split, value)
+    except _UnreadableError as error:
+        raise StageError(f"{where}:{error}") from None
+    except Exception as error:
+        if reason := describe_web(error):
+            raise StageError(f"{where}: {reason}") from None
         if isinstance(error, FileNotFoundError):  # over HTTP without a number
-            raise StageError(f"{file}: no such file") from None
+            raise StageError(f"{where}: no such file") from None
         if isinstance(error, OSError) and error.errno is not None:  # the system's; decompressors' have no number
             raise OSError(error.errno, error.strerror or str(error), error.filename or file) from None
-        raise StageError(f"{file} is damaged or cut short: {error}") from None
-    except _UnreadableError as error:
-        raise StageError(f"{file}:{error}") from None
+        if isinstance(error, EOFError | OSError | zlib.error | lzma.LZMAError | pa.ArrowInvalid):
+            raise StageError(f"{where} is damaged or cut short: {printable(error)}") from None
+        raise
 
 
 def _refuse_other_content(beginning: bytes, file: str) -> None:
@@ -151,14 +99,23 @@ def _refuse_other_content(beginning: bytes, file: str) -> None:
             raise StageError(f"{file} holds {content}, not what its name says: rename or convert it")
 
 
-def _open(file_system: Any, file: str) -> Any:
-    """The decompressed bytes of `file`."""
-    compression = _COMPRESSIONS.get(_without_query(file).suffix)
+def _open(file_system: Any, file: str, whole: bool) -> Any:
+    """The decompressed bytes of `file`.
+
+    Args:
+        whole: read from beginning to end: over HTTP in one answer, since not every server sends parts.
+    """
+    options = {"block_size": 0} if whole and is_web(file) else {}
+    compression = compression_of(file)
     if compression != "zstd":
-        return file_system.open(file, "rb", compression=compression)
+        return file_system.open(file, "rb", compression=compression, **options)
     # fsspec's reader gives no lines, ends at the first of several frames, and takes a truncated file for a whole one.
-    stream = pa.PythonFile(file_system.open(file, "rb"), mode="r")
+    stream = pa.PythonFile(file_system.open(file, "rb", **options), mode="r")
     return io.BufferedReader(pa.CompressedInputStream(stream, compression))
+
+
+class _UnreadableError(Exception):
+    """A file of which no one can say what its records are, so that none can be left out; says where, and why."""
 
 
 def _decode(line: bytes) -> str | BadRecordError:
@@ -168,14 +125,39 @@ def _decode(line: bytes) -> str | BadRecordError:
         return BadRecordError(f"not UTF-8 (byte {error.start} of the line)")
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        BadRecordError: if a key is there twice, of which `json` would take the last.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise BadRecordError(f"an object has two keys {_repeated(key for key, _ in pairs)}: rename or remove one")
+    return found
+
+
+def _repeated(names: Iterable[str]) -> str:
+    """The first of `names` that is there more than once, for a message."""
+    return printable(repr(next(name for name, count in Counter(names).items() if count > 1)))
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _not_json(error: Exception) -> BadRecordError:
+    return error if isinstance(error, BadRecordError) else BadRecordError(f"not JSON: {printable(error)}")
+
+
 def _parse(line: bytes) -> Any:
     text = _decode(line)
     if isinstance(text, BadRecordError):
         return text
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
-        return BadRecordError(f"not JSON: {error}")
+        return _not_json(error)
 
 
 def _jsonl(stream: Any) -> Iterator[tuple[int, Any]]:
@@ -186,43 +168,191 @@ def _jsonl(stream: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _json(stream: Any) -> Iterator[tuple[int, Any]]:
-    """An array of records, read whole; a .json file of lines is read as lines."""
-    if not stream.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from _jsonl(stream)
+    """Records of an array, of lines as in .jsonl, or of values over several lines each, one after the other.
+
+    All but lines are read whole, and counted by value instead of by line.
+    """
+    head = [b""]
+    while not (beginning := b"".join(head).removeprefix(b"\xef\xbb\xbf").strip()) and (line := stream.readline()):
+        head.append(line)
+    is_array = beginning.startswith(b"[")
+    if not is_array and not _goes_on(beginning):
+        yield from _jsonl(itertools.chain(head[1:], stream))
         return
-    value = _parse(stream.read().removeprefix(b"\xef\xbb\xbf"))
-    if isinstance(value, BadRecordError):
-        yield 1, value
-    else:
-        yield from enumerate(value, 1)
-
-
-def _parquet(stream: Any) -> Iterator[tuple[int, Any]]:
+    text = _decode(b"".join([*head, stream.read()]).removeprefix(b"\xef\xbb\xbf"))
+    if isinstance(text, BadRecordError):
+        raise _UnreadableError(f"1: {text}")
     number = 0
-    for batch in pq.ParquetFile(stream).iter_batches(batch_size=_PARQUET_ROWS):
-        for value in batch.to_pylist():
+    try:
+        for value in _array(text) if is_array else _sequence(text):
             number += 1
             yield number, value
+    except (ValueError, RecursionError) as error:
+        raise _UnreadableError(f"{number + 1}: {_not_json(error)}") from None
 
 
-class _UnreadableError(Exception):
-    """A CSV file of which no one can say what its records are, so that none can be left out."""
+def _goes_on(line: bytes) -> bool:
+    """Whether the JSON value that begins in `line` does not end there."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(error.doc)
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _array(text: str) -> Iterator[Any]:
+    """The values of the JSON array that `text` is."""
+    position = _after_space(text, text.index("[") + 1)
+    ended = text.startswith("]", position)
+    while not ended:
+        value, position = _value(text, position)
+        yield value
+        position = _after_space(text, position)
+        ended = text.startswith("]", position)
+        if not ended and not text.startswith(",", position):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+        if not ended:
+            position = _after_space(text, position + 1)
+    if (position := _after_space(text, position + 1)) < len(text):
+        raise json.JSONDecodeError("Extra data", text, position)
+
+
+def _sequence(text: str) -> Iterator[Any]:
+    """The JSON values in `text`, one after the other."""
+    position = _after_space(text, 0)
+    while position < len(text):
+        value, position = _value(text, position)
+        yield value
+        position = _after_space(text, position)
+
+
+def _value(text: str, position: int) -> tuple[Any, int]:
+    """The JSON value at `position`, or a BadRecordError where it repeats a key, and where it ends."""
+    try:
+        return _DECODER.raw_decode(text, position)
+    except BadRecordError as error:
+        return error, json.JSONDecoder().raw_decode(text, position)[1]
+
+
+def _after_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    assert match is not None
+    return match.end()
+
+
+def _parquet(stream: Any, columns: Collection[str] | None) -> Iterator[tuple[int, Any]]:
+    file = pq.ParquetFile(stream)
+    try:
+        schema = file.schema_arrow
+        _refuse_repeated(schema)
+        leaves = [leaf for field in schema for leaf in _leaves(field.name, field.type)]
+    except UnicodeDecodeError:
+        raise _UnreadableError("1: the name of a column is not UTF-8: rename it") from None
+    used = None
+    if columns is not None and len(leaves) == len(file.schema):
+        # The leaves of both schemas are in the same order, but paths in Parquet's have steps for the items of lists.
+        paths = [file.schema.column(number).path for number in range(len(leaves))]
+        used = [path for path, leaf in zip(paths, leaves, strict=True) if _is_used(leaf, columns)]
+    unread = dict.fromkeys(schema.names, ...)  # so that messages can name columns that are not read
+    number = 0
+    for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=used):
+        for value in _rows(batch):
+            number += 1
+            yield number, value if isinstance(value, BadRecordError) else unread | value
+
+
+def _refuse_repeated(fields: Iterable[pa.Field], within: str = "") -> None:
+    """Raise _UnreadableError if two of `fields`, or two fields nested in one of them, have one name."""
+    fields = list(fields)
+    names = [f"{within}{field.name}" for field in fields]
+    if len(set(names)) < len(names):
+        raise _UnreadableError(f"1: the file has two columns {_repeated(names)}: rename one")
+    for name, field in zip(names, fields, strict=True):
+        _refuse_repeated(_nested(field.type), f"{name}.")
+
+
+def _nested(kind: pa.DataType) -> list[pa.Field]:
+    """The fields of a struct, or of the structs in a list."""
+    while _is_list(kind):
+        kind = kind.value_type
+    return [kind.field(number) for number in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+
+
+def _leaves(name: str, kind: pa.DataType) -> Iterator[str]:
+    """The dotted names of the values that a column consists of; lists add no step to them."""
+    if isinstance(kind, pa.BaseExtensionType):
+        yield from _leaves(name, kind.storage_type)
+    elif pa.types.is_map(kind):
+        yield from _leaves(name, kind.key_type)
+        yield from _leaves(name, kind.item_type)
+    elif _is_list(kind):
+        yield from _leaves(name, kind.value_type)
+    elif pa.types.is_struct(kind):
+        for field in _nested(kind):
+            yield from _leaves(f"{name}.{field.name}", field.type)
+    else:
+        yield name
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_used(leaf: str, columns: Collection[str]) -> bool:
+    return any(leaf == column or leaf.startswith(f"{column}.") for column in columns)
+
+
+_VALUE_ERRORS = (ArithmeticError, LookupError, NotImplementedError, TypeError, ValueError)
+
+
+def _rows(batch: pa.RecordBatch) -> list[Any]:
+    """The rows of `batch`, with a BadRecordError in place of one that holds a value that Python has not."""
+    try:
+        return list(batch.to_pylist())
+    except _VALUE_ERRORS:
+        return [_row(batch, number) for number in range(batch.num_rows)]
+
+
+def _row(batch: pa.RecordBatch, number: int) -> dict[str, Any] | BadRecordError:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[number].as_py()
+        except _VALUE_ERRORS as error:
+            return BadRecordError(
+                f"column {printable(repr(name))} holds a value that cannot be read: {printable(error)}"
+            )
+    return row
 
 
 def _csv(stream: Any) -> Iterator[tuple[int, Any]]:
-    """The rows below the header, each at its first line."""
+    """The rows below the header, each at its first line.
+
+    Columns at the end without a name, as spreadsheets write them, are left out while they are empty.
+    """
     csv.field_size_limit(2**31 - 1)
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     header: list[str] = []
+    num_columns = 0
     for number, cells in _cells(csv.reader(lines, strict=True)):
-        if not header:
+        if not num_columns:
             header = _header(number, cells)
+            num_columns = _without_empty_end(header)
         elif isinstance(cells, BadRecordError):
             yield number, cells
-        elif len(cells) != len(header):
+        elif not num_columns <= len(cells) <= len(header):
             yield number, BadRecordError(f"{len(cells)} columns, not as many as the header's {len(header)}")
+        elif (end := _without_empty_end(cells)) > num_columns:
+            yield number, BadRecordError(f"column {end} holds {printable(repr(cells[end - 1]))}, but has no name")
         else:
-            yield number, dict(zip(header, cells, strict=True))
+            yield number, dict(zip(header[:num_columns], cells, strict=False))
+
+
+def _without_empty_end(cells: Sequence[str]) -> int:
+    """How many of `cells` there are up to the last that is not blank."""
+    return next((number for number in range(len(cells), 0, -1) if cells[number - 1].strip()), 0)
 
 
 def _cells(reader: Any) -> Iterator[tuple[int, list[str] | BadRecordError]]:
@@ -249,23 +379,28 @@ def _cells(reader: Any) -> Iterator[tuple[int, list[str] | BadRecordError]]:
 
 
 def _header(number: int, cells: list[str] | BadRecordError) -> list[str]:
-    """The names of the columns."""
+    """The names of the columns; empty ones at the end are none."""
     if isinstance(cells, BadRecordError):
         raise _UnreadableError(f"{number}: the header is {cells}")
-    if twice := [name for name in cells if cells.count(name) > 1]:
-        raise _UnreadableError(f"{number}: the header has two columns {twice[0]!r}: rename one")
+    names = cells[: _without_empty_end(cells)]
+    if not names:
+        raise _UnreadableError(f"{number}: the header has no names: write one above each column")
+    if names.count("") > 1:
+        first, second = itertools.islice((place for place, name in enumerate(names, 1) if not name), 2)
+        raise _UnreadableError(f"{number}: the header has no name for columns {first} and {second}: write them")
+    if len(set(names)) < len(names):
+        raise _UnreadableError(f"{number}: the header has two columns {_repeated(names)}: rename one")
     return cells
 
 
 def _text(stream: Any, text_record: str) -> Iterator[tuple[int, Any]]:
     """Records of plain text, {"title": "", "answers.text": text}; a paragraph ends at an empty line."""
     start, lines = 1, list[str]()
-    for number, line in enumerate(stream, 1):
-        text = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+    for number, line in enumerate(_lines(stream), 1):
+        text = _decode(line.encode("utf-8", "surrogateescape"))
         if isinstance(text, BadRecordError):
             yield number, text
             continue
-        text = text.replace("\r\n", "\n")
         if text_record == "file" or (text_record == "paragraph" and text.strip()):
             start = start if lines else number
             lines.append(text)
@@ -277,3 +412,12 @@ def _text(stream: Any, text_record: str) -> Iterator[tuple[int, Any]]:
     if lines:
         text = "".join(lines)
         yield start, {"title": "", "answers.text": text if text_record == "file" else text.rstrip("\n")}
+
+
+def _lines(stream: Any) -> Iterator[str]:
+    """The lines of a text, each but the last with \\n at its end, for which \\r\\n, \\r and \\r\\r\\n may stand."""
+    last = ""
+    for line in io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=""):
+        if line != "\r\n" or not last.endswith("\r"):  # else the end of a line that was converted twice
+            yield re.sub("\r\n?$", "\n", line)
+        last = line

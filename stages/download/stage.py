@@ -17,18 +17,21 @@ import pyarrow.parquet as pq
 
 from stages.core.artifacts import SPLITS, staged, versions, write_json
 from stages.core.config import part
-from stages.core.errors import StageError
+from stages.core.errors import StageError, printable
 from stages.download.duplicates import ExactDuplicates, near_duplicates
+from stages.download.files import PATH_LIMIT, format_of
 from stages.download.hub_data import read_hub, resolve_commit
 from stages.download.records import ELI5, BadRecordError, Record, mismatch, split_key, split_of, to_record
 from stages.download.schema import SourceData
-from stages.download.sources import Row, format_of, read
+from stages.download.sources import Row, read
 
 log = logging.getLogger(__name__)
 
 # A row group, which later stages read whole, ends after so many records or after the record that takes its texts past
 # so many characters: decided by the records alone, so that the same records give the same file.
 ROW_GROUP, ROW_GROUP_CHARACTERS = 1024, 8 * 2**20
+
+_FEW = 30  # different titles, with fewer of which a split may be left empty for want of them
 
 _NEAR_DUPLICATES_OF = (
     20_000  # held-out documents at most that are looked for where they are only counted: some 10 KB each
@@ -91,18 +94,24 @@ class _Ledger:
         self.exact_duplicates = ExactDuplicates()
         self.num_exact_duplicates = 0
         self.near_duplicates: dict[str, int] | None = None
+        self._split_keys: set[int] = set()
+
+    def add_split_key(self, key: str) -> None:
+        """Note what decides a record's split, while there are few of these."""
+        if len(self._split_keys) < _FEW:
+            self._split_keys.add(hash(key))
 
     def check(self, data: SourceData) -> None:
         """Raise StageError unless every split has records; assert that none was lost on the way."""
         assert self.records_in == self.records_out.total() + self.skipped.total()
         assert self.answers_in == self.answers_out + self.answers_dropped + self.answers_of_duplicates
-        source = data.hub.id if data.hub else data.path
+        source = printable(data.hub.id if data.hub else data.path, PATH_LIMIT)
         if not self.records_in:
             raise StageError(f"{source} holds no records")
         if self.skipped["filtered"] == self.records_in:
             raise StageError(f"{source} holds no record that passes filter (conf/data): {self.first_filtered}")
         if not self.records_out.total():
-            columns = ", ".join(data.columns.texts)
+            columns = printable(", ".join(data.columns.texts))
             malformed = f"; malformed: {self.first_malformed}" if self.first_malformed else ""
             raise StageError(
                 f"{source} holds no record with an answer ({self.summary()}): what columns in conf/data names"
@@ -110,10 +119,22 @@ class _Ledger:
             )
         empty = [split for split in SPLITS if not self.records_out[split]]
         if empty:
-            remedy = "give more records, or raise its share in conf/data (split)"
-            if data.text_record == "file" and self.records_in < 30 and format_of(data.path) in ("text", None):
-                remedy += "; for one long text set text_record: paragraph there"
-            raise StageError(f"no record for {' and '.join(empty)} ({self.summary()}): {remedy}")
+            raise StageError(f"no record for {' and '.join(empty)} ({self.summary()}): {self._more_records(data)}")
+
+    def _more_records(self, data: SourceData) -> str:
+        """What fills an empty split."""
+        num_keys, num_records = len(self._split_keys), self.records_out.total()
+        if 0 < num_keys < _FEW and num_keys <= num_records // 2:  # more of the same would go where these went
+            values = "1 value" if num_keys == 1 else f"{num_keys} values"
+            few = f"decides the split and has only {values} in {num_records:,} records (case and punctuation aside)"
+            if data.columns.title is None:
+                return f"the text {few}: give records with other texts"
+            title = printable(repr(data.columns.title))
+            return f"column {title} {few}: set columns.title in conf/data to another, or to null: the text then decides"
+        remedy = "give more records, or raise its share in conf/data (split)"
+        if data.text_record == "file" and self.records_in < 30 and format_of(data.path) in ("text", None):
+            remedy += "; for one long text set text_record: paragraph there"
+        return remedy
 
     def summary(self) -> str:
         parts = [f"{name} {count}" for name, count in self.records_out.items()]
@@ -175,7 +196,9 @@ def _assign_split(row: Row, data: SourceData, ledger: _Ledger) -> tuple[str, Rec
             ledger.answers_of_duplicates += num_answers
             return None
     if data.split.by == "hash":
-        return split_of(split_key(record), data.split), record
+        key = split_key(record)
+        ledger.add_split_key(key)
+        return split_of(key, data.split), record
     if row.split is None:
         raise StageError(f"{row.where}: split.by: source needs files or splits named train, validation and test")
     return row.split, record

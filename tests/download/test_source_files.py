@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stages.core.errors import StageError
-from stages.download.sources import find_files, format_of, own_split
+from stages.download.files import find_files, format_of, own_split
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent", "empty"])

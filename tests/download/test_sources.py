@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import questions, serving_files, source_data, write_jsonl
+from data_helpers import questions, serving_files, source_data, values, write_jsonl
 
 from stages.core.errors import StageError
 from stages.download.records import BadRecordError
@@ -57,10 +57,6 @@ FORMATS: dict[str, Callable[[], bytes]] = {
     "array.json": lambda: json.dumps(RECORDS, indent=2).encode(),
     "a.csv": _csv,
 }
-
-
-def values(path: Path | str, **changes: Any) -> list[Any]:
-    return [row.value for row in read(source_data(path, **changes))]
 
 
 def texts(path: Path | str, text_record: str) -> list[Any]:
@@ -132,7 +128,7 @@ PLAIN = "One\ntwo.\n\n \t\nThree\n\n\nFour.\n"
         ("line", ["One", "two.", "Three", "Four."]),
     ],
 )
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r", "\r\r\n"])
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.gz", "a.txt.zst"])
 def test_read_of_plain_text_gives_files_paragraphs_or_lines(
     tmp_path: Path, name: str, newline: str, text_record: str, expected: list[str]
@@ -159,6 +155,126 @@ def test_read_of_the_last_paragraph_is_the_same_however_the_file_ends(tmp_path: 
 def test_read_of_text_with_byte_order_mark_and_nul_keeps_the_text_alone(tmp_path: Path, text_record: str) -> None:
     (tmp_path / "a.txt").write_bytes(BOM + b"a\x00b")
     assert texts(tmp_path / "a.txt", text_record) == ["a\x00b"]
+
+
+def test_read_of_lines_that_end_in_several_ways_gives_each(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\rtwo\nthree\r\nfour\r\r\nfive\x0b\xe2\x80\xa8six\r\r\rseven")
+    rows = list(read(source_data(tmp_path / "a.txt", text_record="line")))
+    assert [row.value["answers.text"] for row in rows] == ["one", "two", "three", "four", "five\x0b\u2028six", "seven"]
+    assert [row.where.rpartition(":")[2] for row in rows] == ["1", "2", "3", "4", "5", "8"]
+
+
+# -- JSON and CSV as other programs write them -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        json.dumps(RECORDS[0], indent=2),
+        json.dumps(RECORDS[0], indent="\t").replace("\n", "\r\n"),
+        "\n\n" + json.dumps(RECORDS[0], indent=0) + "\n\n",
+        json.dumps(RECORDS[0]).replace('", "', '",\n"'),
+        json.dumps(RECORDS[0]),
+        json.dumps([RECORDS[0]]),
+        "\n [\n" + json.dumps(RECORDS[0]) + "\n]\n",
+    ],
+)
+@pytest.mark.parametrize("mark", [b"", BOM])
+def test_read_of_json_laid_out_otherwise_gives_the_record(tmp_path: Path, raw: str, mark: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(mark + raw.encode())
+    assert values(tmp_path / "a.json") == RECORDS[:1]
+
+
+def test_read_of_json_objects_over_several_lines_gives_each_and_counts_them(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("\n".join(json.dumps(record, indent=2) for record in RECORDS))
+    rows = list(read(source_data(tmp_path / "a.json")))
+    assert [row.value for row in rows] == RECORDS
+    assert [row.where.rpartition(":")[2] for row in rows] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "number", "message"),
+    [
+        (b'[{"a": 1}, {"a"]', 2, "not JSON"),
+        (b'[{"a": 1} {"a": 2}]', 2, "not JSON: Expecting ',' delimiter"),
+        (b'[{"a": 1}, ]', 2, "not JSON"),
+        (b'[{"a": 1}', 2, "not JSON"),
+        (b'[{"a": 1}] [2]', 2, "not JSON: Extra data"),
+        (b"[", 1, "not JSON"),
+        (b'[{"a": "\xe9"}]', 1, "not UTF-8"),
+        (b'{\n"a": 1\n}\n{\n"a": \n}', 2, "not JSON"),
+        (b'{\n"a": "\xe9"\n}', 1, "not UTF-8"),
+    ],
+)
+def test_read_of_json_that_breaks_off_within_a_value_is_refused_whole(
+    tmp_path: Path, raw: bytes, number: int, message: str
+) -> None:
+    (tmp_path / "a.json").write_bytes(raw)
+    with pytest.raises(StageError, match=f"a.json:{number}: {message}"):
+        values(tmp_path / "a.json", on_bad_record="skip")
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b"title,text,,\na,b,,\nc,d,,\n", [{"title": "a", "text": "b"}, {"title": "c", "text": "d"}]),
+        (b"title,text, ,\na,b, ,\n", [{"title": "a", "text": "b"}]),
+        (b"title,text,,\na,b\nc,d,\n", [{"title": "a", "text": "b"}, {"title": "c", "text": "d"}]),
+        (b"title,text\na,\n", [{"title": "a", "text": ""}]),
+        (b",title,text\n0,a,b\n", [{"": "0", "title": "a", "text": "b"}]),
+    ],
+)
+def test_read_of_csv_with_empty_columns_at_the_end_leaves_them_out(
+    tmp_path: Path, raw: bytes, expected: list[Any]
+) -> None:
+    (tmp_path / "a.csv").write_bytes(raw)
+    assert values(tmp_path / "a.csv") == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b",,\na,b,c\n", "1: the header has no names"),
+        (b",title,,text\n", "1: the header has no name for columns 1 and 3"),
+        (b"title,text,,\na,b,,note\n", "2: column 4 holds 'note', but has no name"),
+        (b"title,text,\na,b,,\n", "2: 4 columns, not as many as the header's 3"),
+        (b"title,text\na,b,\n", "2: 3 columns, not as many as the header's 2"),
+        (b"title,text,\na\n", "2: 1 columns, not as many as the header's 3"),
+    ],
+)
+def test_read_of_csv_with_columns_without_a_name_says_which(tmp_path: Path, raw: bytes, message: str) -> None:
+    (tmp_path / "a.csv").write_bytes(raw)
+    with pytest.raises((StageError, BadRecordError), match=message):
+        for row in read(source_data(tmp_path / "a.csv")):
+            raise BadRecordError(f"{row.where}: {row.value}")
+
+
+# -- two of one name ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        (b'{"title": "a", "title": "b"}', "'title'"),
+        (b'{"title": "a", "answers": {"text": "b", "text": "c"}}', "'text'"),
+        (b'{"title": "a", "more": [[{"x": 1, "y": 2, "x": 1}]]}', "'x'"),
+        (rb'{"a": 1, "\u0061": 2}', "'a'"),
+        (rb'{"a\u001b": 1, "a\u001b": 2}', "'a\\\\x1b'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "layout",
+    [b"%s\n{}", b"{}\n%s", b"[{}, %s, {}]", b"[%s]", b"{\n}\n%s\n{}"],
+    ids=["1", "2", "array", "one", "values"],
+)
+def test_read_of_json_that_repeats_a_key_is_a_bad_record_among_others(
+    tmp_path: Path, layout: bytes, value: bytes, key: str
+) -> None:
+    (tmp_path / "a.json").write_bytes(layout % value)
+    found = values(tmp_path / "a.json")
+    (bad,) = [value for value in found if isinstance(value, BadRecordError)]
+    assert str(bad).startswith(f"an object has two keys {key}: ".replace("\\\\", "\\"))
+    assert [value for value in found if value is not bad] == [{}] * layout.count(b"{")
 
 
 # -- places ------------------------------------------------------------------------------------------------------------
@@ -241,8 +357,8 @@ _FILLER = b'{"title": "t", "answers.text": "x"}\n'
         ("a.jsonl", _FILLER + b'{"a": "x\x00y"}\n', 2, "not JSON"),
         ("a.jsonl", _FILLER + b'{"a": "cut sho', 2, "not JSON"),
         ("a.jsonl", _FILLER + b"[" * 100_000 + b"\n", 2, "not JSON"),
-        ("a.json", b'[{"a": 1}, {"a"]', 1, "not JSON"),
-        ("a.json", b'[{"a": "\xe9"}]', 1, "not UTF-8"),
+        ("a.json", b'{"a": 1}\n{"a": 1,,}\n{"a": 1}', 2, "not JSON"),
+        ("a.json", b'{"a": "cut sho', 1, "not JSON"),
         ("a.csv", b"title,text\na,b\nc\nd,e\n", 3, "1 columns.* 2"),
         ("a.csv", b"title,text\na,b\nc,d,e\n", 3, "3 columns.* 2"),
         ("a.csv", b'title,text\na,"two\nlines"\nc\n', 4, "1 columns.* 2"),
