@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -84,21 +85,16 @@ def _files_below(file_system: Any, root: str) -> list[str]:
     Raises:
         StageError: if a directory there is a link, which DVC does not follow, or an entry is no file.
     """
-    options = {"on_error": "raise"} if _is_local(file_system) else {}  # else an unreadable directory is left out
-    found = {
-        file: info
-        for file, info in sorted(file_system.find(root, detail=True, **options).items())
-        if not _is_hidden(file.removeprefix(root))
-    }
-    for file, info in found.items():
-        if info["type"] == "file":
-            continue
-        if file_system.isdir(file):
-            raise StageError(
-                f"{printable(file, PATH_LIMIT)} is a link to a directory, which DVC does not track: copy the directory"
-                " there, or set data.path to it"
-            )
-        _refuse_special(file_system, file)
+    entries = _local_entries(root) if _is_local(file_system) else file_system.find(root)
+    found = sorted(file for file in entries if not _is_hidden(file.removeprefix(root)))
+    if _is_local(file_system):
+        for file in found:
+            _refuse_special(file_system, file)
+            if Path(file).is_dir():
+                raise StageError(
+                    f"{printable(file, PATH_LIMIT)} is a link to a directory, which DVC does not track: copy the"
+                    " directory there, or set data.path to it"
+                )
     files = [file for file in found if format_of(file)]
     if len(files) < len(found):
         log.info("%s: %d files of other formats left out", printable(root, PATH_LIMIT), len(found) - len(files))
@@ -110,6 +106,21 @@ def _files_below(file_system: Any, root: str) -> list[str]:
     more = f" and {len(texts) - _NAMES} more" if len(texts) > _NAMES else ""
     log.info("%s: plain text beside data files left out: %s%s", printable(root, PATH_LIMIT), names, more)
     return [file for file in files if format_of(file) != "text"]
+
+
+def _local_entries(root: str) -> Iterator[str]:
+    """What is below `root` and no directory, links to directories included; hidden directories are not entered.
+
+    Unlike fsspec's `find`, raises the system's error where a directory cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for directory, directories, files in os.walk(root, onerror=fail):
+        links = [name for name in directories if Path(directory, name).is_symlink()]
+        directories[:] = [name for name in directories if not name.startswith(".")]
+        yield from (os.path.join(directory, name) for name in [*files, *links])  # noqa: PTH118 (ten times faster)
 
 
 def _is_local(file_system: Any) -> bool:
@@ -160,7 +171,7 @@ def _is_hidden(file: str) -> bool:
 
 
 def _without_query(file: str) -> PurePosixPath:
-    return PurePosixPath(file.lower().split("?")[0])
+    return PurePosixPath((file.split("?")[0] if is_web(file) else file).lower())
 
 
 def own_split(name: str) -> str | None:

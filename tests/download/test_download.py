@@ -154,6 +154,48 @@ def test_download_that_leaves_a_split_empty_names_it(tmp_path: Path, missing: st
         run(source_data(tmp_path / "in", split=split(by="source")), tmp_path / "raw")
 
 
+@pytest.mark.parametrize(
+    ("titles", "values"), [(["One"], "1 value"), (["One!", "ONE", " one?"], "1 value"), (["One", "Two"], "2 values")]
+)
+def test_download_of_few_titles_names_the_column_that_decides_the_split(
+    tmp_path: Path, titles: list[str], values: str
+) -> None:
+    records = [{"head": titles[i % len(titles)], "answers.text": f"Answer {i}."} for i in range(1000)]
+    file = write_jsonl(tmp_path / "a.jsonl", records)
+    decides = rf"column 'head' decides the split and has only {values} in 1,000 records .*set columns\.title"
+    with pytest.raises(StageError, match=rf"no record for .* 0\): {decides}"):
+        run(source_data(file, title="head"), tmp_path / "raw")
+    ledger = run(source_data(file, title=None), tmp_path / "raw")
+    assert min(ledger["records_out"].values()) > 0  # as the message says
+
+
+def test_download_of_one_text_again_and_again_says_so(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"answers.text": "The same."}] * 100)
+    with pytest.raises(StageError, match=r"the text decides .* only 1 value in 100 records .*other texts"):
+        run(source_data(file, title=None), tmp_path / "raw")
+
+
+@pytest.mark.parametrize("number", [2, 20, 60])
+def test_download_of_few_records_with_a_title_each_asks_for_more(tmp_path: Path, number: int) -> None:
+    shares = split(train=0.999998, validation=0.000001, test=0.000001)
+    with pytest.raises(StageError, match="give more records, or raise its share"):
+        run(source_data(write_jsonl(tmp_path / "a.jsonl", questions(number)), split=shares), tmp_path / "raw")
+
+
+def test_download_of_bad_parquet_values_counts_those_alone(tmp_path: Path) -> None:
+    texts = pa.array([f"Answer {i}.".encode() if i % 10 else b"\xff" for i in range(100)])
+    texts = pa.Array.from_buffers(pa.string(), 100, texts.buffers())
+    dates = pa.array([2**31 - 1] * 100, pa.int32()).cast(pa.date32())
+    table = pa.table({"title": [f"Question {i}?" for i in range(100)], "answers.text": texts, "date": dates})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(
+        StageError, match=rf"^{tmp_path}/a\.parquet:1: column 'answers\.text' holds a value that cannot"
+    ):
+        run(source_data(tmp_path / "a.parquet"), tmp_path / "raw")
+    ledger = run(source_data(tmp_path / "a.parquet", on_bad_record="skip", split=EVEN), tmp_path / "raw")
+    assert (ledger["records_in"], ledger["records_skipped"]["malformed"]) == (100, 10)
+
+
 def test_download_of_one_long_text_file_says_how_to_cut_it(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("One.\n\nTwo.\n")
     with pytest.raises(StageError, match="text_record: paragraph"):

@@ -1,5 +1,8 @@
 """records: columns found in sources of several shapes, answers cleaned, and splits by hash."""
 
+import random
+import re
+import unicodedata
 from collections import Counter
 from typing import Any
 
@@ -47,6 +50,19 @@ def test_lookup_below_lists_of_structs_follows_every_step() -> None:
     assert lookup({"a": [{"b": {"c": 1}}, {"b": {"c": 2}}]}, "a.b.c") == [1, 2]
 
 
+@pytest.mark.parametrize("row", [{f"{'key' * 99}{i}": i for i in range(10**5)}, {"\x1b]0;x\n": 1, "b\r": 2}])
+def test_lookup_of_an_absent_column_is_short_whatever_the_others_are_called(row: dict[str, Any]) -> None:
+    with pytest.raises(BadRecordError) as raised:
+        lookup(row, "\x1b[2J" + "a" * 10**6)
+    assert len(str(raised.value)) < 2000
+    assert str(raised.value).isprintable()
+
+
+def test_lookup_of_an_absent_column_among_many_says_how_many_there_are() -> None:
+    with pytest.raises(BadRecordError, match=r"there are: c0, c1, .*, c19 and 1,980 more$"):
+        lookup({f"c{i}": i for i in range(2000)}, "a")
+
+
 @pytest.mark.parametrize(
     ("allowed", "expected"),
     [
@@ -59,6 +75,11 @@ def test_mismatch_names_the_first_column_that_holds_another_value(
     allowed: dict[str, Any], expected: str | None
 ) -> None:
     assert mismatch({"category": "Physics", "year": 2021}, allowed) == expected
+
+
+def test_mismatch_of_a_value_of_any_length_is_short() -> None:
+    said = mismatch({"x": ["\x1b" * 10**6]}, {"x": list(range(1000))})
+    assert said is not None and said.isprintable() and len(said) < 2000
 
 
 def test_mismatch_of_an_absent_column_is_a_bad_record_and_of_no_object_is_left_to_others() -> None:
@@ -176,6 +197,29 @@ def test_to_record_of_anything_is_storable_or_a_bad_record(row: dict[str, Any], 
 )
 def test_normalise_of_trivial_variants_is_the_same(variant: str) -> None:
     assert normalise(variant) == normalise("Why is the sky blue?") == "why is the sky blue"
+
+
+def shuffled_marks(letters: str, number: int, seed: int) -> str:
+    """Letters, each with so many marks of every combining class, in an order that is not canonical."""
+    marks = [chr(code) for code in range(0x20000) if unicodedata.combining(chr(code))]
+    # Those that consist of several, that combine once they are normalised, and that are no marks by their class.
+    marks += ["\u0344", "\u0f73", "\uff9e", "\uff9f", "\u00a8", "\u3099", "\u200d", "\ufe0f"]
+    draw = random.Random(seed)
+    return "".join(letter + "".join(draw.choices(marks, k=number)) for letter in letters)
+
+
+@pytest.mark.parametrize("number", [1, 30, 99, 100, 101, 3000])
+@pytest.mark.parametrize("seed", range(5))
+def test_normalise_of_letters_with_many_marks_is_as_of_nfkc(number: int, seed: int) -> None:
+    text = shuffled_marks("eéか\u1100 \u0915😀ﬁ", number, seed)
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    assert normalise(text) == re.sub(r"[\W_]+", " ", folded).strip()
+
+
+@pytest.mark.timeout(60)  # an hour where the time is quadratic
+@pytest.mark.parametrize("marks", ["\u0301\u0323", "\uff9e\u0323", "\u0344\u0316", "\u0f73\u0f71"])
+def test_normalise_of_a_million_marks_ends(marks: str) -> None:
+    assert normalise("e" + marks * 500_000 + " x").endswith(" x")
 
 
 @pytest.mark.parametrize("other", ["why is the sea blue", "why is the sky blue 2", "whyistheskyblue"])

@@ -1,11 +1,24 @@
 """Which files a path names, of which format, and of which split."""
 
+import os
+import re
+import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from data_helpers import source_data
+from dvc.config import ConfigError
+from dvc.fs import get_cloud_fs
+from fsspec.registry import known_implementations
+from hostile import AS_ANYONE, needs_modes, process_error
 
+from stages.core.compose import compose
 from stages.core.errors import StageError
 from stages.download.files import find_files, format_of, own_split
+from stages.download.schema import REMOTES, unreadable_path
+from tools.check import missing_source
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent", "empty"])
@@ -23,9 +36,189 @@ def test_find_files_of_an_unknown_suffix_names_the_file_and_the_known(tmp_path: 
         find_files(str(tmp_path / name))
 
 
-def test_find_files_of_an_unknown_protocol_names_it() -> None:
-    with pytest.raises(StageError, match=r"data\.path=nope://a\.jsonl: .*nope"):
-        find_files("nope://a.jsonl")
+def names(path: Path) -> list[str]:
+    return [file.removeprefix(f"{path}/") for _, file in find_files(str(path))]
+
+
+def make(directory: Path, *files: str) -> Path:
+    for name in files:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text("{}\n")
+    return directory
+
+
+@pytest.mark.parametrize("name", ["a::b.jsonl", "file:a.jsonl", "data:,x.jsonl", "a b*[c]?.jsonl", "ü\n.jsonl", "-"])
+def test_find_files_of_a_local_name_that_means_more_to_fsspec_takes_it_as_it_is(tmp_path: Path, name: str) -> None:
+    make(tmp_path, f"{name}/x.jsonl")
+    assert names(tmp_path / name) == ["x.jsonl"]
+
+
+# -- what is left out of a directory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structured", ["data.parquet", "data/train.jsonl.gz", "a.csv", "b.json", "c.ndjson"])
+def test_find_files_leaves_out_text_beside_data_and_names_it(
+    tmp_path: Path, structured: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, structured, "README.md", "LICENSE", "LICENSE.txt", "docs/CARD.MD", "picture.png", ".git/x.txt")
+    with caplog.at_level("INFO"):
+        assert names(tmp_path) == [structured]
+    assert "plain text beside data files left out: LICENSE.txt, README.md, CARD.MD" in caplog.text
+    assert "2 files of other formats left out" in caplog.text
+
+
+def test_find_files_of_text_alone_takes_all_of_it(tmp_path: Path) -> None:
+    make(tmp_path, "README.md", "b/one.txt", "two.txt.gz")
+    assert names(tmp_path) == ["README.md", "b/one.txt", "two.txt.gz"]
+
+
+def test_find_files_beside_many_texts_names_the_first_in_a_short_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, "a.jsonl", *(f"{number:03}-{'x' * 150}\x1b\n.txt" for number in range(300)))
+    with caplog.at_level("INFO"):
+        assert names(tmp_path) == ["a.jsonl"]
+    assert "and 280 more" in caplog.text
+    assert len(caplog.messages[-1]) < 3000
+    assert caplog.messages[-1].isprintable()
+
+
+@pytest.mark.parametrize("place", ["linked", "deep/er/linked", "linked.jsonl"])
+@pytest.mark.parametrize("target", ["elsewhere", "a/own", "a", "."])
+def test_find_files_with_a_linked_directory_refuses_it_by_name(tmp_path: Path, place: str, target: str) -> None:
+    make(tmp_path, "a/x.jsonl", "a/own/y.jsonl", "elsewhere/z.jsonl")
+    link = tmp_path / "a" / place
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(tmp_path / target)
+    with pytest.raises(StageError, match=f"^{link} is a link to a directory, which DVC does not track"):
+        find_files(str(tmp_path / "a"))
+
+
+def test_find_files_of_linked_files_and_of_a_path_that_is_a_link_reads_them(tmp_path: Path) -> None:
+    make(tmp_path, "blobs/one", "a/b.jsonl", "a/.cache/x.jsonl")
+    (tmp_path / "a/c.jsonl").symlink_to("../blobs/one")
+    (tmp_path / "a/.hidden").symlink_to(tmp_path)
+    (tmp_path / "link").symlink_to("a")
+    assert names(tmp_path / "link") == ["b.jsonl", "c.jsonl"]
+
+
+@needs_modes
+def test_find_files_with_a_directory_that_cannot_be_read_is_named_by_the_process(tmp_path: Path) -> None:
+    make(tmp_path, "a/x.jsonl", "a/closed/y.jsonl")
+    (tmp_path / "a/closed").chmod(0)
+    paths = [f"data.path={tmp_path}/a", f"out={tmp_path}/raw"]
+    said = process_error("download", "data=files", *paths, prefix=AS_ANYONE)
+    (tmp_path / "a/closed").chmod(0o700)
+    assert said.startswith(f"Permission denied: {tmp_path}/a/closed")
+
+
+# -- what is no file ---------------------------------------------------------------------------------------------------
+
+
+def bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        here = Path.cwd()
+        os.chdir(path.parent)  # the name of a socket may have 107 characters
+        server.bind(path.name)
+        os.chdir(here)
+
+
+SPECIAL: dict[str, Callable[[Path], Any]] = {
+    "fifo": os.mkfifo,
+    "socket": bind,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("name", ["a.jsonl", "a", "a.txt.gz", "in/a.csv", "in/deep/a"])
+def test_find_files_of_what_is_no_file_refuses_it_at_once(tmp_path: Path, kind: str, name: str) -> None:
+    make(tmp_path, "in/deep/x.jsonl")
+    SPECIAL[kind](tmp_path / name)
+    path = tmp_path / name.partition("/")[0]
+    message = f"^{tmp_path / name} is a FIFO, a socket or a device: "
+    with pytest.raises(StageError, match=message):
+        find_files(str(path))
+    (problem,) = missing_source([compose("download", ["data=files", f"data.path={path}"])])
+    with pytest.raises(StageError, match=message):
+        raise StageError(problem)
+
+
+@pytest.mark.parametrize("name", ["absent", "a.docx", "empty"])
+def test_check_of_a_source_without_readable_files_says_so(tmp_path: Path, name: str) -> None:
+    make(tmp_path, "a.docx", "empty/picture.png")
+    (problem,) = missing_source([compose("download", ["data=files", f"data.path={tmp_path / name}"])])
+    assert problem.startswith(f"data.path={tmp_path / name}: ")
+
+
+# -- URLs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("~/x.jsonl", "~ is not resolved: write the absolute path"),
+        ("~me/x.jsonl", "~ is not resolved"),
+        ("~", "~ is not resolved"),
+        ("hf://datasets/x/y/a.parquet", "set data.name=hub and, in conf/data/hub.yaml, hub.id=OWNER/NAME"),
+        ("file:///x/a.jsonl", "write the path without file://"),
+        ("local:///x/a.jsonl", "write the path without local://"),
+        ("zip://a.jsonl::/x/a.zip", "archives are not unpacked: unpack it, and name the directory"),
+        ("zip:///x/a.zip", "archives are not unpacked"),
+        ("tar://a.jsonl::https://h/a.tar", "archives are not unpacked"),
+        ("simplecache::https://h/a.jsonl", "chained URLs are not read: fetch the file, and name it"),
+        ("gcs://b/a.jsonl", "write gs://"),
+        ("sftp://h/a.jsonl", "write ssh://"),
+        ("HTTPS://h/a.jsonl", "not a URL that DVC and fsspec both read (http, https, s3, gs, ssh, "),
+        ("ftp://h/a.jsonl", "fetch the file, and name it"),
+        ("github://main/a.jsonl", "fetch the file, and name it"),
+        ("memory://a.jsonl", "fetch the file, and name it"),
+        ("azure://c/a.jsonl", "fetch the file, and name it"),
+        ("nope://\x1b[2J" + "x" * 9999, "fetch the file, and name it"),
+    ],
+)
+def test_path_that_dvc_does_not_take_is_refused_with_what_to_write(path: str, remedy: str) -> None:
+    assert remedy in str(unreadable_path(path))
+    with pytest.raises(ValueError, match=r"Value error, data\.path=.*" + re.escape(remedy)) as raised:
+        source_data(path)
+    (said,) = [line for line in str(raised.value).splitlines() if remedy in line]
+    assert said.partition(" [type=")[0].isprintable()
+    assert len(said) < 1000
+
+
+@pytest.mark.parametrize("scheme", REMOTES)
+def test_remote_that_is_promised_is_known_to_dvc_by_its_package_and_to_fsspec(scheme: str) -> None:
+    assert scheme in known_implementations
+    try:
+        found = get_cloud_fs({}, url=f"{scheme}://host/path")[0].__module__
+    except ImportError as error:
+        found = str(error)
+    assert re.search(REMOTES[scheme].replace("_", "[_-]"), found)
+
+
+@pytest.mark.parametrize("scheme", ["hf", "zip", "ftp", "gcs", "sftp", "memory", "github", "abfs"])
+def test_scheme_that_is_refused_is_unknown_to_dvc(scheme: str) -> None:
+    assert scheme not in REMOTES
+    with pytest.raises(ConfigError, match=f"Unsupported URL type {scheme}://"):
+        get_cloud_fs({}, url=f"{scheme}://host/path")
+
+
+@pytest.mark.parametrize("path", ["http://h/a.jsonl", "https://h/a.jsonl?x=y", "data/a.jsonl", "a::b", "./~/a", "-"])
+def test_path_that_dvc_takes_is_accepted(path: str) -> None:
+    assert source_data(path).path == path
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "ssh", "oss"])
+def test_remote_whose_package_is_not_installed_names_it(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    monkeypatch.setattr("stages.download.schema.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"DVC reads {scheme}:// with dvc-{scheme}, .*`uv pip install dvc-{scheme}`"):
+        source_data(f"{scheme}://place/a.jsonl")
+    monkeypatch.setattr("stages.download.schema.find_spec", lambda name: name == f"dvc_{scheme}" or None)
+    assert source_data(f"{scheme}://place/a.jsonl").path == f"{scheme}://place/a.jsonl"
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +70,10 @@ def directory(**files: bytes | None) -> Callable[[Path], Any]:
     return make
 
 
+def twice(file: Path) -> None:
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["x", "x"]), file)
+
+
 GOOD = lines(*questions(60))
 ROWS = [f"t{i},a{i}" for i in range(60)]
 MANY = parquet(*questions(500))
@@ -109,6 +114,11 @@ REFUSED = [
     Case("csv of semicolons", "a.csv", csv("a;b", header="title;text"), "no column 'title'; there are: title;text"),
     Case("csv with a column twice", "a.csv", csv("a,b,c", header="title,x,x"), "FILE:1: the header has two columns"),
     Case("csv with a cell too many", "a.csv", csv(*ROWS, "a,b,c"), "FILE:62: 3 columns, not as many as the header's 2"),
+    Case("json with a key twice", "a.jsonl", GOOD + b'{"x": {"a": 1, "a": 2}}', "FILE:61: an object has two keys 'a'"),
+    Case("parquet with a column twice", "a.parquet", twice, "FILE:1: the file has two columns 'x'", (SKIP,)),
+    Case("a million keys", "a.jsonl", lines(dict.fromkeys(map(str, range(10**6)))), "18, 19 and 999,980 more (in"),
+    Case("a million columns", "a.csv", csv(header=",".join(map(str, range(10**6)))) + b"1\n", "header's 1000000"),
+    Case("one title", "a.jsonl", lines(*(record(f"{i}") for i in range(99))), "column 'title' decides the split and"),
     # bytes that are not text
     Case("invalid UTF-8", "a.jsonl", GOOD + b'{"title": "\xff"}', "FILE:61: not UTF-8 (byte 11 of the line)"),
     Case("invalid UTF-8 in csv", "a.csv", csv(*ROWS) + b"\xe9,b\n", "FILE:62: not UTF-8"),
@@ -142,6 +152,9 @@ REFUSED = [
     Case("directory in a directory", "a", lambda path: (path / "b.jsonl").mkdir(parents=True), NO_FILE),
     Case("symlink loop", "a.jsonl", lambda f: f.symlink_to(f), "Too many levels of symbolic links: FILE: a sym"),
     Case("symlink to nowhere", "a.jsonl", lambda f: f.symlink_to(f / "gone"), ": FILE"),
+    Case("directory within itself", "a", lambda p: (p.mkdir(), (p / "b").symlink_to(p)), "FILE/b is a link to a dir"),
+    Case("FIFO", "a.jsonl", os.mkfifo, "FILE is a FIFO, a socket or a device: put a file"),
+    Case("FIFO in a directory", "a", lambda p: (p.mkdir(), os.mkfifo(p / "b")), "FILE/b is a FIFO, a socket or a dev"),
     Case("symlink loop in a directory", "a", directory(a=GOOD, b=None), "of symbolic links: FILE/b.jsonl"),
     # splits
     Case("too few records", "a.jsonl", lines(*questions(2)), "no record for validation and test (train 2, val"),
@@ -178,13 +191,22 @@ def test_hostile_source_is_refused_with_what_where_and_nothing_written(tmp_path:
     assert files_below(tmp_path / "out") == []
 
 
-ANSWERS = {f"Answer {i}." for i in range(60)}
-ACCEPTED: list[tuple[str, str, bytes | Callable[[Path], Any], set[str]]] = [
+def odd_parquet(file: Path) -> None:
+    """Records, with invalid UTF-8 and dates beyond the year 9999 in columns that are not used."""
+    table = pa.Table.from_pylist(questions(60))
+    text = pa.Array.from_buffers(pa.string(), 60, pa.array([b"\xff"] * 60).buffers())
+    dates = pa.array([2**31 - 1] * 60, pa.int32()).cast(pa.date32())
+    pq.write_table(table.append_column("body", text).append_column("date", dates), file)
+
+
+ANSWERS, OF_ROWS = {f"Answer {i}." for i in range(60)}, {f"a{i}" for i in range(60)}
+END, LINE = ["\r", "\n", "\r\n", "\r\r\n"], "data.text_record=line"
+ACCEPTED: list[tuple[Any, ...]] = [
     ("byte order mark", "a.jsonl", BOM + GOOD, ANSWERS),
-    ("byte order mark in csv", "a.csv", BOM + csv(*ROWS), {f"a{i}" for i in range(60)}),
+    ("byte order mark in csv", "a.csv", BOM + csv(*ROWS), OF_ROWS),
     ("CRLF", "a.jsonl", GOOD.replace(b"\n", b"\r\n"), ANSWERS),
-    ("CRLF in csv", "a.csv", csv(*ROWS).replace(b"\n", b"\r\n"), {f"a{i}" for i in range(60)}),
-    ("old Mac line ends in csv", "a.csv", csv(*ROWS).replace(b"\n", b"\r"), {f"a{i}" for i in range(60)}),
+    ("CRLF in csv", "a.csv", csv(*ROWS).replace(b"\n", b"\r\n"), OF_ROWS),
+    ("old Mac line ends in csv", "a.csv", csv(*ROWS).replace(b"\n", b"\r"), OF_ROWS),
     ("text where a list is due", "a.jsonl", GOOD.replace(b"[", b"").replace(b"]", b""), ANSWERS),
     ("nulls beside texts", "a.jsonl", GOOD + lines(record([None, "x"], q_id=None, title=None)), ANSWERS | {"x"}),
     ("escaped NUL", "a.jsonl", GOOD.replace(b"Answer 3.", rb"a\u0000b"), ANSWERS - {"Answer 3."} | {"a\0b"}),
@@ -192,16 +214,21 @@ ACCEPTED: list[tuple[str, str, bytes | Callable[[Path], Any], set[str]]] = [
     ("surrogate pair", "a.jsonl", GOOD + rb'{"title": "t", "answers.text": "\ud83d\ude00"}', ANSWERS | {"😀"}),
     ("no line end at the end", "a.jsonl", GOOD.rstrip(), ANSWERS),
     ("duplicate records", "a.jsonl", GOOD * 2, ANSWERS),
-    ("directory within itself", "a", lambda p: (directory(a=GOOD)(p), (p / "loop").symlink_to(p)), ANSWERS),
+    ("directory within itself, hidden", "a", lambda p: (directory(a=GOOD)(p), (p / ".loop").symlink_to(p)), ANSWERS),
+    ("README beside data", "a", lambda p: (directory(a=GOOD)(p), (p / "README.md").write_text("# A")), ANSWERS),
+    ("empty columns at the end", "a.csv", csv(*(f"{r},," for r in ROWS), header="title,answers.text,,"), OF_ROWS),
+    ("pretty objects", "a.json", b"".join(json.dumps(q, indent=1).encode() for q in questions(60)), ANSWERS),
+    ("old Mac line ends in text", "a.txt", b"".join(f"a{i}\r".encode() for i in range(60)), OF_ROWS, LINE),
+    ("mixed line ends in text", "a.txt", b"".join(f"a{i}{END[i % 4]}".encode() for i in range(60)), OF_ROWS, LINE),
+    ("bad values in unused columns", "a.parquet", odd_parquet, ANSWERS),
     ("suffix in capitals", "A.JSONL", GOOD, ANSWERS),
 ]
 
 
-@pytest.mark.parametrize(("file", "content", "expected"), [case[1:] for case in ACCEPTED], ids=[c[0] for c in ACCEPTED])
-def test_hostile_source_that_is_no_error_gives_its_texts(
-    tmp_path: Path, file: str, content: bytes | Callable[[Path], Any], expected: set[str]
-) -> None:
-    assert download(tmp_path, file, content) == ""
+@pytest.mark.parametrize("case", ACCEPTED, ids=[case[0] for case in ACCEPTED])
+def test_hostile_source_that_is_no_error_gives_its_texts(tmp_path: Path, case: tuple[Any, ...]) -> None:
+    _, file, content, expected, *overrides = case
+    assert download(tmp_path, file, content, *overrides) == ""
     assert texts_of(tmp_path / "out/raw") == expected
 
 
