@@ -31,7 +31,7 @@ def find_files(path: str) -> list[tuple[Any, str]]:
     Raises:
         StageError: if there are none, or what is there cannot be read.
     """
-    where = f"data.path={printable(path, PATH_LIMIT)}"
+    shown = printable(path, PATH_LIMIT)
     try:
         file_system, root = _file_system(path)
         # Over HTTP, what is refused is taken for absent unless strict, and isdir reads the whole file and takes one
@@ -45,22 +45,24 @@ def find_files(path: str) -> list[tuple[Any, str]]:
             files = [root]
             _refuse_special(file_system, root)
             if not format_of(root):
-                raise StageError(f"{where}: unknown format; give it one of {', '.join(FORMATS)} (.gz, .zst may follow)")
+                raise StageError(
+                    f"data.path={shown}: unknown format; give it one of {', '.join(FORMATS)} (.gz, .zst may follow)"
+                )
     except StageError:
         raise
     except Exception as error:
         if reason := describe_web(error):
-            raise StageError(f"{where}: {reason}") from None
+            raise StageError(f"data.path={shown}: {reason}") from None
         if isinstance(error, OSError) and error.errno is not None:  # the system's
             raise
         if isinstance(error, ImportError | OSError | ValueError):
-            raise StageError(f"{where}: {printable(error)}") from None
+            raise StageError(f"data.path={shown}: {printable(error)}") from None
         raise
     if not files and "://" in path:
-        raise StageError(f"{where}: there is no such file")
+        raise StageError(f"data.path={shown}: there is no such file")
     if not files:
         _refuse_unreadable(path)
-        raise StageError(f"{where}: no such file, or a directory without {', '.join(FORMATS)} files")
+        raise StageError(f"data.path={shown}: no such file, or a directory without {', '.join(FORMATS)} files")
     return [(file_system, file) for file in files]
 
 

@@ -14,6 +14,8 @@ import httpx2 as httpx  # huggingface_hub's own
 from huggingface_hub import constants, get_session, set_client_factory
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+from stages.core.errors import printable
+
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 5.0  # without a byte before a request counts as failed
@@ -142,7 +144,7 @@ def explain(error: BaseException, page: str) -> str:
         causes.append(cause)
     answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
     status = answer.response.status_code if answer is not None else None
-    words = (str(error).strip() or type(error).__name__).splitlines()[0]
+    words = printable((str(error).strip() or type(error).__name__).splitlines()[0], 500)
     if isinstance(error, HubSilentError):
         return f"{words}: the Hub fails, try again later (https://status.huggingface.co tells of its state)"
     if isinstance(answer, RevisionNotFoundError):
