@@ -9,21 +9,26 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
 
 from stages.core.artifacts import versions
+from stages.core.errors import printable
 from stages.hub.files import sha256
 from stages.shell.cache import cache_directory
 
 log = logging.getLogger(__name__)
 
 _MANIFEST = "manifest-{}.json"  # of each process that wrote
+_HASHES = TypeAdapter(dict[str, str])  # content of a manifest: file name to hash
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 LIBRARIES = ("accelerate", "numpy", "peft", "torch", "transformers")
 
 
@@ -53,8 +58,9 @@ class Checkpoints:
         return self.directory / f"checkpoint-{step}"
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints there are, the newest last."""
-        return sorted(int(path.name.partition("-")[2]) for path in self.directory.glob("checkpoint-*"))
+        """The steps of the checkpoints there are, the newest last; other entries of the directory are left out."""
+        names = ((path, _NAME.fullmatch(path.name)) for path in self.directory.glob("checkpoint-*"))
+        return sorted(int(name[1]) for path, name in names if name and path.is_dir() and not path.is_symlink())
 
     def newest(self) -> int | None:
         """The step of the newest checkpoint whose files are all as they were written; damaged ones are removed."""
@@ -63,13 +69,13 @@ class Checkpoints:
             if damage is None:
                 return step
             log.warning("the checkpoint of step %d is damaged (%s) and left out", step, damage)
-            shutil.rmtree(self.path(step))
+            _remove(self.path(step))
         return None
 
     def clear(self) -> None:
         """Remove all checkpoints."""
         for step in self.steps():
-            shutil.rmtree(self.path(step))
+            _remove(self.path(step))
 
     @contextmanager
     def writing(self, step: int, best: int | None, writer: int = 0) -> Iterator[Path]:
@@ -80,19 +86,28 @@ class Checkpoints:
             writer: the number of the process that writes, where parts of several are put together.
         """
         aside = self.directory / ".tmp"
-        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+        _remove(aside)  # of a run that was killed
         aside.mkdir(parents=True)
         try:
             yield aside
             _seal(aside / self.path(step).name, writer)
-            shutil.rmtree(self.path(step), ignore_errors=True)
+            _remove(self.path(step))
             (aside / self.path(step).name).rename(self.path(step))
             _sync(self.directory)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
         for old in self.steps()[: -self._keep]:
             if old != best:
-                shutil.rmtree(self.path(old))
+                _remove(self.path(old))
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory, or whatever else has its name, as far as this user may."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _seal(checkpoint: Path, writer: int) -> None:
@@ -108,16 +123,19 @@ def _seal(checkpoint: Path, writer: int) -> None:
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None where nothing is."""
     try:
-        manifests = {checkpoint / _MANIFEST.format(0), *checkpoint.glob(_MANIFEST.format("*"))}
-        hashes = {
-            name: digest
-            for manifest in manifests
-            for name, digest in json.loads(manifest.read_text(encoding="utf-8")).items()
-        }
+        hashes: dict[str, str] = {}
+        for manifest in sorted({checkpoint / _MANIFEST.format(0), *checkpoint.glob(_MANIFEST.format("*"))}):
+            hashes |= _HASHES.validate_json(manifest.read_bytes())
+        if missing := [name for name in sorted(hashes) if not (checkpoint / name).is_file()]:
+            return printable(f"{', '.join(missing)} missing")
         changed = [name for name, digest in sorted(hashes.items()) if sha256(checkpoint / name) != digest]
+    except ValidationError as error:
+        return f"{manifest.name}: {error.errors()[0]['msg']}"
     except (OSError, ValueError) as error:
-        return str(error)
-    return f"{', '.join(changed)} changed" if changed else None
+        return printable(error)
+    if not hashes:
+        return "its manifest names no file"
+    return printable(f"{', '.join(changed)} changed") if changed else None
 
 
 def _sync(path: Path) -> None:
@@ -140,9 +158,11 @@ def checkpoint_directory(name: str) -> Iterator[Path]:
     root = cache_directory() / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     lock, place = _first_free(root, name)
+    if not (root / place).is_dir():
+        _remove(root / place)
     try:
         yield root / place
-        shutil.rmtree(root / place, ignore_errors=True)
+        _remove(root / place)
     finally:
         lock.release()
 

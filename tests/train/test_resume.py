@@ -289,6 +289,82 @@ def test_checkpoint_with_a_file_too_many_or_a_changed_one_is_damaged(tmp_path):
     assert find_damage(found.path(1)) == "deep/file changed"
 
 
+MANIFESTS = [
+    "", "[]", "{}", "null", "7", '"text"', '{"deep/file": 1}', '{"deep/file": null}', "[" * 200_000, "{", "\xff",
+    '{"deep/file": "sha256:0"}', '{"gone": "sha256:0"}', '{"": "sha256:0"}', '{"\\u0000": "sha256:0"}',
+    '{"/dev/zero": "sha256:0"}', '{"%s": "sha256:0"}' % ("x" * 5000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda text: repr(text[:24]))
+def test_checkpoint_whose_manifest_says_anything_else_is_left_out(tmp_path, caplog, manifest):
+    found = Checkpoints(tmp_path / "run", keep=2)
+    write_checkpoint(found, 1)
+    write_checkpoint(found, 2)
+    (found.path(2) / "manifest-0.json").write_text(manifest, encoding="latin-1")
+    assert found.newest() == 1
+    assert [path.name for path in found.directory.iterdir()] == ["checkpoint-1"]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("the checkpoint of step 2 is damaged (") and message.isprintable() and len(message) < 400
+
+
+def odd_directory(path):
+    path.mkdir()
+    (path / "file").write_text("content")
+
+
+ODD = {
+    "file": lambda path: path.write_text("content"),
+    "empty file": lambda path: path.touch(),
+    "directory": odd_directory,
+    "dangling link": lambda path: path.symlink_to(path.parent / "gone"),
+    "link to itself": lambda path: path.symlink_to(path),
+    "link to a directory": lambda path: path.symlink_to(path.parent.parent, target_is_directory=True),
+    "link to a checkpoint": lambda path: path.symlink_to(path.parent / "checkpoint-1", target_is_directory=True),
+    "pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoint-6.bak", "checkpoint-", "checkpoint-last", "checkpoint-06", "checkpoint--6", "checkpoint-6 (copy)",
+     "checkpoint-\N{FULLWIDTH DIGIT SIX}", "checkpoint-1e3", "checkpoint-best-6"],
+)  # fmt: skip
+def test_entries_that_are_no_checkpoints_stay_and_stop_nothing(tmp_path, name, kind):
+    found = Checkpoints(tmp_path / "run", keep=1)
+    write_checkpoint(found, 1)
+    ODD[kind](found.directory / name)
+    assert (found.steps(), found.newest()) == ([1], 1)
+    write_checkpoint(found, 6)
+    assert (found.steps(), found.newest()) == ([6], 6)
+    found.clear()
+    assert [path.name for path in found.directory.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", ["checkpoint-6", ".tmp"])
+def test_checkpoint_takes_the_place_of_whatever_has_its_name(tmp_path, name, kind):
+    found = Checkpoints(tmp_path / "run", keep=2)
+    write_checkpoint(found, 1)
+    ODD[kind](found.directory / name)
+    assert found.newest() == 1
+    write_checkpoint(found, 6)
+    assert found.newest() == 6
+    assert sorted(path.name for path in found.directory.iterdir()) == ["checkpoint-1", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link", "link to itself", "pipe"])
+def test_checkpoint_directory_takes_the_place_of_what_is_none(cache, kind):
+    with checkpoints.checkpoint_directory("odd") as place:
+        pass
+    ODD[kind](place)
+    with checkpoints.checkpoint_directory("odd") as again:
+        assert again == place
+        write_checkpoint(Checkpoints(place, keep=2), 1)
+    assert not place.exists()
+
+
 def test_checkpoint_directory_in_use_is_left_to_its_user(cache):
     with checkpoints.checkpoint_directory("same") as one, checkpoints.checkpoint_directory("same") as two:
         assert one != two
