@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stages.core.artifacts import read_object
 from stages.core.errors import StageError, printable
 from stages.hub.files import CONVERT, only_pickles, usable_positions
 from stages.model.schema import BASE
-from tools.pin_model import read_object, task_of
+from tools.pin_model import task_of
 
 TOP_K = {"causal": 50, "mlm": 5}
 

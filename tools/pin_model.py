@@ -7,7 +7,6 @@ tokenizer alone, with `--model-type` saying which architecture to train from scr
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from stages.core.artifacts import write_text
+from stages.core.artifacts import read_object, write_text
 from stages.core.errors import printable_lines
 from stages.hub.files import (
     CONVERT,
@@ -119,17 +118,6 @@ def has_mask(directory: Path) -> bool:
     """Whether the tokenizer in `directory` names a mask token."""
     files = (directory / name for name in ("tokenizer_config.json", "special_tokens_map.json"))
     return any(read_object(file).get("mask_token") for file in files if file.is_file())
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return value
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stages.core.config import CONF
-from stages.core.errors import StageError
+from stages.core.errors import StageError, printable
 
 SPLITS = ("train", "validation", "test")
 TokenIds = npt.NDArray[Any]  # uint16 or uint32, as token_dtype says
@@ -156,11 +156,26 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON value in the file `path`."""
+    """The JSON value in the file `path`, which a stage wrote."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise damaged(path, error) from None
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, printable(error)) from None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`, which came from outside.
+
+    Raises:
+        StageError: if there is none in it.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # RecursionError: lists or objects nested too deep
+        raise StageError(f"{printable(file)} is not JSON: {printable(error)}") from None
+    if not isinstance(value, dict):
+        raise StageError(f"{printable(file)} is not a JSON object")
+    return value
 
 
 def versions(*libraries: str) -> dict[str, str]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.core.errors import StageError
+from stages.core.artifacts import read_object
+from stages.core.errors import StageError, printable
 from stages.hub.client import ANSWER_SECONDS, FAILURES, explain, hub_unreachable, page_of
 
 log = logging.getLogger(__name__)
@@ -78,10 +79,28 @@ def weights_files(key: str, path: str, revision: str | None, hashes: dict[str, s
         raise StageError(f"{error}{only}: {CONVERT}") from None
     if SINGLE_WEIGHTS in found:
         return {SINGLE_WEIGHTS: found[SINGLE_WEIGHTS]}
-    shards = sorted(set(re.findall(r'"([^"/\\]+\.safetensors)"', found[SHARDED_WEIGHTS].read_text(encoding="utf-8"))))
-    for shard in shards:
+    for shard in shard_names(found[SHARDED_WEIGHTS]):
         found |= pinned_files(key, path, revision, hashes, [shard], [shard])
     return found
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of sharded weights names: safetensors beside it.
+
+    Raises:
+        StageError: if it names any other file, elsewhere or of another format, or is no such index.
+    """
+    content = read_object(index)
+    shards = content.get("weight_map")
+    if not isinstance(shards, dict) or not shards or not isinstance(content.get("metadata"), dict):
+        raise StageError(f"{printable(index)} is not an index of weights: it needs the objects weight_map and metadata")
+    for shard in shards.values():
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+            raise StageError(
+                f"{printable(index)} names {printable(repr(shard))}: weights are only read from *.safetensors files"
+                " beside it"
+            )
+    return sorted(set(shards.values()))
 
 
 def usable_positions(settings: Mapping[str, Any]) -> int | None:

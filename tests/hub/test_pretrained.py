@@ -107,6 +107,39 @@ def test_weights_files_with_a_shard_that_is_not_pinned_names_it(tmp_path: Path) 
         weights(tmp_path, pin)
 
 
+@pytest.mark.parametrize(
+    "shard",
+    ["../outside.safetensors", "/etc/passwd", "/outside.safetensors", "sub/a.safetensors", "sub\\a.safetensors",
+     "pytorch_model.bin", "a.pt", "a.pkl", "a.safetensors.bin", "a.SAFETENSORS", "safetensors", ".safetensors", "", "..",
+     "a.safetensors\0.bin", "a.safetensors\n", "\x1b[2Ja.bin", "x" * 100_000, None, 3, ["a.safetensors"], {}],
+    ids=lambda shard: repr(shard)[:24],
+)  # fmt: skip
+def test_weights_files_of_an_index_that_names_anything_else_are_refused(tmp_path: Path, shard: Any) -> None:
+    write_sharded(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    good = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {**good, "d": shard}}))
+    with pytest.raises(StageError, match=r"index\.json names .*only read from \*\.safetensors files beside it") as caught:
+        weights(tmp_path, hashes(tmp_path))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+
+
+NO_INDEX = [
+    "", "{", "null", "7", "[]", '["model.safetensors"]', "{}", '{"weight_map": {}, "metadata": {}}',
+    '{"weight_map": ["a.safetensors"], "metadata": {}}', '{"weight_map": "a.safetensors", "metadata": {}}',
+    '{"weight_map": {"a": "a.safetensors"}}', '{"weight_map": {"a": "a.safetensors"}, "metadata": []}',
+    "[" * 200_000, '{"weight_map":' * 200_000, '{"metadata": ' + "9" * 5000 + "}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_INDEX, ids=lambda text: repr(text[:24]))
+def test_weights_files_of_what_is_no_index_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(StageError, match=r"index\.json is not (JSON|a JSON object|an index of weights)") as caught:
+        weights(tmp_path, hashes(tmp_path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
 def test_weights_files_of_pickles_alone_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_text("")
     with pytest.raises(StageError, match=r"none of model\.safetensors"):

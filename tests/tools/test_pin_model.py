@@ -106,7 +106,7 @@ def test_pin_model_of_a_checkpoint_pins_what_the_stages_read(
 
 def test_pin_model_of_sharded_weights_pins_index_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = write_model(tmp_path / "m", GPT2, "model-00001-of-00001.safetensors")
-    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     run(monkeypatch, directory)
     assert len(weights_files("model", str(directory), None, config_of("m")["files"])) == 2
