@@ -1,6 +1,10 @@
 """Models: built from a configuration or loaded from a pinned checkpoint of safetensors, never by remote code."""
 
+import copy
+import itertools
 import logging
+import math
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -8,12 +12,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig
 
+from stages.core.artifacts import read_object
 from stages.core.config import nearest
-from stages.core.errors import StageError
-from stages.hub.files import OFFSET_POSITIONS, pinned_files, usable_positions, weights_files
+from stages.core.errors import StageError, printable
+from stages.hub.files import (
+    OFFSET_POSITIONS,
+    SHARDED_WEIGHTS,
+    SINGLE_WEIGHTS,
+    pinned_files,
+    shard_names,
+    usable_positions,
+    weights_files,
+)  # fmt: skip
 from stages.model.environment import drop_environment_variables, keep_freed_memory
 from stages.model.hardware import Hardware, find_device
 from stages.model.schema import Model
@@ -25,7 +37,15 @@ log = logging.getLogger(__name__)
 _SETTINGS_OF_OTHERS = ("ACCELERATE_", "FSDP_")
 _LAUNCHER_VARIABLES = ("LOCAL_RANK", "MASTER_", "RANK", "WORLD_SIZE")
 
+_CONFIG_FILES = ("config.json", "generation_config.json")
 _AUTO_CLASS = {"causal": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM"}
+
+# Far above what is trained here: building more than that would fill the memory, or never end. (GPT-3 has 96 layers and
+# 0.64 TiB.)
+MOST_MODULES, MOST_BYTES = 10_000, 2**40
+# Numbers of a configuration that say how many modules or labels are made, one after the other.
+_COUNT = re.compile(r"(n_layer|n_head|layers|heads|blocks|experts|stages|depths|types|labels)$")
+_MOST_ANY = 2**53  # of any other integer
 
 
 def prepare_torch(hardware: Hardware) -> None:
@@ -54,23 +74,24 @@ def build_model(model: Model, vocabulary: Vocabulary, seed: int) -> Any:
     with tempfile.TemporaryDirectory() as scratch:  # holds the pinned files and no others
         built = _build(model, vocabulary, seed, Path(scratch))
     _check_positions(built.config, model)
-    num_embeddings = built.get_input_embeddings().num_embeddings
-    if vocabulary.size > num_embeddings:
-        raise StageError(f"the tokenizer has {vocabulary.size} tokens, the model embeddings for {num_embeddings} alone")
+    check_embeddings(built, vocabulary.size)
     log.info("%s with %.1f M parameters", type(built).__name__, sum(p.numel() for p in built.parameters()) / 1e6)
     return built
 
 
+def check_embeddings(model: Any, num_tokens: int) -> None:
+    """Raise StageError unless `model` has an embedding for each of a tokenizer's `num_tokens` tokens."""
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    if num_tokens > num_embeddings:
+        raise StageError(f"the tokenizer has {num_tokens} tokens, the model embeddings for {num_embeddings} alone")
+
+
 def _build(model: Model, vocabulary: Vocabulary | None, seed: int, scratch: Path) -> Any:
     config = _configuration(model, scratch)
-    auto = getattr(transformers, _AUTO_CLASS[model.task])
-    if type(config) not in auto._model_mapping:
-        raise StageError(
-            f"model.config.model_type={config.model_type}: transformers has no such model for task={model.task}"
-        )
+    auto = _auto_class(model.task, config)
     if unknown := [key for key in model.config if key != "model_type" and not hasattr(config, key)]:
         names = nearest(unknown[0], list(config.to_dict()))
-        raise StageError(f"model.config.{unknown[0]}: {config.model_type} has no such value; {names}")
+        raise StageError(f"model.config.{printable(unknown[0])}: {config.model_type} has no such value; {names}")
     config = _overridden(config, model)
     masked = type(config) in getattr(transformers, _AUTO_CLASS["mlm"])._model_mapping
     if model.task == "causal" and masked and not getattr(config, "is_decoder", True):
@@ -88,28 +109,79 @@ def _build(model: Model, vocabulary: Vocabulary | None, seed: int, scratch: Path
             raise StageError(
                 f"{config.model_type} numbers positions from its pad token, and the tokenizer has no pad_token"
             )
-        try:
-            return auto.from_config(config, dtype=torch.float32)
-        except (ArithmeticError, TypeError, ValueError) as error:
-            raise StageError(f"model.config makes no {config.model_type}: {_in_a_line(error)}") from None
+        _check_shape(auto, config, "model.config")
+        built = auto.from_config(config, dtype=torch.float32)
+        _check_finite(built, "the weights that model.config starts with")
+        return built
+    _check_shape(auto, config, f"config.json of {model.path}, with model.config,")
     _link(weights_files("model", str(model.path), model.revision, model.files), scratch)
     return _load(auto, scratch, config, str(model.path))
+
+
+def _auto_class(task: str, config: Any) -> Any:
+    """transformers' class of the models for `task`, which has one for `config`."""
+    auto = getattr(transformers, _AUTO_CLASS[task])
+    if type(config) not in auto._model_mapping:
+        raise StageError(f"model.config.model_type={config.model_type}: transformers has no such model for task={task}")
+    return auto
+
+
+def _check_values(settings: dict[str, Any], where: str) -> None:
+    """Raise StageError for a value of `settings`, as JSON or YAML holds them, that no model is built from."""
+    left: list[tuple[str, Any]] = [*settings.items()]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, dict):
+            left += [(f"{key}.{name}", item) for name, item in value.items()]
+        elif isinstance(value, list):
+            left += [(key, item) for item in value]
+        elif isinstance(value, int | float) and not math.isinf(value):
+            least, most = (0, MOST_MODULES) if _COUNT.search(key) else (-_MOST_ANY, _MOST_ANY)
+            if not least <= value <= most:
+                shown = f"{where}{printable(key)}={printable(value, 30)}"
+                raise StageError(f"{shown} cannot be meant: give it a value from {least:,} to {most:,}")
+        elif isinstance(value, str) and key.endswith("_implementation") and "/" in value:
+            shown = f"{where}{printable(key)}={printable(value)}"
+            raise StageError(f"{shown} names code of a repository, which is never run: take it out")
+
+
+def _check_shape(auto: Any, config: Any, where: str) -> None:
+    """Raise StageError unless `config` makes a model, of a size that can be meant: built without memory for weights."""
+    try:
+        with torch.device("meta"):
+            built = auto.from_config(copy.deepcopy(config), dtype=torch.float32)
+    except Exception as error:  # each architecture checks its values in its own way, or not at all
+        raise StageError(f"{where} makes no {config.model_type}: {_in_a_line(error)}") from None
+    num_bytes = sum(tensor.nbytes for tensor in itertools.chain(built.parameters(), built.buffers()))
+    if num_bytes > MOST_BYTES:
+        raise StageError(
+            f"{where} makes a {config.model_type} of {num_bytes / 2**40:,.0f} TiB, which cannot be meant: the limit is"
+            f" {MOST_BYTES / 2**40:.0f} TiB; lower its sizes"
+        )
+
+
+def _check_finite(model: Any, weights: str) -> None:
+    """Raise StageError if a weight of `model` is NaN or infinite; `weights` is what errors call them all."""
+    for name, tensor in model.named_parameters():
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.detach().aminmax()):
+            raise StageError(f"{weights} cannot be used: {printable(name)} has values that are NaN or infinite")
 
 
 def _overridden(config: Any, model: Model) -> Any:
     """`config` with the values of model.config."""
     values = {key: value for key, value in model.config.items() if key != "model_type"}
+    _check_values(values, "model.config.")
     if model.path is None:  # made anew, for values that follow from others (GPT-Neo's layers from their kinds)
         try:
             return type(config)(**values)
         except Exception as error:  # each architecture checks its values in its own way
             shown = ", ".join(f"model.config.{key}={value!r}" for key, value in values.items())
-            raise StageError(f"{shown}: {_in_a_line(error)}") from None
+            raise StageError(f"{printable(shown)}: {_in_a_line(error)}") from None
     for key, value in values.items():
         try:
             setattr(config, key, value)
         except Exception as error:
-            raise StageError(f"model.config.{key}={value!r}: {_in_a_line(error)}") from None
+            raise StageError(f"model.config.{key}={printable(repr(value))}: {_in_a_line(error)}") from None
     return config
 
 
@@ -129,33 +201,60 @@ def load_pretrained(model: Model) -> Any:
 
 
 def load_directory(task: str, directory: str | Path) -> Any:
-    """The model that save_pretrained wrote into `directory`, in fp32 on the CPU."""
-    return _load(getattr(transformers, _AUTO_CLASS[task]), Path(directory), None, str(directory))
+    """The model that save_pretrained wrote into `directory`, in fp32 on the CPU.
+
+    Raises:
+        StageError: if there is no such model.
+    """
+    place = Path(directory)
+    index = place / SHARDED_WEIGHTS
+    shards = shard_names(index) if index.is_file() else []
+    names = [*_CONFIG_FILES, SINGLE_WEIGHTS, SHARDED_WEIGHTS, *shards]
+    with tempfile.TemporaryDirectory() as scratch:  # whatever else is in the directory is not read
+        _link({name: place / name for name in names if (place / name).is_file()}, Path(scratch))
+        config = _read_config(Path(scratch), place, str(directory))
+        auto = _auto_class(task, config)
+        _check_shape(auto, config, f"config.json of {directory}")
+        return _load(auto, Path(scratch), config, str(directory))
 
 
 def _configuration(model: Model, scratch: Path) -> Any:
     """The architecture's configuration before overrides; a checkpoint's own files of it are linked into `scratch`."""
     model_type = model.config.get("model_type")
     if model.path is None:
-        try:
-            return AutoConfig.for_model(model_type)
-        except ValueError:
-            known = list(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
-            raise StageError(
-                f"model.config.model_type={model_type} is unknown; {nearest(str(model_type), known)}"
-            ) from None
-    names = ["config.json", "generation_config.json"]
-    _link(pinned_files("model", model.path, model.revision, model.files, names, names[:1]), scratch)
+        known = list(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
+        if model_type not in known:
+            shown = printable(model_type)
+            raise StageError(f"model.config.model_type={shown} is unknown; {nearest(shown, known)}")
+        return AutoConfig.for_model(model_type)
+    found = pinned_files("model", model.path, model.revision, model.files, _CONFIG_FILES, _CONFIG_FILES[:1])
+    _link(found, scratch)
+    config = _read_config(scratch, found["config.json"].parent, f"model.path={model.path}")
+    if model_type not in (None, config.model_type):
+        raise StageError(
+            f"model.config.model_type={printable(model_type)}: the checkpoint {model.path} is a {config.model_type}"
+        )
+    return config
+
+
+def _read_config(directory: Path, source: Path, where: str) -> Any:
+    """The configuration in `directory`, with links to files in `source`; `where` names the model in errors."""
+    settings = read_object(source / _CONFIG_FILES[0])
+    if (directory / _CONFIG_FILES[1]).is_file():
+        read_object(source / _CONFIG_FILES[1])
+    _check_values(settings, f"{where}: config.json: ")
+    if settings.get("quantization_config") is not None:
+        raise StageError(
+            f"{where}: config.json has a quantization_config, and quantized weights are not trained: choose the model"
+            " that they were made from"
+        )
     try:
-        config = AutoConfig.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each architecture checks its values in its own way
-        reason = _in_a_line(error).replace(str(scratch), str(model.path))
+        reason = _in_a_line(error).replace(str(directory), str(source))
         if "trust_remote_code" in reason:
             reason = "its model_type is none of transformers' own, and code that comes with a model is never run"
-        raise StageError(f"model.path={model.path}: its config.json cannot be used: {reason}") from None
-    if model_type not in (None, config.model_type):
-        raise StageError(f"model.config.model_type={model_type}: the checkpoint {model.path} is a {config.model_type}")
-    return config
+        raise StageError(f"{where}: its config.json cannot be used: {reason}") from None
 
 
 def _load(auto: Any, directory: Path, config: Any, where: str) -> Any:
@@ -167,26 +266,40 @@ def _load(auto: Any, directory: Path, config: Any, where: str) -> Any:
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # an error below, which names them
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of safetensors, of transformers, or of whatever it finds in the files
         raise StageError(f"the weights in {where} cannot be loaded: {_in_a_line(error)}") from None
+    if other := sorted(info["mismatched_keys"]):
+        name, found, expected = other[0]
+        raise StageError(
+            f"the weights in {where} cannot be loaded: {len(other)} have another shape than the model's"
+            f" ({printable(name)}: {list(found)}, not {list(expected)}, ...); config.json or model.config asks for"
+            " another shape"
+        )
     names = sorted(info["missing_keys"])
     if body := [name for name in names if name.startswith(f"{loaded.base_model_prefix}.")]:
         raise StageError(
             f"the weights in {where} do not fit the model: {len(body)} are missing ({body[0]}, ...); config.json or"
             " model.config asks for another shape"
         )
+    _check_finite(loaded, f"the weights in {where}")
     if unused := sorted(info["unexpected_keys"]):
-        log.warning("%d weights of the checkpoint are not used: %s ...", len(unused), ", ".join(unused[:3]))
+        shown = printable(", ".join(unused[:3]))
+        log.warning("%d weights of the checkpoint are not used: %s ...", len(unused), shown)
     if names:
         log.warning("%d weights are not in the checkpoint and start fresh: %s ...", len(names), ", ".join(names[:3]))
     return loaded
 
 
 def _in_a_line(error: Exception) -> str:
-    """What `error` says, without its line breaks."""
-    return " ".join(str(error).split())
+    """What `error` says, without line breaks and not too long, behind its type where the text needs it."""
+    text = " ".join(str(error).split())
+    terse = isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | TypeError)
+    return printable(f"{type(error).__name__}: {text}" if terse else text, 500)
 
 
 def _check_positions(config: Any, model: Model) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from stages.core.artifacts import damaged, read_json
+from stages.core.errors import printable
 from stages.model.schema import ADDITIONS, BASE, Model
 
 
@@ -22,7 +23,11 @@ def load_trained(task: str, directory: str | Path) -> Any:
     try:
         source = TypeAdapter(Model).validate_json(json.dumps(read_json(base)))
     except ValueError as error:
-        raise damaged(base, f"not the config of a model: {error}") from None
+        raise damaged(base, f"not the config of a model: {printable(error)}") from None
     if not (Path(directory) / ADDITIONS).is_file():  # peft would look for a pickle
         raise damaged(directory, f"no {ADDITIONS}")
-    return PeftModel.from_pretrained(load_pretrained(source), directory).merge_and_unload()
+    model = load_pretrained(source)
+    try:
+        return PeftModel.from_pretrained(model, directory).merge_and_unload()
+    except Exception as error:  # of peft, or of whatever it finds in the files
+        raise damaged(directory, printable(f"{type(error).__name__}: {' '.join(str(error).split())}")) from None

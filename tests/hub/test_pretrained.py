@@ -110,8 +110,8 @@ def test_weights_files_with_a_shard_that_is_not_pinned_names_it(tmp_path: Path) 
 @pytest.mark.parametrize(
     "shard",
     ["../outside.safetensors", "/etc/passwd", "/outside.safetensors", "sub/a.safetensors", "sub\\a.safetensors",
-     "pytorch_model.bin", "a.pt", "a.pkl", "a.safetensors.bin", "a.SAFETENSORS", "safetensors", ".safetensors", "", "..",
-     "a.safetensors\0.bin", "a.safetensors\n", "\x1b[2Ja.bin", "x" * 100_000, None, 3, ["a.safetensors"], {}],
+     "pytorch_model.bin", "a.pt", "a.pkl", "a.safetensors.bin", "a.SAFETENSORS", "safetensors", ".safetensors", "",
+     "..", "a.safetensors\0.bin", "a.safetensors\n", "\x1b[2Ja.bin", "x" * 100_000, None, 3, ["a.safetensors"], {}],
     ids=lambda shard: repr(shard)[:24],
 )  # fmt: skip
 def test_weights_files_of_an_index_that_names_anything_else_are_refused(tmp_path: Path, shard: Any) -> None:
@@ -119,7 +119,9 @@ def test_weights_files_of_an_index_that_names_anything_else_are_refused(tmp_path
     index = tmp_path / "model.safetensors.index.json"
     good = json.loads(index.read_text())["weight_map"]
     index.write_text(json.dumps({"metadata": {}, "weight_map": {**good, "d": shard}}))
-    with pytest.raises(StageError, match=r"index\.json names .*only read from \*\.safetensors files beside it") as caught:
+    with pytest.raises(
+        StageError, match=r"index\.json names .*only read from \*\.safetensors files beside it"
+    ) as caught:
         weights(tmp_path, hashes(tmp_path))
     assert str(caught.value).isprintable() and len(str(caught.value)) < 600
 

@@ -1,18 +1,22 @@
 """Models: built from a seed, loaded from a pinned directory, and refused with a reason."""
 
+import dataclasses
+import json
 import logging
 import platform
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toys import ARCHITECTURES, CAUSAL, MASKED, PAD, SIZE, TASK, VOCABULARY, toy_model
 
 from stages.core.errors import StageError
 from stages.hub.files import sha256
 from stages.model.hardware import Hardware
-from stages.model.models import build_model, load_directory, prepare_torch
+from stages.model.models import build_model, check_embeddings, load_directory, prepare_torch
 from stages.model.schema import Model
 from stages.tokens.vocabulary import Vocabulary
 
@@ -191,6 +195,173 @@ def test_load_directory_gives_the_saved_weights_in_fp32(saved):
     assert same_weights(model, toy_model("roberta", seed=5))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.config.pad_token_id == PAD
+
+
+# -- what no model is made of ------------------------------------------------------------------------------------------
+
+
+def changed(**values):
+    """Sets values of a model's config.json."""
+
+    def change(directory):
+        file = directory / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+def text(name, content):
+    return lambda directory: (directory / name).write_bytes(content.encode("latin-1"))
+
+
+def with_weight(value):
+    """Puts `value(weight)` in the place of a weight."""
+
+    def change(directory):
+        weights = load_file(directory / "model.safetensors")
+        weights["transformer.h.1.mlp.c_fc.weight"] = value(weights["transformer.h.1.mlp.c_fc.weight"].clone())
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def one(value):
+    def change(weight):
+        weight[3, 2] = value
+        return weight
+
+    return with_weight(change)
+
+
+def sharded(content):
+    """Puts the weights in a shard, whose index is `content`."""
+
+    def change(directory):
+        names = list(load_file(directory / "model.safetensors"))
+        (directory / "model.safetensors").rename(directory / "a.safetensors")
+        index = content if isinstance(content, str) else json.dumps({"metadata": {}, **content(names)})
+        (directory / "model.safetensors.index.json").write_text(index)
+
+    return change
+
+
+def elsewhere(name):
+    return sharded(lambda names: {"weight_map": dict.fromkeys(names, "a.safetensors") | {names[0]: name}})
+
+
+MEANT, MAKES_NONE, UNUSABLE = "cannot be meant", "makes no gpt2", "its config.json cannot be used"
+HOSTILE = {
+    "heads-0": (changed(n_head=0), MAKES_NONE),
+    "heads-that-do-not-divide": (changed(n_head=3), MAKES_NONE),
+    "heads-below-0": (changed(n_head=-1), MEANT),
+    "heads-of-text": (changed(n_head="two"), UNUSABLE),
+    "width-0": (changed(n_embd=0), MAKES_NONE),
+    "width-below-0": (changed(n_embd=-16), MAKES_NONE),
+    "activation-unknown": (changed(activation_function="sine"), MAKES_NONE),
+    "layers-10^4-and-1": (changed(n_layer=10_001), MEANT),
+    "layers-10^9": (changed(n_layer=10**9), MEANT),
+    "layers-nested": (changed(text_config={"num_hidden_layers": 10**9}), MEANT),
+    "labels-10^9": (changed(num_labels=10**9), MEANT),
+    "vocabulary-2^40": (changed(vocab_size=2**40), "limit is 1 TiB"),
+    "positions-2^40": (changed(n_positions=2**40), "limit is 1 TiB"),
+    "inner-2^50": (changed(n_inner=2**50), "limit is 1 TiB"),
+    "vocabulary-10^23": (changed(vocab_size=10**23), MEANT),
+    "any-10^23": (changed(n_ctx_of_others=-(10**23)), MEANT),
+    "nan-in-config": (changed(layer_norm_epsilon=float("nan")), MEANT),
+    "quantized-without-library": (changed(quantization_config={"quant_method": "bitsandbytes"}), "quantization_config"),
+    "quantized-by-an-unknown-method": (changed(quantization_config={"quant_method": "own"}), "quantization_config"),
+    "code-of-the-hub": (changed(_attn_implementation="owner/kernels"), "never run"),
+    "dtype-unknown": (changed(dtype="float99"), UNUSABLE),
+    "type-of-a-list": (changed(model_type=["gpt2"]), UNUSABLE),
+    "labels-of-a-list": (changed(id2label=[]), UNUSABLE),
+    "config-empty": (text("config.json", ""), "config.json is not JSON"),
+    "config-of-a-list": (text("config.json", "[]"), "config.json is not a JSON object"),
+    "config-nested": (text("config.json", '{"a":' * 200_000), "config.json is not JSON"),
+    "config-of-bytes": (text("config.json", "\xff\xfe\0"), "config.json is not JSON"),
+    "config-of-digits": (text("config.json", '{"n_layer": ' + "9" * 5000 + "}"), "config.json is not JSON"),
+    "generation-of-a-list": (text("generation_config.json", "[]"), "generation_config.json is not a JSON object"),
+    "generation-nested": (text("generation_config.json", "[" * 200_000), "generation_config.json is not JSON"),
+    "weights-nan": (one(float("nan")), r"cannot be used: transformer\.h\.1\.mlp\.c_fc\.weight has values that are NaN"),
+    "weights-infinite": (one(float("-inf")), r"cannot be used: transformer\.h\.1\.mlp\.c_fc\.weight has values"),
+    "weights-of-one-number": (with_weight(lambda weight: weight.sum()), r"c_fc\.weight: \[\], not \[16, 64\]"),
+    "weights-turned": (with_weight(lambda weight: weight.T.contiguous()), r"c_fc\.weight: \[64, 16\], not \[16, 64\]"),
+    "weights-empty": (text("model.safetensors", ""), "cannot be loaded"),
+    "weights-of-a-long-header": (text("model.safetensors", "\xff" * 64), "cannot be loaded"),
+    "index-of-a-list": (sharded("[]"), "is not a JSON object"),
+    "index-nested": (sharded("[" * 200_000), "is not JSON"),
+    "index-of-nothing": (sharded(lambda names: {}), "is not an index of weights"),
+    "index-outside": (elsewhere("../outside.safetensors"), "only read from"),
+    "index-of-a-pickle": (elsewhere("pytorch_model.bin"), "only read from"),
+    "index-of-a-file-that-is-not-there": (elsewhere("b.safetensors"), "b.safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["pinned", "directory"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_checkpoint_that_makes_no_model_is_an_error_of_a_line(tmp_path, saved, name, how):
+    directory = tmp_path / "model"
+    shutil.copytree(saved["gpt2"], directory)
+    torch.save({}, directory / "pytorch_model.bin")
+    shutil.copy(directory / "model.safetensors", tmp_path / "outside.safetensors")
+    change, message = HOSTILE[name]
+    change(directory)
+    with pytest.raises(StageError, match=message) as caught:
+        build_model(pinned(directory), CAUSAL, 0) if how == "pinned" else load_directory("causal", directory)
+    said = str(caught.value)
+    assert said.isprintable() and len(said) < 1000 and str(directory) in said
+
+
+def test_load_directory_reads_nothing_but_config_and_safetensors(tmp_path, saved):
+    shutil.copytree(saved["gpt2"], tmp_path / "model")
+    (tmp_path / "model/adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "other"}')
+    torch.save({}, tmp_path / "model/adapter_model.bin")
+    assert same_weights(load_directory("causal", tmp_path / "model"), toy_model("gpt2", seed=5))
+
+
+def test_checkpoint_in_shards_is_loaded_as_in_one_file(tmp_path, saved):
+    shutil.copytree(saved["gpt2"], tmp_path / "model")
+    sharded(lambda names: {"weight_map": dict.fromkeys(names, "a.safetensors")})(tmp_path / "model")
+    for loaded in (build_model(pinned(tmp_path / "model"), CAUSAL, 0), load_directory("causal", tmp_path / "model")):
+        assert same_weights(loaded, toy_model("gpt2", seed=5))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "message"),
+    [
+        ("gpt2", {"n_head": 0}, "model.config makes no gpt2: .*ero"),
+        ("bert", {"num_attention_heads": 3}, "model.config"),
+        ("llama", {"num_attention_heads": 0}, "model.config"),
+        ("gpt2", {"activation_function": "sine"}, "model.config makes no gpt2: .*sine"),
+        ("bert", {"hidden_act": "sine"}, "model.config makes no bert: .*sine"),
+        ("gpt2", {"n_layer": 10**9}, r"n_layer=1000000000 cannot be meant: give it a value from 0 to 10,000"),
+        ("llama", {"num_hidden_layers": 10**23}, r"model\.config\.num_hidden_layers=1\d+ cannot be meant"),
+        ("gpt_neo", {"attention_types": [[["global"], 10**9]]}, r"\.attention_types=1000000000 cannot be meant"),
+        ("gpt2", {"n_positions": 2**40}, "model.config makes a gpt2 of .* TiB.*: the limit is 1 TiB"),
+        ("bert", {"type_vocab_size": 2**45}, "model.config makes a bert of .* TiB"),
+        ("llama", {"intermediate_size": 10**23}, r"model\.config\.intermediate_size=1\d+ cannot be meant"),
+        ("gpt2", {"_attn_implementation": "owner/kernels"}, "never run"),
+        ("gpt2", {"initializer_range": float("inf")}, "model.config.* NaN or infinite"),
+        ("gpt2", {"initializer_range": float("nan")}, r"model\.config\.initializer_range=nan cannot be meant"),
+    ],
+)  # fmt: skip
+def test_build_model_from_scratch_of_values_that_make_none_names_them(model_type, config, message):
+    with pytest.raises(StageError, match=message) as caught:
+        build_model(scratch(model_type, **config), VOCABULARY[TASK[model_type]], 0)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("model_type", [5, ["gpt2"], {}, None, "", "x" * 10_000, "\x1b[2J"])
+def test_build_model_of_what_is_no_architecture_is_an_error_of_a_line(model_type):
+    with pytest.raises(StageError, match="is unknown") as caught:
+        build_model(dataclasses.replace(scratch("gpt2"), config={"model_type": model_type}), CAUSAL, 0)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+def test_check_embeddings_of_more_tokens_than_embeddings_names_both():
+    model = toy_model("gpt2")
+    check_embeddings(model, SIZE)
+    with pytest.raises(StageError, match="the tokenizer has 51 tokens, the model embeddings for 50 alone"):
+        check_embeddings(model, SIZE + 1)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory as they do")

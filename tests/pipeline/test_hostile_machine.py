@@ -81,7 +81,7 @@ BROKEN_MODELS = [
     Case("weights missing", lambda d: (d / "model.safetensors").unlink(), "DIR has none of model.safetensors"),
     Case("a pickle for weights", pickled("pytorch_model.bin"), "only DIR/pytorch_model.bin: pickled weights can run"),
     Case("a pickle called safetensors", pickled("model.safetensors"), "the weights in DIR cannot be loaded: "),
-    Case("config truncated", cut("config.json", 0.5), "model.path=DIR: its config.json cannot be used: "),
+    Case("config truncated", cut("config.json", 0.5), "DIR/config.json is not JSON: "),
     Case("config of text", setting(n_embd="wide"), "DIR: its config.json cannot be used: Validation error for field"),
     Case("config of no architecture", setting(model_type="nope"), "DIR: its config.json cannot be used: "),
     Case("config of own code", own_code(model_type="own"), "and code that comes with a model is never run", {}),
@@ -219,8 +219,8 @@ def test_hostile_memory_that_runs_out_names_the_setting_that_halves_it(
 
 
 def test_hostile_model_too_large_for_the_machine_says_so(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
-    said = error_of("baseline", *overrides("baseline", "causal", tmp_path, f"+model.config.n_inner={10**14}"))
-    assert said.startswith("out of memory (")
+    said = error_of("baseline", *overrides("baseline", "causal", tmp_path, f"+model.config.n_inner={7 * 10**9}"))
+    assert said.startswith("out of memory (")  # just below what is refused whatever the machine
 
 
 @pytest.mark.parametrize("stage", ["download", "tokenize", "group_texts"])
