@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 from tokenizers.pre_tokenizers import ByteLevel
 
 from stages.core.artifacts import to_arrow
+from stages.tokens.vocabulary import rust_errors
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ class Tokenizers:
         return Tokenizers, (self._tokenizer,)
 
     def __call__(self, texts: list[str]) -> Encoded:
-        rows = [item.ids for item in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        with rust_errors("the tokenizer cannot encode these texts"):
+            rows = [item.ids for item in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         return Encoded(np.fromiter(itertools.chain.from_iterable(rows), np.uint32, int(offsets[-1])), offsets)
 
@@ -92,13 +94,15 @@ class _Fastokens:
         if not isinstance(tokenizer.post_processor, processors.ByteLevel | None):
             # It refuses those that it does not know; control tokens are tokenize's to add.
             content = json.dumps(json.loads(content) | {"post_processor": None})
-        self._tokenizer, self._fast = tokenizer, FastTokenizer.from_json_str(content)
+        with rust_errors("its Rust code fails"):
+            self._tokenizer, self._fast = tokenizer, FastTokenizer.from_json_str(content)
 
     def __reduce__(self) -> tuple[type["_Fastokens"], tuple[Tokenizer]]:
         return _Fastokens, (self._tokenizer,)  # its own does not pickle
 
     def __call__(self, texts: list[str]) -> Encoded:
-        ids, offsets = self._fast.encode_batch_flat(texts, split_special_tokens=True)
+        with rust_errors("fastokens cannot encode these texts"):
+            ids, offsets = self._fast.encode_batch_flat(texts, split_special_tokens=True)
         return Encoded(np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(np.int64))
 
 
@@ -129,7 +133,8 @@ class Decoder:
         """How many of `texts`, an array of strings, are not what decoding their ids gives."""
         if self._spellings is None:
             rows = [ids.tolist() for ids in np.split(encoded.ids, encoded.offsets[1:-1])]
-            decoded = self._tokenizer.decode_batch(rows, skip_special_tokens=False)
+            with rust_errors("the tokenizer cannot decode its own tokens"):
+                decoded = self._tokenizer.decode_batch(rows, skip_special_tokens=False)
             return sum(text != back for text, back in zip(texts.to_pylist(), decoded, strict=True))
         # The tokens' bytes lie one after the other: cut anew at the texts' ends, they are the texts decoded.
         _, ends, data = self._spellings.take(to_arrow(encoded.ids)).buffers()

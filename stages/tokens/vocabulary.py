@@ -1,5 +1,6 @@
 """The tokenizer of a task: its files and its control tokens."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -12,11 +13,18 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from stages.core.artifacts import TokenIds, damaged, read_json, token_dtype
-from stages.core.errors import StageError
+from stages.core.artifacts import TokenIds, damaged, free_copy, read_json, read_object, token_dtype
+from stages.core.errors import StageError, printable
 from stages.tokens.schema import TrainedTokenizer
 
 log = logging.getLogger(__name__)
+
+_SETTINGS, _ROLES, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_TOKEN_LISTS = (
+    "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens",
+)  # fmt: skip
+# transformers' classes of tokenizers that add no tokens of their own.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 @dataclass(frozen=True)
@@ -79,38 +87,78 @@ def vocabulary_of(tokenizer: Tokenizer, directory: Path, wrap: str, requires: It
     special = special_tokens(tokenizer, directory)
     if needs - set(special):
         special = _special_tokens_by_transformers(directory) | special
+    elif (own := _from_file(directory)) is not None and own.get_vocab_size() != tokenizer.get_vocab_size():
+        special |= _special_tokens_by_transformers(directory)
     for role in sorted(needs - set(special)):
         raise StageError(f"the tokenizer has no {role}, which the task needs: choose another model for this task")
-    if wrap == "end_of_sequence":
-        prefix, suffix = [], [special["eos_token"]]
-        lead = suffix
-    else:
+    end = [special["eos_token"]] if wrap == "end_of_sequence" else []
+    prefix, suffix = ([], end) if end else _template(tokenizer)
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    if outside := sorted(number for number in [*special.values(), *prefix, *suffix] if number >= size):
+        raise StageError(f"the tokenizer has {size} tokens, and gives a special token the id {outside[0]}")
+    return Vocabulary(size=size, special=special, prefix=prefix, suffix=suffix, lead=end)
+
+
+def _template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The control tokens that `tokenizer` puts before a text, and those behind it."""
+    with rust_errors("the tokenizer cannot encode 'a'"):
         alone = tokenizer.encode("a", add_special_tokens=False).ids
         whole = tokenizer.encode("a", add_special_tokens=True).ids
-        start = next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
-        prefix, suffix, lead = whole[:start], whole[start + len(alone) :], []
-    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    return Vocabulary(size=size, special=special, prefix=prefix, suffix=suffix, lead=lead)
+    for start in range(len(whole) - len(alone) + 1):
+        if alone and whole[start : start + len(alone)] == alone:
+            return whole[:start], whole[start + len(alone) :]
+    raise StageError(
+        f"the tokenizer encodes 'a' as {printable(alone)} without special tokens, and as {printable(whole)} with them:"
+        " documents cannot be wrapped by it; choose another model for this task"
+    )
 
 
 def special_tokens(tokenizer: Tokenizer, directory: Path) -> dict[str, int]:
     """Role to id of the special tokens that the tokenizer's own files name."""
+    settings = [_object(directory / name) for name in (_SETTINGS, _ROLES)]
+    if "added_tokens_decoder" in settings[0]:
+        settings.reverse()  # as transformers: such a file stands above the other one
     special = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        file = directory / name
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        except ValueError as error:
-            raise StageError(f"{file} is not JSON: {error}") from None
-        if not isinstance(settings, dict):
-            raise StageError(f"{file} is not a JSON object")
-        for role, token in settings.items():
-            content = token.get("content") if isinstance(token, dict) else token
-            if role.endswith("_token") and isinstance(content, str):
-                token_id = tokenizer.token_to_id(content)
-                if token_id is not None:
-                    special[role] = token_id
+    for role, token in (item for file in settings for item in file.items()):
+        content = _content(token)
+        if role.endswith("_token") and isinstance(content, str):
+            token_id = tokenizer.token_to_id(content)
+            if token_id is not None:
+                special[role] = token_id
     return dict(sorted(special.items()))
+
+
+def _content(token: Any) -> Any:
+    """The text of a token as the files have it: by itself, or in an object that says how it is matched."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; an empty one where there is no such file."""
+    return read_object(file) if file.is_file() else {}
+
+
+def _named_tokens(directory: Path) -> set[str]:
+    """The tokens that the files beside tokenizer.json name."""
+    named: list[Any] = [*_object(directory / _ADDED)]
+    for key, value in (item for name in (_SETTINGS, _ROLES) for item in _object(directory / name).items()):
+        if key.endswith("_token"):
+            named.append(value)
+        elif key in _TOKEN_LISTS and isinstance(value, list | dict):
+            named += value.values() if isinstance(value, dict) else value
+    return {content for content in map(_content, named) if isinstance(content, str)}
+
+
+def _is_complete(tokenizer: Tokenizer, directory: Path) -> bool:
+    """Whether `tokenizer`, of tokenizer.json by itself, surely has all tokens that transformers would give it."""
+    settings = _object(directory / _SETTINGS)
+    by_model = "tokenizer_class" not in settings and (directory / "config.json").is_file()
+    if by_model or settings.get("tokenizer_class", _PLAIN_CLASSES[0]) not in _PLAIN_CLASSES:
+        return False  # its class may add tokens of its own
+    named = _named_tokens(directory)
+    if tokenizer.padding is not None:
+        named.add(tokenizer.padding["pad_token"])
+    return all(tokenizer.token_to_id(token) is not None for token in named)
 
 
 def _special_tokens_by_transformers(directory: Path) -> dict[str, int]:
@@ -126,31 +174,82 @@ def _by_transformers(directory: Path) -> Any:
     """The tokenizer in `directory` as transformers makes it, at 5 s of imports; never by code that lies there."""
     from transformers import AutoTokenizer
 
-    try:
+    ways = "by its own code; code of a repository is never run"
+    with rust_errors(f"{directory} holds no tokenizer that transformers can make ({ways})"):
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a tokenizer's own class raises
-        raise StageError(
-            f"{directory} holds no tokenizer that transformers can make (by its own code; code of a repository is never"
-            f" run): {' '.join(str(error).split())[:200]}"
-        ) from None
+
+
+@contextlib.contextmanager
+def rust_errors(problem: str) -> Iterator[None]:
+    """Raise a StageError, `problem` and the reason, for whatever tokenizers raises within.
+
+    It raises bare Exceptions, and where its Rust code panics a BaseException whose class cannot be imported.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise StageError(f"{problem}: {printable(' '.join(str(error).split()))}") from None
+
+
+def _from_file(directory: Path) -> Tokenizer | None:
+    """The tokenizer of the tokenizer.json in `directory` by itself, if there is one."""
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        return None
+    with rust_errors(f"{file} is not a tokenizer"):
+        return Tokenizer.from_file(str(file))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer in `directory`, by which a control token spelt out in a text is text."""
-    file = directory / "tokenizer.json"
-    if file.is_file():
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise StageError(f"{file} is not a tokenizer: {error}") from None
-    else:
+    """The tokenizer in `directory`, by which a control token spelt out in a text is text.
+
+    It has the tokens that transformers' tokenizer of the directory has, those included that tokenizer.json lacks and
+    other files name.
+    """
+    tokenizer = _from_file(directory)
+    if tokenizer is None:
         tokenizer = _by_transformers(directory).backend_tokenizer
+    elif not _is_complete(tokenizer, directory):
+        try:
+            made = _by_transformers(directory).backend_tokenizer
+        except StageError as error:
+            log.warning("%s: tokenizer.json is used by itself", error)
+        else:
+            if made.get_vocab(with_added_tokens=True) != tokenizer.get_vocab(with_added_tokens=True):
+                tokenizer = made
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None  # BPE dropout would encode a text anew each time
     return tokenizer
+
+
+def export_tokenizer(source: Path, directory: Path, special: dict[str, int], max_length: int) -> None:
+    """Write the tokenizer in `source` beside a model in `directory`, which takes `max_length` tokens.
+
+    Its files are copied, but tokenizer_config.json also says what transformers would otherwise take from the model's
+    configuration or from its own code: the class, the `special` tokens and how many tokens to truncate to.
+    """
+    free_copy(source, directory, leave=["config.json", _SETTINGS])
+    settings, tokenizer, own = _object(source / _SETTINGS), load_tokenizer(source), _from_file(source)
+    if own is None or own.get_vocab_size() != tokenizer.get_vocab_size():  # for some models no class but these is used
+        tokenizer.save(str(directory / "tokenizer.json"))
+        settings["tokenizer_class"] = _PLAIN_CLASSES[0]
+    elif "tokenizer_class" not in settings or "auto_map" in settings:
+        try:
+            name = type(_by_transformers(source)).__name__
+        except StageError:  # load_tokenizer took tokenizer.json by itself
+            name = _PLAIN_CLASSES[0]
+        settings["tokenizer_class"] = _PLAIN_CLASSES[0] if name in _PLAIN_CLASSES else name
+    settings.pop("auto_map", None)
+    for role, number in special.items():
+        if not isinstance(_content(settings.get(role)), str):
+            settings[role] = tokenizer.id_to_token(number)
+    settings["model_max_length"] = max_length
+    (directory / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def train_tokenizer(config: TrainedTokenizer, texts: Iterator[list[str]], directory: Path) -> None:
@@ -181,4 +280,4 @@ def train_tokenizer(config: TrainedTokenizer, texts: Iterator[list[str]], direct
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (directory / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

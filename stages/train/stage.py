@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationInfo, field_validator
 
-from stages.core.artifacts import Blocks, check_out, free_copy, staged, versions, write_json
+from stages.core.artifacts import Blocks, check_out, staged, versions, write_json
 from stages.core.config import Positive, Seed, part
 from stages.core.errors import StageError
 from stages.core.pins import pinned_origin
@@ -23,7 +23,7 @@ from stages.launch.torchrun import run_in_processes
 from stages.model.hardware import Hardware
 from stages.model.schema import Adapter, Model, ObjectiveConfig, check_isolation, check_task
 from stages.shell.interruption import signals_as_request
-from stages.tokens.vocabulary import Vocabulary
+from stages.tokens.vocabulary import Vocabulary, export_tokenizer
 from stages.train.batches import batches
 from stages.train.checkpoints import LIBRARIES, checkpoint_directory, fingerprint
 from stages.train.framework import Framework, keras_refusals
@@ -250,7 +250,8 @@ def write(
     with staged(config.out, saved_files(config.adapter)) as directory:
         save_model(model, config.adapter, config.model, directory)
         verify_saved(directory, config.model.task, loss, objective, validation)
-        free_copy(Path(config.tokens) / "tokenizer", directory, leave=["config.json"])
+        special = Vocabulary.read(config.tokens).special
+        export_tokenizer(Path(config.tokens) / "tokenizer", directory, special, config.model.max_positions)
     with staged(config.report, ["stats.json"]) as directory:
         _write_curves(state.log_history, directory)
         write_json(directory / "stats.json", ledger(config, state, num_blocks))

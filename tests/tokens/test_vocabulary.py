@@ -166,7 +166,7 @@ def test_special_tokens_of_either_file_and_form_are_found(tmp_path: Path, file: 
     (directory / "tokenizer_config.json").unlink()
     others = {"pad_token": None, "unk_token": "<not in the vocabulary>", "model_max_length": 5, "extra_tokens": ["a"]}
     (directory / file).write_text(json.dumps({"eos_token": token, **others}))
-    assert special_tokens(load_tokenizer(directory), directory) == {"eos_token": 0}
+    assert special_tokens(Tokenizer.from_file(str(directory / "tokenizer.json")), directory) == {"eos_token": 0}
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(300, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
