@@ -2,14 +2,16 @@
 
 Command python benchmarks/faults.py [--kills 40] [--seed 0] [--full]
 
-In fresh clones of the last commit: one `dvc repro` is left alone; in the others its process group gets SIGKILL at
-random moments (a few in each, until --kills are done), and is started again each time. Training is cut to one epoch
-with a checkpoint every 20 steps, and evaluation to a few documents, unless --full asks for the default run. What a kill
-costs is the time that a disturbed run takes more than the undisturbed one, by the number of its kills.
+In fresh clones of the last commit: one `dvc repro` is left alone; the others are ended at random moments (a few in
+each, until --kills are done) and started again each time, in turn by SIGKILL to the process group (a power failure),
+SIGTERM to dvc only, and SIGHUP to the group (a closed terminal). Training is cut to one epoch with a checkpoint every
+20 steps, and evaluation to a few documents, unless --full asks for the default run. What a kill costs is the time that
+a disturbed run takes more than the undisturbed one, by the number of its kills.
 The last line printed is one JSON object: kills, identical, seconds_lost_median.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -23,8 +25,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 KILLS_IN_A_RUN = 8
+WAYS = {
+    "SIGKILL to all": (os.killpg, signal.SIGKILL),
+    "SIGTERM to dvc": (os.kill, signal.SIGTERM),
+    "SIGHUP to all": (os.killpg, signal.SIGHUP),
+}
 CUT = {
     "params.yaml": [(r"num_train_epochs: .*", "num_train_epochs: 1")],
     "conf/task/causal.yaml": [(r"max_documents: null", "max_documents: 4")],
@@ -50,18 +59,19 @@ def main() -> None:
         lock = (place / "dvc.lock").read_bytes()
         print(f"undisturbed: {alone:.1f} s", flush=True)
         identical, lost, where = 0, list[float](), Counter[str]()
+        ways = itertools.cycle(WAYS)
         for first in range(0, arguments.kills, KILLS_IN_A_RUN):
             moments = [
                 chance.uniform(0.5, alone / 3) for _ in range(first, min(first + KILLS_IN_A_RUN, arguments.kills))
             ]
             place = clone(Path(scratch) / f"disturbed-{first}", arguments.full)
             started = time.monotonic()
-            for moment in moments:
-                stage = repro(place, environment, moment)
+            for moment, way in zip(moments, ways, strict=False):
+                stage = repro(place, environment, moment, way)
                 while stage is None:  # it was done before: begin again, so that every kill counts
                     subprocess.run(["git", "clean", "-qfdx"], cwd=place, check=True)
-                    stage = repro(place, environment, moment)
-                where[stage] += 1
+                    stage = repro(place, environment, moment, way)
+                where[f"{stage} ({way})"] += 1
             repro(place, environment)
             lost.append((time.monotonic() - started - alone) / len(moments))
             same = (place / "dvc.lock").read_bytes() == lock
@@ -90,8 +100,10 @@ def clone(place: Path, full: bool) -> Path:
     return place
 
 
-def repro(place: Path, environment: dict[str, str], seconds: float | None = None) -> str | None:
-    """Run `dvc repro` to its end, or kill it after `seconds`: the stage that it was in, None if it had ended."""
+def repro(
+    place: Path, environment: dict[str, str], seconds: float | None = None, way: str = "SIGKILL to all"
+) -> str | None:
+    """Run `dvc repro` to its end, or end it after `seconds`: the stage that it was in, None if it had ended."""
     log = place / "repro.log"
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
@@ -100,15 +112,20 @@ def repro(place: Path, environment: dict[str, str], seconds: float | None = None
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            family = psutil.Process(process.pid).children(recursive=True)
+            send, number = WAYS[way]
+            send(process.pid, number)
             process.wait()
+            _, alive = psutil.wait_procs(family, timeout=120)  # twice the grace
+            if alive:
+                sys.exit(f"{way}: dvc is gone and {alive} still run")
             running = re.findall(r"Running stage '(\S+)'", log.read_text(encoding="utf-8"))
             return running[-1] if running else "dvc itself"
     said = log.read_text(encoding="utf-8")
     if code and "dvc.lock" in said:  # killed while DVC wrote it: what the README says to do
         print("dvc.lock was cut short by a kill: restored", flush=True)
         subprocess.run(["git", "restore", "dvc.lock"], cwd=place, check=True)
-        return repro(place, environment, seconds)
+        return repro(place, environment, seconds, way)
     if code:
         sys.exit(f"dvc repro failed:\n{said}")
     return None

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +19,8 @@ from stages.core.config import flat
 from stages.core.errors import StageError
 from stages.model.hardware import Launch, find_device
 from stages.shell.app import describe_error, end_with_dvc, start_logging
-from stages.shell.interruption import Interrupted, end_on_signals
+from stages.shell.interruption import ENDED_BY_SIGNAL, GRACE_SECONDS, Interrupted, end_on_signals
 
-_SECONDS_TO_END = 60  # for a process that was told to, its checkpoint included
 _LOOPBACK = "127.0.0.1"
 
 
@@ -62,7 +60,6 @@ def run_in_processes(
         _start_everywhere(stage, launch)
         return
     import torch
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -92,14 +89,13 @@ def run_in_processes(
             run_id=stage,
             local_addr=_LOOPBACK if alone else None,
             max_restarts=0,
-            shutdown_timeout=_SECONDS_TO_END,
+            shutdown_timeout=int(GRACE_SECONDS),
+            signals_to_handle="",  # those of end_on_signals: torch's own handlers end the wait at the next signal
         )
         try:
             elastic_launch(description, _worker_main)(
                 stage, work, config, f"file://{meeting}/processes" if alone else "env://"
             )
-        except SignalException as signalled:
-            raise Interrupted(int(signalled.sigval)) from None
         except RendezvousError as error:
             reason = describe_error(error.__cause__ if isinstance(error.__cause__, Exception) else error)[:200]
             raise StageError(
@@ -112,7 +108,7 @@ def run_in_processes(
 def _child_error(error: Any, number: int) -> BaseException:
     """What the first of `number` processes to fail ended with, of a ChildFailedError."""
     rank, failure = error.get_first_failure()
-    if failure.exitcode in (130, 143):
+    if failure.exitcode in ENDED_BY_SIGNAL:
         return Interrupted(failure.exitcode - 128)
     said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
     said = said.removeprefix(f"{_ProcessError.__name__}: ")
@@ -140,7 +136,7 @@ def _start_everywhere(stage: str, launch: Launch) -> None:
         process.send_signal(signal.SIGTERM)  # what srun passes on; of SIGINT, it tells how its tasks do
         process.wait()
         raise
-    if code in (130, 143):
+    if code in ENDED_BY_SIGNAL:
         raise Interrupted(code - 128)
     if code:
         raise StageError(f"{words[0]} ended with exit code {code}; the error stands above")
@@ -169,7 +165,7 @@ def _worker_main(stage: str, work: Callable[[Any], None], config: Any, meeting: 
     os.environ["OMP_NUM_THREADS"] = str(config.hardware.num_threads)  # else Accelerate chooses
     start_logging(stage)
     end_on_signals()
-    threading.Thread(target=end_with_dvc, daemon=True).start()
+    end_with_dvc()
     try:
         if config.hardware.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -1,11 +1,11 @@
 """Runs a stage from the command line: composes and checks its config, logs, and ends clearly on error."""
 
 import argparse
+import contextlib
 import errno
 import gc
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -18,7 +18,7 @@ import yaml
 
 from stages.core.compose import compose, load, read_root
 from stages.core.errors import ConfigError, StageError, printable_lines
-from stages.shell.interruption import Interrupted, end_on_signals
+from stages.shell.interruption import Interrupted, end_on_signals, end_this_process
 from stages.shell.terminal import help_text, show_error
 
 Schema = TypeVar("Schema")
@@ -61,7 +61,7 @@ def run(stage: str, schema: type[Schema], main: Callable[[Schema], None]) -> Non
     gc.set_threshold(100_000, 20, 20)
     start_logging(stage)
     end_on_signals()
-    threading.Thread(target=end_with_dvc, daemon=True).start()
+    end_with_dvc()
     started = time.monotonic()
     try:
         composition = compose(stage, arguments.overrides, _task_of_dvc(stage))
@@ -113,18 +113,24 @@ def _task_of_dvc(stage: str) -> str | None:
 
 
 def end_with_dvc() -> None:
-    """End this process when the DVC that started it is gone; without one, do nothing.
+    """Have this process end when the DVC that started it is gone; without one, do nothing.
 
-    A killed `dvc repro` would leave its stage running, and the next one would run a second beside it.
+    A killed `dvc repro` would leave its stage running, and the next one would run a second beside it. Training writes
+    a checkpoint first, as after any SIGTERM.
     """
     ancestors = psutil.Process().parents()
     # DVC may have started the stage through a shell, and itself from one that may well end: `nohup dvc repro &`.
     dvc = next((process for process in ancestors if "dvc" in {Path(word).name for word in _words(process)}), None)
-    while dvc is not None and dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:
-        time.sleep(1.0)
     if dvc is not None:
-        log.error("the dvc that started this stage is gone: ending")
-        os.kill(os.getpid(), signal.SIGKILL)
+        threading.Thread(target=_end_after, args=[dvc], daemon=True).start()
+
+
+def _end_after(dvc: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1.0)
+    log.error("the dvc that started this stage is gone: ending")
+    end_this_process()
 
 
 def _words(process: psutil.Process) -> list[str]:

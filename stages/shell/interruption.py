@@ -1,5 +1,6 @@
-"""Ctrl-C and SIGTERM: a stage ends with the exit code that these have, and training writes a checkpoint before."""
+"""Ctrl-C, SIGTERM and SIGHUP: a stage ends with the exit code that these have; training writes a checkpoint first."""
 
+import os
 import signal
 import threading
 import time
@@ -7,7 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE_SECONDS = 60.0
+"""Time between SIGTERM and SIGKILL, in which a training step ends and its checkpoint is written."""
+
+ENDED_BY_SIGNAL = tuple(128 + number for number in (1, 2, 15))
+"""Exit codes of a process that SIGHUP, SIGINT or SIGTERM ended."""
+
+_asked = threading.Event()  # set by the first signal
 
 
 class Interrupted(BaseException):  # not an error: nothing on the way may take it for one
@@ -22,14 +29,35 @@ class Interrupted(BaseException):  # not an error: nothing on the way may take i
         return 128 + self.number
 
 
+def _signals() -> list[signal.Signals]:
+    """The signals that ask a process to end. SIGHUP is left out where it is ignored, as `nohup` has it."""
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    kept = [] if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else [hangup]
+    return [signal.SIGINT, signal.SIGTERM, *kept]
+
+
 def end_on_signals() -> None:
-    """Have SIGINT and SIGTERM raise Interrupted, so that what a stage holds is put away."""
-    for number in _SIGNALS:
+    """Have SIGINT, SIGTERM and SIGHUP raise Interrupted, so that temporary files and locks are released.
+
+    Only Ctrl-C does so again: a closed terminal or a stopped service sends several signals, and those after the first
+    must not end the clean-up.
+    """
+    for number in _signals():
         signal.signal(number, _raise)
 
 
 def _raise(number: int, _: FrameType | None) -> None:
-    raise Interrupted(number)
+    if number == signal.SIGINT or not _asked.is_set():
+        _asked.set()
+        raise Interrupted(number)
+
+
+def end_this_process() -> None:
+    """Send this process SIGTERM unless a signal has asked it to end already, and SIGKILL after GRACE_SECONDS."""
+    if not _asked.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Request:
@@ -42,7 +70,7 @@ class Request:
 
 @contextmanager
 def signals_as_request() -> Iterator[Request]:
-    """Within, the first SIGINT or SIGTERM becomes a request; another one a second later or more ends at once.
+    """Within, the first signal becomes a request; Ctrl-C a second later or more ends at once.
 
     Ctrl-C reaches each of several processes twice: from the terminal and from the one that started them.
     """
@@ -53,11 +81,12 @@ def signals_as_request() -> Iterator[Request]:
 
     def note(number: int, _: FrameType | None) -> None:
         if request.number is None:
+            _asked.set()
             request.number, request.since = number, time.monotonic()
-        elif time.monotonic() - request.since >= 1.0:
+        elif number == signal.SIGINT and time.monotonic() - request.since >= 1.0:
             raise Interrupted(number)
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    before = {number: signal.signal(number, note) for number in _signals()}
     try:
         yield request
     finally:

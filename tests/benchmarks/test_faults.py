@@ -8,7 +8,7 @@ import psutil
 import pytest
 from dvc_project import environment
 
-from benchmarks.faults import repro
+from benchmarks.faults import WAYS, repro
 
 
 def left_running(place: Path) -> list[int]:
@@ -28,8 +28,8 @@ def test_repro_killed_at_random_moments_ends_with_the_lock_of_an_undisturbed_one
     place, chance = tmp_path / "killed", random.Random(seed)
     subprocess.run(["git", "clone", "-q", str(clean), str(place)], check=True)
     killed = 0
-    for _ in range(4):
-        killed += repro(place, environment(place), chance.uniform(0.5, 15.0)) is not None
+    for way in WAYS:
+        killed += repro(place, environment(place), chance.uniform(0.5, 15.0), way) is not None
         assert left_running(place) == []
     assert killed
     assert repro(place, environment(place)) is None

@@ -301,8 +301,14 @@ def test_launch_on_several_machines_without_a_meeting_place_is_an_error():
 @pytest.mark.slow  # processes with torch each
 @pytest.mark.parametrize(
     ("number", "to_all", "code"),
-    [(signal.SIGTERM, False, 143), (signal.SIGINT, True, 130), (signal.SIGKILL, False, -9)],
-    ids=["SIGTERM", "Ctrl-C", "SIGKILL"],
+    [
+        (signal.SIGTERM, False, 143),
+        (signal.SIGTERM, True, 143),
+        (signal.SIGHUP, True, 129),
+        (signal.SIGINT, True, 130),
+        (signal.SIGKILL, False, -9),
+    ],
+    ids=["SIGTERM", "SIGTERM to all", "closed terminal", "Ctrl-C", "SIGKILL"],
 )
 @pytest.mark.parametrize("by", ["torch", "srun"])
 def test_processes_told_to_end_leave_a_checkpoint_and_nobody_behind(

@@ -386,7 +386,7 @@ def test_checkpoint_directory_stays_after_an_error_and_goes_after_the_end(cache)
 
 
 @pytest.mark.slow  # a process with torch each
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signal_writes_a_checkpoint_says_how_to_go_on_and_ends_with_its_code(
     overrides, cache, tmp_path, caplog, number, code
 ):
