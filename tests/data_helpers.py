@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -188,3 +188,13 @@ def serving(handler: Any) -> Iterator[str]:
 def serving_files(directory: Path) -> Any:
     """The URL at which the files of `directory` are served."""
     return serving(functools.partial(_QuietHandler, directory=str(directory)))
+
+
+def read_until(stream: IO[str], text: str) -> str:
+    """What a process writes to `stream`, up to the first line with `text`."""
+    lines: list[str] = []
+    for line in stream:
+        lines.append(line)
+        if text in line:
+            return "".join(lines)
+    raise AssertionError("".join(lines))

@@ -61,10 +61,8 @@ def edit(file: Path, **changes: Any) -> None:
     file.write_text(header + yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
 
 
-@pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the working tree, shrunk, with one `dvc repro` behind it and committed."""
-    directory = tmp_path_factory.mktemp("project")
+def copy_working_tree(directory: Path) -> None:
+    """Copy what git tracks or would track into `directory`, as the repository's files are now."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -75,6 +73,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, directory / name)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the working tree, shrunk, with one `dvc repro` behind it and committed."""
+    directory = tmp_path_factory.mktemp("project")
+    copy_working_tree(directory)
     edit(directory / "conf/data/sample.yaml", max_records=80)
     for task in TASKS:
         edit(directory / f"conf/task/{task}.yaml", trainer__logging_steps=1, evaluate__max_documents=2)

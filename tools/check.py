@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from dvc.exceptions import DvcException
+from dvc.config import ConfigError as DvcConfigError
+from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.repo import Repo
+from dvc.scm import SCMError
 
 from stages.core.artifacts import versions
 from stages.core.compose import GLOBAL_GROUPS, PARAMS, Composition, compose, load, read_root
-from stages.core.config import CONF, find, flat, nearest, read_yaml
+from stages.core.config import CONF, conflict_line, find, flat, nearest, read_yaml
 from stages.core.errors import ConfigError, StageError, printable, printable_lines
 from stages.core.source_code import hash_behaviour, hashed_names
 from stages.download.files import PATH_LIMIT, find_files
@@ -35,6 +37,8 @@ from stages.train.checkpoints import LIBRARIES
 from tools.architectures import config_keys, model_types
 
 ROOT = CONF.parent
+# Unlike `git restore`, it also works during a merge or rebase.
+RESTORE_LOCK = "run `git checkout HEAD -- dvc.lock`, then `dvc repro`; what finished stages made comes from DVC's cache"
 WHOLE_FILE = ""  # the key of a params file that dvc.yaml declares as a whole
 
 
@@ -61,12 +65,7 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(printable_lines(f"check: {error}"))
     except DvcException as error:
-        if "dvc.lock" in str(error):  # which DVC writes in place
-            sys.exit(
-                "check: dvc.lock was cut short, by a kill while DVC wrote it? Run `git restore dvc.lock`; what finished"
-                " stages made comes back from DVC's cache"
-            )
-        sys.exit(printable_lines(f"check: params.yaml and dvc.yaml do not fit together: {error}"))
+        sys.exit(printable_lines(f"check: {dvc_problem(error)}"))
     composed, found = compose_stages(stages)
     problems += found
     for check in (missing_source, unread_params, unread_keys, wrong_architectures, changed_pins, refused_trainings):
@@ -80,6 +79,23 @@ def main() -> None:
         lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
         sys.exit(printable_lines(f"check: the configuration is wrong:\n{lines}"))
     print(f"check: the configuration of {len(stages)} stages is in order")
+
+
+def dvc_problem(error: DvcException) -> str:
+    """What DVC's `error` means, and what to do about it."""
+    for name, remedy in (("dvc.yaml", "keep one of the two sides"), ("dvc.lock", RESTORE_LOCK)):
+        file = ROOT / name
+        if file.is_file() and (line := conflict_line(file.read_text(encoding="utf-8", errors="replace"))):
+            return f"{name}:{line}: a merge conflict: {remedy}"
+    if "dvc.lock" in str(error):  # which DVC writes in place
+        return f"dvc.lock was cut short, by a kill while DVC wrote it? {RESTORE_LOCK}"
+    if isinstance(error, SCMError):
+        return f"{error}, which DVC needs: `git clone` the project, or run `git init` here"
+    if isinstance(error, NotDvcRepoError):
+        return f"{error}: the directory .dvc of the project is missing: `git checkout HEAD -- .dvc`"
+    if isinstance(error, DvcConfigError):
+        return f".dvc/config: {error}"
+    return f"params.yaml and dvc.yaml do not fit together: {error}"
 
 
 # -- dvc.yaml ----------------------------------------------------------------------------------------------------------

@@ -61,10 +61,19 @@ def read_yaml(file: Path) -> dict[str, Any]:
             (which name types of Python).
     """
     where = file.relative_to(CONF.parent).as_posix() if file.is_relative_to(CONF.parent) else str(file)
+    text = ""
     try:
-        return copy.deepcopy(_parse_yaml(where, file.read_text(encoding="utf-8")))
+        text = file.read_text(encoding="utf-8")
+        return copy.deepcopy(_parse_yaml(where, text))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        if line := conflict_line(text):
+            raise ConfigError([f"{where}:{line}: a merge conflict: keep one of the two sides"]) from None
         raise ConfigError([f"{where}: {' '.join(str(error).split())}"]) from None
+
+
+def conflict_line(text: str) -> int | None:
+    """The line where a merge conflict begins that git has marked in `text`; None if there is none."""
+    return next((number for number, line in enumerate(text.split("\n"), 1) if line.startswith("<<<<<<< ")), None)
 
 
 @functools.cache

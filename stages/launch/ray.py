@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from stages.core.environment import variables_that_change_results
 from stages.core.errors import StageError
 from stages.shell.app import describe_error, start_logging
 from stages.shell.cache import cache_directory
@@ -141,6 +142,12 @@ def _worker_main(described: dict[str, Any]) -> None:
     """What each process does."""
     from stages.model.processes import rank
 
+    # A worker has the environment of its machine's `ray start`, and torch is loaded.
+    if names := variables_that_change_results("OMP_NUM_THREADS"):  # which Ray sets, and hardware.num_threads overrides
+        raise StageError(
+            f"{', '.join(names)}: set where Ray was started, and would change the result: run `ray stop`, unset it, and"
+            " `ray start` again"
+        )
     os.chdir(described["directory"])
     if rank():
         logging.disable(logging.INFO)

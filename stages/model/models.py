@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from stages.core.artifacts import read_object
 from stages.core.config import nearest
+from stages.core.environment import drop_environment_variables
 from stages.core.errors import StageError, printable
 from stages.hub.files import (
     OFFSET_POSITIONS,
@@ -26,8 +27,8 @@ from stages.hub.files import (
     usable_positions,
     weights_files,
 )  # fmt: skip
-from stages.model.environment import drop_environment_variables, keep_freed_memory
 from stages.model.hardware import Hardware, find_device
+from stages.model.memory import keep_freed_memory
 from stages.model.schema import Model
 from stages.tokens.vocabulary import Vocabulary
 

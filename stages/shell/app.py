@@ -17,6 +17,7 @@ import psutil
 import yaml
 
 from stages.core.compose import compose, load, read_root
+from stages.core.environment import restart_without_settings
 from stages.core.errors import ConfigError, StageError, printable_lines
 from stages.shell.interruption import Interrupted, end_on_signals, end_this_process
 from stages.shell.terminal import help_text, show_error
@@ -60,6 +61,7 @@ def run(stage: str, schema: type[Schema], main: Callable[[Schema], None]) -> Non
     # usual threshold, and once more at the end, took 2.2 of evaluate's 12.4 s.
     gc.set_threshold(100_000, 20, 20)
     start_logging(stage)
+    restart_without_settings()
     end_on_signals()
     end_with_dvc()
     started = time.monotonic()

@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationInfo, field_validator
 
 from stages.core.artifacts import Blocks, check_out, staged, versions, write_json
 from stages.core.config import Positive, Seed, part
+from stages.core.environment import settings_of_collectives
 from stages.core.errors import StageError
 from stages.core.pins import pinned_origin
 from stages.core.source_code import hash_code
@@ -229,6 +230,7 @@ def name_of(config: TrainConfig) -> str:
             (started or {}).pop(key, None)
     values["processes"] = config.hardware.processes or world_size()  # where the config leaves it to the GPUs
     values["libraries"] = versions(*_framework_of(config).libraries(config))
+    values["environment"] = settings_of_collectives()
     # The blocks by the checksums beside them, which are verified when they are read.
     ledgers = [Path(config.tokens) / "stats.json", *sorted(Path(config.blocks).rglob("*.json"))]
     return fingerprint(values, ledgers, hash_code(f"train-{config.framework.name}"))

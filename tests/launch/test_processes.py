@@ -6,14 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from data_helpers import REPOSITORY, contents
+from data_helpers import REPOSITORY, contents, read_until
 from training_cases import BEST, NO_DROPOUT, Config, losses
 from transformers import TrainingArguments
 
@@ -137,11 +136,11 @@ def train_and_be_killed(config):
 
 
 FAKE_SRUN = """#!/bin/bash
-# As srun does on its nodes: the command so many times, side by side, and its worst exit code. It passes SIGTERM on, and
-# tells nobody of one SIGINT.
+# As srun does on its nodes: the command so many times, side by side, and its worst exit code. It passes SIGTERM on,
+# ends its tasks on SIGHUP, and tells nobody of one SIGINT.
 nodes=${1#--nodes=}; shift
 pids=
-trap 'kill -TERM $pids' TERM
+trap 'kill -TERM $pids' TERM HUP
 trap 'echo srun: interrupt, one more within 1 sec to abort >&2' INT
 while [ "$nodes" -gt 0 ]; do setsid "$@" & pids="$pids $!"; nodes=$((nodes - 1)); done
 worst=0
@@ -325,11 +324,11 @@ def test_processes_told_to_end_leave_a_checkpoint_and_nobody_behind(
         text=True,
         start_new_session=True,
     )
-    time.sleep(40)
+    before_it = read_until(process.stderr, "validation loss")
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     (os.killpg if to_all else os.kill)(process.pid, number)
-    said = process.communicate(timeout=90)[1]
-    assert process.returncode == code, said
+    said = before_it + process.stderr.read()
+    assert process.wait(90) == code, said
     assert "Traceback" not in said
     _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []

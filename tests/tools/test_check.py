@@ -116,8 +116,8 @@ def test_check_of_a_lock_cut_short_says_how_to_mend_it(clean: Path, size: int) -
     lock = clean / "dvc.lock"
     raw = lock.read_bytes()
     lock.write_bytes(raw[: raw.index(b"md5:", size) + 2] if size > 8 else raw[:size])  # in a key: in a value it is YAML
-    assert "`git restore dvc.lock`" in checked(clean)
-    run(clean, "git", "restore", "dvc.lock")
+    assert "`git checkout HEAD -- dvc.lock`" in checked(clean)
+    run(clean, "git", "checkout", "HEAD", "--", "dvc.lock")
     checked(clean, wrong=False)
 
 

@@ -6,11 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from data_helpers import REPOSITORY, contents
+from data_helpers import REPOSITORY, contents, read_until
 from training_cases import BEST, RUINED
 from transformers import TrainerCallback
 
@@ -392,10 +391,10 @@ def test_signal_writes_a_checkpoint_says_how_to_go_on_and_ends_with_its_code(
 ):
     command = [sys.executable, "-m", "stages.train", *overrides("train", "causal", tmp_path, "num_train_epochs=2000")]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-    time.sleep(20)
+    read_until(process.stderr, "validation loss")
     process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == code, said
+    said = process.stderr.read()
+    assert process.wait(60) == code, said
     assert "`dvc repro` goes on from there" in said and "Traceback" not in said
     assert list(cache.rglob("checkpoint-*/optimizer.pt"))
 

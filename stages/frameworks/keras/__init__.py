@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.artifacts import Blocks
+from stages.core.environment import drop_environment_variables
 from stages.core.errors import StageError
-from stages.model.environment import drop_environment_variables
 from stages.shell.cache import cache_directory
 from stages.shell.interruption import Request
 from stages.tokens.vocabulary import Vocabulary
