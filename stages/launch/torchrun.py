@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from typing import Any
 
 import psutil
@@ -92,6 +93,7 @@ def run_in_processes(
             shutdown_timeout=int(GRACE_SECONDS),
             signals_to_handle="",  # those of end_on_signals: torch's own handlers end the wait at the next signal
         )
+        _start_resource_tracker()
         try:
             elastic_launch(description, _worker_main)(
                 stage, work, config, f"file://{meeting}/processes" if alone else "env://"
@@ -103,6 +105,18 @@ def run_in_processes(
             ) from None
         except ChildFailedError as error:
             raise _child_error(error, here * launch.machines) from None
+
+
+def _start_resource_tracker() -> None:
+    """Start multiprocessing's tracker of semaphores, without SIGHUP; SIGINT and SIGTERM it ignores by itself.
+
+    It lives until the processes have ended, and complains with a traceback where it cannot.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # which the tracker inherits
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _child_error(error: Any, number: int) -> BaseException:
