@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stages.core.artifacts import read_object
-from stages.core.errors import StageError, printable
+from stages.core.artifacts import damaged, read_object
+from stages.core.errors import StageError, is_error, printable
 from stages.hub.files import CONVERT, only_pickles, usable_positions
 from stages.model.schema import BASE
+from stages.shell.app import describe_error
+from stages.tokens.vocabulary import rust_errors, transformers_tokenizer
 from tools.pin_model import task_of
 
 TOP_K = {"causal": 50, "mlm": 5}
@@ -39,10 +41,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print()
         sys.exit(130)
-    except (OSError, ValueError) as error:
-        if os.environ.get("LM_REPRO_DEBUG") == "1":
+    except BaseException as error:
+        if not is_error(error) or os.environ.get("LM_REPRO_DEBUG") == "1":
             raise
-        sys.exit(f"generate: error: {printable(' '.join(str(error).split()), 2000)}")
+        sys.exit(f"generate: error: {printable(' '.join(describe_error(error).split()), 2000)}")
 
 
 def speak(arguments: argparse.Namespace) -> None:
@@ -57,14 +59,15 @@ def speak(arguments: argparse.Namespace) -> None:
 
     # Seconds of importing, not before the arguments are known to be good.
     import transformers
-    from transformers import AutoTokenizer
 
+    from stages.model.models import check_embeddings
     from stages.model.trained import load_trained
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = load_trained(task, arguments.directory).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.directory, local_files_only=True, trust_remote_code=False)
+    tokenizer = transformers_tokenizer(arguments.directory)
+    check_embeddings(model, max(tokenizer.get_vocab().values()) + 1)
     top_k = min(arguments.top_k or TOP_K[task], len(tokenizer))
     transformers.set_seed(arguments.seed)
     if task == "causal":
@@ -78,7 +81,10 @@ def task_in(directory: Path) -> str:
     if not directory.is_dir():
         raise StageError(f"{directory} is no directory: `dvc repro` or `dvc pull` makes models/causal and models/mlm")
     if (directory / BASE).is_file():
-        return str(read_object(directory / BASE).get("task"))
+        task = read_object(directory / BASE).get("task")
+        if task not in ("causal", "mlm"):
+            raise damaged(directory / BASE, "it names no task")
+        return str(task)
     if not (directory / "config.json").is_file():
         raise StageError(f"{directory} holds no model: it has no config.json")
     if not any(directory.glob("*.safetensors")):
@@ -95,7 +101,8 @@ def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, tempe
     if end is None:
         raise StageError("the tokenizer has no eos_token, with which a document begins and ends")
     # As in training, the end-of-sequence token stands before a document.
-    ids = torch.tensor([[end, *tokenizer.encode(prompt, add_special_tokens=False)]])
+    with rust_errors("the tokenizer cannot encode the prompt"):
+        ids = torch.tensor([[end, *tokenizer.encode(prompt, add_special_tokens=False)]])
     # The last new token is not read again, so that it needs no position.
     room = check_length(model, ids.shape[1]) + 1 - ids.shape[1]
     drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature > 0 else {}
@@ -119,7 +126,9 @@ def fill(model: Any, tokenizer: Any, prompt: str, top_k: int) -> None:
     text = prompt.replace("{mask}", tokenizer.mask_token)
     if (masks := text.count(tokenizer.mask_token)) != 1:
         raise StageError(f"the prompt has {masks} masks: this is a masked model, give it a sentence with one {{mask}}")
-    check_length(model, len(tokenizer.encode(text)))
+    with rust_errors("the tokenizer cannot encode the prompt"):
+        length = len(tokenizer.encode(text))
+    check_length(model, length)
     for found in pipeline("fill-mask", model=model, tokenizer=tokenizer, device="cpu")(text, top_k=top_k):
         print(f"{found['score']:7.2%}  {found['token_str']!r}")
 

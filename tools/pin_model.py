@@ -108,7 +108,8 @@ def pin(directory: Path, task: str | None, from_scratch: bool, model_type: str |
 
 def task_of(settings: dict[str, Any], directory: Path) -> str:
     """The task that a model's own architecture names, or the one that its tokenizer has the tokens for."""
-    architectures = " ".join(settings.get("architectures") or [])
+    names = settings.get("architectures")
+    architectures = " ".join(map(str, names)) if isinstance(names, list) else ""
     if "CausalLM" in architectures or "LMHead" in architectures:
         return "causal"
     return "mlm" if "MaskedLM" in architectures or has_mask(directory) else "causal"

@@ -15,6 +15,14 @@ class ConfigError(StageError):
         self.problems = problems
 
 
+def is_error(error: BaseException) -> bool:
+    """Whether `error` says that something failed, rather than that the process is to end.
+
+    A panic of Rust code (tokenizers, safetensors) is no Exception, and its class cannot be imported.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def printable(value: object, limit: int = 200) -> str:
     """`value` as text for a message: in one line of at most some `limit` characters.
 

@@ -105,6 +105,9 @@ def shard_names(index: Path) -> list[str]:
 
 def usable_positions(settings: Mapping[str, Any]) -> int | None:
     """Tokens that a model with the configuration `settings` can attend to; None where nothing bounds them."""
+    for key in ("n_positions", "max_position_embeddings", "pad_token_id"):
+        if not isinstance(settings.get(key), int | None):
+            raise StageError(f"config.json: {key}={printable(repr(settings[key]))} is not an integer")
     positions = settings.get("n_positions") or settings.get("max_position_embeddings")
     if positions is not None and settings.get("model_type") in OFFSET_POSITIONS:
         return int(positions) - int(1 if settings.get("pad_token_id") is None else settings["pad_token_id"]) - 1

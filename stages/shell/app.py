@@ -18,7 +18,7 @@ import yaml
 
 from stages.core.compose import compose, load, read_root
 from stages.core.environment import restart_without_settings
-from stages.core.errors import ConfigError, StageError, printable_lines
+from stages.core.errors import ConfigError, StageError, is_error, printable_lines
 from stages.shell.interruption import Interrupted, end_on_signals, end_this_process
 from stages.shell.terminal import help_text, show_error
 
@@ -82,8 +82,8 @@ def run(stage: str, schema: type[Schema], main: Callable[[Schema], None]) -> Non
     except Interrupted as interrupted:
         log.error("%s", interrupted)
         sys.exit(interrupted.exit_code)
-    except Exception as error:
-        if os.environ.get("LM_REPRO_DEBUG") == "1":
+    except BaseException as error:
+        if not is_error(error) or os.environ.get("LM_REPRO_DEBUG") == "1":
             raise
         show_error(stage, describe_error(error, stage))
         sys.exit(1)
@@ -142,7 +142,7 @@ def _words(process: psutil.Process) -> list[str]:
         return []
 
 
-def describe_error(error: Exception, stage: str = "") -> str:
+def describe_error(error: BaseException, stage: str = "") -> str:
     """One or two lines for `error`: its own words where it was written for users, its type as well where it was not."""
     if isinstance(error, StageError):
         return str(error)
@@ -156,7 +156,7 @@ def describe_error(error: Exception, stage: str = "") -> str:
     return f"{type(error).__name__}: {text} (LM_REPRO_DEBUG=1 shows where)"
 
 
-def _of(error: Exception) -> str:
+def _of(error: BaseException) -> str:
     filename = getattr(error, "filename", None)
     return f": {filename}" if filename else ""
 

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from stages.core.artifacts import TokenIds, damaged, free_copy, read_json, read_object, token_dtype
-from stages.core.errors import StageError, printable
+from stages.core.errors import StageError, is_error, printable
 from stages.tokens.schema import TrainedTokenizer
 
 log = logging.getLogger(__name__)
@@ -163,14 +163,14 @@ def _is_complete(tokenizer: Tokenizer, directory: Path) -> bool:
 
 def _special_tokens_by_transformers(directory: Path) -> dict[str, int]:
     # Old repositories leave them to defaults in transformers' code.
-    tokenizer = _by_transformers(directory)
+    tokenizer = transformers_tokenizer(directory)
     roles = tokenizer.special_tokens_map
     return {
         role: tokenizer.convert_tokens_to_ids(token) for role, token in sorted(roles.items()) if isinstance(token, str)
     }
 
 
-def _by_transformers(directory: Path) -> Any:
+def transformers_tokenizer(directory: Path) -> Any:
     """The tokenizer in `directory` as transformers makes it, at 5 s of imports; never by code that lies there."""
     from transformers import AutoTokenizer
 
@@ -181,14 +181,11 @@ def _by_transformers(directory: Path) -> Any:
 
 @contextlib.contextmanager
 def rust_errors(problem: str) -> Iterator[None]:
-    """Raise a StageError, `problem` and the reason, for whatever tokenizers raises within.
-
-    It raises bare Exceptions, and where its Rust code panics a BaseException whose class cannot be imported.
-    """
+    """Raise a StageError, `problem` and the reason, for whatever tokenizers raises: bare Exceptions, and panics."""
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not is_error(error):
             raise
         raise StageError(f"{problem}: {printable(' '.join(str(error).split()))}") from None
 
@@ -210,10 +207,10 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """
     tokenizer = _from_file(directory)
     if tokenizer is None:
-        tokenizer = _by_transformers(directory).backend_tokenizer
+        tokenizer = transformers_tokenizer(directory).backend_tokenizer
     elif not _is_complete(tokenizer, directory):
         try:
-            made = _by_transformers(directory).backend_tokenizer
+            made = transformers_tokenizer(directory).backend_tokenizer
         except StageError as error:
             log.warning("%s: tokenizer.json is used by itself", error)
         else:
@@ -240,7 +237,7 @@ def export_tokenizer(source: Path, directory: Path, special: dict[str, int], max
         settings["tokenizer_class"] = _PLAIN_CLASSES[0]
     elif "tokenizer_class" not in settings or "auto_map" in settings:
         try:
-            name = type(_by_transformers(source)).__name__
+            name = type(transformers_tokenizer(source)).__name__
         except StageError:  # load_tokenizer took tokenizer.json by itself
             name = _PLAIN_CLASSES[0]
         settings["tokenizer_class"] = _PLAIN_CLASSES[0] if name in _PLAIN_CLASSES else name

@@ -1,8 +1,10 @@
 """What comes from outside, in messages: in one line, without control characters, never megabytes."""
 
 import pytest
+from tokenizers import Tokenizer
 
-from stages.core.errors import printable, printable_lines
+from stages.core.errors import StageError, is_error, printable, printable_lines
+from stages.shell.app import describe_error
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,25 @@ def test_printable_shortens_and_says_how_long_it_was() -> None:
 def test_printable_lines_keeps_lines_apart_and_guards_each() -> None:
     assert printable_lines("one\n  two\x1b") == "one\n  two\\x1b"
     assert len(printable_lines("y" * 9_000_000 + "\nz")) < 2100
+
+
+PANICS = """{"version": "1.0", "added_tokens": [],
+ "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+ "model": {"type": "BPE", "vocab": {}, "merges": []}}"""
+
+
+def test_is_error_of_a_panic_of_rust_code_though_it_is_no_exception() -> None:
+    with pytest.raises(BaseException, match="charsmap") as caught:
+        Tokenizer.from_str(PANICS)
+    assert not isinstance(caught.value, Exception)
+    assert is_error(caught.value)
+    assert describe_error(caught.value).startswith("PanicException: Precompiled")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(StageError("x"), True), (RecursionError(), True), (KeyboardInterrupt(), False), (SystemExit(), False),
+     (GeneratorExit(), False)],
+)  # fmt: skip
+def test_is_error_of_what_ends_a_process_is_false(error: BaseException, expected: bool) -> None:
+    assert is_error(error) == expected

@@ -165,6 +165,13 @@ def test_usable_positions_of_an_architecture_leave_out_those_it_never_uses(
     assert usable_positions(settings) == expected
 
 
+@pytest.mark.parametrize("key", ["n_positions", "max_position_embeddings", "pad_token_id"])
+@pytest.mark.parametrize("value", ["many", [], {}, 1.5])
+def test_usable_positions_of_what_is_no_integer_names_the_key(key: str, value: Any) -> None:
+    with pytest.raises(StageError, match=rf"config\.json: {key}=.* is not an integer"):
+        usable_positions({"model_type": "roberta", "max_position_embeddings": 514, key: value})
+
+
 # -- the Hub -----------------------------------------------------------------------------------------------------------
 
 

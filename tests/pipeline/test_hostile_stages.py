@@ -135,7 +135,13 @@ def then(make: Make, *changes: Make) -> Make:
     return lambda d: [step(d) for step in (make, *changes)]
 
 
+def edit(name: str, **changes: Any) -> Make:
+    return lambda d: (d / name).write_text(json.dumps(json.loads((d / name).read_text()) | changes))
+
+
 CAUSAL, MLM = bpe(CAUSAL_TOKENS), bpe(MLM_TOKENS)
+PANIC = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+FIXED = {"type": "FixedLength", "length": 0}
 SETTINGS = "tokenizer_config.json"
 BROKEN_TOKENIZER = [
     Case("no eos", bpe({"pad_token": "<pad>"}), "the tokenizer has no eos_token, which the task needs"),
@@ -144,6 +150,10 @@ BROKEN_TOKENIZER = [
     Case("bit-flipped", then(CAUSAL, flip("tokenizer.json", 0.02)), "DIR/tokenizer.json is not a tokenizer"),
     Case("settings truncated", then(CAUSAL, cut(SETTINGS, 0.5)), f"DIR/{SETTINGS} is not JSON"),
     Case("settings of another shape", then(CAUSAL, write(SETTINGS, "[]")), f"DIR/{SETTINGS} is not a JSON object"),
+    Case("Rust that panics", then(CAUSAL, edit("tokenizer.json", normalizer=PANIC)), "DIR/tokenizer.json is not a"),
+    Case("Rust that panics over text", then(CAUSAL, edit("tokenizer.json", pre_tokenizer=FIXED)), "cannot encode"),
+    Case("nested", then(CAUSAL, write("tokenizer.json", "[" * 200_000)), "DIR/tokenizer.json is not a tokenizer"),
+    Case("settings nested", then(CAUSAL, write(SETTINGS, '{"a":' * 200_000)), f"DIR/{SETTINGS} is not JSON"),
     Case("made by its own code alone", old_style, "code of a repository is never run"),
 ]  # fmt: skip
 

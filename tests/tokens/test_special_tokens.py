@@ -147,7 +147,7 @@ def test_load_tokenizer_of_files_that_agree_does_not_ask_transformers(
     def asked(_: Path) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(vocabulary, "_by_transformers", asked)
+    monkeypatch.setattr(vocabulary, "transformers_tokenizer", asked)
     directory = write_bpe(tmp_path / "t", tokens)
     task = "mlm" if "mask_token" in tokens else "causal"
     assert vocabulary_of(load_tokenizer(directory), directory, *WRAP[task]).size == 300

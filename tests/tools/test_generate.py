@@ -1,13 +1,17 @@
 """tools.generate on toy models, and the code that README.md shows for a trained model."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data_helpers import CAUSAL_TOKENS, MLM_TOKENS, REPOSITORY, write_bpe
+from safetensors.torch import load_file, save_file
 from toys import ARCHITECTURES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -98,6 +102,76 @@ def test_generate_reads_no_pickled_weights(models: Path, tmp_path: Path, capsys:
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     said, error = say(capsys, monkeypatch, tmp_path, "a")
     assert said == "" and "only " in error and "pytorch_model.bin: pickled weights can run code" in error
+
+
+def changed(**values: Any) -> Callable[[Path], Any]:
+    """Sets values of config.json."""
+
+    def change(directory: Path) -> None:
+        file = directory / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+def text(name: str, content: str) -> Callable[[Path], Any]:
+    return lambda directory: (directory / name).write_text(content)
+
+
+def nan(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    weights["transformer.wpe.weight"][0] = float("nan")
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def tokenizer(**changes: Any) -> Callable[[Path], Any]:
+    """Sets values of tokenizer.json."""
+
+    def change(directory: Path) -> None:
+        file = directory / "tokenizer.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "config-empty": (text("config.json", ""), "config.json is not JSON"),
+    "config-of-a-list": (text("config.json", "[]"), "config.json is not a JSON object"),
+    "config-nested": (text("config.json", "[" * 200_000), "config.json is not JSON"),
+    "architectures-of-a-number": (changed(architectures=5, model_type="t5"), "transformers has no such model"),
+    "architectures-of-numbers": (changed(architectures=[5], n_head=0), "makes no gpt2"),
+    "heads-0": (changed(n_head=0), "makes no gpt2"),
+    "layers-10^9": (changed(n_layer=10**9), "cannot be meant"),
+    "vocabulary-2^40": (changed(vocab_size=2**40), "cannot be meant"),
+    "vocabulary-below-the-tokenizers": (changed(vocab_size=299), "another shape"),
+    "activation-unknown": (changed(activation_function="sine"), "makes no gpt2"),
+    "another-type": (changed(model_type="bert", architectures=["BertForMaskedLM"]), "are missing"),
+    "quantized": (changed(quantization_config={"quant_method": "gptq"}), "quantized weights are not trained"),
+    "weights-nan": (nan, "transformer.wpe.weight has values that are NaN"),
+    "weights-empty": (text("model.safetensors", ""), "cannot be loaded"),
+    "base-of-no-task": (text("base.json", "{}"), "base.json is damaged"),
+    "base-of-a-list": (text("base.json", "[]"), "base.json is not a JSON object"),
+    "base-of-another-shape": (text("base.json", '{"task": "causal"}'), "base.json is damaged"),
+    "tokenizer-empty": (text("tokenizer.json", ""), "holds no tokenizer"),
+    "tokenizer-nested": (text("tokenizer.json", "[" * 200_000), "holds no tokenizer"),
+    "tokenizer-missing": (lambda directory: (directory / "tokenizer.json").unlink(), "holds no tokenizer"),
+    "settings-nested": (text("tokenizer_config.json", '{"a":' * 200_000), "holds no tokenizer"),
+    "tokenizer-panics": (tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "holds no"),
+    "tokenizer-panics-over-the-prompt": (tokenizer(pre_tokenizer={"type": "FixedLength", "length": 0}), "the prompt"),
+    "more-tokens": (text("added_tokens.json", '{"zebra": 300}'), "the tokenizer has 301 tokens, the model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_generate_of_a_broken_directory_ends_in_a_line(
+    models: Path, tmp_path: Path, capsys: Any, monkeypatch: Any, name: str
+) -> None:
+    shutil.copytree(models / "models/causal", tmp_path / "model")
+    change, message = BROKEN[name]
+    change(tmp_path / "model")
+    _, error = say(capsys, monkeypatch, tmp_path / "model", PROMPTS["causal"], "--max-new-tokens", "2")
+    assert error.startswith("generate: error: ") and message in error
+    assert error.isprintable() and len(error) < 1000
 
 
 @pytest.mark.parametrize("option", [["--top-k", "0"], ["--temperature", "-1"], ["--max-new-tokens", "0"]])
