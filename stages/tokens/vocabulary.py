@@ -87,7 +87,7 @@ def vocabulary_of(tokenizer: Tokenizer, directory: Path, wrap: str, requires: It
     special = special_tokens(tokenizer, directory)
     if needs - set(special):
         special = _special_tokens_by_transformers(directory) | special
-    elif (own := _from_file(directory)) is not None and own.get_vocab_size() != tokenizer.get_vocab_size():
+    elif (own := _from_file(directory)) is not None and not _have_same_tokens(own, tokenizer):
         special |= _special_tokens_by_transformers(directory)
     for role in sorted(needs - set(special)):
         raise StageError(f"the tokenizer has no {role}, which the task needs: choose another model for this task")
@@ -152,9 +152,9 @@ def _named_tokens(directory: Path) -> set[str]:
 def _is_complete(tokenizer: Tokenizer, directory: Path) -> bool:
     """Whether `tokenizer`, of tokenizer.json by itself, surely has all tokens that transformers would give it."""
     settings = _object(directory / _SETTINGS)
-    by_model = "tokenizer_class" not in settings and (directory / "config.json").is_file()
-    if by_model or settings.get("tokenizer_class", _PLAIN_CLASSES[0]) not in _PLAIN_CLASSES:
-        return False  # its class may add tokens of its own
+    name = settings.get("tokenizer_class")
+    if (directory / "config.json").is_file() if name is None else name not in _PLAIN_CLASSES:
+        return False  # its class, with no name that of the model, may add tokens of its own
     named = _named_tokens(directory)
     if tokenizer.padding is not None:
         named.add(tokenizer.padding["pad_token"])
@@ -199,6 +199,10 @@ def _from_file(directory: Path) -> Tokenizer | None:
         return Tokenizer.from_file(str(file))
 
 
+def _have_same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    return bool(one.get_vocab(with_added_tokens=True) == other.get_vocab(with_added_tokens=True))
+
+
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer in `directory`, by which a control token spelt out in a text is text.
 
@@ -214,7 +218,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         except StageError as error:
             log.warning("%s: tokenizer.json is used by itself", error)
         else:
-            if made.get_vocab(with_added_tokens=True) != tokenizer.get_vocab(with_added_tokens=True):
+            if not _have_same_tokens(made, tokenizer):
                 tokenizer = made
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -232,10 +236,10 @@ def export_tokenizer(source: Path, directory: Path, special: dict[str, int], max
     """
     free_copy(source, directory, leave=["config.json", _SETTINGS])
     settings, tokenizer, own = _object(source / _SETTINGS), load_tokenizer(source), _from_file(source)
-    if own is None or own.get_vocab_size() != tokenizer.get_vocab_size():  # for some models no class but these is used
+    if own is None or not _have_same_tokens(own, tokenizer):  # beside some models no class but the plain one is used
         tokenizer.save(str(directory / "tokenizer.json"))
         settings["tokenizer_class"] = _PLAIN_CLASSES[0]
-    elif "tokenizer_class" not in settings or "auto_map" in settings:
+    elif settings.get("tokenizer_class") is None or "auto_map" in settings:
         try:
             name = type(transformers_tokenizer(source)).__name__
         except StageError:  # load_tokenizer took tokenizer.json by itself

@@ -165,7 +165,9 @@ def test_load_tokenizer_that_transformers_cannot_make_takes_its_file_by_itself(t
     assert (len(exported), ids_of(exported)) == (300, known.special)
 
 
-@pytest.mark.parametrize("settings", [None, {}, PLAIN, {"model_max_length": 5}, {"model_max_length": 10**30}, END])
+@pytest.mark.parametrize(
+    "settings", [None, {}, PLAIN, {"tokenizer_class": None}, {"model_max_length": 5}, {"model_max_length": 10**30}, END]
+)
 def test_exported_tokenizer_truncates_to_the_models_tokens_and_leaves_its_source(tmp_path: Path, settings: Any) -> None:
     write_bpe(tmp_path / "t", CAUSAL_TOKENS)
     (tmp_path / f"t/{SETTINGS}").unlink()
