@@ -112,7 +112,7 @@ def _build(model: Model, vocabulary: Vocabulary | None, seed: int, scratch: Path
             )
         _check_shape(auto, config, "model.config")
         built = auto.from_config(config, dtype=torch.float32)
-        _check_finite(built, "the weights that model.config starts with")
+        check_finite(built, "the weights that model.config starts with")
         return built
     _check_shape(auto, config, f"config.json of {model.path}, with model.config,")
     _link(weights_files("model", str(model.path), model.revision, model.files), scratch)
@@ -161,7 +161,7 @@ def _check_shape(auto: Any, config: Any, where: str) -> None:
         )
 
 
-def _check_finite(model: Any, weights: str) -> None:
+def check_finite(model: Any, weights: str) -> None:
     """Raise StageError if a weight of `model` is NaN or infinite; `weights` is what errors call them all."""
     for name, tensor in model.named_parameters():
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.detach().aminmax()):
@@ -287,7 +287,7 @@ def _load(auto: Any, directory: Path, config: Any, where: str) -> Any:
             f"the weights in {where} do not fit the model: {len(body)} are missing ({body[0]}, ...); config.json or"
             " model.config asks for another shape"
         )
-    _check_finite(loaded, f"the weights in {where}")
+    check_finite(loaded, f"the weights in {where}")
     if unused := sorted(info["unexpected_keys"]):
         shown = printable(", ".join(unused[:3]))
         log.warning("%d weights of the checkpoint are not used: %s ...", len(unused), shown)

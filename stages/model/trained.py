@@ -13,7 +13,7 @@ from stages.model.schema import ADDITIONS, BASE, Model
 
 def load_trained(task: str, directory: str | Path) -> Any:
     """The model that train wrote into `directory`, in fp32 on the CPU; additions are merged into its weights."""
-    from stages.model.models import load_directory, load_pretrained
+    from stages.model.models import check_finite, load_directory, load_pretrained
 
     base = Path(directory) / BASE
     if not base.is_file():
@@ -28,6 +28,8 @@ def load_trained(task: str, directory: str | Path) -> Any:
         raise damaged(directory, f"no {ADDITIONS}")
     model = load_pretrained(source)
     try:
-        return PeftModel.from_pretrained(model, directory).merge_and_unload()
+        merged = PeftModel.from_pretrained(model, directory).merge_and_unload()
     except Exception as error:  # of peft, or of whatever it finds in the files
         raise damaged(directory, printable(f"{type(error).__name__}: {' '.join(str(error).split())}")) from None
+    check_finite(merged, f"the additions in {directory}")
+    return merged
