@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from stages.core.config import CONF, MISSING, choices, find, flat, nearest, read_yaml, validate
+from stages.core.config import CONF, MISSING, choices, find, flat, nearest, numbers_beyond_64_bits, read_yaml, validate
 from stages.core.errors import ConfigError
 
 Schema = TypeVar("Schema")
@@ -169,7 +169,7 @@ def compose(stage: str, overrides: Sequence[str] = (), task: str | None = None) 
                 missing.append(_task_is_missing(params))
             else:
                 _set(values, key, template.replace("{task}", task))
-    problems += forbidden_values(values)
+    problems += [*forbidden_values(values), *numbers_beyond_64_bits(values)]
     return Composition(stage, task, values, chosen, params.read, problems, list(dict.fromkeys(missing)))
 
 

@@ -65,9 +65,15 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
         return copy.deepcopy(_parse_yaml(where, text))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         if line := conflict_line(text):
             raise ConfigError([f"{where}:{line}: a merge conflict: keep one of the two sides"]) from None
+        if "integer string conversion" in str(error):  # Python converts 4,300 digits
+            raise ConfigError(
+                [f"{where}: a whole number of thousands of digits: give one of at most 63 bits"]
+            ) from None
         raise ConfigError([f"{where}: {' '.join(str(error).split())}"]) from None
 
 
@@ -85,7 +91,22 @@ def _parse_yaml(where: str, text: str) -> dict[str, Any]:
     values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     if not isinstance(values, dict):
         raise ConfigError([f"{where}: it should hold keys and values"])
+    if problems := list(numbers_beyond_64_bits(values)):
+        raise ConfigError([f"{where}: {problem}" for problem in problems])
     return {str(key): value for key, value in values.items()}
+
+
+def numbers_beyond_64_bits(values: Any, key: str = "") -> Iterator[str]:
+    """The whole numbers in `values` that no library takes, as problems."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from numbers_beyond_64_bits(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            yield from numbers_beyond_64_bits(value, key)
+    elif isinstance(values, int) and not -(2**63) <= values < 2**63:
+        # Not str(values), which Python refuses above 4,300 digits.
+        yield f"{printable(key)}: a whole number of {values.bit_length()} bits: give one of at most 63"
 
 
 def find(values: Any, dotted: str) -> Any:

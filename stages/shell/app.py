@@ -149,6 +149,11 @@ def describe_error(error: BaseException, stage: str = "") -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in _NO_MEMORY):
         return f"out of memory{text and f' ({text})'}\n  {_HALVE_MEMORY.get(stage, _HALVE_MEMORY[''])}"
+    if "DataLoader worker" in text:
+        return (
+            f"a process that loads batches was killed: out of memory, or of space in /dev/shm? ({text})\n"
+            f"  {_HALVE_MEMORY.get(stage, _HALVE_MEMORY[''])}; trainer.dataloader_num_workers: 0 (conf/hardware) starts none"
+        )
     if getattr(error, "errno", None) == errno.ENOSPC or any(sign in text for sign in _NO_SPACE):
         return f"no space left on the disk{_of(error)} ({text})\n  {_FREE_SPACE}"
     if isinstance(error, OSError) and error.strerror:

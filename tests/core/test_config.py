@@ -156,3 +156,37 @@ def test_config_stage_with_unknown_names_ends_in_one_message_and_exit_code_1() -
     assert "there is no conf/model/none.yaml" in ended.stderr
     assert "there is no conf/task/prefix.yaml" in ended.stderr
     assert "params.yaml has no tasks.prefix; there are causal, mlm" in ended.stderr
+
+
+@pytest.mark.parametrize("text", ["a: {b: VALUE}", "a: {b: [1, VALUE]}", "a:\n  b: -VALUE"])
+@pytest.mark.parametrize("value", [2**63 + 1, 10**23, 10**300])
+def test_config_whole_number_beyond_64_bits_in_a_file_is_named(tmp_path: Path, text: str, value: int) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(text.replace("VALUE", str(value)))
+    with pytest.raises(ConfigError, match=rf"params\.yaml: a\.b: a whole number of {value.bit_length()} bits"):
+        read_yaml(file)
+    file.write_text(text.replace("VALUE", str(2**63 - 1)))
+    assert find(read_yaml(file), "a.b") is not None
+
+
+@pytest.mark.parametrize("digits", ["0x" + "F" * 6000, "1" + "0" * 6000])
+def test_config_whole_number_that_python_does_not_print_is_named(tmp_path: Path, digits: str) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(f"seed: {digits}")
+    with pytest.raises(ConfigError, match=r"params\.yaml: .*a whole number of"):
+        read_yaml(file)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key"),
+    [
+        ("train", "++seed"),
+        ("train", "++model.config.n_embd"),
+        ("train", "++trainer.warmup_steps"),
+        ("download", "data.max_records"),
+        ("evaluate", "samples.max_new_tokens"),
+    ],
+)
+def test_config_whole_number_beyond_64_bits_on_the_command_line_is_named(stage: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key.lstrip('+')}: a whole number of 77 bits"):
+        config(stage, f"{key}={10**23}")

@@ -1,9 +1,11 @@
 """Models that do not fit, training that diverges, and a machine out of memory, of space or of permission."""
 
 import json
+import os
 import re
 import secrets
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -338,3 +340,35 @@ def test_hostile_million_of_empty_documents_is_counted_and_left_out(tmp_path: Pa
     ledger = read_stats(tmp_path / "raw")
     assert (ledger["records_in"], ledger["records_skipped"]["without_answers"]) == (1_000_060, 1_000_000)
     assert sum(read_stats(tokens / name)["documents"] for name in SPLITS) == 60
+
+
+class EndsItsWorker(torch.utils.data.Dataset[int]):
+    """A data set whose reading ends the process that reads it, as the kernel ends one that takes too much memory."""
+
+    def __init__(self, how: Callable[[], Any]) -> None:
+        self._how = how
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        self._how()
+        return index
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda: os.kill(os.getpid(), signal.SIGKILL),
+        lambda: os.kill(os.getpid(), signal.SIGBUS),
+        lambda: os._exit(1),
+    ],
+    ids=["SIGKILL", "SIGBUS", "exit"],
+)
+def test_loader_of_batches_that_is_killed_is_said_to_lack_memory(how: Callable[[], Any]) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        list(torch.utils.data.DataLoader(EndsItsWorker(how), num_workers=1))
+    said = app.describe_error(caught.value, "train")
+    assert said.startswith("a process that loads batches was killed: out of memory")
+    assert "hardware.per_device_batch_size" in said and "trainer.dataloader_num_workers: 0" in said
+    assert "LM_REPRO_DEBUG" not in said
