@@ -152,7 +152,7 @@ def describe_error(error: BaseException, stage: str = "") -> str:
     if "DataLoader worker" in text:
         return (
             f"a process that loads batches was killed: out of memory, or of space in /dev/shm? ({text})\n"
-            f"  {_HALVE_MEMORY.get(stage, _HALVE_MEMORY[''])}; trainer.dataloader_num_workers: 0 (conf/hardware) starts none"
+            f"  {_HALVE_MEMORY.get(stage, _HALVE_MEMORY[''])}, or trainer.dataloader_num_workers: 0 (conf/hardware)"
         )
     if getattr(error, "errno", None) == errno.ENOSPC or any(sign in text for sign in _NO_SPACE):
         return f"no space left on the disk{_of(error)} ({text})\n  {_FREE_SPACE}"
