@@ -140,6 +140,7 @@ class Case:
 HANGS = {"seconds": 60.0}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 ACCESS = ("access is refused (HTTP 401)", "accept its terms on http://127.0.0.1", "hf auth login", "HF_TOKEN")
+CUT = ("the transfer was cut short, run the same command again",)
 
 MODELS = [
     Case("first run"),
@@ -155,6 +156,10 @@ MODELS = [
     Case("500, then success", hub={"failures": 1, "refusal": 500}, notes=("HTTP 500: trying again",)),
     Case("500 for ever", ("HTTP 500",), {"failures": 99, "refusal": 500}),
     Case("download cut in the middle", hub={"cut": 1}),
+    Case("download cut again and again", CUT, {"cut": 999}),
+    Case("download of unknown size cut", CUT, {"cut": 999, "unsized": True}),
+    Case("compressed download cut", CUT, {"cut": 999, "gzipped": True}),
+    Case("compressed download", hub={"gzipped": True}),
     Case("slow server (1 s an answer)", hub={"seconds": 1.0}),
     Case("server that hangs", ("no answer in time",), HANGS),
     Case("server that hangs within a file", ("no answer in time",), {"stall": 60.0}),
@@ -185,6 +190,9 @@ DATA = [
     Case("500 for ever", ("HTTP 500",), {"failures": 999, "refusal": 500}),
     Case("download cut in the middle", hub={"cut": 1}),
     Case("download cut in the middle, all records", hub={"cut": 1}, whole=True),
+    Case("download cut again and again, all records", CUT, {"cut": 999}, whole=True),
+    Case("download of unknown size cut, all records", CUT, {"cut": 999, "unsized": True}, whole=True),
+    Case("compressed download cut, all records", CUT, {"cut": 999, "gzipped": True}, whole=True),
     Case("slow server (1 s an answer)", hub={"seconds": 1.0}),
     Case("server that hangs", ("no answer in time",), HANGS),
     Case("server that hangs within a file", ("no answer in time",), {"stall": 60.0}),

@@ -1,6 +1,7 @@
 """A Hugging Face Hub on the loopback: as much of it as models, data sets and the files in them ask for."""
 
 import contextlib
+import gzip
 import hashlib
 import json
 import re
@@ -29,6 +30,7 @@ class MiniHub:
     failing: names of files, and `api`, for which the server answers `refusal`.
     failures: this many requests are answered by `refusal`, then all is well; headers: what comes with a refusal.
     seconds: before every answer. cut: this many answers of files end after half of their bytes. stall: seconds there.
+    unsized: files come without a Content-Length, so that only their end says that they end. gzipped: and compressed.
     requests: the paths that were asked for; authorizations: what the client showed for it.
     """
 
@@ -43,6 +45,7 @@ class MiniHub:
         self.branches: dict[str, str] = {}
         self.headers: dict[str, str] = {}
         self.failures, self.cut, self.seconds, self.stall = 0, 0, 0.0, 0.0
+        self.unsized = self.gzipped = False
         self.requests: list[str] = []
         self.authorizations: set[str] = set()
         for name, value in changes.items():
@@ -129,7 +132,13 @@ def _handler(hub: MiniHub) -> type[BaseHTTPRequestHandler]:
                 headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
                 status, content = 206, content[first : last + 1]
             self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            # A HEAD request is told the size of what it would get uncompressed, as the Hub tells it.
+            is_body = "ETag" in headers and self.command != "HEAD"
+            if is_body and hub.gzipped:
+                headers["Content-Encoding"], content = "gzip", gzip.compress(content)
+            if not (is_body and (hub.unsized or hub.gzipped)):
+                headers["Content-Length"] = str(len(content))
+            for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command == "HEAD":

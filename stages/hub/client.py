@@ -23,6 +23,8 @@ _PATIENCE_SECONDS = 7.0  # from the first failure to the last: with imports and 
 
 _PROGRESS_BYTES = 2**20  # of a file, that begin the patience anew: a server that hangs again and again gives a few
 FAILURES = (OSError, ValueError, httpx.HTTPError)  # what huggingface_hub raises; ValueError: of impossible names
+# What a transfer that is cut short raises; where the server does not tell the size, huggingface_hub compares it.
+_CUT_SHORT = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.DecodingError)
 
 _silent: dict[str, str] = {}  # hosts that were given up, each with the reason
 
@@ -157,4 +159,6 @@ def explain(error: BaseException, page: str) -> str:
     if status in (401, 403) or "gated" in words:
         said = f"HTTP {status}" if status else "it is gated"
         return f"access is refused ({said}): accept its terms on {page}, then `hf auth login`, or set HF_TOKEN"
+    if any(isinstance(cause, _CUT_SHORT) for cause in causes) or "Consistency check failed" in words:
+        return f"{words}: the transfer was cut short, run the same command again"
     return words
