@@ -15,8 +15,8 @@ from toys import toy_model
 
 from stages.core.artifacts import write_json
 from stages.core.errors import StageError
-from stages.evaluate.loading import load_trained
 from stages.model.schema import ADDITIONS, BASE, Model
+from stages.model.trained import load_trained
 
 
 @pytest.fixture(scope="module")
