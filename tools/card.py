@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from stages.core.artifacts import read_json
 from stages.core.compose import PARAMS
+from stages.core.errors import printable
 from stages.download.schema import without_credentials
 
 SPLITS = ("train", "validation", "test")
@@ -152,12 +153,13 @@ def shapes(directory: Path) -> list[list[int]]:
 def describe_source(source: dict[str, Any]) -> str:
     if "hub" in source:
         return f"[{source['hub']}](https://huggingface.co/datasets/{source['hub']}) at commit `{source['commit']}`"
-    return f"`{source['files']}`"
+    return f"`{printable(source['files'])}`"
 
 
 def usage(run: RecordedRun, repository: str) -> str:
     prompt = locked_params(run)[f"conf/task/{run.task}.yaml"]["samples"]["prompts"][:1] or ["Once {mask} a time"]
-    text = json.dumps(prompt[0], ensure_ascii=False)
+    # Both are Python; the second leaves no character that is not printable.
+    text = json.dumps(prompt[0], ensure_ascii=False) if prompt[0].isprintable() else repr(prompt[0])
     load = f'from transformers import pipeline\n\nmodel = pipeline("{PIPELINE[run.objective]}", model="{repository}")\n'
     if run.objective == "causal":
         return (
@@ -286,7 +288,7 @@ def lineage(run: RecordedRun) -> str:
         versions |= read_json(f"{ledger}/stats.json").get("versions", {})
 
     def table(files: dict[str, str]) -> str:
-        return "```\n" + "\n".join(f"{md5:36}  {local_name(path)}" for path, md5 in files.items()) + "\n```"
+        return "```\n" + "\n".join(f"{md5:36}  {printable(local_name(path))}" for path, md5 in files.items()) + "\n```"
 
     repository = f" of {run.remote}" if run.remote else ""
     return "\n\n".join(

@@ -74,7 +74,7 @@ def main() -> None:
         if not composition.problems and not composition.missing:
             problems += undeclared(stage, composition)
     for warning in other_versions():
-        print(f"check: warning: {warning}", file=sys.stderr)
+        print(printable_lines(f"check: warning: {warning}"), file=sys.stderr)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
         sys.exit(printable_lines(f"check: the configuration is wrong:\n{lines}"))
@@ -305,11 +305,12 @@ def changed_pins(compositions: list[Composition]) -> Iterator[str]:
             for name, pinned in (source.get("files") or {}).items():
                 path = Path(str(source.get("path"))).expanduser() / name
                 if not path.is_file():
-                    yield f"{where(file)}: {path} is pinned but not there"
+                    yield f"{where(file)}: {printable(path)} is pinned but not there"
                     continue
                 newer = path.suffix != ".safetensors" or path.stat().st_mtime > file.stat().st_mtime
                 if newer and sha256(path) != pinned:
-                    yield f"{where(file)}: {path} changed since its pin (python -m tools.pin_model pins it anew)"
+                    shown = printable(path)
+                    yield f"{where(file)}: {shown} changed since its pin (python -m tools.pin_model pins it anew)"
 
 
 def where(file: Path) -> str:

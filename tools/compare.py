@@ -23,6 +23,7 @@ from rich.text import Text
 
 from stages.core.config import MISSING, find
 from stages.core.config import flat as flatten
+from stages.core.errors import printable
 from stages.figures.names import SHORT_NAMES, SHORT_SPLITS
 
 PER_TASK = ("model", "adapter", "task")
@@ -55,9 +56,8 @@ def main() -> None:
     split = parser.parse_args().split
     shown = subprocess.run(["dvc", "exp", "show", "--json"], check=False, capture_output=True, text=True)
     if shown.returncode:
-        sys.exit(
-            f"compare: dvc exp show failed: {shown.stderr.strip().splitlines()[0] if shown.stderr.strip() else ''}"
-        )
+        said = shown.stderr.strip().splitlines()
+        sys.exit(f"compare: dvc exp show failed: {printable(said[0], 2000) if said else ''}")
     found = list(revisions(json.loads(shown.stdout)))
     rows = read_rows(found, split)
     if not rows:
@@ -202,12 +202,12 @@ def make_table(rows: list[Row], headings: list[str]) -> Table:
     for name in metrics:
         table.add_column(name.replace(" ", "\n"), no_wrap=True, justify="right")
     for heading in headings:
-        table.add_column(break_heading(heading), no_wrap=True, justify="right")
+        table.add_column(Text(break_heading(printable(heading))), no_wrap=True, justify="right")
     best = {name: min(row.metrics[name] for row in rows if name in row.metrics) for name in metrics}
     for row in rows:
         cells = [metric_cell(row.metrics.get(name), best[name], len(rows) > 1) for name in metrics]
         values = (row.params[heading].value if heading in row.params else "-" for heading in headings)
-        table.add_row(Text(row.name), *cells, *(Text(value.strip('"')) for value in values))
+        table.add_row(Text(row.name), *cells, *(Text(printable(value.strip('"'))) for value in values))
     return table
 
 
@@ -249,7 +249,7 @@ def list_params(rows: list[Row], headings: list[str]) -> list[str]:
     return [
         f"  {row.name:{width}}  "
         + " ".join(
-            f"{row.params[heading].argument}={row.params[heading].value}"
+            printable(f"{row.params[heading].argument}={row.params[heading].value}", 2000)
             for heading in headings
             if heading in row.params
         )

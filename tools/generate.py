@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.artifacts import damaged, read_object
-from stages.core.errors import StageError, is_error, printable
+from stages.core.errors import StageError, is_error, printable, without_controls
 from stages.hub.files import CONVERT, only_pickles, usable_positions
 from stages.model.schema import BASE
 from stages.shell.app import describe_error
@@ -79,16 +79,18 @@ def speak(arguments: argparse.Namespace) -> None:
 def task_in(directory: Path) -> str:
     """The task of the model in `directory`, or of what additions in it belong to: causal or mlm."""
     if not directory.is_dir():
-        raise StageError(f"{directory} is no directory: `dvc repro` or `dvc pull` makes models/causal and models/mlm")
+        raise StageError(
+            f"{printable(directory)} is no directory: `dvc repro` or `dvc pull` makes models/causal and models/mlm"
+        )
     if (directory / BASE).is_file():
         task = read_object(directory / BASE).get("task")
         if task not in ("causal", "mlm"):
             raise damaged(directory / BASE, "it names no task")
         return str(task)
     if not (directory / "config.json").is_file():
-        raise StageError(f"{directory} holds no model: it has no config.json")
+        raise StageError(f"{printable(directory)} holds no model: it has no config.json")
     if not any(directory.glob("*.safetensors")):
-        raise StageError(f"{directory} has no *.safetensors weights{only_pickles(directory)}: {CONVERT}")
+        raise StageError(f"{printable(directory)} has no *.safetensors weights{only_pickles(directory)}: {CONVERT}")
     return task_of(read_object(directory / "config.json"), directory)
 
 
@@ -96,6 +98,12 @@ def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, tempe
     """Print `prompt` and its continuation, word by word as it comes, up to the end of the document at most."""
     import torch
     from transformers import GenerationConfig, TextStreamer
+
+    class Printed(TextStreamer):  # type: ignore[misc]
+        """What the model says, without the control characters with which it would steer the terminal."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(without_controls(text), stream_end)
 
     end = tokenizer.eos_token_id
     if end is None:
@@ -107,12 +115,12 @@ def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, tempe
     room = check_length(model, ids.shape[1]) + 1 - ids.shape[1]
     drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature > 0 else {}
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)  # not what a checkpoint came with
-    print(prompt, end="", flush=True)
+    print(without_controls(prompt), end="", flush=True)
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=min(max_new_tokens, room),
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=Printed(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **drawn,
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from stages.core.artifacts import read_object, write_text
-from stages.core.errors import printable_lines
+from stages.core.errors import printable, printable_lines
 from stages.hub.files import (
     CONVERT,
     OFFSET_POSITIONS,
@@ -47,23 +47,23 @@ def main() -> None:
     name = arguments.name or re.sub(r"[^\w.-]", "-", directory.name)
     file = CONF / f"{name}.yaml"
     if file.exists() and not arguments.force:
-        sys.exit(f"pin_model: {file} exists: choose another --name, or --force")
+        sys.exit(f"pin_model: {printable(file)} exists: choose another --name, or --force")
     try:
         config = pin(directory, arguments.task, arguments.from_scratch, arguments.model_type)
     except (OSError, ValueError) as error:
         sys.exit(printable_lines(f"pin_model: {error}"))
     header = "# Pinned by `python -m tools.pin_model`: a file that changes is an error until it is pinned anew.\n"
     write_text(file, header + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    print(f"{file}: use it with -S tasks.{config['task']}.model={name}")
+    print(f"{printable(file)}: use it with -S tasks.{config['task']}.model={name}")
 
 
 def pin(directory: Path, task: str | None, from_scratch: bool, model_type: str | None) -> dict[str, Any]:
     """The configuration of the model in `directory`."""
     if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory")
+        raise ValueError(f"{printable(directory)} is not a directory")
     tokenizer_files = [file for file in TOKENIZER_FILES if (directory / file).is_file()]
     if not any(file in VOCABULARY_FILES for file in tokenizer_files):
-        raise ValueError(f"{directory} has no tokenizer: none of {', '.join(VOCABULARY_FILES)}")
+        raise ValueError(f"{printable(directory)} has no tokenizer: none of {', '.join(VOCABULARY_FILES)}")
     tokenizer = {"path": str(directory), "files": {name: sha256(directory / name) for name in tokenizer_files}}
     if not (directory / "config.json").is_file():
         if model_type is None:

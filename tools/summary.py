@@ -10,11 +10,12 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from stages.core.artifacts import read_json
 from stages.core.compose import PARAMS
 from stages.core.config import read_yaml
-from stages.core.errors import StageError, printable_lines
+from stages.core.errors import StageError, printable, printable_lines
 
 NEXT = """\
 Samples are in reports/samples/, the models in models/. Next (after `source .venv/bin/activate`):
@@ -31,8 +32,9 @@ def main() -> None:
     try:
         for task, section in read_yaml(PARAMS)["tasks"].items():
             report = Path(f"reports/evaluate/{task}/metrics.json")
+            model = Text(printable(section["model"]))
             if report.is_file():
-                table.add_row(task, section["model"], *change(read_json(report)[task]["test"]))
+                table.add_row(task, model, *change(read_json(report)[task]["test"]))
             else:
                 print(f"summary: {task} is not evaluated yet: run `dvc repro`", file=sys.stderr)
     except StageError as error:

@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from stages.core.config import CONF, MISSING, choices, find, flat, nearest, numbers_beyond_64_bits, read_yaml, validate
-from stages.core.errors import ConfigError
+from stages.core.errors import ConfigError, printable
 
 Schema = TypeVar("Schema")
 
@@ -138,7 +138,7 @@ def compose(stage: str, overrides: Sequence[str] = (), task: str | None = None) 
     missing: list[str] = []
     chosen: dict[str, str] = {}
     if task is not None and ("." in task or not _PLAIN_NAME.fullmatch(task)):
-        raise ConfigError([f"task={task}: the name of a task holds letters, digits, _ and - only"])
+        raise ConfigError([f"task={printable(task)}: the name of a task holds letters, digits, _ and - only"])
     for group in root.groups:
         try:
             key, name = _choice(group, by_hand, params, task)
@@ -216,11 +216,16 @@ def _choice(group: str, by_hand: dict[str, Override], params: Params, task: str 
 def _checked_name(group: str, key: str, name: Any) -> str:
     names = choices(group)
     if not isinstance(name, str):
-        raise ConfigError([f"{key}={name}: it should be the name of a configuration; {_listed(names)}"])
+        raise ConfigError(
+            [f"{printable(key)}={printable(name)}: it should be the name of a configuration; {_listed(names)}"]
+        )
     if not _PLAIN_NAME.fullmatch(name):
-        raise ConfigError([f"{key}={name!r}: a name holds letters, digits, dots, _ and - only; {_listed(names)}"])
+        raise ConfigError(
+            [f"{key}={printable(repr(name))}: a name holds letters, digits, dots, _ and - only; {_listed(names)}"]
+        )
     if name not in names:
-        raise ConfigError([f"{key}={name}: there is no conf/{group}/{name}.yaml; {nearest(name, names)}"])
+        shown = printable(name)
+        raise ConfigError([f"{key}={shown}: there is no conf/{group}/{shown}.yaml; {nearest(name, names)}"])
     return name
 
 
@@ -239,7 +244,7 @@ def _task_is_missing(params: Params) -> str:
 def _misplaced_groups(stage: str, root: Root, by_hand: dict[str, Override]) -> Iterator[str]:
     for key, override in by_hand.items():
         if override.package is not None:
-            yield f"{override.input_line}: a configuration cannot be moved to another key"
+            yield f"{printable(override.input_line)}: a configuration cannot be moved to another key"
         elif key not in root.groups and (CONF / key).is_dir() and not (key == "task" and root.is_per_task):
             yield f"{key} is no group of {stage}: it has {', '.join(root.groups) or 'none'}"
 
@@ -311,7 +316,7 @@ def forbidden_values(values: Any, key: str = "") -> Iterator[str]:
         for value in values:
             yield from forbidden_values(value, key)
     elif isinstance(values, str) and "${" in values:
-        yield f"{key}={values}: interpolations are not resolved: write the value itself"
+        yield f"{printable(key)}={printable(values)}: interpolations are not resolved: write the value itself"
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:

@@ -1,6 +1,9 @@
 """The errors that are written for users: what is wrong, where, and how to mend it."""
 
+import re
+
 _LINE_LIMIT = 2000  # characters of a line of a message
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class StageError(ValueError):
@@ -37,6 +40,11 @@ def printable(value: object, limit: int = 200) -> str:
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
+
+
+def without_controls(text: str) -> str:
+    """`text` with control characters and marks that change the direction of text escaped; lines and tabs stay."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def printable_lines(message: str) -> str:

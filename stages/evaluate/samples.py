@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stages.core.errors import without_controls
 from stages.evaluate.schema import Samples
 from stages.hub.files import usable_positions
 from stages.model.precision import full_precision
@@ -42,7 +43,7 @@ def _complete(config: Samples, model: Any, tokenizer: Any, vocabulary: Vocabular
         ids.append(token)
         past, given = outputs.past_key_values, torch.tensor([[token]])
     text = tokenizer.decode(ids[1:], skip_special_tokens=True)
-    return f"> **{prompt}**{text.removeprefix(prompt)}".replace("\n", "\n> ") + "\n"
+    return without_controls(f"> **{prompt}**{text.removeprefix(prompt)}").replace("\n", "\n> ") + "\n"
 
 
 def fill(config: Samples, model: Any, tokenizer: Any, vocabulary: Vocabulary, prompt: str) -> str:
@@ -56,9 +57,9 @@ def fill(config: Samples, model: Any, tokenizer: Any, vocabulary: Vocabulary, pr
         f"| {_cell(tokenizer.decode([token]))} | {share:.1%} |"
         for token, share in zip(tokens.tolist(), shares.tolist(), strict=True)
     ]
-    blank = prompt.replace("{mask}", r"\_\_\_")
+    blank = without_controls(prompt).replace("{mask}", r"\_\_\_")
     return "\n".join([f"**{blank}**\n", "| token | probability |", "|---|---|", *rows, ""])
 
 
 def _cell(text: str) -> str:
-    return "`" + text.strip().replace("|", "\\|").replace("\n", "\\n") + "`"
+    return "`" + without_controls(text.strip()).replace("|", "\\|").replace("\n", "\\n") + "`"

@@ -59,14 +59,14 @@ def pinned_files(
     """
     found = _local(key, path, hashes, names) if hashes is not None else _hub(key, path, str(revision), names, required)
     if not any(name in found for name in required):
-        raise _NoneFoundError(f"{key}.path={path} has none of {', '.join(required)}")
+        raise _NoneFoundError(f"{key}.path={printable(path)} has none of {', '.join(required)}")
     return found
 
 
 def only_pickles(directory: Path) -> str:
     """`, only FILE` for the first pickle that `directory` holds by its name; empty where there is none."""
     pickles = sorted(file for file in directory.iterdir() if file.suffix in PICKLES)
-    return f", only {pickles[0]}" if pickles else ""
+    return f", only {printable(pickles[0])}" if pickles else ""
 
 
 def weights_files(key: str, path: str, revision: str | None, hashes: dict[str, str] | None) -> dict[str, Path]:
@@ -123,17 +123,19 @@ def sha256(file: Path) -> str:
 def _local(key: str, path: str, hashes: dict[str, str], names: Sequence[str]) -> dict[str, Path]:
     directory = Path(path).expanduser()
     if not directory.is_dir():
-        raise StageError(f"{key}.path={path} is not a directory on this machine")
+        raise StageError(f"{key}.path={printable(path)} is not a directory on this machine")
     found = {}
     for name in names:
         file = directory / name
         if name not in hashes:
             continue  # not pinned, not used
         if not file.is_file():
-            raise StageError(f"{file} is pinned but not there: python -m tools.pin_model pins the directory anew")
+            raise StageError(
+                f"{printable(file)} is pinned but not there: python -m tools.pin_model pins the directory anew"
+            )
         if sha256(file) != hashes[name]:
             raise StageError(
-                f"{file} is not the pinned file (its hash differs): python -m tools.pin_model pins it anew"
+                f"{printable(file)} is not the pinned file (its hash differs): python -m tools.pin_model pins it anew"
             )
         found[name] = file
     return found
@@ -159,8 +161,8 @@ def _hub(key: str, repository: str, revision: str, names: Sequence[str], require
         if any(name in found for name in required):  # a cache that other tools filled does not know what is absent
             return found
         raise StageError(
-            f"{key}.path={repository} (revision {revision}) is not in the cache, and the Hub cannot be reached:"
-            f" {unreachable}\n"
+            f"{key}.path={printable(repository)} (revision {revision}) is not in the cache, and the Hub cannot be"
+            f" reached: {unreachable}\n"
             "  Ways on: a model from a local directory (python -m tools.pin_model DIRECTORY), or HF_HOME set to a cache"
             " that holds a copy."
         )
@@ -172,7 +174,7 @@ def _hub(key: str, repository: str, revision: str, names: Sequence[str], require
             continue
         except FAILURES as error:
             raise StageError(
-                f"{key}.path={repository} (revision {revision}): {name} could not be fetched:"
+                f"{key}.path={printable(repository)} (revision {revision}): {name} could not be fetched:"
                 f" {explain(error, page_of(repository))}"
             ) from None
     return found

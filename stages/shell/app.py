@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import errno
 import gc
 import logging
@@ -18,7 +19,7 @@ import yaml
 
 from stages.core.compose import compose, load, read_root
 from stages.core.environment import restart_without_settings
-from stages.core.errors import ConfigError, StageError, is_error, printable_lines
+from stages.core.errors import ConfigError, StageError, is_error, printable, printable_lines
 from stages.shell.interruption import Interrupted, end_on_signals, end_this_process
 from stages.shell.terminal import help_text, show_error
 
@@ -163,7 +164,7 @@ def describe_error(error: BaseException, stage: str = "") -> str:
 
 def _of(error: BaseException) -> str:
     filename = getattr(error, "filename", None)
-    return f": {filename}" if filename else ""
+    return f": {printable(filename)}" if filename else ""
 
 
 class _ToStderr(logging.Handler):
@@ -171,6 +172,10 @@ class _ToStderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            if isinstance(record.args, tuple):  # of which a name may hold a newline, to forge a line of the log
+                shown = (printable(value, 2000) if isinstance(value, str | Path) else value for value in record.args)
+                record = copy.copy(record)
+                record.args = tuple(shown)
             sys.stderr.write(printable_lines(self.format(record)) + "\n")
         except Exception:  # as the handlers of logging do: a line that cannot be written ends no stage
             self.handleError(record)

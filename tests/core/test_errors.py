@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import Tokenizer
 
-from stages.core.errors import StageError, is_error, printable, printable_lines
+from stages.core.errors import StageError, is_error, printable, printable_lines, without_controls
 from stages.shell.app import describe_error
 
 
@@ -28,6 +28,19 @@ def test_printable_shortens_and_says_how_long_it_was() -> None:
     assert printable("x" * 201) == "x" * 200 + "... (201 characters)"
     assert printable("x" * 200) == "x" * 200
     assert printable("abcdef", 2) == "ab... (6 characters)"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("two\n\tlines, \xa0 日本 👩‍🔬", "two\n\tlines, \xa0 日本 👩‍🔬"),
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("over\rwritten \x9b2J \x7f", r"over\rwritten \x9b2J \x7f"),
+        ("\u202eevil\u2066 \u2028", r"\u202eevil\u2066 \u2028"),
+    ],
+)
+def test_without_controls_keeps_text_and_its_lines(text, shown) -> None:
+    assert without_controls(text) == shown
 
 
 def test_printable_lines_keeps_lines_apart_and_guards_each() -> None:

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from stages.core.artifacts import Documents, read_json
-from stages.core.errors import ConfigError, StageError
+from stages.core.errors import ConfigError, StageError, without_controls
 from stages.evaluate.samples import make_samples
 from stages.evaluate.schema import Samples
 from stages.figures.metrics import document_metrics
@@ -200,6 +200,15 @@ def test_samples_of_the_default_prompts_hold_each_of_them(trained, compose_stage
     prompts = compose_stage("evaluate", *overrides("evaluate", task, trained[task])).samples.prompts
     assert prompts
     assert all(prompt.replace("{mask}", r"\_\_\_") in page for prompt in prompts)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("hostile", ["\x1b[2J", "a\rb", "\x9b31m", "\u202e", "\x07"])
+def test_samples_of_a_prompt_with_control_characters_hold_none(trained, corpus, task, hostile):
+    prompt = f"Rain {hostile} falls" + (" {mask}" if task == "mlm" else "")
+    page = sample_page(trained, corpus, task, prompts=[prompt])
+    assert without_controls(page) == page
+    assert f"Rain {without_controls(hostile)} falls" in page
 
 
 def test_samples_of_a_causal_model_depend_on_the_seed_alone(trained, corpus):
