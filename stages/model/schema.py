@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from stages.core.config import Fraction, Positive, part, whole
+from stages.core.errors import printable
 from stages.core.pins import check_pin
 
 # Files that train writes where adapter.merge is false: the additions, and the config of the model that they extend.
@@ -81,8 +82,8 @@ def check_isolation(objective: "ObjectiveConfig", model_type: str | None) -> Non
     """Raise ValueError if documents are to be isolated in an architecture for which that is not proven."""
     if objective.isolate_documents and model_type not in (None, *ISOLATION_PROVEN[objective.name]):
         raise ValueError(
-            f"objective.isolate_documents=true is not proven for {model_type} under {objective.name} (it is for"
-            f" {', '.join(ISOLATION_PROVEN[objective.name])}): set isolate_documents: false in"
+            f"objective.isolate_documents=true is not proven for {printable(model_type)} under {objective.name} (it is"
+            f" for {', '.join(ISOLATION_PROVEN[objective.name])}): set isolate_documents: false in"
             f" conf/task/{objective.name}.yaml"
         )
 

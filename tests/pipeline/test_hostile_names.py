@@ -62,12 +62,12 @@ def test_hostile_name_of_a_model_directory_is_shown_in_a_line(tmp_path: Path, to
         ("block_size", "it should be a valid integer"),
         ("seed", "it should be a valid integer"),
         ("hardware", "there is no conf/hardware/"),
-        ("model.config.model_type", ""),
+        ("model.config.model_type", "set isolate_documents: false"),
     ],
 )
 def test_value_of_a_megabyte_is_shortened_and_the_remedy_stays(key: str, remedy: str) -> None:
     words = said("-c", COMPOSE, key)
-    assert f"{key}=" in words and "... (1,000,00" in words
+    assert "... (1,000,00" in words
     assert remedy in words
 
 
