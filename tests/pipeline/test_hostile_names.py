@@ -47,6 +47,7 @@ def test_hostile_name_of_a_data_file_is_shown_in_a_line(tmp_path: Path, name: st
     assert "not JSON" in said("-m", "stages.download", "data=files", f'data.path="{file}"', f"out={tmp_path}/raw")
 
 
+@pytest.mark.slow  # a process each
 @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize("tool", ["generate", "pin_model"])
 def test_hostile_name_of_a_model_directory_is_shown_in_a_line(tmp_path: Path, tool: str, name: str) -> None:

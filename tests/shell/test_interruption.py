@@ -47,6 +47,7 @@ def start(*prefix: str, grace: float = 30.0, seconds: float = 0.2) -> "subproces
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

@@ -55,8 +55,13 @@ def test_check_refuses_what_the_optimizer_or_the_schedule_would_and_remembers_wh
     ("task", "targets", "message"),
     [
         ("causal", ["lm_head", "c_attn"], "transformer.wte and lm_head share one weight"),
-        ("mlm", ["decoder"], "roberta.embeddings.word_embeddings and lm_head.decoder share one weight"),
-        ("causal", ["query"], "query"),
+        pytest.param(
+            "mlm",
+            ["decoder"],
+            "roberta.embeddings.word_embeddings and lm_head.decoder share one weight",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("causal", ["query"], "query", marks=pytest.mark.slow),
     ],
 )
 def test_check_refuses_an_adapter_that_cannot_be_exported(clean: Path, task: str, targets: list[str], message: str):

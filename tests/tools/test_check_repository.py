@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from dvc_project import copy_working_tree, run
 
+pytestmark = pytest.mark.slow  # each check takes seconds
+
 MARKED = ("params.yaml", "dvc.yaml", "conf/train.yaml", "conf/model/tiny-gpt2.yaml")
 
 
