@@ -4,10 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import yaml
 from dvc_project import ALL, PER_TASK, edit, run, stages_run
 
 
+@pytest.mark.slow
 def test_task_of_ones_own_runs_and_every_tool_knows_it(clean: Path) -> None:
     shutil.copy(clean / "conf/task/causal.yaml", clean / "conf/task/packed.yaml")
     edit(clean / "conf/task/packed.yaml", objective__isolate_documents=False)

@@ -239,12 +239,14 @@ def test_soundness_changed_behaviour_of_a_module_changes_exactly_the_stages_that
     assert changed_stages(clean) == {name for name in ALL if name.partition("@")[0] in importing}
 
 
+@pytest.mark.slow
 def test_soundness_behaviour_that_one_stage_uses_runs_that_stage(clean: Path) -> None:
     file = clean / "stages/evaluate/samples.py"
     file.write_text(file.read_text(encoding="utf-8") + "\n_CHANGED = 1\n", encoding="utf-8")
     assert stages_run(run(clean, "dvc", "repro")) == {"code", *both("evaluate")}
 
 
+@pytest.mark.slow
 def test_soundness_reworded_code_runs_nothing_but_code_and_a_killed_training_goes_on(clean: Path) -> None:
     out = [f"{name}={clean}/elsewhere/{name}" for name in ("out", "report")]
     saving = ["+trainer.save_strategy=steps", "+trainer.save_steps=1", "num_train_epochs=3"]

@@ -40,6 +40,7 @@ def test_check_wrong_value_is_refused_by_name(clean: Path, file: str, key: str, 
     assert message in checked(clean)
 
 
+@pytest.mark.slow
 def test_check_refuses_what_the_optimizer_or_the_schedule_would_and_remembers_what_passed(clean: Path) -> None:
     edit(clean / "conf/task/causal.yaml", trainer__lr_scheduler_type="warmup_stable_decay")
     assert "trainer.lr_scheduler_type=warmup_stable_decay: " in (said := checked(clean))

@@ -205,6 +205,7 @@ def test_publish_dry_run_writes_the_card_and_asks_no_hub(clean: Path, tmp_path: 
     assert ModelCard(written).data.license is None and TOKEN not in written + said
 
 
+@pytest.mark.slow
 def test_publish_task_of_ones_own_has_a_card_of_its_objective(clean: Path, tmp_path: Path) -> None:
     for file, name in (("params.yaml", "tasks"), ("conf/publish.yaml", None)):
         values = yaml.safe_load((clean / file).read_text())
