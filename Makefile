@@ -1,4 +1,4 @@
-# `make`: environment, check, pipeline, summary. `make test`: the tests, 11 minutes on two cores. See README.md.
+# `make`: environment, check, pipeline, summary. `make test`: the tests, a quarter of an hour on two cores. See README.md.
 
 .DEFAULT_GOAL := all
 SHELL := /bin/bash
