@@ -37,9 +37,11 @@ MLM_TOKENS = {
 TEXTS = ["Why is the sky blue?", "Because air scatters light.", "naïve café 北京 🙂", "tabs\tand\nlines  end "]
 
 
-def split(by: str = "hash", seed: int = 0, train: float = 0.8, validation: float = 0.1, test: float = 0.1) -> Split:
+def split(
+    by: str = "hash", seed: int = 0, train: float = 0.8, validation: float = 0.1, test: float = 0.1, key: Any = "title"
+) -> Split:
     """The split section of conf/data."""
-    return Split(by=by, seed=seed, train=train, validation=validation, test=test)  # type: ignore[arg-type]
+    return Split(by=by, key=key, seed=seed, train=train, validation=validation, test=test)  # type: ignore[arg-type]
 
 
 def source_data(path: Path | str, title: str | None = "title", texts: str = "answers.text", **changes: Any) -> Any:
@@ -48,6 +50,7 @@ def source_data(path: Path | str, title: str | None = "title", texts: str = "ans
         "source": "files",
         "path": str(path),
         "hub": None,
+        "sources": None,
         "columns": Columns(title=title, texts=[texts]),
         "filter": None,
         "text_record": "file",
@@ -55,6 +58,8 @@ def source_data(path: Path | str, title: str | None = "title", texts: str = "ans
         "on_bad_record": "error",
         "deduplicate": "none",
         "count_near_duplicates": False,
+        "clean": [],
+        "groups": [],
         "split": split(),
     }
     return SourceData(**(values | changes))

@@ -2,7 +2,7 @@
 
 import re
 from importlib.util import find_spec
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,7 +23,9 @@ class Columns:
 @whole
 class Split:
     by: Literal["hash", "source"]
-    """hash: of the normalised title (of the text where there is none); source: the source's own splits."""
+    """hash: of the normalised key; source: the source's own splits."""
+    key: str | Annotated[list[str], Field(min_length=1)] | None
+    """Column, or columns, whose value decides a record's split (of its text where that is empty); null: its text."""
     seed: Seed
     """Draws another hash split."""
     train: Fraction
@@ -122,12 +124,14 @@ def unreadable_path(path: str) -> str | None:
 class SourceData:
     """What `download` reads of conf/data/NAME.yaml."""
 
-    source: Literal["sample", "files", "hub"]
-    """sample: the embedded corpus; files: those at `path`; hub: a data set of the Hugging Face Hub."""
+    source: Literal["sample", "files", "hub", "sources"]
+    """sample: the embedded corpus; files: those at `path`; hub: a data set of the Hugging Face Hub; sources: several."""
     path: str
     """File, directory or URL (http, https, or s3, gs, ssh, ... with DVC's package for it); ignored by hub."""
     hub: HubData | None
     """The data set, for source hub; null for the others."""
+    sources: Annotated[list[str], Field(min_length=1)] | None
+    """Names of the sources of params.yaml, for source sources; null for the others."""
     columns: Columns
     """Where ELI5's fields stand in a record."""
     filter: dict[str, Annotated[list[str | bool | int | float], Field(min_length=1)]] | None
@@ -142,6 +146,10 @@ class SourceData:
     """exact: drop documents that came before; near: and those of train that nearly stand in validation or test."""
     count_near_duplicates: bool
     """Look for near duplicates across the split where they are not dropped, too; costs memory per held-out document."""
+    clean: list[Any]
+    """Steps that leave out or change texts."""
+    groups: list[str]
+    """Columns by whose values the figures are reported as well."""
     split: Split
     """Which records are trained on, chosen by and reported."""
 
@@ -159,6 +167,12 @@ class SourceData:
             )
         if self.source == "hub" and self.hub is None:
             raise ValueError("data.hub is missing: a Hub source needs hub.id and hub.revision")
+        if (self.source == "sources") != (self.sources is not None):
+            raise ValueError(
+                "data.sources is missing: data.source=sources needs the names of those that it consists of"
+                if self.sources is None
+                else f"data.sources has no meaning for data.source={self.source}: set sources: null"
+            )
         if self.source != "hub" and self.hub is not None:
             raise ValueError(f"data.hub has no meaning for data.source={self.source}: set hub: null")
         if not self.path.strip():
