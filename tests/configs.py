@@ -10,7 +10,7 @@ STAGES = list_stages()
 PATHS = {
     "download": ["data.path=data/sample/askscience.jsonl", "out=o"],
     "tokenize": ["raw=r", "out=o"],
-    "group_texts": ["block_size=128", "tokens=t", "out=o"],
+    "group_texts": ["block_size=128", "seed=1", "tokens=t", "raw=r", "out=o"],
     "baseline": ["seed=1", "tokens=t", "out=o"],
     "train": [
         *("seed=1", "block_size=128", "learning_rate=0.1", "num_train_epochs=1", "batch_size=4"),
@@ -21,7 +21,7 @@ PATHS = {
 GROUPS = {
     "download": {"data": "sample"},
     "tokenize": {"data": "sample", "model": "tiny-gpt2", "task": "causal"},
-    "group_texts": {},
+    "group_texts": {"data": "sample"},
     "baseline": {"model": "tiny-gpt2", "task": "causal", "hardware": "cpu"},
     "train": {"model": "tiny-gpt2", "adapter": "none", "task": "causal", "hardware": "cpu", "framework": "trainer"},
     "evaluate": {"task": "causal", "hardware": "cpu"},

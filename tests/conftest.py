@@ -82,6 +82,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "group_texts",
                 f"block_size={size}",
                 f"tokens={root}/tokens/{task}",
+                f"raw={root}/raw",
                 f"out={root}/blocks-{size}/{task}",
             )
     return root

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import shlex
 import sys
 import typing
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,7 @@ from dvc.repo import Repo
 from dvc.scm import SCMError
 
 from stages.core.artifacts import versions
-from stages.core.compose import GLOBAL_GROUPS, PARAMS, Composition, compose, load, read_root
+from stages.core.compose import GLOBAL_GROUPS, PARAMS, Composition, Params, compose, load, package_of, read_root
 from stages.core.config import CONF, conflict_line, find, flat, nearest, read_yaml
 from stages.core.errors import ConfigError, StageError, printable, printable_lines
 from stages.core.source_code import hash_behaviour, hashed_names
@@ -39,6 +40,7 @@ from tools.architectures import config_keys, model_types
 ROOT = CONF.parent
 # Unlike `git restore`, it also works during a merge or rebase.
 RESTORE_LOCK = "run `git checkout HEAD -- dvc.lock`, then `dvc repro`; what finished stages made comes from DVC's cache"
+SOURCES = "data/sources"  # where the stages source@NAME put their records
 WHOLE_FILE = ""  # the key of a params file that dvc.yaml declares as a whole
 
 
@@ -48,8 +50,9 @@ class Declared(typing.NamedTuple):
     name: str
     """As DVC names it: train@causal."""
     stage: str
-    """As conf/ and stages/ name it: train."""
-    task: str | None
+    """As conf/ names it: train."""
+    item: str | None
+    """The task or source that it runs for."""
     deps: set[str]
     outs: set[str]
     params: dict[str, set[str]]
@@ -102,14 +105,14 @@ def dvc_problem(error: DvcException) -> str:
 
 
 def declared_stages(repo: Repo) -> Iterator[Declared]:
-    """The stages of dvc.yaml that are packages of stages/; a stage of another kind is its user's own business."""
+    """The stages of dvc.yaml that are packages of stages/."""
     for stage in repo.index.stages:
-        name, _, task = stage.addressing.partition("@")
-        if (ROOT / "stages" / name / "__main__.py").is_file():
+        name, _, item = stage.addressing.partition("@")
+        if _is_ours(name):
             params = {dep.def_path: set(dep.params) or {WHOLE_FILE} for dep in stage.params}
             deps = {dep.def_path for dep in stage.deps if dep not in stage.params}
             outs = {out.def_path for out in stage.outs}
-            yield Declared(stage.addressing, name, task or None, deps, outs, params)
+            yield Declared(stage.addressing, name, item or None, deps, outs, params)
 
 
 def pipeline_problems(repo: Repo) -> Iterator[str]:
@@ -123,8 +126,13 @@ def pipeline_problems(repo: Repo) -> Iterator[str]:
         command = str(stage.get("do", stage).get("cmd"))
         if "${" in command:
             yield f"dvc.yaml: {name}.cmd={command}: DVC passes it to a shell, so that no value may stand in it"
-        elif (ROOT / "stages" / name / "__main__.py").is_file() and command != f"python -m stages.{name}":
-            yield f"dvc.yaml: {name}.cmd={command}: it should be python -m stages.{name}"
+        elif _is_ours(name) and command != (expected := f"python -m stages.{package_of(name)}"):
+            yield f"dvc.yaml: {name}.cmd={command}: it should be {expected}"
+
+
+def _is_ours(stage: str) -> bool:
+    """Whether a stage of dvc.yaml is a package of stages/; one of another kind is its user's own business."""
+    return (ROOT / "stages" / package_of(stage) / "__main__.py").is_file()
 
 
 def undeclared(stage: Declared, composition: Composition) -> Iterator[str]:
@@ -173,13 +181,13 @@ def used_keys(schema: Any, values: dict[str, Any], group: str) -> set[str]:
 
 def used_paths(composition: Composition) -> set[str]:
     """What a stage reads and writes: its code, its root config, and the paths in its config."""
-    stage = composition.stage
+    stage, package = composition.stage, package_of(composition.stage)
     if stage == "code":
         return {"stages", "conf/code.yaml", str(composition.values["out"])}
-    names = {stage, *(f"{stage}-{name}" for name in composition.chosen.values())}
-    code = {f"code/{name}.json" for name in names.intersection(hashed_names(stage))}
+    names = {package, *(f"{package}-{name}" for name in composition.chosen.values())}
+    code = {f"code/{name}.json" for name in names.intersection(hashed_names(package))}
     paths = {str(find(composition.values, key)) for key, path in read_root(stage).paths.items() if "/" in path}
-    source = {str(composition.values["data"]["path"])} if stage == "download" else set()
+    source = {str(composition.values["data"]["path"])} if package == "download" else set()
     return {*code, *paths, *source, f"conf/{stage}.yaml"}
 
 
@@ -192,7 +200,7 @@ def compose_stages(stages: Iterable[Declared]) -> tuple[list[tuple[Declared, Com
     found: dict[str, list[str]] = {}
     for stage in stages:
         try:
-            composition = compose(stage.stage, task=stage.task)
+            composition = compose(stage.stage, item=stage.item)
             composed.append((stage, composition))
             problems = list(missing_packages(load(schema_of(stage.stage), composition)))
         except ConfigError as error:
@@ -204,6 +212,7 @@ def compose_stages(stages: Iterable[Declared]) -> tuple[list[tuple[Declared, Com
 
 def schema_of(stage: str) -> Any:
     """The config dataclass in the stage's module."""
+    stage = package_of(stage)
     name = "".join(word.title() for word in stage.split("_")) + "Config"
     return getattr(importlib.import_module(f"stages.{stage}.stage"), name)
 
@@ -291,7 +300,7 @@ def refused_trainings(compositions: list[Composition]) -> Iterator[str]:
             if config.adapter is not None:
                 try_adapter(config.adapter, config.model)
         except StageError as error:
-            yield f"{error} (train@{composition.task})"
+            yield f"{error} (train@{composition.item})"
             continue
         with contextlib.suppress(OSError):  # then it is asked again
             passed.parent.mkdir(parents=True, exist_ok=True)
@@ -320,16 +329,39 @@ def where(file: Path) -> str:
 def missing_source(compositions: list[Composition]) -> Iterator[str]:
     """The user's own text, where it is a local path at which none can be read."""
     for composition in compositions:
-        path = str(find(composition.values, "data.path") if composition.stage == "download" else "://")
+        is_download = package_of(composition.stage) == "download"
+        path = str(find(composition.values, "data.path")) if is_download else "://"
         if "://" in path:
             continue
-        if not Path(path).exists():
+        kind = find(composition.values, "data.source")
+        if kind == "sources":
+            yield from wrong_sources(composition)
+        elif not Path(path).exists():
             yield f"data.path={printable(path, PATH_LIMIT)}: no such file or directory"
-        elif find(composition.values, "data.source") != "hub":
+        elif kind != "hub":
             try:
                 find_files(path)
             except (StageError, OSError) as error:
                 yield str(error)
+
+
+def wrong_sources(composition: Composition) -> Iterator[str]:
+    """What keeps a data set of several sources from being what the sources of params.yaml are."""
+    where = f"conf/data/{composition.chosen['data']}.yaml"
+    if composition.stage == "source":
+        yield f"sources.{composition.item}.name: {where} consists of sources itself: name a configuration of one"
+        return
+    if (path := find(composition.values, "data.path")) != SOURCES:
+        yield f"data.path={printable(path)}: data.source=sources ({where}) reads {SOURCES}: set data.path={SOURCES}"
+    known = Params().names("source")
+    for name in find(composition.values, "data.sources") or []:
+        if name not in known:
+            shown = printable(name)
+            yield f"{where}: sources names {shown}: params.yaml has no sources.{shown}; {nearest(str(name), known)}"
+    for directory in sorted(Path(SOURCES).glob("*/")):
+        if directory.name not in known:
+            remedy = f"remove it (rm -r {shlex.quote(str(directory))})"
+            yield f"{printable(directory)} belongs to no source of params.yaml: {remedy}"
 
 
 def other_versions() -> Iterator[str]:

@@ -101,11 +101,11 @@ def parameters() -> Iterator[str]:
     yield "## params.yaml"
     yield "The keys below `tasks` stand in the section of each task: `tasks.causal.learning_rate`."
     values, said = read(PARAMS)
-    tasks = Params(None).tasks
+    tasks = Params().names("task")
     readers: dict[str, list[str]] = defaultdict(list)
     for stage in stages():
         for task in tasks:
-            for key in compose(stage, task=task).params:
+            for key in compose(stage, item=task).params:
                 if stage not in readers[general(key)]:
                     readers[general(key)].append(stage)
     rows = []

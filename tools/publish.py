@@ -100,7 +100,7 @@ def publication(task: str) -> Publication:
     Raises:
         StageError: if there is no such task, if it has no section there, or if a value is wrong.
     """
-    tasks, sections = Params(None).tasks, read_yaml(CONF / "publish.yaml")
+    tasks, sections = Params().names("task"), read_yaml(CONF / "publish.yaml")
     if task not in tasks:
         raise StageError(f"{task} is no task of params.yaml: {nearest(task, tasks)}")
     if not isinstance(sections.get(task), dict):

@@ -24,8 +24,14 @@ PARAMS = CONF.parent / "params.yaml"
 # Groups whose files contribute to the root of the config; a file of any other contributes to the key of its group.
 GLOBAL_GROUPS = ("adapter", "base", "hardware", "task")
 
+# A stage of dvc.yaml to the package that runs it, where the names differ.
+_PACKAGES = {"source": "download"}
+# What dvc.yaml runs a stage for each of (`foreach`): the override that chooses one, to its section of params.yaml.
+_SECTIONS = {"task": "tasks", "source": "sources"}
+
 _UNSET = "???"  # OmegaConf's sign for a value that must be given
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_TEMPLATE = re.compile(r"\{(task|source|data)\}")
 _PACKAGE = re.compile(r"#\s*@package\s+(\S+)")
 # What differs between two composed configs in Hydra's own section, whatever the configs are.
 _OWN_TO_A_COMPOSITION = ("hydra.runtime.", "hydra.overrides.")
@@ -42,19 +48,25 @@ class Root(NamedTuple):
     unset: list[str]
     """Dotted keys whose values come from params.yaml."""
     paths: dict[str, str]
-    """Key to the path that the stage reads or writes, `{task}` standing for the task."""
+    """Key to the path that the stage reads or writes, or to a name.
+
+    `{task}` and `{source}` stand for the one that the stage runs for, `{data}` for the name of the data configuration.
+    """
 
     @property
-    def is_per_task(self) -> bool:
-        """Whether the stage runs once for each task."""
-        return "task" in self.groups or any("{task}" in path for path in self.paths.values())
+    def each(self) -> str | None:
+        """What the stage runs once for each of: `task` or `source`; None: it runs once."""
+        if "task" in self.groups:
+            return "task"
+        return next((each for each in _SECTIONS if any(f"{{{each}}}" in path for path in self.paths.values())), None)
 
 
 class Composition(NamedTuple):
     """The values of a stage's config, and what they were composed of."""
 
     stage: str
-    task: str | None
+    item: str | None
+    """Name of the task, or of the source, that the stage runs for."""
     values: dict[str, Any]
     """Nested; a value that was given nowhere is `???`."""
     chosen: dict[str, str]
@@ -68,26 +80,30 @@ class Composition(NamedTuple):
 
 
 class Params:
-    """params.yaml, as a stage of one task (None: of no task) reads it."""
+    """params.yaml, as a stage reads it."""
 
-    def __init__(self, task: str | None) -> None:
-        self._values, self._task = read_yaml(PARAMS), task
+    def __init__(self, each: str | None = None, item: str | None = None) -> None:
+        """
+        Args:
+            each: `task` or `source` where the stage runs once for each of these.
+            item: name of the task or source that it runs for.
+        """
+        self._values, self._each, self._item = read_yaml(PARAMS), each, item
         self.read: list[str] = []
         """Dotted keys that were read."""
 
-    @property
-    def tasks(self) -> list[str]:
-        """Names of the tasks."""
-        tasks = find(self._values, "tasks")
-        return [str(name) for name in tasks] if isinstance(tasks, dict) else []
+    def names(self, each: str) -> list[str]:
+        """Names of the tasks or of the sources."""
+        section = find(self._values, _SECTIONS[each])
+        return [str(name) for name in section] if isinstance(section, dict) else []
 
     def get(self, key: str) -> tuple[str, Any]:
-        """Where `key` is set, in the section of the task or at the top, and its value.
+        """Where `key` is set, in the section of the task or source or at the top, and its value.
 
         Raises:
             ConfigError: if it is set in neither place, or in both.
         """
-        places = [key] if self._task is None else [f"tasks.{self._task}.{key}", key]
+        places = self._places(key)
         found = [(place, find(self._values, place)) for place in places]
         found = [(place, value) for place, value in found if value is not MISSING]
         if len(found) == 1:
@@ -95,15 +111,34 @@ class Params:
             return found[0]
         if found:
             raise ConfigError([f"{' and '.join(places)} are both set in params.yaml: keep one of them"])
-        if self._task is None and any(find(self._values, f"tasks.{task}.{key}") is not MISSING for task in self.tasks):
-            raise ConfigError([_task_is_missing(self)])
-        if self._task is not None and self._task not in self.tasks:
-            raise ConfigError([f"task={self._task}: params.yaml has no tasks.{self._task}; {_tasks(self)}"])
+        if self._item is None and any(
+            find(self._values, f"tasks.{task}.{key}") is not MISSING for task in self.names("task")
+        ):
+            raise ConfigError([self.item_is_missing("task")])
+        if self._each is not None and self._item is not None and self._item not in self.names(self._each):
+            section = f"{_SECTIONS[self._each]}.{self._item}"
+            missing = f"{self._each}={printable(self._item)}: params.yaml has no {printable(section)}"
+            raise ConfigError([f"{missing}; {self._listed(self._each)}"])
         raise ConfigError([f"{key} is missing: params.yaml has no {' and no '.join(places)}"])
+
+    def _places(self, key: str) -> list[str]:
+        if self._item is None:
+            return [key]
+        section = f"{_SECTIONS[self._each or 'task']}.{self._item}"
+        # A source is a data section under another name.
+        return [f"{section}.{key.removeprefix('data.')}"] if self._each == "source" else [f"{section}.{key}", key]
 
     def get_choice(self, group: str) -> tuple[str, Any]:
         """Where the configuration of `group` is named, and the name; see `get`."""
         return self.get(f"{group}.name" if isinstance(find(self._values, group), dict) else group)
+
+    def item_is_missing(self, each: str) -> str:
+        """What to say where no task or source was chosen."""
+        return f"{each} is not chosen: add {each}=NAME; {self._listed(each)}"
+
+    def _listed(self, each: str) -> str:
+        names = self.names(each)
+        return _listed(names) if names else f"params.yaml has no {_SECTIONS[each]}"
 
 
 def read_root(stage: str) -> Root:
@@ -119,29 +154,49 @@ def read_root(stage: str) -> Root:
     )
 
 
-def compose(stage: str, overrides: Sequence[str] = (), task: str | None = None) -> Composition:
+def package_of(stage: str) -> str:
+    """The package of stages/ that runs `stage`."""
+    return _PACKAGES.get(stage, stage)
+
+
+def stage_of(package: str, dvc_stage: str, overrides: Sequence[str]) -> tuple[str, str | None]:
+    """The stage that the command line of `package` asks for, and the task or source that DVC runs it for.
+
+    Args:
+        dvc_stage: what DVC says that it runs (source@books); so no name of params.yaml stands in the command, which
+            DVC passes to a shell. An override wins over it.
+    """
+    name, _, item = dvc_stage.rpartition(":")[2].partition("@")
+    if package_of(name) == package and item:
+        return name, item
+    keys = {override.partition("=")[0] for override in overrides}
+    return next((stage for stage, runs in _PACKAGES.items() if runs == package and stage in keys), package), None
+
+
+def compose(stage: str, overrides: Sequence[str] = (), item: str | None = None) -> Composition:
     """The config of `stage`.
 
     Args:
         overrides: as on the command line of a Hydra application; they win over params.yaml and conf/.
-        task: the task, unless an override names one.
+        item: the task or source that it runs for, unless an override names one.
 
     Raises:
         ConfigError: if an override or a file cannot be read or composed.
     """
     root = read_root(stage)
+    each = root.each
     by_hand = {override.key_or_group: override for override in _parse(overrides)}
-    if "task" in by_hand:
-        task = str(by_hand["task"].value())
-    params = Params(task)
+    if (chooser := each or "task") in by_hand:
+        item = str(by_hand[chooser].value())
+    params = Params(each, item)
     problems = list(_misplaced_groups(stage, root, by_hand))
     missing: list[str] = []
     chosen: dict[str, str] = {}
-    if task is not None and ("." in task or not _PLAIN_NAME.fullmatch(task)):
-        raise ConfigError([f"task={printable(task)}: the name of a task holds letters, digits, _ and - only"])
+    if item is not None and ("." in item or not _PLAIN_NAME.fullmatch(item)):
+        raise ConfigError([f"{chooser}={printable(item)}: the name of a {chooser} holds letters, digits, _ and - only"])
     for group in root.groups:
         try:
-            key, name = _choice(group, by_hand, params, task)
+            key, name = _choice(group, by_hand, params, item)
         except ConfigError as error:
             missing += error.problems
             continue
@@ -151,7 +206,7 @@ def compose(stage: str, overrides: Sequence[str] = (), task: str | None = None) 
             problems += error.problems
     files = [*root.files, *(f"{group}/{name}" for group, name in chosen.items())]
     selected = [f"{group}='{name}'" for group, name in chosen.items()]
-    by_key = [override.input_line for key, override in by_hand.items() if key not in ("task", *root.groups)]
+    by_key = [override.input_line for key, override in by_hand.items() if key not in (chooser, *root.groups)]
     try:
         _check_files(files)
         values = _compose_files(stage, selected, by_key)
@@ -163,14 +218,16 @@ def compose(stage: str, overrides: Sequence[str] = (), task: str | None = None) 
                 _set(values, key, params.get(key)[1])
             except ConfigError as error:
                 missing += error.problems
+    names = {chooser: item, "data": chosen.get("data")}
     for key, template in root.paths.items():
-        if find(values, key) == template and "{task}" in template:
-            if task is None:
-                missing.append(_task_is_missing(params))
-            else:
-                _set(values, key, template.replace("{task}", task))
+        if find(values, key) == template and (found := _TEMPLATE.search(template)):
+            name = names[found[1]]
+            if name is not None:
+                _set(values, key, template.replace(found[0], name))
+            elif found[1] == chooser:
+                missing.append(params.item_is_missing(chooser))
     problems += [*forbidden_values(values), *numbers_beyond_64_bits(values)]
-    return Composition(stage, task, values, chosen, params.read, problems, list(dict.fromkeys(missing)))
+    return Composition(stage, item, values, chosen, params.read, problems, list(dict.fromkeys(missing)))
 
 
 def load(schema: type[Schema], composition: Composition) -> Schema:
@@ -198,16 +255,16 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def _choice(group: str, by_hand: dict[str, Override], params: Params, task: str | None) -> tuple[str, Any]:
+def _choice(group: str, by_hand: dict[str, Override], params: Params, item: str | None) -> tuple[str, Any]:
     """Where the configuration of `group` is named, and the name.
 
     Raises:
         ConfigError: if it is named nowhere.
     """
     if group == "task":
-        if task is None:
-            raise ConfigError([_task_is_missing(params)])
-        return group, task
+        if item is None:
+            raise ConfigError([params.item_is_missing(group)])
+        return group, item
     if group in by_hand:
         return group, by_hand[group].value()
     return params.get_choice(group)
@@ -233,19 +290,11 @@ def _listed(names: list[str]) -> str:
     return f"there are {', '.join(names)}"
 
 
-def _tasks(params: Params) -> str:
-    return _listed(params.tasks) if params.tasks else "params.yaml has no tasks"
-
-
-def _task_is_missing(params: Params) -> str:
-    return f"task is not chosen: add task=NAME; {_tasks(params)}"
-
-
 def _misplaced_groups(stage: str, root: Root, by_hand: dict[str, Override]) -> Iterator[str]:
     for key, override in by_hand.items():
         if override.package is not None:
             yield f"{printable(override.input_line)}: a configuration cannot be moved to another key"
-        elif key not in root.groups and (CONF / key).is_dir() and not (key == "task" and root.is_per_task):
+        elif key not in root.groups and (CONF / key).is_dir() and key != root.each:
             yield f"{key} is no group of {stage}: it has {', '.join(root.groups) or 'none'}"
 
 

@@ -41,6 +41,8 @@ _NEAR_DUPLICATES_OF = (
 @part
 class DownloadConfig:
     data: SourceData
+    source: str
+    """Name under which the records are filed."""
     out: str
     """Directory to write."""
 

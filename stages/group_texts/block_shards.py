@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from stages.core.artifacts import (
@@ -21,21 +22,29 @@ from stages.group_texts.packing import pack
 
 TOKENS_AT_ONCE = 2**20  # of an Arrow batch: fixed, so that the bytes follow from the tokens alone
 
+_DOCUMENTS_AT_ONCE = 4096  # gathered from a shard at once
 
-class _Counted(NamedTuple):
-    """A shard of tokens."""
+
+class Run(NamedTuple):
+    """Documents of a shard of tokens, which are packed one after the other."""
 
     file: Path
-    documents: int
     tokens: int
+    """Of these documents."""
+    rows: npt.NDArray[np.int64] | None = None
+    """Their rows in the shard, in the order of packing; None: all, as they come."""
+    num_lead: int = 0
+    """Control tokens that the shard has before its first document, which are left out."""
+    lead: list[int] | None = None
+    """Control tokens that are put before the first of these documents."""
 
 
 class _Piece(NamedTuple):
     """A shard of blocks to write, and where its tokens are."""
 
     file: Path
-    tokens: list[Path]
-    """The shards that hold them."""
+    runs: list[Run]
+    """Those that hold them."""
     skipped: int
     """Tokens before theirs in the first of these."""
     num_blocks: int
@@ -43,32 +52,41 @@ class _Piece(NamedTuple):
     """Blocks of an Arrow batch."""
 
 
-def counted(shard: tuple[Path, str]) -> _Counted:
-    """The shard of tokens in a file, found to be what was written with the checksum beside it."""
+def count_tokens(shard: tuple[Path, str]) -> tuple[int, int]:
+    """Documents and tokens of a shard, found to be what was written with the checksum beside it."""
+    columns = _checked_columns(shard)
+    return sum(map(len, columns)), sum(len(column.flatten()) for column in columns)
+
+
+def measure_documents(shard: tuple[Path, str]) -> npt.NDArray[np.int64]:
+    """Tokens of each document of a shard, [num_documents], checked as `count_tokens` does."""
+    return np.concatenate([np.diff(to_numpy(column.offsets)) for column in _checked_columns(shard)])
+
+
+def _checked_columns(shard: tuple[Path, str]) -> list[pa.LargeListArray]:
     file, written = shard
     check_shard(file, written)
-    columns = [batch.column("input_ids") for batch in read_shard(file)]
-    return _Counted(file, sum(map(len, columns)), sum(len(column.flatten()) for column in columns))
+    return [batch.column("input_ids") for batch in read_shard(file)]
 
 
-def pieces(shards: Sequence[_Counted], block_size: int, item_bytes: int, directory: Path) -> Iterator[_Piece]:
-    """The shards, in `directory`, of the blocks of `shards`, one after the other; of no block, one that is empty.
+def pieces(runs: Sequence[Run], block_size: int, item_bytes: int, directory: Path) -> Iterator[_Piece]:
+    """The shards, in `directory`, of the blocks of `runs`, one after the other; of no block, one that is empty.
 
     Each but the last has as many whole batches as take it to SHARD_BYTES, at `item_bytes` a token. So its place in the
     stream of tokens is known before any other is written.
     """
-    ends = np.cumsum([shard.tokens for shard in shards])
+    ends = np.cumsum([run.tokens for run in runs])
     num_blocks = int(ends[-1]) // block_size
     at_once = max(1, TOKENS_AT_ONCE // block_size)
     most = -(-SHARD_BYTES // (at_once * block_size * item_bytes)) * at_once
     for number, first in enumerate(range(0, max(num_blocks, 1), most)):
         here = min(most, num_blocks - first)
         start, end = first * block_size, (first + here) * block_size
-        # From the shard that holds the token `start` to the one that holds the token `end - 1`.
+        # From the run that holds the token `start` to the one that holds the token `end - 1`.
         low, high = int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(ends, end))
-        holding = shards[low : high + 1] if here else []
+        holding = list(runs[low : high + 1]) if here else []
         skipped = start - int(ends[low - 1]) if low else start
-        yield _Piece(directory / shard_name(number), [shard.file for shard in holding], skipped, here, at_once)
+        yield _Piece(directory / shard_name(number), holding, skipped, here, at_once)
 
 
 def write_blocks(piece: _Piece, block_size: int, ids_type: pa.DataType) -> str:
@@ -77,9 +95,8 @@ def write_blocks(piece: _Piece, block_size: int, ids_type: pa.DataType) -> str:
 
     def stream() -> Iterator[TokenIds]:
         skipped, left = piece.skipped, piece.num_blocks * block_size
-        for tokens in piece.tokens:
-            for batch in read_shard(tokens):
-                held = to_numpy(batch.column("input_ids").flatten())
+        for run in piece.runs:
+            for held in _read_run(run):
                 ids = held[skipped:][:left]
                 skipped, left = max(0, skipped - len(held)), left - len(ids)
                 yield ids
@@ -90,3 +107,27 @@ def write_blocks(piece: _Piece, block_size: int, ids_type: pa.DataType) -> str:
             yield pa.record_batch([input_ids], schema=schema)
 
     return write_shard(piece.file, schema, batches())
+
+
+def _read_run(run: Run) -> Iterator[TokenIds]:
+    """The tokens of a run."""
+    columns = [batch.column("input_ids") for batch in read_shard(run.file)]
+    if run.rows is None:
+        yield from (to_numpy(column.flatten()) for column in columns)
+        return
+    if run.lead:
+        yield np.array(run.lead, to_numpy(columns[0].values).dtype)
+    values = [to_numpy(column.values) for column in columns]
+    offsets = [to_numpy(column.offsets) for column in columns]
+    ends = np.cumsum([len(column) for column in columns])
+    for start in range(0, len(run.rows), _DOCUMENTS_AT_ONCE):
+        rows = run.rows[start : start + _DOCUMENTS_AT_ONCE]
+        batches = np.searchsorted(ends, rows, side="right")
+        within = rows - np.concatenate([[0], ends])[batches]
+        documents = [
+            values[batch][offsets[batch][row] : offsets[batch][row + 1]]
+            for batch, row in zip(batches.tolist(), within.tolist(), strict=True)
+        ]
+        if run.num_lead and (first := np.flatnonzero(rows == 0)).size:
+            documents[first[0]] = documents[first[0]][run.num_lead :]
+        yield np.concatenate(documents)

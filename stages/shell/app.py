@@ -17,7 +17,7 @@ from typing import TypeVar
 import psutil
 import yaml
 
-from stages.core.compose import compose, load, read_root
+from stages.core.compose import compose, load, read_root, stage_of
 from stages.core.environment import restart_without_settings
 from stages.core.errors import ConfigError, StageError, is_error, printable, printable_lines
 from stages.shell.interruption import Interrupted, end_on_signals, end_this_process
@@ -67,14 +67,15 @@ def run(stage: str, schema: type[Schema], main: Callable[[Schema], None]) -> Non
     end_with_dvc()
     started = time.monotonic()
     try:
-        composition = compose(stage, arguments.overrides, _task_of_dvc(stage))
-        if composition.task is not None:  # so that hardware.launch.started_by can repeat the command elsewhere
-            sys.argv[1:] = [f"task={composition.task}", *arguments.overrides]
+        name, item = stage_of(stage, os.environ.get("DVC_STAGE", ""), arguments.overrides)
+        composition = compose(name, arguments.overrides, item)
+        if composition.item is not None:  # so that hardware.launch.started_by can repeat the command elsewhere
+            sys.argv[1:] = [f"{read_root(name).each or 'task'}={composition.item}", *arguments.overrides]
         if composition.problems and (arguments.help or arguments.cfg):
             raise ConfigError(composition.problems)
         if arguments.help:
             documentation = sys.modules[main.__module__].__doc__ or ""
-            sys.stdout.write(help_text(documentation, schema, composition.values, read_root(stage).groups) + "\n")
+            sys.stdout.write(help_text(documentation, schema, composition.values, read_root(name).groups) + "\n")
         elif arguments.cfg:
             sys.stdout.write(yaml.safe_dump(composition.values, sort_keys=False, allow_unicode=True))
         else:
@@ -104,15 +105,6 @@ def _parse_arguments(stage: str) -> argparse.Namespace:
     parser.add_argument("--cfg", choices=("job",))
     parser.add_argument("--help", "-h", action="store_true")
     return parser.parse_intermixed_args()
-
-
-def _task_of_dvc(stage: str) -> str | None:
-    """The task for which DVC runs `stage`, as DVC names it (train@causal) in the environment of the command.
-
-    So no name of params.yaml stands in the command, which DVC passes to a shell.
-    """
-    name, _, task = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")
-    return task if name == stage and task else None
 
 
 def end_with_dvc() -> None:

@@ -49,11 +49,11 @@ def problems_of(stage: str, *overrides: str, task: str | None = "causal") -> str
 
 def test_compose_takes_choices_and_values_from_params_yaml(place: Path) -> None:
     edit(place / "params.yaml", block_size=64, tasks__causal__learning_rate=0.5, tasks__causal__model="gpt2")
-    composition = compose("train", task="causal")
+    composition = compose("train", item="causal")
     assert composition.problems == composition.missing == []
     assert (composition.values["block_size"], composition.values["learning_rate"]) == (64, 0.5)
     assert composition.chosen["model"] == "gpt2"
-    assert compose("train", task="mlm").chosen["model"] == "tiny-roberta"
+    assert compose("train", item="mlm").chosen["model"] == "tiny-roberta"
 
 
 def test_compose_override_by_hand_wins_over_params_yaml(place: Path) -> None:
@@ -65,7 +65,7 @@ def test_compose_override_by_hand_wins_over_params_yaml(place: Path) -> None:
 @pytest.mark.parametrize("stage", list_stages())
 @pytest.mark.parametrize("task", ["causal", "mlm"])
 def test_compose_names_exactly_the_keys_of_params_yaml_that_it_depends_on(place: Path, stage: str, task: str) -> None:
-    read = set(compose(stage, task=task).params)
+    read = set(compose(stage, item=task).params)
     values = read_yaml(place / "params.yaml")
     for key in read:
         changed = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
@@ -89,7 +89,7 @@ def test_compose_names_exactly_the_keys_of_params_yaml_that_it_depends_on(place:
 
 
 def test_compose_of_a_stage_of_one_task_replaces_the_task_in_its_paths(place: Path) -> None:
-    assert compose("group_texts", task="mlm").values["tokens"] == "data/tokens/mlm"
+    assert compose("group_texts", item="mlm").values["tokens"] == "data/tokens/mlm"
     assert compose("group_texts", ["tokens=here"], "mlm").values["tokens"] == "here"
     assert problems_of("group_texts", "tokens=a", "out=b", task=None) == ""
     assert problems_of("group_texts", task=None) == "task is not chosen: add task=NAME; there are causal, mlm"
@@ -107,8 +107,8 @@ def test_compose_key_of_trainer_that_task_and_hardware_set_has_the_tasks_value(p
     (place / "conf/hardware/cpu.yaml").write_text(
         f"{GLOBAL}hardware: {{device: cpu, num_threads: 1}}\ntrainer: {{{key}: of the hardware}}\n", encoding="utf-8"
     )
-    assert compose("train", task="causal").values["trainer"][key] == "of the task"
-    assert compose("train", task="mlm").values["trainer"][key] == "of the hardware"
+    assert compose("train", item="causal").values["trainer"][key] == "of the task"
+    assert compose("train", item="mlm").values["trainer"][key] == "of the hardware"
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_compose_name_that_looks_like_another_value_is_a_name(place: Path, name:
     (place / f"conf/hardware/{name}.yaml").write_bytes((place / "conf/hardware/cpu.yaml").read_bytes())
     edit(place / "params.yaml", hardware=name)
     assert problems_of("train") == ""
-    assert compose("train", task="causal").chosen["hardware"] == name
+    assert compose("train", item="causal").chosen["hardware"] == name
 
 
 @pytest.mark.parametrize("task", ["a;touch P", "../causal", "causal.2", "", "$(touch P)"])
@@ -276,9 +276,9 @@ def test_compose_name_of_something_to_call_is_refused(place: Path, file: str) ->
 def test_compose_value_of_params_yaml_is_a_value_and_no_override(place: Path, value: str) -> None:
     edit(place / "params.yaml", tasks__causal__learning_rate=value)
     with pytest.raises(ConfigError) as error:
-        load(TrainConfig, compose("train", task="causal"))
+        load(TrainConfig, compose("train", item="causal"))
     assert "learning_rate" in str(error.value)
-    assert compose("train", task="causal").values["trainer"]["weight_decay"] == 0.01
+    assert compose("train", item="causal").values["trainer"]["weight_decay"] == 0.01
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "\xff", "tasks: [causal]", "tasks: 3", "hardware: &a {x: *a}"])

@@ -1,19 +1,23 @@
 """group_texts: blocks of a whole split, by a ledger that accounts for every token."""
 
+from collections import Counter
 from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_helpers import contents, read_stats, steady, write_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.core.artifacts import SPLITS, Blocks, shard_files
+from stages.core.artifacts import SPLITS, Blocks, Documents, shard_files
 from stages.core.errors import StageError
 from stages.group_texts import block_shards
-from stages.group_texts.stage import GroupTextsConfig, group_split, main
+from stages.group_texts.schema import WeightedData
+from stages.group_texts.stage import GroupTextsConfig, group_split, main, plan_split
+from stages.group_texts.weights import describe_sources, repeat_documents
 
 DOCUMENTS = {
     "train": [[0, 1, 2, 3, 0], [0], [4, 5, 6, 7, 8, 9, 10, 11, 12, 0], [13, 0]],
@@ -23,9 +27,20 @@ DOCUMENTS = {
 STREAMS = {split: [token for document in documents for token in document] for split, documents in DOCUMENTS.items()}
 
 
-def run(tokens: Path, out: Path, block_size: int = 4) -> Path:
-    main(GroupTextsConfig(block_size=block_size, tokens=str(tokens), out=str(out)))
+def run(tokens: Path, out: Path, block_size: int = 4, weights: dict[str, float] | None = None, seed: int = 0) -> Path:
+    """The blocks of `tokens`, beside which the directory `raw` has the sources of the documents."""
+    raw = tokens.parent / "raw"
+    if not raw.exists():
+        write_sources(raw, ["one"] * len(Documents(tokens / "train")))
+    data = WeightedData(weights=weights)
+    main(GroupTextsConfig(block_size=block_size, seed=seed, data=data, tokens=str(tokens), raw=str(raw), out=str(out)))
     return out
+
+
+def write_sources(raw: Path, sources: list[str]) -> None:
+    """The file of download that says of which source each training document is."""
+    raw.mkdir()
+    pq.write_table(pa.table({"source": pa.array(sources, pa.string())}), raw / "train.parquet")
 
 
 def blocks_of(directory: Path) -> list[list[int]]:
@@ -94,7 +109,8 @@ def test_group_texts_of_any_shards_to_any_shards_keeps_the_stream(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block_shards, "SHARD_BYTES", sizes["shard_bytes"])
         patch.setattr(block_shards, "TOKENS_AT_ONCE", sizes["at_once"])
-        ledger = group_split(tokens / "train", block_size, pa.uint16(), place / "blocks")
+        runs, number = plan_split(tokens / "train")
+        ledger = group_split(runs, number, block_size, pa.uint16(), place / "blocks")
     assert (ledger["documents"], ledger["tokens_in"]) == (len(lengths), sum(lengths))
     assert ledger["blocks"] == sum(lengths) // block_size
     if ledger["blocks"]:
@@ -141,3 +157,138 @@ def test_group_texts_of_a_split_without_shards_names_the_directory(tmp_path: Pat
     (tokens / "train/shard-00000.arrow").unlink()
     with pytest.raises(StageError, match=f"{tokens / 'train'} holds no shards"):
         run(tokens, tmp_path / "blocks")
+
+
+# -- weighted sources --------------------------------------------------------------------------------------------------
+
+# Documents of 3 to 9 tokens, each with one token of its own before its end.
+MANY = {
+    name: [[*([1] * (index % 7 + 1)), 2 + (start + index), 0] for index in range(number)]
+    for name, number, start in (("a", 300, 0), ("b", 60, 300), ("c", 20, 360))
+}
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Tokens of the sources a, b and c, taken in turn."""
+    left = {name: iter(documents) for name, documents in MANY.items()}
+    documents, sources = [], []
+    for name in "aaaaabc" * 300:
+        if (ids := next(left[name], None)) is not None:
+            documents.append(ids)
+            sources.append(name)
+    assert len(documents) == sum(map(len, MANY.values()))
+    documents[0] = [0, *documents[0]]  # the split's lead
+    write_sources(tmp_path / "raw", sources)
+    return write_tokens(
+        tmp_path / "tokens",
+        {name: [[1] * 9] for name in SPLITS} | {"train": documents},
+        vocab_size=1000,
+        rows=7,
+        per_shard=11,
+    )
+
+
+def packed(directory: Path) -> list[tuple[int, ...]]:
+    """The documents in blocks of train, in the order of packing, the last of them cut where its block was dropped."""
+    stream = list(chain(*blocks_of(directory / "train")))
+    assert stream[0] == 0  # the lead is there, and there only
+    ends = [index for index, token in enumerate(stream) if token == 0]
+    return [tuple(stream[start + 1 : end + 1]) for start, end in pairwise(ends)]
+
+
+@steady
+@given(
+    asked=st.lists(st.integers(0, 20), min_size=3, max_size=3).filter(any),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_group_texts_gives_each_source_its_share_of_the_tokens(asked: list[int], seed: int) -> None:
+    names, sources = list(MANY), np.repeat([0, 1, 2], [len(documents) for documents in MANY.values()])
+    lengths = np.array([len(ids) for documents in MANY.values() for ids in documents])
+    shares = [number / sum(asked) for number in asked]
+    copies = repeat_documents(lengths, sources, shares, seed)
+    described = describe_sources(names, sources, lengths, copies, shares)
+    for share, source in zip(shares, described.values(), strict=True):
+        # Documents of every length from 3 to 9 are left, so that any number of tokens can be had.
+        assert abs(source["tokens"] - share * lengths.sum()) <= 2
+    for source in range(3):
+        assert np.ptp(copies[sources == source]) <= 1  # none again before all others
+
+
+def test_group_texts_of_weights_packs_whole_documents_and_its_ledger_adds_up(mixed: Path, tmp_path: Path) -> None:
+    weights = {"a": 0.5, "b": 0.3, "c": 0.2}
+    out = run(mixed, tmp_path / "blocks", block_size=8, weights=weights)
+    ledger = read_stats(out / "train")
+    assert ledger["tokens_in"] == ledger["blocks"] * 8 + ledger["dropped"]
+    assert ledger["tokens_in"] == 1 + sum(source["tokens"] for source in ledger["sources"].values())
+    documents = packed(out)
+    known = {tuple(ids): name for name, texts in MANY.items() for ids in texts}
+    tokens = Counter[str]()
+    for ids in documents:  # each a whole document of one of the sources
+        tokens[known[ids]] += len(ids)
+    available = sum(len(ids) for texts in MANY.values() for ids in texts)
+    for name, source in ledger["sources"].items():
+        assert abs(source["tokens"] - weights[name] * available) <= 4 == 8 // 2
+        assert source["share_asked"] == weights[name]
+        assert 0 <= source["tokens"] - tokens[name] < 8 + 9  # what the dropped tokens had, or cut
+        assert source["repetitions"] == source["tokens"] / source["tokens_available"]
+    for split in ("validation", "test"):
+        assert list(chain(*blocks_of(out / split))) == [1] * 8
+        assert "sources" not in read_stats(out / split)
+
+
+def test_group_texts_repeats_documents_in_an_order_of_the_seed(mixed: Path, tmp_path: Path) -> None:
+    weights = {"a": 0.1, "b": 0.1, "c": 0.8}
+    first, again, other = (
+        run(mixed, tmp_path / name, block_size=8, weights=weights, seed=seed)
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
+    assert contents(first) == contents(again)
+    assert packed(first) != packed(other)
+    order = [ids for ids in packed(first) if ids in {tuple(ids) for ids in MANY["c"]}]
+    passes = [order[start : start + len(MANY["c"])] for start in range(0, len(order) - 20, len(MANY["c"]))]
+    assert len(passes) > 2 and all(len(set(documents)) == len(MANY["c"]) for documents in passes)
+    assert passes[0] != passes[1]
+
+
+def test_group_texts_of_several_sources_without_weights_packs_them_as_they_come(mixed: Path, tmp_path: Path) -> None:
+    out = run(mixed, tmp_path / "blocks", block_size=8)
+    stream = [token for index in range(len(Documents(mixed / "train"))) for token in Documents(mixed / "train")[index]]
+    assert list(chain(*blocks_of(out / "train"))) == stream[: len(stream) // 8 * 8]
+    sources = read_stats(out / "train")["sources"]
+    assert {name: source["share_asked"] for name, source in sources.items()} == dict.fromkeys("abc")
+    assert sum(source["share"] for source in sources.values()) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 10_000])
+def test_group_texts_of_weights_gathered_in_other_parts_writes_the_same_bytes(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    weights = {"a": 0.2, "b": 0.3, "c": 0.5}
+    whole = run(mixed, tmp_path / "whole", block_size=8, weights=weights)
+    monkeypatch.setattr(block_shards, "_DOCUMENTS_AT_ONCE", at_once)
+    assert contents(run(mixed, tmp_path / "parts", block_size=8, weights=weights)) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("weights", "named"),
+    [
+        ({"a": 0.5, "b": 0.5}, "has no c"),
+        ({"a": 0.5, "b": 0.3, "c": 0.1, "d": 0.1}, "names d, which is no source"),
+        ({"A": 0.5, "b": 0.3, "c": 0.2}, "names A, which is no source and has no a"),
+    ],
+)
+def test_group_texts_of_weights_of_other_sources_names_them(
+    mixed: Path, tmp_path: Path, weights: dict[str, float], named: str
+) -> None:
+    with pytest.raises(StageError, match=f"data.weights {named}: the training split has a, b, c"):
+        run(mixed, tmp_path / "out/blocks", weights=weights)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_group_texts_of_records_other_than_its_documents_is_an_error(mixed: Path, tmp_path: Path) -> None:
+    (tmp_path / "raw/train.parquet").unlink()
+    (tmp_path / "raw").rmdir()
+    write_sources(tmp_path / "raw", ["a", "b"])
+    with pytest.raises(StageError, match=r"train.parquet is damaged.*2 records, where .* has 380 documents"):
+        run(mixed, tmp_path / "blocks", weights={"a": 0.5, "b": 0.5})

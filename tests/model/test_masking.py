@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import CLS, MASK, MASKED, SEP, SIZE, objective_config
 
-from stages.model.masking import EVALUATION_EPOCH, IGNORED, mask_blocks, mix, random_uint64
+from stages.core.random_numbers import mix, random_uint64
+from stages.model.masking import EVALUATION_EPOCH, IGNORED, mask_blocks
 
 NUM_BLOCKS, BLOCK_SIZE, TOKEN = 400, 128, 7
 CONFIG = objective_config("mlm")

@@ -21,19 +21,19 @@ GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and 
 @pytest.mark.parametrize("name", DECLARED)
 def test_dvc_yaml_declares_what_the_stage_uses_and_nothing_else(name: str) -> None:
     stage = DECLARED[name]
-    assert list(undeclared(stage, compose(stage.stage, task=stage.task))) == []
+    assert list(undeclared(stage, compose(stage.stage, item=stage.item))) == []
 
 
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("name", DECLARED)
 def test_dvc_yaml_declares_the_keys_that_are_used_of_every_file_of_a_group(name: str, group: str) -> None:
     stage = DECLARED[name]
-    chosen = compose(stage.stage, task=stage.task).chosen
+    chosen = compose(stage.stage, item=stage.item).chosen
     if group not in chosen or group == "task":
         return
     declared = stage.params.get(f"conf/{group}/{chosen[group]}.yaml", set())
     for choice in choices(group):
-        composition = compose(stage.stage, [f"{group}={choice}"], stage.task)
+        composition = compose(stage.stage, [f"{group}={choice}"], stage.item)
         used = used_params(composition).get(f"conf/{group}/{choice}.yaml", set())
         assert declared == {WHOLE_FILE} or declared == used
 

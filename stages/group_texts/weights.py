@@ -1,0 +1,124 @@
+"""Weighted sources: how often each training document is packed, and in which order.
+
+The number of training tokens stays what it is without weights, so that experiments with different weights take the same
+number of steps. A source gets its share of them in whole passes over its documents and one partial pass, whose
+documents are drawn by the seed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from stages.core.artifacts import damaged, to_numpy
+from stages.core.errors import StageError, printable
+from stages.core.random_numbers import random_uint64
+
+_Counts = npt.NDArray[np.int64]
+
+_DRAW = 2**32 - 1  # stream of the random numbers that choose the documents of a partial pass; passes have the others
+# Numbers of documents tried for a partial pass, and documents tried to be left out of it.
+_NUMBERS_TRIED, _CANDIDATES = 32, 4096
+
+
+def read_sources(file: Path) -> tuple[list[str], _Counts]:
+    """The names of the sources in a Parquet file of download, sorted, and the index of each record's: [num_records]."""
+    column = pq.read_table(file, columns=["source"]).column("source").combine_chunks().dictionary_encode()
+    if column.null_count:
+        raise damaged(file, "a record without a source")
+    names = column.dictionary.to_pylist()
+    rank = np.argsort(np.argsort(np.array(names, dtype=object)))
+    return sorted(names), rank[to_numpy(column.indices)].astype(np.int64)
+
+
+def check_weights(weights: Mapping[str, float], names: Sequence[str]) -> list[float]:
+    """The share of each of the sources `names`.
+
+    Raises:
+        StageError: if `weights` are not those of exactly these sources.
+    """
+    wrong = [f"names {printable(name)}, which is no source" for name in weights if name not in names]
+    wrong += [f"has no {printable(name)}" for name in names if name not in weights]
+    if wrong:
+        shown = ", ".join(map(printable, names))
+        raise StageError(f"data.weights {' and '.join(wrong)}: the training split has {shown} (conf/data)")
+    return [weights[name] for name in names]
+
+
+def repeat_documents(lengths: _Counts, sources: _Counts, shares: Sequence[float], seed: int) -> _Counts:
+    """How often each document is packed, [num_documents].
+
+    Args:
+        lengths: [num_documents] tokens of each document.
+        sources: [num_documents] index of its source in `shares`.
+        shares: [num_sources] each source's part of the tokens; they add up to 1.
+    """
+    copies = np.zeros(len(lengths), np.int64)
+    order = np.argsort(random_uint64(seed, _DRAW, np.arange(len(lengths)), 1)[:, 0], kind="stable")
+    for source, share in enumerate(shares):
+        drawn = order[sources[order] == source]
+        available, target = int(lengths[drawn].sum()), round(share * int(lengths.sum()))
+        passes, rest = divmod(target, available)
+        copies[drawn] = passes
+        copies[drawn[_fill(lengths[drawn], rest)]] += 1
+    return copies
+
+
+def _fill(lengths: _Counts, target: int) -> _Counts:
+    """Indices of documents whose lengths add up to `target` tokens, or nearly.
+
+    They are the first documents that reach the target, without one of them: the one that comes closest to what is then
+    too much, for the best of several numbers of documents.
+    """
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    fitting = int(np.searchsorted(ends, target, side="right")) - 1
+    best, chosen = target - int(ends[fitting]), np.arange(fitting)
+    for number in range(fitting + 1, min(len(lengths), fitting + _NUMBERS_TRIED) + 1):
+        surplus, first = int(ends[number]) - target, max(0, number - _CANDIDATES)
+        left_out = first + int(np.abs(lengths[first:number] - surplus).argmin())
+        if (difference := abs(surplus - int(lengths[left_out]))) < best:
+            best, chosen = difference, np.delete(np.arange(number), left_out)
+    return chosen
+
+
+def order_documents(copies: _Counts, shard_ends: _Counts, seed: int) -> Iterator[tuple[int, _Counts]]:
+    """The packed documents as runs: the index of a shard, and rows of it, in the order of packing.
+
+    A pass takes the shards one after the other and the documents within each in an order drawn by the seed, so that a
+    document is repeated only after all others of its shard, and a shard is read once a pass.
+
+    Args:
+        copies: [num_documents] how often each document is packed.
+        shard_ends: [num_shards] the number of documents in the shards up to and including each.
+    """
+    starts = np.concatenate([[0], shard_ends[:-1]])
+    for number in range(int(copies.max(initial=0))):
+        for shard in np.argsort(random_uint64(seed, number, starts, 2)[:, 1], kind="stable").tolist():
+            documents = np.arange(starts[shard], shard_ends[shard])
+            packed = documents[copies[documents] > number]
+            if len(packed):
+                draws = random_uint64(seed, number, packed, 1)[:, 0]
+                yield shard, packed[np.argsort(draws, kind="stable")] - starts[shard]
+
+
+def describe_sources(
+    names: Sequence[str], sources: _Counts, lengths: _Counts, copies: _Counts, shares: Sequence[float] | None
+) -> dict[str, dict[str, Any]]:
+    """The part that each source has in the packed tokens, for the ledger."""
+    total = int((lengths * copies).sum())
+    described = {}
+    for index, name in enumerate(names):
+        here = sources == index
+        available, tokens = int(lengths[here].sum()), int((lengths * copies)[here].sum())
+        described[name] = {
+            "documents": int(here.sum()),
+            "tokens_available": available,
+            "tokens": tokens,
+            "share_asked": None if shares is None else shares[index],
+            "share": tokens / total,
+            "repetitions": tokens / available,
+        }
+    return described
