@@ -14,7 +14,7 @@ from dvc_project import edit
 
 from stages.core import compose as composing
 from stages.core import config as configuring
-from stages.core.compose import compose, load, read_root
+from stages.core.compose import compose, load, read_root, stage_of
 from stages.core.config import find, read_yaml
 from stages.core.errors import ConfigError
 from stages.core.source_code import list_stages
@@ -93,6 +93,60 @@ def test_compose_of_a_stage_of_one_task_replaces_the_task_in_its_paths(place: Pa
     assert compose("group_texts", ["tokens=here"], "mlm").values["tokens"] == "here"
     assert problems_of("group_texts", "tokens=a", "out=b", task=None) == ""
     assert problems_of("group_texts", task=None) == "task is not chosen: add task=NAME; there are causal, mlm"
+
+
+SEVERAL = {"books": {"name": "files", "path": "books.jsonl"}, "web": {"name": "hub", "path": "conf"}}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_compose_of_a_source_takes_its_configuration_and_path(place: Path, name: str) -> None:
+    edit(place / "params.yaml", sources=SEVERAL)
+    composition = compose("source", item=name)
+    assert composition.problems == composition.missing == []
+    assert composition.chosen["data"] == SEVERAL[name]["name"]
+    values = composition.values
+    assert (values["data"]["path"], values["source"]) == (SEVERAL[name]["path"], name)
+    assert values["out"] == f"data/sources/{name}"
+    assert set(composition.params) == {f"sources.{name}.name", f"sources.{name}.path"}
+
+
+def test_compose_of_the_only_source_files_records_under_its_configuration(place: Path) -> None:
+    composition = compose("download")
+    assert (composition.values["source"], composition.values["out"]) == ("sample", "data/raw")
+    assert set(composition.params) == {"data.name", "data.path"}
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("book", "source=book: params.yaml has no sources.book; there are books, web"),
+        ("a.b", "the name of a source holds letters, digits, _ and - only"),
+        ("../x", "the name of a source holds letters, digits, _ and - only"),
+        (None, "source is not chosen: add source=NAME; there are books, web"),
+    ],
+)
+def test_compose_of_a_source_that_is_not_there_names_those_that_are(
+    place: Path, name: str | None, problem: str
+) -> None:
+    edit(place / "params.yaml", sources=SEVERAL)
+    assert problem in problems_of("source", task=name)
+
+
+@pytest.mark.parametrize(
+    ("dvc_stage", "overrides", "expected"),
+    [
+        ("source@books", [], ("source", "books")),
+        ("sub/dvc.yaml:source@books", [], ("source", "books")),
+        ("download", [], ("download", None)),
+        ("train@causal", [], ("download", None)),  # another stage's
+        ("", ["source=web"], ("source", None)),
+        ("", ["data.path=source=web"], ("download", None)),
+    ],
+)
+def test_stage_of_the_command_line_is_dvcs_or_the_one_that_an_override_asks_for(
+    dvc_stage: str, overrides: list[str], expected: tuple[str, str | None]
+) -> None:
+    assert stage_of("download", dvc_stage, overrides) == expected
 
 
 def test_compose_value_set_at_the_top_and_in_the_task_is_refused(place: Path) -> None:

@@ -40,6 +40,39 @@ def test_check_wrong_value_is_refused_by_name(clean: Path, file: str, key: str, 
     assert message in checked(clean)
 
 
+TWO = {"first": {"name": "files", "path": "data/sample"}, "second": {"name": "files", "path": "data/sample"}}
+
+
+def test_check_of_several_sources_is_in_order(clean: Path) -> None:
+    edit(clean / "params.yaml", sources=TWO, data={"name": "mix", "path": "data/sources"})
+    assert "14 stages is in order" in checked(clean, wrong=False)
+
+
+@pytest.mark.parametrize(
+    ("sources", "data", "message"),
+    [
+        ({"first": TWO["first"]}, "data/sources", "params.yaml has no sources.second; did you mean first?"),
+        (TWO, "data/sample", "data.path=data/sample: data.source=sources (conf/data/mix.yaml) reads data/sources"),
+        (TWO | {"third": {"name": "mix", "path": "data/sources"}}, "data/sources", "consists of sources itself"),
+        (TWO | {"third": {"name": "nix", "path": "conf"}}, "data/sources", "sources.third.name=nix: there is no conf/"),
+        (TWO | {"third": {"name": "files", "path": "x"}}, "data/sources", "data.path=x: no such file or directory"),
+        (TWO | {"old/..": TWO["first"]}, "data/sources", "name of a source holds letters, digits"),
+    ],
+)
+def test_check_of_sources_that_do_not_fit_names_the_key(clean: Path, sources: object, data: str, message: str) -> None:
+    edit(clean / "params.yaml", sources=sources, data={"name": "mix", "path": data})
+    assert message in checked(clean)
+
+
+def test_check_names_records_of_a_source_that_is_gone(clean: Path) -> None:
+    edit(clean / "params.yaml", sources=TWO, data={"name": "mix", "path": "data/sources"})
+    (clean / "data/sources/my old").mkdir(parents=True)
+    assert (
+        "data/sources/my old belongs to no source of params.yaml: remove it (rm -r 'data/sources/my old')"
+        in checked(clean)
+    )
+
+
 @pytest.mark.slow
 def test_check_refuses_what_the_optimizer_or_the_schedule_would_and_remembers_what_passed(clean: Path) -> None:
     edit(clean / "conf/task/causal.yaml", trainer__lr_scheduler_type="warmup_stable_decay")
