@@ -26,6 +26,7 @@ from stages.hub.files import CONVERT, PICKLES
 from stages.shell.app import describe_error
 from stages.shell.keys import keys_of
 from tools.card import RecordedRun, make_card
+from tools.check import dvc_problem
 
 # What must be as in HEAD, in addition to the files that dvc.lock names. conf/publish.yaml does not affect the model.
 DESCRIBING = ("dvc.yaml", "dvc.lock", "params.yaml", "stages", "conf", "metrics", ":(exclude)conf/publish.yaml")
@@ -136,7 +137,7 @@ def recorded_run(task: str) -> tuple[RecordedRun, list[str]]:
             listing = model.get_obj()
             dvc_remote = bool(repo.config.read("repo").get("core", {}).get("remote"))
     except DvcException as error:
-        raise StageError(f"dvc.lock and dvc.yaml cannot be read: {error}; `git restore dvc.lock`?") from None
+        raise StageError(dvc_problem(error)) from None
     order = list(yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"])
     names.sort(key=lambda name: order.index(name.partition("@")[0]))  # DVC's own order varies
     if changed:

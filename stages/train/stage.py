@@ -58,8 +58,8 @@ class TrainConfig:
     """Tokens in a training sequence."""
     learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
     """Of AdamW at its highest; trainer.lr_scheduler_type says how it falls."""
-    num_train_epochs: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-    """Passes over the training blocks; may be a fraction."""
+    num_train_epochs: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None
+    """Passes over the training blocks; may be a fraction; null: trainer.max_steps says how long training is."""
     batch_size: Positive
     """Sequences in an optimizer step, whatever the hardware."""
     tokens: str
@@ -110,6 +110,19 @@ class TrainConfig:
         if early_stopping is not None and info.data.get("trainer", {}).get("load_best_model_at_end") is not True:
             raise ValueError("early_stopping needs trainer.load_best_model_at_end: true")
         return early_stopping
+
+    @field_validator("num_train_epochs")
+    @classmethod
+    def _is_the_only_length(cls, num_train_epochs: float | None, info: ValidationInfo) -> float | None:
+        max_steps = info.data.get("trainer", {}).get("max_steps", -1)
+        if num_train_epochs is None and max_steps == -1:
+            raise ValueError("num_train_epochs=null: give a number, or set trainer.max_steps (conf/task)")
+        if num_train_epochs is not None and max_steps != -1:
+            raise ValueError(
+                f"num_train_epochs={num_train_epochs:g} has no effect beside trainer.max_steps={max_steps}: set it to"
+                " null, or take that out"
+            )
+        return num_train_epochs
 
     @field_validator("block_size")
     @classmethod

@@ -197,7 +197,7 @@ def _misuse(name: str, arguments: dict[str, Any]) -> Iterator[str]:
     if value is not None and name in _ABOVE_0 and not value > 0:
         yield "it should be above 0"
     if name == "max_steps" and value < 1 and value != -1:
-        yield "it should be 1 or above, or -1 for what num_train_epochs says"
+        yield "it should be 1 or above, or -1 where num_train_epochs says how long training is"
     if name in _SECTIONS and isinstance(value, str):
         yield "it should be a section with keys and values"
     elif name == "accelerator_config" and value and value.keys() - {"non_blocking"}:

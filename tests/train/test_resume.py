@@ -386,13 +386,18 @@ def test_checkpoint_directory_stays_after_an_error_and_goes_after_the_end(cache)
 
 @pytest.mark.slow  # a process with torch each
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_signal_writes_a_checkpoint_says_how_to_go_on_and_ends_with_its_code(
-    overrides, cache, tmp_path, caplog, number, code
+@pytest.mark.parametrize("workers", [0, 2])
+def test_signal_to_all_processes_writes_a_checkpoint_says_how_to_go_on_and_ends_with_its_code(
+    overrides, cache, tmp_path, caplog, number, code, workers
 ):
-    command = [sys.executable, "-m", "stages.train", *overrides("train", "causal", tmp_path, "num_train_epochs=2000")]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    more = ["num_train_epochs=2000", f"trainer.dataloader_num_workers={workers}"]
+    command = [sys.executable, "-m", "stages.train", *overrides("train", "causal", tmp_path, *more)]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # as without nohup
+    )  # fmt: skip
     read_until(process.stderr, "validation loss")
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     said = process.stderr.read()
     assert process.wait(60) == code, said
     assert "`dvc repro` goes on from there" in said and "Traceback" not in said

@@ -42,6 +42,8 @@ def curve(report, name):
         (["early_stopping={patience: 1, threshold: 0.0}"], "early_stopping needs trainer.load_best_model_at_end"),
         (["learning_rate=0"], "learning_rate=0: it should be greater than 0"),
         (["num_train_epochs=0"], "num_train_epochs=0: it should be greater than 0"),
+        (["num_train_epochs=null"], "num_train_epochs=null: give a number, or set trainer.max_steps"),
+        (["+trainer.max_steps=9"], "num_train_epochs=2 has no effect beside trainer.max_steps=9: set it to null"),
         (["batch_size=0"], "batch_size=0: it should be greater than or equal to 1"),
         (["seed=-1"], "seed=-1: it should be greater than or equal to 0"),
         (["++objective.mlm_probability=0.15"], "objective.mlm_probability has no meaning"),
@@ -135,13 +137,16 @@ def test_train_with_another_seed_gives_other_weights(trained, run_toy, cache, tm
 
 
 def test_train_with_accumulation_ends_near_the_weights_of_the_whole_batch(run_toy, cache, tmp_path):
-    run_toy(
-        "train", "causal", tmp_path, "hardware.per_device_batch_size=2", "trainer.adam_epsilon=1e-3".join(["+", ""])
-    )
+    run_toy("train", "causal", tmp_path, "hardware.per_device_batch_size=2", "++trainer.adam_epsilon=1e-3")
     run_toy("train", "causal", tmp_path / "whole", "++trainer.adam_epsilon=1e-3")
     ours, theirs = (load_trained("causal", root / "model").state_dict() for root in (tmp_path, tmp_path / "whole"))
     for name, weights in theirs.items():
         torch.testing.assert_close(ours[name], weights, rtol=1e-4, atol=1e-5)
+
+
+def test_train_of_so_many_steps_is_that_long(run_toy, cache, tmp_path):
+    run_toy("train", "causal", tmp_path, "num_train_epochs=null", "+trainer.max_steps=5", "trainer.logging_steps=1")
+    assert [step for step, _ in curve(tmp_path / "report", "train/loss")] == [1, 2, 3, 4, 5]
 
 
 def test_train_leaves_no_checkpoints(trained, cache):

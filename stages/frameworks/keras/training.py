@@ -51,6 +51,7 @@ class Training:
         directory: Path,
         request: Request,
     ) -> None:
+        assert config.num_train_epochs is not None  # keras_refusals: there is no trainer.max_steps
         self.model, self.objective, self.validation = model, objective, validation
         self.evaluate_batch_tokens = config.hardware.evaluate_batch_tokens
         self.arguments = arguments = TrainingArguments(

@@ -37,7 +37,6 @@ def make_arguments(
         "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting
         "seed": config.seed,
         "learning_rate": config.learning_rate,
-        "num_train_epochs": config.num_train_epochs,
         "per_device_train_batch_size": at_once,
         "gradient_accumulation_steps": accumulation,
         "remove_unused_columns": False,
@@ -45,6 +44,8 @@ def make_arguments(
         "disable_tqdm": True,
         "use_cpu": config.hardware.device == "cpu",
     }
+    if config.num_train_epochs is not None:  # where trainer.max_steps does not say how long training is
+        owned["num_train_epochs"] = config.num_train_epochs
     pinned = {"dataloader_pin_memory": config.hardware.device == "cuda"}
     try:
         arguments = TrainingArguments(**{**DEFAULTS, **pinned, **given, **owned})
