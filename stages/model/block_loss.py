@@ -60,5 +60,5 @@ def check_predictions(objective: Objective, blocks: Blocks) -> None:
     raise StageError(
         f"{blocks.directory}: in its {len(blocks)} blocks of {blocks.block_size} tokens, no token is predicted: "
         "evaluation's masks, which are the same in every run, choose none. Give more text to this split (split in"
-        " conf/data), or raise block_size or objective.mlm_probability"
+        " conf/data), or raise block_size"
     )

@@ -16,6 +16,9 @@ from stages.tokens.vocabulary import Vocabulary
 
 # Epoch that training never reaches: evaluation's masks are the same in all runs, whatever their seed.
 EVALUATION_SEED, EVALUATION_EPOCH = 0, 2**32 - 1
+# mlm_probability, mask_replace_prob and random_replace_prob of evaluation: part of what masked_loss means, so that runs
+# that train with other masks can be compared.
+_EVALUATION_MASKING = (0.15, 0.8, 0.1)
 IGNORED = -100  # label of a position that is not predicted, as torch's cross_entropy has it
 
 
@@ -25,7 +28,8 @@ def mask_blocks(
     """Model inputs and labels for `blocks` of token ids.
 
     Every text token is chosen with config.mlm_probability; a chosen one is replaced by the mask token, by a random
-    token or by nothing (Devlin et al. 2019, section 3.1). Control tokens are never chosen.
+    token or by nothing (Devlin et al. 2019, section 3.1). Control tokens are never chosen. In evaluation's epoch the
+    probabilities are constants.
 
     Args:
         blocks: [num_blocks, block_size] token ids.
@@ -34,14 +38,19 @@ def mask_blocks(
     Returns:
         input_ids and labels, both [num_blocks, block_size] int64; labels hold IGNORED where nothing is predicted.
     """
-    assert config.mlm_probability and config.mask_replace_prob is not None and config.random_replace_prob is not None
+    if epoch == EVALUATION_EPOCH:
+        choice, mask, random = _EVALUATION_MASKING
+    else:
+        assert config.mlm_probability and config.mask_replace_prob is not None
+        assert config.random_replace_prob is not None
+        choice, mask, random = config.mlm_probability, config.mask_replace_prob, config.random_replace_prob
     input_ids = blocks.astype(np.int64)
     draws = random_uint64(seed, epoch, indices, 3 * blocks.shape[1])
     choose, replace, token = (_uniform(draws[:, part::3]) for part in range(3))
-    chosen = (choose < config.mlm_probability) & ~np.isin(blocks, vocabulary.control)
+    chosen = (choose < choice) & ~np.isin(blocks, vocabulary.control)
     labels = np.where(chosen, input_ids, IGNORED)
-    masked = chosen & (replace < config.mask_replace_prob)
-    randomised = chosen & ~masked & (replace < config.mask_replace_prob + config.random_replace_prob)
+    masked = chosen & (replace < mask)
+    randomised = chosen & ~masked & (replace < mask + random)
     input_ids[masked] = vocabulary.special["mask_token"]
     # Not a special token, unlike the stock collator: a random <pad> would shift RoBERTa's later positions.
     ordinary = vocabulary.ordinary

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toys import CLS, MASK, MASKED, SEP, SIZE, objective_config
 
 from stages.core.random_numbers import mix, random_uint64
-from stages.model.masking import EVALUATION_EPOCH, IGNORED, mask_blocks
+from stages.model.masking import EVALUATION_EPOCH, EVALUATION_SEED, IGNORED, mask_blocks
 
 NUM_BLOCKS, BLOCK_SIZE, TOKEN = 400, 128, 7
 CONFIG = objective_config("mlm")
@@ -146,6 +146,20 @@ def test_mask_blocks_leaves_unchosen_tokens_and_labels_chosen_ones_with_themselv
     assert (input_ids == blocks)[labels == IGNORED].all()
     assert (labels == blocks)[labels != IGNORED].all()
     assert (blocks == before).all()
+
+
+@pytest.mark.parametrize(
+    "trained_with", [{"mlm_probability": 0.4}, {"mask_replace_prob": 0.5, "random_replace_prob": 0.5}]
+)
+def test_mask_blocks_of_evaluation_are_the_same_whatever_training_masks(trained_with):
+    blocks = equal_blocks()
+    ours, labels = masked(blocks, None, EVALUATION_SEED, EVALUATION_EPOCH, **trained_with)
+    expected, expected_labels = masked(blocks, None, EVALUATION_SEED, EVALUATION_EPOCH)
+    assert (ours == expected).all() and (labels == expected_labels).all()
+    assert (labels != IGNORED).mean() == pytest.approx(0.15, abs=0.01)
+    assert (
+        masked(blocks, None, EVALUATION_SEED, 0, **trained_with)[0] != masked(blocks, None, EVALUATION_SEED, 0)[0]
+    ).any()
 
 
 @given(seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 100))
