@@ -135,7 +135,7 @@ class _Ledger:
                 f"{source} holds no record with an answer ({self.summary()}): what columns in conf/data names"
                 f" ({columns}) is missing, empty or [deleted] in every record{malformed}"
             )
-        empty = [split for split in SPLITS if not self.records_out[split]]
+        empty = [split for split in self.records_out if not self.records_out[split]]
         if empty:
             raise StageError(f"no record for {' and '.join(empty)} ({self.summary()}): {self._more_records(data)}")
 
