@@ -1,16 +1,18 @@
 """Records in ELI5's schema: found in a source's own columns, cleaned, and given to a split."""
 
+import datetime
 import hashlib
 import itertools
+import json
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from stages.core.errors import printable
-from stages.download.schema import Columns, Split
+from stages.download.schema import Columns, SourceData, Split
 
 TEXTS = pa.list_(pa.string())
 
@@ -28,6 +30,19 @@ ELI5 = pa.schema(
         ("answers_urls", pa.struct([("url", TEXTS)])),
     ]
 )
+
+
+def record_schema(groups: Sequence[str]) -> pa.Schema:
+    """ELI5's schema with the name of each record's source and, where columns are kept as `groups`, their values."""
+    schema = ELI5.append(pa.field("source", pa.string()))
+    names = kept_groups(groups)
+    return schema.append(pa.field("groups", pa.struct([(name, pa.string()) for name in names]))) if names else schema
+
+
+def kept_groups(groups: Sequence[str]) -> list[str]:
+    """The columns that `groups` keeps; the source is kept anyway, in a column of its own."""
+    return [name for name in dict.fromkeys(groups) if name != "source"]
+
 
 # What Reddit leaves of an answer that its author or a moderator took away.
 _REMOVED = {"", "[deleted]", "[removed]"}
@@ -92,10 +107,11 @@ def mismatch(row: Any, allowed: Mapping[str, Sequence[Any]]) -> str | None:
     return None
 
 
-def columns_read(columns: Columns, filtered: Iterable[str]) -> list[str]:
-    """The names that `mismatch` and `to_record` look up in a row, those that it need not have included."""
-    title = [] if columns.title is None else [columns.title]
-    return [*filtered, *title, *columns.texts, *_OPTIONAL, *(f"{name}.url" for name in _URL_FIELDS)]
+def columns_read(data: SourceData) -> list[str]:
+    """The names of the columns that are looked up in a row of `data`, including those that it need not have."""
+    required = [*(data.filter or {}), *data.columns.texts, *kept_groups(data.groups), *key_columns(data.split)]
+    title = [] if data.columns.title is None else [data.columns.title]
+    return [*required, *title, *_OPTIONAL, *(f"{name}.url" for name in _URL_FIELDS)]
 
 
 def to_record(row: Any, columns: Columns) -> tuple[Record, int]:
@@ -179,13 +195,68 @@ def _urls(row: Mapping[str, Any], name: str) -> list[str]:
         return []
 
 
-def split_key(record: Record) -> str:
-    """What decides a record's split: its normalised title, or its normalised text where it has none.
+def scalar_text(value: Any, name: str) -> str | None:
+    """The value of a column that holds a text, a number or a date, as text: numbers as JSON writes them; None for null.
+
+    Raises:
+        BadRecordError: if it is anything else.
+    """
+    if value is None or isinstance(value, str):
+        return None if value is None else _text(value, name)
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
+        return value.isoformat()
+    raise BadRecordError(f"column {_quoted(name)} holds {type(value).__name__}, not a text, number or date")
+
+
+def group_values(row: Mapping[str, Any], groups: Sequence[str]) -> dict[str, str | None]:
+    """The values of the columns that `groups` keeps, as text.
+
+    Raises:
+        BadRecordError: if a column is missing, or holds something other than a text, a number or a date.
+    """
+    return {name: scalar_text(lookup(row, name), name) for name in kept_groups(groups)}
+
+
+TITLE = "title"  # in split.key: the record's title, whatever its column is called
+_BETWEEN_KEYS = "\n"  # which no normalised text contains
+
+
+def key_names(split: Split | None) -> list[str]:
+    """The names in split.key; none where the text decides, or nothing does."""
+    if split is None or split.by != "hash" or split.key is None:
+        return []
+    return [split.key] if isinstance(split.key, str) else split.key
+
+
+def key_columns(split: Split | None) -> list[str]:
+    """The columns in split.key other than the title."""
+    return [name for name in key_names(split) if name != TITLE]
+
+
+def split_key(row: Mapping[str, Any], record: Record, names: Sequence[str]) -> str:
+    """What decides a record's split: its normalised values of the columns `names`, or its text where these are empty.
+
+    Args:
+        row: the record as its source has it.
+        record: the same in ELI5's schema; `title` among the names is its title.
+
+    Raises:
+        BadRecordError: if a column is missing, or holds something other than a text, a number or a date.
+    """
+    values = [record["title"] if name == TITLE else scalar_text(lookup(row, name), name) for name in names]
+    return join_key([value or "" for value in values], record["answers"]["text"])
+
+
+def join_key(values: Sequence[str], texts: Sequence[str]) -> str:
+    """The normalised `values` in one text; the normalised `texts` of the record where all of them are empty.
 
     Normalised: compatibility forms folded (NFKC), case folded, punctuation and white space reduced to single spaces,
     so that trivially different copies of a question stay on one side.
     """
-    return normalise(record["title"]) or normalise(" ".join(record["answers"]["text"]))
+    normalised = [normalise(value) for value in values]
+    return _BETWEEN_KEYS.join(normalised) if any(normalised) else normalise(" ".join(texts))
 
 
 def normalise(text: str) -> str:

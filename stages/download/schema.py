@@ -130,7 +130,7 @@ class SourceData:
     """File, directory or URL (http, https, or s3, gs, ssh, ... with DVC's package for it); ignored by hub."""
     hub: HubData | None
     """The data set, for source hub; null for the others."""
-    sources: Annotated[list[str], Field(min_length=1)] | None
+    sources: Annotated[list[Annotated[str, Field(pattern=r"^\w[\w.-]*$")]], Field(min_length=1)] | None
     """Names of the sources of params.yaml, for source sources; null for the others."""
     columns: Columns
     """Where ELI5's fields stand in a record."""
@@ -150,8 +150,8 @@ class SourceData:
     """Steps that leave out or change texts."""
     groups: list[str]
     """Columns by whose values the figures are reported as well."""
-    split: Split
-    """Which records are trained on, chosen by and reported."""
+    split: Split | None
+    """Which records are trained on, chosen by and reported; null: none, for texts that are only evaluated."""
 
     @model_validator(mode="after")
     def _matches_source(self) -> "SourceData":
@@ -173,6 +173,10 @@ class SourceData:
                 if self.sources is None
                 else f"data.sources has no meaning for data.source={self.source}: set sources: null"
             )
+        if self.source == "sources" and (self.split is None or self.split.by != "source"):
+            raise ValueError("data.split.by: data.source=sources keeps the splits of its sources: set split.by: source")
+        if self.split is None and self.deduplicate == "near":
+            raise ValueError("data.deduplicate=near compares splits, and data.split is null: set deduplicate: exact")
         if self.source != "hub" and self.hub is not None:
             raise ValueError(f"data.hub has no meaning for data.source={self.source}: set hub: null")
         if not self.path.strip():

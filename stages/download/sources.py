@@ -54,7 +54,7 @@ class Row(NamedTuple):
 def read(data: SourceData) -> Iterator[Row]:
     """The rows of the files that `data` describes, in order (files by name)."""
     for file_system, file in find_files(data.path):
-        yield from read_rows(file_system, file, data.text_record, columns_read(data.columns, data.filter or {}))
+        yield from read_rows(file_system, file, data.text_record, columns_read(data))
 
 
 def read_rows(

@@ -1,14 +1,14 @@
 """Stage `download`: the records of a source, cleaned and split, in ELI5's schema.
 
-Reads   the source that conf/data/NAME.yaml describes (files at data.path, or a data set of the Hub)
-Writes  data/raw/{train,validation,test}.parquet and the ledger data/raw/stats.json
+Reads   the source that conf/data/NAME.yaml describes (files at data.path, a data set of the Hub, or several sources)
+Writes  data/raw/{train,validation,test}.parquet (all.parquet where split is null) and the ledger data/raw/stats.json
 Command python -m stages.download
 """
 
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,18 @@ from stages.core.errors import StageError, printable
 from stages.download.duplicates import ExactDuplicates, near_duplicates
 from stages.download.files import PATH_LIMIT, format_of
 from stages.download.hub_data import read_hub, resolve_commit
-from stages.download.records import ELI5, BadRecordError, Record, mismatch, split_key, split_of, to_record
+from stages.download.records import (
+    TITLE,
+    BadRecordError,
+    Record,
+    group_values,
+    key_names,
+    mismatch,
+    record_schema,
+    split_key,
+    split_of,
+    to_record,
+)
 from stages.download.schema import SourceData
 from stages.download.sources import Row, read
 
@@ -31,7 +42,9 @@ log = logging.getLogger(__name__)
 # so many characters: decided by the records alone, so that the same records give the same file.
 ROW_GROUP, ROW_GROUP_CHARACTERS = 1024, 8 * 2**20
 
-_FEW = 30  # different titles, with fewer of which a split may be left empty for want of them
+# Distinct keys, with fewer of which a split may be off its share for want of them: a share of 0.1 of 100 keys is off
+# by a factor of two in one of 30 draws.
+_FEW = 100
 
 _NEAR_DUPLICATES_OF = (
     20_000  # held-out documents at most that are looked for where they are only counted: some 10 KB each
@@ -50,18 +63,20 @@ class DownloadConfig:
 def main(config: DownloadConfig) -> None:
     data = config.data
     log.info("reading %s", data.hub.id if data.hub else data.path)
-    ledger = _Ledger()
+    ledger = _Ledger(("all",) if data.split is None else SPLITS)
     if data.hub is not None:
         commit = resolve_commit(data.hub)
         rows = read_hub(data.hub, commit, whole=data.max_records is None)
     else:
         commit, rows = None, read(data)
-    with staged(config.out, ["stats.json", *(f"{split}.parquet" for split in SPLITS)]) as directory:
-        writers = {split: _SplitWriter(directory / f"{split}.parquet") for split in SPLITS}
+    splits = ("all",) if data.split is None else SPLITS
+    with staged(config.out, ["stats.json", *(f"{split}.parquet" for split in splits)]) as directory:
+        schema = record_schema(data.groups)
+        writers = {split: _SplitWriter(directory / f"{split}.parquet", schema) for split in splits}
         for row in rows:
             if ledger.records_in - ledger.skipped["filtered"] == data.max_records:
                 break
-            placed = _assign_split(row, data, ledger)
+            placed = _assign_split(row, config, ledger)
             if placed is not None:
                 split, record = placed
                 writers[split].write(record)
@@ -69,9 +84,10 @@ def main(config: DownloadConfig) -> None:
                 ledger.answers_out += len(record["answers"]["text"])
         for writer in writers.values():
             writer.close()
-        if data.deduplicate == "near" or data.count_near_duplicates:
+        if data.deduplicate == "near" or (data.count_near_duplicates and data.split is not None):
             _look_for_near_duplicates(directory, ledger, drop=data.deduplicate == "near")
         ledger.check(data)
+        ledger.warn_of_shares(data)
         write_json(directory / "stats.json", ledger.as_json(data, commit))
     if ledger.first_malformed:
         log.warning("%d malformed records left out; the first: %s", ledger.skipped["malformed"], ledger.first_malformed)
@@ -81,13 +97,13 @@ def main(config: DownloadConfig) -> None:
 class _Ledger:
     """What went in, came out and was left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, splits: Sequence[str]) -> None:
         self.records_in = 0
         self.answers_in = 0
         self.answers_dropped = 0
         self.answers_out = 0
         self.answers_of_duplicates = 0
-        self.records_out = Counter(dict.fromkeys(SPLITS, 0))
+        self.records_out = Counter(dict.fromkeys(splits, 0))
         self.first_malformed = ""
         self.first_filtered = ""
         self.skipped = Counter(
@@ -119,24 +135,49 @@ class _Ledger:
                 f"{source} holds no record with an answer ({self.summary()}): what columns in conf/data names"
                 f" ({columns}) is missing, empty or [deleted] in every record{malformed}"
             )
-        empty = [split for split in SPLITS if not self.records_out[split]]
+        empty = [split for split in self.records_out if not self.records_out[split]]
         if empty:
             raise StageError(f"no record for {' and '.join(empty)} ({self.summary()}): {self._more_records(data)}")
+
+    def warn_of_shares(self, data: SourceData) -> None:
+        """Warn where the key has so few values that a split is off its share by more than a factor of two."""
+        num_keys, num_records = len(self._split_keys), self.records_out.total()
+        if data.split is None or not 0 < num_keys < _FEW or num_keys > num_records // 2:
+            return
+        for split in SPLITS:
+            asked, achieved = getattr(data.split, split), self.records_out[split] / num_records
+            if not asked / 2 <= achieved <= asked * 2:
+                log.warning(
+                    "%s has %.1f %% of the records where %.1f %% were asked for: %s",
+                    split,
+                    100 * achieved,
+                    100 * asked,
+                    self._few_keys(data),
+                )
 
     def _more_records(self, data: SourceData) -> str:
         """What fills an empty split."""
         num_keys, num_records = len(self._split_keys), self.records_out.total()
         if 0 < num_keys < _FEW and num_keys <= num_records // 2:  # more of the same would go where these went
-            values = "1 value" if num_keys == 1 else f"{num_keys} values"
-            few = f"decides the split and has only {values} in {num_records:,} records (case and punctuation aside)"
-            if data.columns.title is None:
-                return f"the text {few}: give records with other texts"
-            title = printable(repr(data.columns.title))
-            return f"column {title} {few}: set columns.title in conf/data to another, or to null: the text then decides"
+            return self._few_keys(data)
         remedy = "give more records, or raise its share in conf/data (split)"
         if data.text_record == "file" and self.records_in < 30 and format_of(data.path) in ("text", None):
             remedy += "; for one long text set text_record: paragraph there"
         return remedy
+
+    def _few_keys(self, data: SourceData) -> str:
+        """That the key has few values, and what to do about it."""
+        num_keys = len(self._split_keys)
+        values = "1 value" if num_keys == 1 else f"{num_keys} values"
+        few = (
+            f"decides the split and has only {values} in {self.records_out.total():,} records (case and punctuation"
+            " aside)"
+        )
+        columns = [data.columns.title if name == TITLE else name for name in key_names(data.split)]
+        named = ", ".join(printable(repr(name)) for name in columns if name is not None)
+        if not named:
+            return f"the text {few}: give records with other texts"
+        return f"column {named} {few}: set split.key in conf/data to another, or to null: the text then decides"
 
     def summary(self) -> str:
         parts = [f"{name} {count}" for name, count in self.records_out.items()]
@@ -161,12 +202,13 @@ class _Ledger:
         }
 
 
-def _assign_split(row: Row, data: SourceData, ledger: _Ledger) -> tuple[str, Record] | None:
+def _assign_split(row: Row, config: DownloadConfig, ledger: _Ledger) -> tuple[str, Record] | None:
     """The split and the record of `row`, entered into the ledger; None where it is skipped.
 
     Raises:
         StageError: if the row is malformed and data.on_bad_record is `error`.
     """
+    data, source = config.data, config.source
     ledger.records_in += 1
     try:
         if isinstance(row.value, BadRecordError):
@@ -176,6 +218,8 @@ def _assign_split(row: Row, data: SourceData, ledger: _Ledger) -> tuple[str, Rec
             ledger.first_filtered = ledger.first_filtered or f"{row.where}: {other}"
             return None
         record, dropped = to_record(row.value, data.columns)
+        groups = group_values(row.value, data.groups)
+        key = split_key(row.value, record, key_names(data.split))
     except BadRecordError as error:
         if data.on_bad_record == "error":
             raise StageError(
@@ -197,8 +241,10 @@ def _assign_split(row: Row, data: SourceData, ledger: _Ledger) -> tuple[str, Rec
             ledger.skipped["exact_duplicate"] += 1
             ledger.answers_of_duplicates += num_answers
             return None
+    record |= {"source": source, "groups": groups}
+    if data.split is None:
+        return "all", record
     if data.split.by == "hash":
-        key = split_key(record)
         ledger.add_split_key(key)
         return split_of(key, data.split), record
     if row.split is None:
@@ -234,7 +280,7 @@ def _look_for_near_duplicates(directory: Path, ledger: _Ledger, drop: bool) -> N
     if drop and leaking:
         whole, file = directory / "whole.parquet", directory / "train.parquet"
         file.rename(whole)
-        writer = _SplitWriter(file)
+        writer = _SplitWriter(file, pq.read_schema(whole))
         rows = (row for batch in pq.ParquetFile(whole).iter_batches(ROW_GROUP) for row in batch.to_pylist())
         for number, record in enumerate(rows):
             if number in leaking:
@@ -252,10 +298,13 @@ def _look_for_near_duplicates(directory: Path, ledger: _Ledger, drop: bool) -> N
 class _SplitWriter:
     """Writes records to a Parquet file in row groups that the records alone decide."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, schema: pa.Schema) -> None:
+        self._schema = schema
         # Texts hardly repeat: a dictionary of them costs time in writing and in reading. Checksums: zstd alone lets
         # some flipped bits through as other text.
-        self._writer = pq.ParquetWriter(file, ELI5, compression="zstd", use_dictionary=False, write_page_checksum=True)
+        self._writer = pq.ParquetWriter(
+            file, schema, compression="zstd", use_dictionary=False, write_page_checksum=True
+        )
         self._rows: list[Record] = []
         self._num_characters = 0
 
@@ -266,7 +315,7 @@ class _SplitWriter:
             self._flush()
 
     def _flush(self) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=ELI5))
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
         self._rows.clear()
         self._num_characters = 0
 

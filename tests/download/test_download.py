@@ -14,17 +14,22 @@ from stages.core.artifacts import SPLITS
 from stages.core.compose import compose, load
 from stages.core.errors import StageError
 from stages.download import stage as download
-from stages.download.records import ELI5
-from stages.download.schema import SAMPLE, Columns, HubData, SourceData
+from stages.download.records import record_schema
+from stages.download.schema import SAMPLE, Columns, HubData, SourceData, Split
 from stages.download.stage import DownloadConfig, main
 
 MALFORMED = {"title": "no text"}
 EVEN = split(train=0.4, validation=0.3, test=0.3)
 
 
+def even_by(key: Any) -> Split:
+    """A split by the columns `key` that gives every split its part of a few records."""
+    return split(train=0.4, validation=0.3, test=0.3, key=key)
+
+
 def run(data: SourceData, out: Path) -> Any:
     """The ledger of download on `data`."""
-    main(DownloadConfig(data=data, out=str(out)))
+    main(DownloadConfig(data=data, source="files", out=str(out)))
     return read_stats(out)
 
 
@@ -43,7 +48,7 @@ def test_download_of_the_embedded_sample_keeps_every_record_in_eli5_schema(tmp_p
     ledger = read_stats(tmp_path / "raw")
     assert ledger["records_in"] == sum(ledger["records_out"].values()) == 250
     assert set(contents(tmp_path / "raw")) == {*(f"{name}.parquet" for name in SPLITS), "stats.json"}
-    assert all(pq.read_schema(tmp_path / f"raw/{name}.parquet").equals(ELI5) for name in SPLITS)
+    assert all(pq.read_schema(tmp_path / f"raw/{name}.parquet").equals(record_schema([])) for name in SPLITS)
 
 
 def test_download_with_bad_records_skipped_accounts_for_every_record_and_answer(tmp_path: Path) -> None:
@@ -162,10 +167,10 @@ def test_download_of_few_titles_names_the_column_that_decides_the_split(
 ) -> None:
     records = [{"head": titles[i % len(titles)], "answers.text": f"Answer {i}."} for i in range(1000)]
     file = write_jsonl(tmp_path / "a.jsonl", records)
-    decides = rf"column 'head' decides the split and has only {values} in 1,000 records .*set columns\.title"
+    decides = rf"column 'head' decides the split and has only {values} in 1,000 records .*set split\.key"
     with pytest.raises(StageError, match=rf"no record for .* 0\): {decides}"):
         run(source_data(file, title="head"), tmp_path / "raw")
-    ledger = run(source_data(file, title=None), tmp_path / "raw")
+    ledger = run(source_data(file, title="head", split=split(key=None)), tmp_path / "raw")
     assert min(ledger["records_out"].values()) > 0  # as the message says
 
 
@@ -328,3 +333,89 @@ def test_download_of_the_hub_records_its_revision_in_the_ledger(
     hub = HubData(id="o/n", config=None, revision="abc", splits=["train"])
     ledger = run(source_data("-", source="hub", hub=hub, split=EVEN), tmp_path / "raw")
     assert ledger["source"] == {"hub": "o/n", "revision": "abc", "commit": "0f"}
+
+
+# -- where records come from, groups and keys --------------------------------------------------------------------------
+
+
+def test_download_files_every_record_under_the_name_of_its_source(tmp_path: Path) -> None:
+    run(source_data(write_jsonl(tmp_path / "a.jsonl", questions(40)), split=EVEN), tmp_path / "raw")
+    assert {r["source"] for records in records_of(tmp_path / "raw").values() for r in records} == {"files"}
+    assert all("groups" not in record for record in records_of(tmp_path / "raw")["train"])
+
+
+def test_download_with_groups_keeps_the_columns_in_their_order(tmp_path: Path) -> None:
+    records = [
+        {**record, "meta": {"lang": ("en", None)[i % 2]}, "year": 2000 + i} for i, record in enumerate(questions(40))
+    ]
+    data = source_data(write_jsonl(tmp_path / "a.jsonl", records), groups=["year", "source", "meta.lang"], split=EVEN)
+    run(data, tmp_path / "raw")
+    schema = pq.read_schema(tmp_path / "raw/train.parquet")
+    assert schema.equals(record_schema(["year", "meta.lang"]))
+    assert schema.names[-2:] == ["source", "groups"]
+    found = {r["title"]: r["groups"] for records in records_of(tmp_path / "raw").values() for r in records}
+    assert found == {f"Question {i}?": {"year": str(2000 + i), "meta.lang": ("en", None)[i % 2]} for i in range(40)}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"groups": ["flair"]}, {"split": split(key="flair")}, {"split": split(key=["title", "flair"])}]
+)
+def test_download_with_a_group_or_key_that_is_absent_names_the_columns_there_are(tmp_path: Path, changes: Any) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", tagged(9))
+    with pytest.raises(StageError, match=rf"^{file}:1: no column 'flair'; there are: title, answers\.text, subreddit"):
+        run(source_data(file, **changes), tmp_path / "raw")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("key", ["customer", ["customer"], ["customer", "subreddit"], "meta.id"])
+def test_download_with_a_key_keeps_its_records_together(tmp_path: Path, kind: str, key: Any) -> None:
+    records = [
+        {**record, "customer": i % 30, "subreddit": f"s{i % 30}", "meta": {"id": f"no. {i % 30}"}}
+        for i, record in enumerate(questions(300))
+    ]
+    file = write_jsonl(tmp_path / "a.jsonl", records)
+    if kind == "parquet":
+        file = tmp_path / "a.parquet"
+        pq.write_table(pa.Table.from_pylist(records), file)
+    run(source_data(file, split=even_by(key)), tmp_path / "raw")
+    sides = {name: {int(title[9:-1]) % 30 for title in titles} for name, titles in titles_of(tmp_path / "raw").items()}
+    assert sum(map(len, sides.values())) == 30 == len(set.union(*sides.values()))
+
+
+def test_download_with_an_empty_key_goes_by_the_text(tmp_path: Path) -> None:
+    records = [{"title": f"t{i}", "answers.text": f"Text {i // 2}", "customer": None} for i in range(200)]
+    run(source_data(write_jsonl(tmp_path / "a.jsonl", records), split=even_by("customer")), tmp_path / "raw")
+    sides = {name: {int(title[1:]) // 2 for title in titles} for name, titles in titles_of(tmp_path / "raw").items()}
+    assert sum(map(len, sides.values())) == 100
+
+
+def test_download_with_a_key_of_few_values_warns_of_shares(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # 970 records of one customer, which go to one split, and 30 of one each.
+    records = [{**record, "customer": max(0, i - 969)} for i, record in enumerate(questions(1000))]
+    file = write_jsonl(tmp_path / "a.jsonl", records)
+    run(source_data(file, split=split(key="customer")), tmp_path / "raw")
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    few = "column 'customer' decides the split and has only 31 values in 1,000 records"
+    assert len(warned) >= 2
+    assert all(few in line and "% of the records where 10.0 % were asked" in line for line in warned)
+
+
+def test_download_of_records_with_a_title_each_warns_of_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(source_data(write_jsonl(tmp_path / "a.jsonl", questions(40)), split=EVEN), tmp_path / "raw")
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+def test_download_without_a_split_writes_all_records_to_one_file(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [*questions(2), {"title": "none", "answers.text": ""}])
+    ledger = run(source_data(file, split=None, count_near_duplicates=True), tmp_path / "raw")
+    assert set(contents(tmp_path / "raw")) == {"all.parquet", "stats.json"}
+    assert pq.read_table(tmp_path / "raw/all.parquet").column("title").to_pylist() == ["Question 0?", "Question 1?"]
+    assert ledger["records_out"] == {"all": 2}
+    assert ledger["held_out_with_near_duplicate_in_train"] is None
+
+
+def test_download_without_a_split_refuses_to_compare_splits(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"deduplicate=near compares splits, .* set deduplicate: exact"):
+        source_data(tmp_path, split=None, deduplicate="near")

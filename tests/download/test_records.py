@@ -1,9 +1,11 @@
 """records: columns found in sources of several shapes, answers cleaned, and splits by hash."""
 
+import datetime
 import random
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +14,18 @@ from data_helpers import split, steady
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.download.records import ELI5, BadRecordError, lookup, mismatch, normalise, split_key, split_of, to_record
+from stages.download.records import (
+    ELI5,
+    BadRecordError,
+    group_values,
+    lookup,
+    mismatch,
+    normalise,
+    scalar_text,
+    split_key,
+    split_of,
+    to_record,
+)
 from stages.download.schema import Columns
 
 COLUMNS = Columns(title="title", texts=["answers.text"])
@@ -34,6 +47,10 @@ FLATTENED = _OTHERS | {f"answers.{key}": value for key, value in NESTED["answers
 
 def record_of(title: str, text: str | list[str] = "text") -> dict[str, Any]:
     return to_record({"title": title, "answers.text": text}, COLUMNS)[0]
+
+
+def key_of(title: str, text: str | list[str] = "text", names: Sequence[str] = ("title",), **columns: Any) -> str:
+    return split_key(columns, record_of(title, text), names)
 
 
 def test_lookup_of_a_flattened_and_nested_name_takes_the_flattened() -> None:
@@ -233,9 +250,57 @@ def test_normalise_of_symbols_alone_keeps_them(text: str, expected: str) -> None
 
 
 def test_split_key_without_title_is_the_text() -> None:
-    assert split_key(record_of(" ", "Some Text!")) == "some text"
-    assert split_key(record_of(" ", ["Some", "Text!"])) == "some text"
-    assert split_key(record_of("Title", "Some Text!")) == "title"
+    assert key_of(" ", "Some Text!") == "some text"
+    assert key_of(" ", ["Some", "Text!"]) == "some text"
+    assert key_of("Title", "Some Text!") == "title"
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        ("Ann B.", "ann b"),
+        (7, "7"),
+        (True, "true"),
+        (1.5, "1 5"),
+        (datetime.date(2024, 2, 29), "2024 02 29"),
+        (datetime.datetime(2024, 2, 29, 1), "2024 02 29t01 00 00"),
+        ("", "some text"),
+        (None, "some text"),
+    ],
+)
+def test_split_key_of_another_column_is_its_value_as_text(value: Any, key: str) -> None:
+    assert key_of("Title", "Some text", ["customer"], customer=value) == key
+    assert key_of("Title", "Some text", ["meta.customer"], meta={"customer": value}) == key
+
+
+def test_split_key_of_several_columns_depends_on_each_and_on_their_order() -> None:
+    keys = [(a, b) for a in ("a", "a b", "") for b in ("b", "a b", "c", "")]
+    found = {key_of("t", "text", ["x", "y"], x=a, y=b) for a, b in keys}
+    assert len(found) == len(keys)
+    assert key_of("Sky?", "text", ["title", "x"], x="!A") == key_of("SKY", "other", ["title", "x"], x="a")
+
+
+def test_split_key_of_no_columns_is_the_text() -> None:
+    assert key_of("Title", "Some Text!", []) == "some text"
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, b"a"])
+def test_scalar_text_of_what_is_no_scalar_names_the_column(value: Any) -> None:
+    with pytest.raises(BadRecordError, match=rf"column 'meta' holds {type(value).__name__}, not a text, number or da"):
+        scalar_text(value, "meta")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [("", ""), (" A", " A"), (None, None), (False, "false"), (10, "10"), (0.1, "0.1"), (-0.0, "-0.0")],
+)
+def test_group_values_are_texts_as_json_writes_them(value: Any, text: str | None) -> None:
+    assert group_values({"a": {"b": value}, "c": "d"}, ["a.b", "source", "a.b"]) == {"a.b": text}
+
+
+def test_group_values_of_an_absent_column_is_a_bad_record() -> None:
+    with pytest.raises(BadRecordError, match=r"no column 'b'; there are: a"):
+        group_values({"a": 1}, ["a", "b"])
 
 
 # Written down from a run: another result would move the records of everybody's experiments.
@@ -253,7 +318,7 @@ def test_split_of_another_seed_draws_another_split() -> None:
 @given(st.lists(_TEXT, max_size=20), st.lists(_TEXT, max_size=20), st.integers(0, 2**32 - 1))
 def test_split_when_records_are_added_moves_none(titles: list[str], added: list[str], seed: int) -> None:
     def assigned(all_titles: list[str]) -> dict[str, str]:
-        return {title: split_of(split_key(record_of(title)), split(seed=seed)) for title in all_titles}
+        return {title: split_of(key_of(title), split(seed=seed)) for title in all_titles}
 
     before, after = assigned(titles), assigned([*added, *titles])
     assert before == {title: after[title] for title in titles}
@@ -267,7 +332,7 @@ _WORD = st.text("abcXYZéßΣς1", min_size=1, max_size=5)
 def test_split_of_titles_equal_when_normalised_is_one_side(words: list[str], end: str, gap: str) -> None:
     plain, variant = " ".join(words), gap.join(words).upper() + end
     narrow = split(train=0.34, validation=0.33, test=0.33)
-    assert split_of(split_key(record_of(plain)), narrow) == split_of(split_key(record_of(variant, "other")), narrow)
+    assert split_of(key_of(plain), narrow) == split_of(key_of(variant, "other"), narrow)
 
 
 @pytest.mark.parametrize(
