@@ -30,7 +30,7 @@ from stages.download.sources import read_rows
 from stages.figures.metrics import document_nats, ratio_with_error
 from stages.model.objectives import make_objective
 from stages.model.trained import load_trained
-from stages.tokenize.encoding import Tokenizers
+from stages.tokens.encoding import Tokenizers
 from stages.tokens.vocabulary import load_tokenizer, vocabulary_of
 
 

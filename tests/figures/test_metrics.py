@@ -35,11 +35,10 @@ from stages.figures.metrics import (
 from stages.figures.schema import Evaluate
 from stages.model.loss import TokenLoss
 from stages.model.objectives import NUM_PASSES, Window, make_objective
-from stages.tokenize.encoding import Tokenizers
-from stages.tokenize.schema import Flatten
 from stages.tokenize.stage import tokenize_split
-from stages.tokenize.texts import TextFile
+from stages.tokens.encoding import Tokenizers
 from stages.tokens.schema import TrainedTokenizer
+from stages.tokens.texts import Flatten, TextFile
 from stages.tokens.vocabulary import load_tokenizer, train_tokenizer, vocabulary_of
 
 LENGTHS = [0, 1, 4, 7, 8, 9, 15, 30]  # shorter than, equal to and longer than the windows

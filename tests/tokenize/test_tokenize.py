@@ -26,11 +26,12 @@ from tokenizers import Tokenizer, models
 from stages.core.artifacts import SPLITS, Documents, shard_files
 from stages.core.compose import compose, load
 from stages.core.errors import StageError
-from stages.tokenize import encoding
 from stages.tokenize import stage as tokenize
-from stages.tokenize.schema import Flatten, Tokenize
-from stages.tokenize.stage import FlattenData, TokenizeConfig, main
+from stages.tokenize.schema import Tokenize
+from stages.tokenize.stage import TokenizeConfig, main
+from stages.tokens import encoding
 from stages.tokens.schema import ModelTokenizer, TokenizerSource, TrainedTokenizer
+from stages.tokens.texts import Flatten, FlattenData
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 
 ROLES = {"causal": CAUSAL_TOKENS, "mlm": MLM_TOKENS}
