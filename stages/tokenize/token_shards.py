@@ -53,7 +53,8 @@ class TokenShards:
             read = prefetch((texts, texts.to_pylist()) for texts in self._texts.groups(shard.documents.groups))
             for texts, encoded in prefetch((texts, self._encode(strings)) for texts, strings in read):
                 first = shard.documents.first + counts["documents"]
-                refuse_control_tokens(encoded, self._vocabulary, f"{shard.file.parent.name} document", first)
+                numbers = range(first, first + len(texts))
+                refuse_control_tokens(encoded, self._vocabulary, f"{shard.file.parent.name} document", numbers)
                 ids, offsets = wrap(encoded, self._vocabulary, first=first == 0)
                 num_bytes = pc.binary_length(texts)
                 counts["documents"] += len(texts)

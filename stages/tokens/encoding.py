@@ -6,7 +6,7 @@ In both, text stays text: a control token that is spelt out in it is encoded as 
 import itertools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -120,8 +120,8 @@ def fastokens_engine(tokenizer: Tokenizer) -> Engine | None:
         return None
 
 
-def refuse_control_tokens(encoded: Encoded, vocabulary: Vocabulary, what: str, first: int) -> None:
-    """Raise StageError if a text became a token with a special role.
+def refuse_control_tokens(encoded: Encoded, vocabulary: Vocabulary, what: str, numbers: Sequence[int]) -> None:
+    """Raise StageError if a text became a token with a special role; it is named as `what` and its number in `numbers`.
 
     Byte-level BPE spells such a text in ordinary tokens; a tokenizer whose own vocabulary holds the control tokens as
     pieces (Unigram) or as plain words cannot.
@@ -132,7 +132,7 @@ def refuse_control_tokens(encoded: Encoded, vocabulary: Vocabulary, what: str, f
     if found.any():
         number = int(np.searchsorted(encoded.offsets, found.argmax(), side="right")) - 1
         raise StageError(
-            f"{what} {first + number} spells a control token, which this tokenizer cannot keep as text: take it out of"
+            f"{what} {numbers[number]} spells a control token, which this tokenizer cannot keep as text: take it out of"
             " the text, or choose another tokenizer"
         )
 

@@ -65,9 +65,10 @@ class TextFile:
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         paths = {_path(name) for name in flatten.columns}
         columns = [index for index, column in enumerate(metadata.schema) if column.path in paths]
-        # The bytes of the texts of each row group, and the number of its first document.
+        # The bytes of the texts of each row group.
         self._sizes = [sum(group.column(index).total_uncompressed_size for index in columns) for group in groups]
-        self._first = np.cumsum([0, *(group.num_rows for group in groups)]).tolist()
+        self.group_starts = np.cumsum([0, *(group.num_rows for group in groups)], dtype=np.int64)
+        """[num_groups + 1] number of the first document of each row group, and the number of documents."""
 
     def shards(self, size: int) -> list["Rows"]:
         """Runs of row groups, each of at least `size` bytes but the last; of no documents, one without groups."""
@@ -77,7 +78,7 @@ class TextFile:
         while start < self.num_groups or not runs:
             reached = size + (ends[start - 1] if start else 0)
             end = min(int(np.searchsorted(ends, reached)) + 1, self.num_groups)
-            runs.append(Rows(range(start, end), self._first[start]))
+            runs.append(Rows(range(start, end), int(self.group_starts[start])))
             start = end
         return runs
 
@@ -88,7 +89,7 @@ class TextFile:
         """The texts of the row groups numbered `numbers`, an array of strings each."""
         metadata = _metadata_of(self._path)
         with (
-            _named_damage(self._path),
+            named_damage(self._path),
             pq.ParquetFile(self._path, metadata=metadata, page_checksum_verification=True) as file,
         ):
             for number in numbers:
@@ -121,7 +122,7 @@ def _metadata_of(path: Path) -> pq.FileMetaData:
 
 @functools.lru_cache(maxsize=4)
 def _metadata(path: Path, *_: int) -> pq.FileMetaData:
-    with _named_damage(path):
+    with named_damage(path):
         return pq.read_metadata(path)
 
 
@@ -148,7 +149,7 @@ def strings(values: list[bytes]) -> pa.Array:
 
 
 @contextmanager
-def _named_damage(file: Path) -> Iterator[None]:
+def named_damage(file: Path) -> Iterator[None]:
     """Errors of a damaged Parquet file inside the block, as StageErrors that name it."""
     try:
         yield
