@@ -81,16 +81,17 @@ def main(config: BaselineConfig) -> None:
     vocabulary = Vocabulary.read(tokens)
     model = build_model(config.model, vocabulary, config.seed).to(config.hardware.device)
     objective = make_objective(config.objective.name, vocabulary)
-    metric, figures = objective.document_metric, {}
+    metric, tables, figures = objective.document_metric, {}, {}
+    for name, texts in documents.items():
+        records = choose_documents(len(texts), evaluate.max_documents)
+        described = describe_records(_record_files(config, name), records)
+        at_once = config.hardware.evaluate_batch_tokens
+        scores = score_documents(model, objective, texts, records, evaluate.context, at_once)
+        tables[name], figures[name] = add_scores(described, scores, "bits_before"), document_figures(metric, scores)
+        log.info("%s %s before training: %.4f", name, metric, figures[name][metric])
     with staged(config.report, EVALUATED_FILES) as directory:
-        for name, texts in documents.items():
-            records = choose_documents(len(texts), evaluate.max_documents)
-            described = describe_records(_record_files(config, name), records)
-            at_once = config.hardware.evaluate_batch_tokens
-            scores = score_documents(model, objective, texts, records, evaluate.context, at_once)
-            write_scores(directory / f"{name}.parquet", add_scores(described, scores, "bits_before"))
-            figures[name] = document_figures(metric, scores)
-            log.info("%s %s before training: %.4f", name, metric, figures[name][metric])
+        for name, table in tables.items():
+            write_scores(directory / f"{name}.parquet", table)
     write_json(config.out, {config.task: with_texts_apart(figures)})
 
 
