@@ -26,7 +26,7 @@ def main() -> None:
             tokens, blocks, out = f"tokens=data/tokens/{task}", f"{scratch}/blocks", f"{scratch}/report"
             stage("group_texts", f"task={task}", f"block_size={size}", tokens, f"out={blocks}")
             given = [f"task={task}", f"hardware={arguments.hardware}", f"trained=models/{task}", tokens]
-            places = [f"blocks={blocks}", f"baseline=metrics/baseline/{task}.json", f"samples_out={scratch}/samples.md"]
+            places = [f"blocks={blocks}", f"baseline=reports/baseline/{task}", f"samples_out={scratch}/samples.md"]
             stage("evaluate", *given, *places, f"out={scratch}/metrics.json", f"report={out}")
             figures[size] = json.loads(Path(f"{out}/metrics.json").read_text())[task]["test"]
     names = [name for name in figures[arguments.sizes[0]] if isinstance(figures[arguments.sizes[0]][name], float)]

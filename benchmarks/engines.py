@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.preprocessing import own_tokenizer, write_documents
-from stages.tokenize.encoding import Tokenizers, fastokens_engine, token_bytes
+from stages.tokens.encoding import Tokenizers, fastokens_engine, token_bytes
 from stages.tokens.vocabulary import load_tokenizer
 
 AT_ONCE = 1000

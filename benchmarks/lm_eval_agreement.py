@@ -27,10 +27,11 @@ from stages.download.files import find_files
 from stages.download.records import to_record
 from stages.download.schema import Columns
 from stages.download.sources import read_rows
-from stages.figures.metrics import document_nats, ratio_with_error
+from stages.figures.groups import ratio_with_error
+from stages.figures.metrics import document_nats
 from stages.model.objectives import make_objective
 from stages.model.trained import load_trained
-from stages.tokenize.encoding import Tokenizers
+from stages.tokens.encoding import Tokenizers
 from stages.tokens.vocabulary import load_tokenizer, vocabulary_of
 
 

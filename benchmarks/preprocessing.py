@@ -253,7 +253,7 @@ def copying(place: Path) -> float:
 
 def by_engine(place: Path, tokenizer: Path) -> float:
     """Tokens per second of the engine on strings in memory."""
-    from stages.tokenize.encoding import choose_engine
+    from stages.tokens.encoding import choose_engine
     from stages.tokens.vocabulary import load_tokenizer
 
     groups = [texts.to_pylist() for split in SPLITS for texts in text_file(place / f"raw/{split}.parquet")]
@@ -264,8 +264,7 @@ def by_engine(place: Path, tokenizer: Path) -> float:
 
 
 def text_file(file: Path) -> Any:
-    from stages.tokenize.schema import Flatten
-    from stages.tokenize.texts import TextFile
+    from stages.tokens.texts import Flatten, TextFile
 
     return TextFile(file, Flatten(columns=["answers.text"], joiner=" "))
 
@@ -324,7 +323,7 @@ def compare(place: Path, directory: Path, raw: str) -> str:
     """Whether each document's tokens are the guide's, as far as the guide keeps them."""
     import numpy as np
 
-    from stages.tokenize.encoding import choose_engine
+    from stages.tokens.encoding import choose_engine
     from stages.tokens.vocabulary import load_tokenizer
 
     mapped, _ = tokenized(place, directory, raw, True, 1)

@@ -11,20 +11,22 @@ PATHS = {
     "download": ["data.path=data/sample/askscience.jsonl", "out=o"],
     "tokenize": ["raw=r", "out=o"],
     "group_texts": ["block_size=128", "seed=1", "tokens=t", "raw=r", "out=o"],
-    "baseline": ["seed=1", "tokens=t", "out=o"],
+    "baseline": ["seed=1", "tokens=t", "raw=d", "sources=s", "out=o", "report=r"],
     "train": [
         *("seed=1", "block_size=128", "learning_rate=0.1", "num_train_epochs=1", "batch_size=4"),
         *("tokens=t", "blocks=b", "out=o", "report=r"),
     ],
-    "evaluate": ["trained=m", "tokens=t", "blocks=b", "baseline=b", "out=o", "report=r", "samples_out=s"],
+    "evaluate": [
+        *("trained=m", "tokens=t", "blocks=b", "baseline=b", "sources=s", "out=o", "report=r", "samples_out=s"),
+    ],
 }
 GROUPS = {
     "download": {"data": "sample"},
     "tokenize": {"data": "sample", "model": "tiny-gpt2", "task": "causal"},
     "group_texts": {"data": "sample"},
-    "baseline": {"model": "tiny-gpt2", "task": "causal", "hardware": "cpu"},
+    "baseline": {"data": "sample", "model": "tiny-gpt2", "task": "causal", "hardware": "cpu"},
     "train": {"model": "tiny-gpt2", "adapter": "none", "task": "causal", "hardware": "cpu", "framework": "trainer"},
-    "evaluate": {"task": "causal", "hardware": "cpu"},
+    "evaluate": {"data": "sample", "task": "causal", "hardware": "cpu"},
 }
 
 

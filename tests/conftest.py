@@ -13,6 +13,15 @@ SUBJECTS = ("Rain", "A café", "The Moon", "Salt", "A magnet", "日本 tea")
 VERBS = ("falls when", "shines because", "melts if", "moves while")
 CAUSES = ("air cools", "light bends", "water warms up", "the field — which is weak — turns")
 
+EXTRA_TEXTS = [
+    "The Moon melts if salt cools.",
+    "naïve café 北京 🙂",
+    "a",
+    "Rain shines because the field turns water warm, " * 4,
+    "Tea bends light. <|endoftext|><mask>",
+    "Salt.",
+]
+
 MODELS = {
     "causal": [
         "model=tiny-gpt2",
@@ -53,20 +62,22 @@ def compose_stage() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/raw, data/tokens/TASK and data/blocks-SIZE/TASK of 72 one-sentence documents."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """data/raw, data/tokens/TASK and data/blocks-SIZE/TASK of 72 one-sentence documents, grouped by verb and number.
 
-    from stages.download.records import ELI5
+    Two sources for evaluation only, data/sources/{held_out,split}: EXTRA_TEXTS, in all.parquet and in three files.
+    """
+    from data_helpers import write_records
 
     root = tmp_path_factory.mktemp("corpus")
-    (root / "raw").mkdir()
     sentences = [f"{subject} {verb} {cause}." for subject in SUBJECTS for verb in VERBS for cause in CAUSES][::-1]
     splits = {"train": sentences[::2], "validation": sentences[1::4], "test": sentences[3::4]}
     for split, texts in splits.items():
-        empty = {field.name: None for field in ELI5}
-        rows = [{**empty, "answers": {"a_id": ["a"], "text": [text], "score": [1]}} for text in texts]
-        pq.write_table(pa.Table.from_pylist(rows, schema=ELI5), root / "raw" / f"{split}.parquet")
+        verbs = [next((verb for verb in VERBS[1:] if verb in text), None) for text in texts]
+        groups = {"verb": verbs, "number": [str(number) for number in range(len(texts))]}
+        write_records(root / "raw" / f"{split}.parquet", texts, groups)
+    write_records(root / "sources/held_out/all.parquet", EXTRA_TEXTS, sources=["held_out"] * len(EXTRA_TEXTS), rows=2)
+    for start, split in enumerate(("train", "validation", "test")):
+        write_records(root / f"sources/split/{split}.parquet", EXTRA_TEXTS[start::3], {"kind": [split] * 2})
     for task in TASKS:
         run_stage(
             "tokenize",
@@ -95,17 +106,17 @@ def overrides(corpus: Path) -> Callable[..., list[str]]:
     def command(stage: str, task: str, out: Path, *more: str) -> list[str]:
         common = [f"task={task}", "hardware=cpu", "hardware.num_threads=1", f"tokens={corpus}/tokens/{task}"]
         model = [*MODELS[task], "model.max_positions=64", "seed=42"]
-        windows = ["evaluate.context=16"]
+        windows = ["data=files", "evaluate.context=16", f"sources={corpus}/sources"]
         adapter = [] if any(item.startswith("adapter=") for item in more) else ["adapter=none"]
         framework = [] if any(item.startswith("framework=") for item in more) else ["framework=trainer"]
         training = [*adapter, *framework, "block_size=16", "learning_rate=0.01", "num_train_epochs=2", "batch_size=8"]
         files = {
-            "baseline": [f"out={out}/baseline.json"],
+            "baseline": [f"raw={corpus}/raw", f"out={out}/baseline.json", f"report={out}/baseline"],
             "train": [f"blocks={corpus}/blocks-16/{task}", f"out={out}/model", f"report={out}/report"],
             "evaluate": [
                 f"trained={out}/model",
                 f"blocks={corpus}/blocks-16/{task}",
-                f"baseline={out}/baseline.json",
+                f"baseline={out}/baseline",
                 f"out={out}/metrics.json",
                 f"report={out}/evaluation",
                 f"samples_out={out}/samples.md",

@@ -83,14 +83,40 @@ def write_jsonl(file: Path, records: Sequence[Any]) -> Path:
 
 
 def write_raw(directory: Path, texts: Mapping[str, Sequence[str]], rows: int = 1000) -> Path:
-    """The directory, with download's Parquet files: records whose one answer is the text, `rows` in a row group."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """The directory, with a file of `write_records` for each split."""
+    for name in SPLITS:
+        write_records(directory / f"{name}.parquet", texts[name], rows=rows)
+    return directory
+
+
+def write_records(
+    file: Path,
+    texts: Sequence[str],
+    groups: Mapping[str, Sequence[str | None]] | None = None,
+    sources: Sequence[str] | None = None,
+    q_ids: Sequence[str] | None = None,
+    rows: int = 1000,
+) -> Path:
+    """A Parquet file of download: records whose one answer is the text, `rows` in a row group.
+
+    Args:
+        groups: column that is kept to its values.
+        sources: of the records; None: all of `toy`.
+    """
+    schema = pa.schema([field for field in ELI5 if field.name not in ("source", "groups")])
     urls = {name: {"url": []} for name in ("title_urls", "selftext_urls", "answers_urls")}
     fields = dict.fromkeys(("q_id", "title", "selftext", "document", "subreddit"), "")
-    for name in SPLITS:
-        records = [{**fields, **urls, "answers": {"a_id": [""], "text": [text], "score": [0]}} for text in texts[name]]
-        pq.write_table(pa.Table.from_pylist(records, schema=ELI5), directory / f"{name}.parquet", row_group_size=rows)
-    return directory
+    records = [{**fields, **urls, "answers": {"a_id": [""], "text": [text], "score": [0]}} for text in texts]
+    table = pa.Table.from_pylist(records, schema=schema)
+    if q_ids is not None:
+        table = table.set_column(0, "q_id", pa.array(q_ids, pa.string()))
+    table = table.append_column("source", pa.array(sources or ["toy"] * len(texts), pa.string()))
+    if groups is not None:
+        columns = [pa.array(values, pa.string()) for values in groups.values()]
+        table = table.append_column("groups", pa.StructArray.from_arrays(columns, list(groups)))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, file, row_group_size=rows)
+    return file
 
 
 def write_bpe(directory: Path, special_tokens: Mapping[str, str], vocab_size: int = 300) -> Path:
@@ -115,6 +141,18 @@ def write_word_piece(directory: Path) -> Path:
     tokenizer.save(str(directory / "tokenizer.json"))
     roles = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "unk_token": "[UNK]"}
     (directory / "special_tokens_map.json").write_text(json.dumps(roles), encoding="utf-8")
+    return directory
+
+
+def write_unigram(directory: Path) -> Path:
+    """The directory, with a Unigram tokenizer of a few letters, of which text may become control tokens."""
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -2.0) for letter in "▁abc</s>k")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3))
+    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>"])
+    directory.mkdir(parents=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    roles = {"eos_token": "</s>", "pad_token": "<pad>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(roles), encoding="utf-8")
     return directory
 
 

@@ -1,7 +1,9 @@
 """Stage `baseline@TASK`: the model's block-independent figures before training, untrained or pretrained.
 
-Reads   data/tokens/TASK/, the model's pinned checkpoint if it has one
-Writes  metrics/baseline/TASK.json
+Reads   data/tokens/TASK/, the columns source, groups and q_id of data/raw/{validation,test}.parquet, the sources that
+        evaluate.texts names in data/sources/NAME/, the model's pinned checkpoint if it has one
+Writes  metrics/baseline/TASK.json, reports/baseline/TASK/{validation,test,texts-NAME}.parquet (the scores of each
+        document: stages/figures/scores.py)
 Command python -m stages.baseline task=causal
 """
 
@@ -10,11 +12,16 @@ from pathlib import Path
 
 from pydantic import ValidationInfo, field_validator
 
-from stages.core.artifacts import Documents, check_out, write_json
+from stages.core.artifacts import check_out, staged, write_json
 from stages.core.config import Seed, part
+from stages.figures.groups import document_figures
+from stages.figures.names import EVALUATED, EVALUATED_FILES, TEXTS, with_texts_apart
 from stages.figures.schema import Evaluate
+from stages.figures.scores import add_scores, describe_records, write_scores
+from stages.figures.texts import open_texts, source_files
 from stages.model.hardware import Hardware
 from stages.model.schema import Model, ObjectiveName, check_task
+from stages.tokens.texts import FlattenData
 from stages.tokens.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -24,6 +31,7 @@ log = logging.getLogger(__name__)
 class BaselineConfig:
     task: str
     """Name of the task, under which the metrics stand."""
+    data: FlattenData
     model: Model
     objective: ObjectiveName
     hardware: Hardware
@@ -32,8 +40,14 @@ class BaselineConfig:
     evaluate: Evaluate
     tokens: str
     """Directory of tokenize's shards."""
+    raw: str
+    """Directory of download's Parquet files."""
+    sources: str
+    """Directory of the sources that evaluate.texts names."""
     out: str
-    """File to write."""
+    """File of the metrics to write."""
+    report: str
+    """Directory of the scores to write."""
 
     @field_validator("objective")
     @classmethod
@@ -56,21 +70,33 @@ class BaselineConfig:
 
 def main(config: BaselineConfig) -> None:
     check_out(config.out)
-    from stages.figures.metrics import document_metrics
+    check_out(config.report, EVALUATED_FILES)
+    from stages.figures.metrics import choose_documents, score_documents
     from stages.model.models import build_model, prepare_torch
     from stages.model.objectives import make_objective
 
     prepare_torch(config.hardware)
-    vocabulary = Vocabulary.read(config.tokens)
+    evaluate, tokens = config.evaluate, Path(config.tokens)
+    documents = open_texts(evaluate.texts, Path(config.sources), config.data.flatten, tokens)
+    vocabulary = Vocabulary.read(tokens)
     model = build_model(config.model, vocabulary, config.seed).to(config.hardware.device)
     objective = make_objective(config.objective.name, vocabulary)
-    figures = {}
-    for split in ("validation", "test"):
-        documents = Documents(Path(config.tokens) / split)
-        figures[split] = document_metrics(
-            model, objective, documents, vocabulary, config.evaluate, config.hardware.evaluate_batch_tokens
-        )
-        log.info(
-            "%s %s before training: %.4f", split, objective.document_metric, figures[split][objective.document_metric]
-        )
-    write_json(config.out, {config.task: figures})
+    metric, tables, figures = objective.document_metric, {}, {}
+    for name, texts in documents.items():
+        records = choose_documents(len(texts), evaluate.max_documents)
+        described = describe_records(_record_files(config, name), records)
+        at_once = config.hardware.evaluate_batch_tokens
+        scores = score_documents(model, objective, texts, records, evaluate.context, at_once)
+        tables[name], figures[name] = add_scores(described, scores, "bits_before"), document_figures(metric, scores)
+        log.info("%s %s before training: %.4f", name, metric, figures[name][metric])
+    with staged(config.report, EVALUATED_FILES) as directory:
+        for name, table in tables.items():
+            write_scores(directory / f"{name}.parquet", table)
+    write_json(config.out, {config.task: with_texts_apart(figures)})
+
+
+def _record_files(config: BaselineConfig, name: str) -> list[Path]:
+    """Download's files of the records of which open_texts gives the documents under `name`."""
+    if name in EVALUATED:
+        return [Path(config.raw) / f"{name}.parquet"]
+    return source_files(Path(config.sources), name.removeprefix(TEXTS))

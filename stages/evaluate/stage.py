@@ -1,9 +1,11 @@
 """Stage `evaluate@TASK`: a trained model -> comparable metrics, those from before training as well, and samples.
 
-Reads   models/TASK/, data/tokens/TASK/, data/blocks/TASK/{validation,test}/, metrics/baseline/TASK.json
+Reads   models/TASK/, data/tokens/TASK/, data/blocks/TASK/{validation,test}/, reports/baseline/TASK/, the sources that
+        evaluate.texts names in data/sources/NAME/
 Writes  metrics/TASK.json ({"TASK": {"val": {...}, "test": {...}}}: the headline metrics under short names),
-        reports/evaluate/TASK/metrics.json ({"TASK": {"validation": {...}, "test": {...}}}: all metrics),
-        reports/samples/TASK.md
+        reports/evaluate/TASK/metrics.json ({"TASK": {"validation": {...}, "test": {...}, "texts": {"NAME": {...}}}}:
+        all metrics, also by source and group), reports/evaluate/TASK/{validation,test,texts-NAME}.parquet (baseline's
+        tables of scores, with those after training), reports/samples/TASK.md
 Command python -m stages.evaluate task=causal
 """
 
@@ -12,18 +14,24 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from pydantic import ValidationInfo, field_validator
 
-from stages.core.artifacts import Blocks, Documents, check_out, damaged, read_json, staged, write_json, write_text
+from stages.core.artifacts import Blocks, check_out, read_json, staged, to_numpy, write_json, write_text
 from stages.core.config import part
 from stages.core.errors import StageError
 from stages.evaluate.schema import Samples
-from stages.figures.names import headline
+from stages.figures.groups import document_figures, figures_by_group
+from stages.figures.names import EVALUATED, headline, with_texts_apart
 from stages.figures.schema import Evaluate
+from stages.figures.scores import add_scores, read_scores, scores_in, write_scores
+from stages.figures.texts import Texts, open_texts
 from stages.hub.files import usable_positions
 from stages.launch.torchrun import run_in_processes
 from stages.model.hardware import Hardware
 from stages.model.schema import ObjectiveConfig
+from stages.tokens.texts import FlattenData
 from stages.tokens.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -33,6 +41,7 @@ log = logging.getLogger(__name__)
 class EvaluateConfig:
     task: str
     """Name of the task, under which the metrics stand."""
+    data: FlattenData
     objective: ObjectiveConfig
     hardware: Hardware
     evaluate: Evaluate
@@ -44,11 +53,13 @@ class EvaluateConfig:
     blocks: str
     """Directory of group_texts."""
     baseline: str
-    """File of baseline."""
+    """Directory of baseline's scores."""
+    sources: str
+    """Directory of the sources that evaluate.texts names."""
     out: str
     """File of the headline metrics to write."""
     report: str
-    """Directory of all metrics to write."""
+    """Directory of all metrics and of the scores to write."""
     samples_out: str
     """File of the samples to write."""
 
@@ -99,45 +110,57 @@ def evaluate(config: EvaluateConfig) -> None:
             block_size,
         )
     objective = make_objective(name, vocabulary, config.objective, model)
-    figures = read_json(config.baseline)
-    before = figures.get(config.task) if isinstance(figures, dict) else None
-    if not isinstance(before, dict) or before.keys() != {"validation", "test"}:
-        raise damaged(config.baseline, f"no {config.task} figures of validation and test")
-    metrics = {split: _evaluate_split(config, split, model, objective, vocabulary, before[split]) for split in before}
+    documents = open_texts(config.evaluate.texts, Path(config.sources), config.data.flatten, tokens)
+    tables = {key: _score(config, key, texts, model, objective) for key, texts in documents.items()}
+    metrics = {key: _figures(config, key, table, model, objective) for key, table in tables.items()}
     if not rank():
         samples = make_samples(config.samples, name, model, tokens / "tokenizer", vocabulary)
         with staged(config.report, ["metrics.json"]) as directory:
-            write_json(directory / "metrics.json", {config.task: metrics})
+            write_json(directory / "metrics.json", {config.task: with_texts_apart(metrics)})
+            for key, table in tables.items():
+                write_scores(directory / f"{key}.parquet", table)
         write_text(config.samples_out, samples)
         write_json(config.out, {config.task: headline(metrics)})
     wait_for_all()
     log.info("-> %s, %s, %s", config.out, config.report, config.samples_out)
 
 
-def _evaluate_split(
-    config: EvaluateConfig, split: str, model: Any, objective: Any, vocabulary: Vocabulary, before: dict[str, float]
-) -> dict[str, float]:
-    """The metrics of a split: the block-independent one after and before training, and the loss over blocks."""
-    from stages.figures.metrics import document_metrics
+def _score(config: EvaluateConfig, name: str, texts: Texts, model: Any, objective: Any) -> pa.Table:
+    """Baseline's table of the documents called `name`, with their bits after training."""
+    from stages.figures.metrics import choose_documents, score_documents
+
+    file = Path(config.baseline) / f"{name}.parquet"
+    table, records = read_scores(file), choose_documents(len(texts), config.evaluate.max_documents)
+    at_once = config.hardware.evaluate_batch_tokens
+    scores = score_documents(model, objective, texts, records, config.evaluate.context, at_once)
+    before, numbers = scores_in(table, "bits_before"), to_numpy(table.column("record").combine_chunks())
+    pairs = ((numbers, records), (before.num_bytes, scores.num_bytes), (before.num_tokens, scores.num_tokens))
+    if not all(np.array_equal(one, other) for one, other in pairs):
+        raise StageError(f"{file} is of other documents than these: run `dvc repro baseline@{config.task}`")
+    return add_scores(table, scores, "bits_after")
+
+
+def _figures(config: EvaluateConfig, name: str, table: pa.Table, model: Any, objective: Any) -> dict[str, Any]:
+    """The metrics of a table of scores, after training and before, by group as well; of a split also the loss."""
+    metric = objective.document_metric
+    figures = document_figures(metric, scores_in(table, "bits_after"))
+    counts = {key: figures.pop(key) for key in ("documents", "tokens", "bytes")}
+    before = document_figures(metric, scores_in(table, "bits_before"))[metric]
+    log.info("%s %s: %.4f before training, %.4f after", name, metric, before, figures[metric])
+    loss = _block_loss(config, name, model, objective) if name in EVALUATED else {}
+    groups = figures_by_group(metric, table)
+    return {**figures, f"base_{metric}": before, **loss, **counts, "groups": groups}
+
+
+def _block_loss(config: EvaluateConfig, split: str, model: Any, objective: Any) -> dict[str, float]:
+    """The loss over the blocks of a split, and its perplexity."""
     from stages.model.block_loss import block_loss
 
-    tokens, blocks = Path(config.tokens) / split, Blocks(Path(config.blocks) / split)
-    lossy = read_json(tokens / "stats.json").get("documents_lossy", 0)
+    lossy = read_json(Path(config.tokens) / split / "stats.json").get("documents_lossy", 0)
     if lossy:
         log.warning(
             "%s: %d documents do not survive the tokenizer: compare no bits per byte across tokenizers", split, lossy
         )
-    at_once = config.hardware.evaluate_batch_tokens
-    figures = document_metrics(model, objective, Documents(tokens), vocabulary, config.evaluate, at_once)
-    loss = block_loss(model, objective, blocks, at_once)
-    metric, (loss_name, perplexity_name) = objective.document_metric, objective.loss_metrics
-    log.info("%s %s: %.4f before training, %.4f after", split, metric, before[metric], figures[metric])
-    counts = {key: figures.pop(key) for key in ("documents", "tokens", "bytes")}
-    assert counts == {key: before[key] for key in counts}  # the same documents, before and after
-    return {
-        **figures,
-        f"base_{metric}": before[metric],
-        loss_name: loss,
-        perplexity_name: math.exp(loss),
-        **counts,
-    }
+    loss = block_loss(model, objective, Blocks(Path(config.blocks) / split), config.hardware.evaluate_batch_tokens)
+    loss_name, perplexity_name = objective.loss_metrics
+    return {loss_name: loss, perplexity_name: math.exp(loss)}

@@ -1,4 +1,4 @@
-"""The metrics: bits per byte of documents and the loss over blocks, in fp32, whatever the batch size.
+"""What the metrics are made of: the bits of documents and the loss over blocks, in fp32, whatever the batch size.
 
 `bits_per_byte` and `pseudo_bits_per_byte` depend on the model, the documents and `evaluate.context` alone; the first
 may be compared between runs of any block_size and between lossless tokenizers, the second within one tokenizer, and
@@ -13,44 +13,35 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stages.core.artifacts import Documents
-from stages.core.errors import StageError
-from stages.figures.schema import Evaluate
+from stages.core.artifacts import TokenIds
+from stages.figures.scores import Scores
+from stages.figures.texts import Texts
 from stages.model.block_loss import row_sums
 from stages.model.loss import TokenLoss
 from stages.model.objectives import Objective, Window
 from stages.model.precision import full_precision
 from stages.model.processes import rank, summed, world_size
-from stages.tokens.vocabulary import Vocabulary
 
 _WINDOWS_AT_ONCE = 8192  # sorted by length together, so that batches hold windows of like length
 
 
-def document_metrics(
-    model: Any, objective: Objective, documents: Documents, vocabulary: Vocabulary, config: Evaluate, batch_tokens: int
-) -> dict[str, float]:
-    """The block-independent metric of the documents, its standard error, and counts.
-
-    Keys: objective.document_metric (bits per UTF-8 byte of text), the same with `_se` (its standard error over
-    documents), documents, tokens (of text), bytes.
-    """
-    chosen = choose_documents(len(documents), config.max_documents)
+def score_documents(
+    model: Any, objective: Objective, texts: Texts, records: npt.NDArray[np.int64], context: int, batch_tokens: int
+) -> Scores:
+    """The scores of the documents numbered `records`, in windows of at most `context` tokens."""
     mine = slice(rank(), None, world_size())  # of several processes, each takes its share
-    texts = (vocabulary.text_tokens(documents[index]) for index in chosen[mine])
-    nats, counts = np.zeros(len(chosen)), np.zeros(1)
-    nats[mine], counts[0] = document_nats(
-        model, objective.windows(texts, config.context), len(chosen[mine]), batch_tokens
-    )
-    nats, num_tokens = summed(nats), int(summed(counts)[0])
-    num_bytes = documents.num_bytes[chosen]
-    ratio, error = ratio_with_error(nats / math.log(2), num_bytes)
-    return {
-        objective.document_metric: ratio,
-        f"{objective.document_metric}_se": error,
-        "documents": len(chosen),
-        "tokens": num_tokens,
-        "bytes": int(num_bytes.sum()),
-    }
+    num_bytes: list[int] = []
+
+    def ids() -> Iterator[TokenIds]:
+        for text in texts.read(records[mine]):
+            num_bytes.append(text.num_bytes)
+            yield text.ids
+
+    columns = np.zeros((3, len(records)))  # bytes, tokens, nats
+    nats, num_tokens = document_nats(model, objective.windows(ids(), context), len(records[mine]), batch_tokens)
+    columns[:, mine] = num_bytes, num_tokens, nats
+    columns = summed(columns)
+    return Scores(columns[0].astype(np.int64), columns[1].astype(np.int64), columns[2] / math.log(2))
 
 
 def choose_documents(total: int, most: int | None) -> npt.NDArray[np.int64]:
@@ -59,30 +50,18 @@ def choose_documents(total: int, most: int | None) -> npt.NDArray[np.int64]:
     return np.arange(number, dtype=np.int64) * total // max(number, 1)
 
 
-def ratio_with_error(bits: npt.NDArray[np.float64], num_bytes: npt.NDArray[np.int64]) -> tuple[float, float]:
-    """sum(bits) / sum(num_bytes) and its standard error over documents (ratio estimator: Cochran 1977, section 6.4).
-
-    The error is 0 for a single document, which says nothing about others.
-    """
-    total, count = int(num_bytes.sum()), len(bits)
-    if total == 0:
-        raise StageError("the documents to evaluate hold no text, so that they have no bits per byte: give more text")
-    ratio = math.fsum(bits) / total
-    residuals = math.fsum((bits - ratio * num_bytes) ** 2)
-    return ratio, math.sqrt(residuals * count / (count - 1)) / total if count > 1 else 0.0
-
-
 def document_nats(
     model: Any, windows: Iterator[Window], num_documents: int, batch_tokens: int
-) -> tuple[npt.NDArray[np.float64], int]:
-    """Sum of -ln p over the tokens of each document, [num_documents] float64, and the number of tokens."""
-    nats, num_tokens = np.zeros(num_documents), 0
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Sum of -ln p over the tokens of each document, and their number; each [num_documents]."""
+    nats, num_tokens = np.zeros(num_documents), np.zeros(num_documents, np.int64)
     loss = TokenLoss(model)
     with full_precision(model), loss.hidden_outputs():
         for batch in length_batches(windows, batch_tokens):
             sums = window_nats(model, loss, batch)
-            np.add.at(nats, [window.document for window in batch], sums)
-            num_tokens += sum(len(window.targets) for window in batch)
+            documents = [window.document for window in batch]
+            np.add.at(nats, documents, sums)
+            np.add.at(num_tokens, documents, [len(window.targets) for window in batch])
     return nats, num_tokens
 
 

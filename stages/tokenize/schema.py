@@ -1,18 +1,8 @@
-"""Schema of what tokenize reads of conf/data and conf/task."""
+"""Schema of the tokenize section of conf/task."""
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from stages.core.config import whole
-
-
-@whole
-class Flatten:
-    columns: Annotated[list[Literal["title", "selftext", "answers.text"]], Field(min_length=1)]
-    """Columns of ELI5's schema that make up a document's text, in this order."""
-    joiner: str
-    """Stands between them, and between the answers."""
 
 
 @whole

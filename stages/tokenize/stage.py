@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationInfo, field_validator
 
 from stages.core.artifacts import (
@@ -20,7 +19,6 @@ from stages.core.artifacts import (
     SPLITS,
     shard_name,
     staged,
-    to_arrow,
     versions,
     write_checksums,
     write_json,
@@ -31,23 +29,14 @@ from stages.core.pins import pinned_origin
 from stages.hub.files import TOKENIZER_FILES, VOCABULARY_FILES, pinned_files
 from stages.shell.progress import Progress
 from stages.shell.tasks import are_spread, connect_workers, run_pieces
-from stages.tokenize.encoding import Decoder, Engine, choose_engine
-from stages.tokenize.schema import Flatten, Tokenize
-from stages.tokenize.texts import TextFile
+from stages.tokenize.schema import Tokenize
 from stages.tokenize.token_shards import Shard, TokenShards
+from stages.tokens.encoding import Decoder, Engine, choose_engine
 from stages.tokens.schema import ModelTokenizer, TokenizerSource
+from stages.tokens.texts import FlattenData, TextFile, sample_texts
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer, train_tokenizer, vocabulary_of
 
 log = logging.getLogger(__name__)
-
-# Documents by which a faster engine proves itself: the first and the longest of the first row groups, and some of a few
-# row groups of each split.
-FIRST_GROUPS, RANDOM_GROUPS, RANDOM_DOCUMENTS, MOST_CHARACTERS = 4, 8, 96, 1_000_000
-
-
-@part
-class FlattenData:
-    flatten: Flatten
 
 
 @part
@@ -87,7 +76,7 @@ def main(config: TokenizeConfig) -> None:
             vocabulary = vocabulary_of(tokenizer, copy, config.tokenize.wrap, config.tokenize.requires)
         except StageError as error:  # in words for its source: the copy vanishes with this run
             raise StageError(str(error).replace(str(copy), str(config.model.tokenizer.path))) from None
-        engine_name, engine = choose_engine(tokenizer, sample(list(files.values())))
+        engine_name, engine = choose_engine(tokenizer, sample_texts(list(files.values())))
         log.info("vocabulary of %d tokens, encoded by %s", vocabulary.size, engine_name)
         decoder = Decoder(tokenizer)
         for split, file in files.items():
@@ -122,24 +111,6 @@ def _prepare_tokenizer(source: TokenizerSource, training: TextFile, directory: P
     directory.mkdir(parents=True)
     for name, file in files.items():
         (directory / name).write_bytes(file.read_bytes())
-
-
-def sample(files: list[TextFile]) -> list[str]:
-    """Texts of the files by which a faster engine proves itself, each cut to MOST_CHARACTERS.
-
-    The first and the longest of the first row groups, and some of row groups drawn over all files.
-    """
-    chosen: list[str] = []
-    for texts in files[0].groups(range(files[0].num_groups)[:FIRST_GROUPS]):
-        strings = texts.to_pylist()
-        chosen += [strings[0], max(strings, key=len)]
-    random = np.random.default_rng(0)
-    for file in files:
-        numbers = random.permutation(file.num_groups)[:RANDOM_GROUPS].tolist()
-        for texts in file.groups(numbers):
-            some = random.permutation(len(texts))[: RANDOM_DOCUMENTS // len(numbers)]
-            chosen += texts.take(to_arrow(some)).to_pylist()
-    return [text[:MOST_CHARACTERS] for text in chosen]
 
 
 def tokenize_split(

@@ -10,12 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.core.artifacts import TokenIds, to_arrow, write_shard
-from stages.core.errors import StageError
-from stages.tokenize.encoding import Decoder, Encoded, Engine
-from stages.tokenize.texts import Rows, TextFile, prefetch
+from stages.tokens.encoding import Decoder, Encoded, Engine, refuse_control_tokens
+from stages.tokens.texts import Rows, TextFile, prefetch
 from stages.tokens.vocabulary import Vocabulary
-
-_CONTROL_ROLES = {"eos_token", "mask_token", "cls_token", "sep_token", "pad_token", "bos_token"}  # unk stands for text
 
 
 class Shard(NamedTuple):
@@ -56,7 +53,8 @@ class TokenShards:
             read = prefetch((texts, texts.to_pylist()) for texts in self._texts.groups(shard.documents.groups))
             for texts, encoded in prefetch((texts, self._encode(strings)) for texts, strings in read):
                 first = shard.documents.first + counts["documents"]
-                _refuse_control_tokens(encoded, self._vocabulary, f"{shard.file.parent.name} document", first)
+                numbers = range(first, first + len(texts))
+                refuse_control_tokens(encoded, self._vocabulary, f"{shard.file.parent.name} document", numbers)
                 ids, offsets = wrap(encoded, self._vocabulary, first=first == 0)
                 num_bytes = pc.binary_length(texts)
                 counts["documents"] += len(texts)
@@ -71,23 +69,6 @@ class TokenShards:
                     self._progress(first + len(texts))
 
         return write_shard(shard.file, schema, batches()), counts
-
-
-def _refuse_control_tokens(encoded: Encoded, vocabulary: Vocabulary, what: str, first: int) -> None:
-    """Raise StageError if a text became a token with a special role.
-
-    Byte-level BPE spells such a text in ordinary tokens; a tokenizer whose own vocabulary holds the control tokens as
-    pieces (Unigram) or as plain words cannot.
-    """
-    roles = [vocabulary.special[role] for role in _CONTROL_ROLES & set(vocabulary.special)]
-    special = np.array([*vocabulary.control.tolist(), *roles], np.uint32)
-    found = np.isin(encoded.ids, special, kind="sort")  # a comparison for each of these few, faster than a table
-    if found.any():
-        number = int(np.searchsorted(encoded.offsets, found.argmax(), side="right")) - 1
-        raise StageError(
-            f"{what} {first + number} spells a control token, which this tokenizer cannot keep as text: take it out of"
-            " the text, or choose another tokenizer"
-        )
 
 
 def wrap(encoded: Encoded, vocabulary: Vocabulary, first: bool) -> tuple[TokenIds, npt.NDArray[np.int64]]:

@@ -4,18 +4,28 @@ import json
 import math
 import re
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from conftest import EXTRA_TEXTS
+from data_helpers import contents
 
 from stages.core.artifacts import Documents, read_json
+from stages.core.config import flat
 from stages.core.errors import ConfigError, StageError, without_controls
 from stages.evaluate.samples import make_samples
 from stages.evaluate.schema import Samples
-from stages.figures.metrics import document_metrics
-from stages.figures.schema import Evaluate
+from stages.figures.groups import NONE, ratio_with_error
+from stages.figures.metrics import score_documents
+from stages.figures.scores import read_scores, scores_in
+from stages.figures.texts import SplitTexts
 from stages.model.objectives import make_objective
 from stages.model.trained import load_trained
+from stages.tokenize.stage import tokenize_split
+from stages.tokens.encoding import Tokenizers
+from stages.tokens.texts import Flatten, TextFile
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 
 TASKS = ("causal", "mlm")
@@ -52,6 +62,7 @@ def test_baseline_of_an_untrained_model_is_near_uniform_over_the_vocabulary(trai
 def test_baseline_run_twice_gives_the_same_bytes(trained, run_toy, tmp_path, task):
     run_toy("baseline", task, tmp_path)
     assert (tmp_path / "baseline.json").read_bytes() == (trained[task] / "baseline.json").read_bytes()
+    assert contents(tmp_path / "baseline") == contents(trained[task] / "baseline")
 
 
 def test_baseline_with_another_seed_differs(trained, run_toy, tmp_path):
@@ -71,7 +82,7 @@ def test_baseline_of_a_context_above_the_models_positions_is_a_config_error(comp
 def test_evaluate_of_a_trained_model_gives_the_figures_of_both_splits_with_the_same_keys(trained, task):
     metrics, before = metrics_of(trained[task], task), read_json(trained[task] / "baseline.json")[task]
     name = METRIC[task]
-    keys = [name, f"{name}_se", f"base_{name}", LOSS[task], PERPLEXITY[task], "documents", "tokens", "bytes"]
+    keys = [name, f"{name}_se", f"base_{name}", LOSS[task], PERPLEXITY[task], "documents", "tokens", "bytes", "groups"]
     assert list(metrics) == list(SPLITS)
     for split in SPLITS:
         assert list(metrics[split]) == keys
@@ -92,6 +103,8 @@ def test_evaluate_run_twice_gives_the_same_bytes(trained, run_toy, tmp_path, tas
     run_toy("evaluate", task, root, *again)
     assert (tmp_path / "metrics.json").read_bytes() == (root / "metrics.json").read_bytes()
     assert (tmp_path / "samples.md").read_bytes() == (root / "samples.md").read_bytes()
+    assert contents(tmp_path / "evaluation") == contents(root / "evaluation")
+    assert contents(tmp_path / "evaluation").keys() == {"metrics.json", "validation.parquet", "test.parquet"}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -123,17 +136,17 @@ def test_evaluate_at_another_batch_size_gives_equal_figures(trained, run_toy, tm
     ]
     run_toy("evaluate", task, trained[task], *more)
     for split in SPLITS:
-        assert metrics_of(tmp_path, task)[split] == pytest.approx(metrics_of(trained[task], task)[split], rel=1e-6)
+        found, expected = (dict(flat(metrics_of(root, task)[split])) for root in (tmp_path, trained[task]))
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_evaluate_gives_the_document_metric_of_the_saved_model(trained, corpus, task):
     tokens, vocabulary = corpus / "tokens" / task, Vocabulary.read(corpus / "tokens" / task)
-    model, config = load_trained(task, trained[task] / "model"), Evaluate(context=16, max_documents=None)
-    found = document_metrics(
-        model, make_objective(task, vocabulary), Documents(tokens / "test"), vocabulary, config, 4096
-    )
-    assert found[METRIC[task]] == metrics_of(trained[task], task)["test"][METRIC[task]]
+    model, texts = load_trained(task, trained[task] / "model"), SplitTexts(Documents(tokens / "test"), vocabulary)
+    scores = score_documents(model, make_objective(task, vocabulary), texts, np.arange(len(texts)), 16, 4096)
+    figure = ratio_with_error(scores.bits, scores.num_bytes)[0]
+    assert figure == metrics_of(trained[task], task)["test"][METRIC[task]]
 
 
 def test_evaluate_with_max_documents_counts_those_alone(trained, run_toy, tmp_path):
@@ -143,6 +156,127 @@ def test_evaluate_with_max_documents_counts_those_alone(trained, run_toy, tmp_pa
     metrics = metrics_of(tmp_path, "causal")
     assert [metrics[split]["documents"] for split in SPLITS] == [3, 3]
     assert metrics["test"]["bits_per_byte_se"] > metrics_of(trained["causal"], "causal")["test"]["bits_per_byte_se"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluate_scores_have_a_row_a_document_from_which_the_metrics_follow(trained, corpus, task):
+    metrics, raw = metrics_of(trained[task], task), pq.read_table(corpus / "raw/test.parquet")
+    table = read_scores(trained[task] / "evaluation/test.parquet")
+    assert table.schema.names == ["record", "source", "groups", "bytes", "tokens", "bits_before", "bits_after"]
+    assert table.column("record").to_pylist() == list(range(len(raw)))
+    assert table.select(["source", "groups"]) == raw.select(["source", "groups"])
+    for name, bits in ((METRIC[task], "bits_after"), (f"base_{METRIC[task]}", "bits_before")):
+        scores = scores_in(table, bits)
+        assert ratio_with_error(scores.bits, scores.num_bytes)[0] == metrics["test"][name]
+    sizes = [len(record["text"][0].encode()) for record in raw.column("answers").to_pylist()]
+    assert table.column("bytes").to_pylist() == sizes
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluate_groups_have_the_figures_of_their_documents_alone(trained, task):
+    for split in SPLITS:
+        whole = metrics_of(trained[task], task)[split]
+        assert whole["groups"].keys() == {"source", "verb", "number"}
+        (everything,) = whole["groups"]["source"].values()
+        assert everything[METRIC[task]] == whole[METRIC[task]]
+        assert whole["groups"]["verb"].keys() == {NONE, "shines because", "melts if", "moves while"}
+        for values in whole["groups"].values():
+            for count in ("documents", "tokens", "bytes"):
+                assert sum(figures[count] for figures in values.values()) == whole[count]
+            for bits, name in (("bits", METRIC[task]), ("base_bits", f"base_{METRIC[task]}")):
+                total = math.fsum(figures[bits] for figures in values.values())
+                assert total == pytest.approx(whole[name] * whole["bytes"], rel=1e-12)
+        ones = whole["groups"]["number"].values()
+        assert all(figures["documents"] == 1 and f"{METRIC[task]}_se" not in figures for figures in ones)
+
+
+def test_evaluate_of_scores_of_other_documents_is_an_error_that_names_the_command(trained, run_toy, tmp_path):
+    more = [f"out={tmp_path}/metrics.json", f"report={tmp_path}/evaluation", "evaluate.max_documents=3"]
+    with pytest.raises(StageError, match=r"validation\.parquet is of other documents .* `dvc repro baseline@causal`"):
+        run_toy("evaluate", "causal", trained["causal"], *more)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+# -- texts that are only evaluated -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def with_texts(request, trained, run_toy, tmp_path_factory):
+    """The task, and the outs of baseline and evaluate with two sources more."""
+    root, task = tmp_path_factory.mktemp("texts"), request.param
+    run_toy("baseline", task, root, "evaluate.texts=[held_out,split]")
+    run_toy("evaluate", task, root, "evaluate.texts=[held_out,split]", f"trained={trained[task]}/model")
+    return task, root
+
+
+def test_evaluate_texts_have_figures_of_their_own_and_change_no_other(with_texts, trained):
+    task, root = with_texts
+    metrics, plain = metrics_of(root, task), metrics_of(trained[task], task)
+    assert list(metrics) == [*SPLITS, "texts"]
+    assert {split: metrics[split] for split in SPLITS} == plain
+    assert (root / "metrics.json").read_bytes() == (trained[task] / "metrics.json").read_bytes()
+    assert list(metrics["texts"]) == ["held_out", "split"]
+    for figures in metrics["texts"].values():
+        assert figures["documents"] == len(EXTRA_TEXTS)
+        assert figures["bytes"] == sum(len(text.encode()) for text in EXTRA_TEXTS)
+        assert figures[METRIC[task]] < figures[f"base_{METRIC[task]}"]
+        assert LOSS[task] not in figures
+    assert list(metrics["texts"]["split"]["groups"]["kind"]) == ["train", "validation", "test"]  # by size
+    assert read_json(root / "baseline.json")[task]["texts"].keys() == {"held_out", "split"}
+
+
+def test_evaluate_texts_in_one_file_and_in_three_give_the_same_scores(with_texts):
+    _, root = with_texts
+    whole, parts = (read_scores(root / f"evaluation/texts-{name}.parquet") for name in ("held_out", "split"))
+    order = [0, 3, 1, 4, 2, 5]  # of the texts in three files
+    assert parts.column("bytes").to_pylist() == [whole.column("bytes").to_pylist()[number] for number in order]
+    np.testing.assert_allclose(parts.column("bits_after"), np.array(whole.column("bits_after"))[order], rtol=1e-6)
+    assert set(whole.column("source").to_pylist()) == {"held_out"}
+
+
+def test_evaluate_texts_are_encoded_as_tokenize_does(with_texts, corpus, trained, tmp_path):
+    """What tokenize makes of the same records, as a split, has the same scores to the last digit."""
+    task, root = with_texts
+    vocabulary = Vocabulary.read(corpus / "tokens" / task)
+    file = TextFile(corpus / "sources/held_out/all.parquet", Flatten(columns=["answers.text"], joiner=" "))
+    encode = Tokenizers(load_tokenizer(corpus / "tokens" / task / "tokenizer"))
+    tokenize_split(file, encode, vocabulary, tmp_path / "split", decoder=None)
+    model, texts = load_trained(task, trained[task] / "model"), SplitTexts(Documents(tmp_path / "split"), vocabulary)
+    scores = score_documents(model, make_objective(task, vocabulary), texts, np.arange(len(texts)), 16, 4096)
+    found = scores_in(read_scores(root / "evaluation/texts-held_out.parquet"), "bits_after")
+    assert all(np.array_equal(one, other) for one, other in zip(scores, found, strict=True))
+
+
+def test_evaluate_texts_of_at_most_max_documents_are_evenly_spaced(run_toy, tmp_path):
+    run_toy("baseline", "causal", tmp_path, "evaluate.texts=[held_out,split]", "evaluate.max_documents=3")
+    for name in ("held_out", "split"):
+        table = read_scores(tmp_path / f"baseline/texts-{name}.parquet")
+        assert table.column("record").to_pylist() == [0, 2, 4]
+
+
+def test_baseline_of_texts_that_are_not_there_names_the_sources_of_params(run_toy, tmp_path, monkeypatch):
+    params = tmp_path / "params.yaml"
+    params.write_text("sources:\n  held_out: {name: files, path: a}\n  other: {name: files, path: b}\n")
+    monkeypatch.setattr("stages.figures.texts.PARAMS", params)
+    with pytest.raises(StageError, match=r"names missing, but .*/sources/missing holds no records; .* held_out, other"):
+        run_toy("baseline", "causal", tmp_path, "evaluate.texts=[missing]")
+    assert not (tmp_path / "baseline.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("[a,a]", "evaluate.texts names a more than once"),
+        ("[../raw]", 'evaluate.texts.0="../raw"'),
+        ("['']", 'evaluate.texts.0=""'),
+        ("held_out", 'evaluate.texts="held_out"'),
+    ],
+)
+def test_evaluate_texts_that_are_no_list_of_plain_names_are_a_config_error(
+    compose_stage, overrides, tmp_path, names, said
+):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        compose_stage("evaluate", *overrides("evaluate", "causal", tmp_path, f"evaluate.texts={names}"))
 
 
 def test_evaluate_with_a_context_above_block_size_warns(trained, corpus, run_toy, tmp_path, caplog):

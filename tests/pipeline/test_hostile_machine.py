@@ -114,6 +114,7 @@ def test_hostile_model_is_named_and_its_code_never_run(tmp_path: Path, gpt2: Pat
         *("baseline", "task=causal", "model=tiny-gpt2", "hardware=cpu", "seed=1", "evaluate.context=16"),
         f"tokens={tokens}",
         f"out={tmp_path}/out/baseline.json",
+        f"report={tmp_path}/out/baseline",
         model=Model(
             task="causal",
             path=str(directory),
@@ -169,14 +170,15 @@ def test_hostile_learning_rate_stops_with_the_step_however_seldom_it_logs(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"causal": {"test": {}}}', "[]"], ids=["cut", "bare", "half", "list"])
-def test_hostile_baseline_figures_are_named(
-    trained: dict[str, Path], overrides: Callable[..., list[str]], tmp_path: Path, content: str
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"{}"], ids=["empty", "cut", "json"])
+def test_hostile_baseline_scores_are_named(
+    trained: dict[str, Path], overrides: Callable[..., list[str]], tmp_path: Path, content: bytes
 ) -> None:
-    (tmp_path / "baseline.json").write_text(content)
-    shutil.copytree(trained["causal"] / "model", tmp_path / "model")
+    for name in ("model", "baseline"):
+        shutil.copytree(trained["causal"] / name, tmp_path / name)
+    (tmp_path / "baseline/test.parquet").write_bytes(content)
     said = error_of("evaluate", *overrides("evaluate", "causal", tmp_path))
-    assert f"{tmp_path}/baseline.json is damaged" in said
+    assert f"{tmp_path}/baseline/test.parquet is damaged" in said
     assert not (tmp_path / "metrics.json").exists()
 
 

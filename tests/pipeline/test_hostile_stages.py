@@ -181,7 +181,7 @@ def test_hostile_model_of_another_task_is_refused_before_tokenizing(
     assert f"has no {token}, which the task needs" in error_of("tokenize", *choices)
     measures = [f"task={task}", f"model={model}", "hardware=cpu", "seed=1", f"tokens={tmp_path}"]
     assert "this model cannot be trained with objective.name=" in error_of(
-        "baseline", *measures, f"out={tmp_path}/b.json"
+        "baseline", *measures, f"out={tmp_path}/b.json", f"report={tmp_path}/b"
     )
     values = ["block_size=8", "learning_rate=1", "num_train_epochs=1", "batch_size=1", f"blocks={tmp_path}"]
     outs = [f"out={tmp_path}/m", f"report={tmp_path}/r"]

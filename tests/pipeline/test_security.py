@@ -330,7 +330,7 @@ def test_security_token_is_in_no_model_report_or_metrics(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for stage in ("baseline", "train", "evaluate"):
         run_toy(stage, "causal", tmp_path)
-    assert {"baseline.json", "evaluation", "metrics.json", "model", "report", "samples.md"} == {
+    assert {"baseline", "baseline.json", "evaluation", "metrics.json", "model", "report", "samples.md"} == {
         p.name for p in tmp_path.iterdir()
     }
     assert holders(tmp_path) == []

@@ -28,7 +28,7 @@ def one(task: str, *stages: str) -> set[str]:
 # What uses a value, by the longest prefix of its name; written down here, not read from dvc.yaml.
 USERS: dict[str, dict[str, set[str]]] = {
     "params.yaml": {
-        "data.name": {"download", *both("tokenize")},
+        "data.name": {"download", *both("tokenize", "baseline", "evaluate")},
         "data.path": {"download"},
         "hardware": both("baseline", "train", "evaluate"),
         "framework": both("train"),
@@ -37,7 +37,7 @@ USERS: dict[str, dict[str, set[str]]] = {
         **{f"tasks.{task}.model": one(task, "tokenize", "baseline", "train") for task in TASKS},
         **{f"tasks.{task}": one(task, "train") for task in TASKS},
     },
-    "conf/data/sample.yaml": {"": {"download"}, "flatten": both("tokenize")},
+    "conf/data/sample.yaml": {"": {"download"}, "flatten": both("tokenize", "baseline", "evaluate")},
     "conf/hardware/cpu.yaml": {
         "hardware": both("baseline", "train", "evaluate"),
     },

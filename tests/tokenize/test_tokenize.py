@@ -1,6 +1,5 @@
 """tokenize: a row a document, wrapped as the task asks, nothing truncated, and a ledger that accounts for it."""
 
-import json
 import os
 import subprocess
 import sys
@@ -19,18 +18,19 @@ from data_helpers import (
     read_stats,
     write_bpe,
     write_raw,
+    write_unigram,
     write_word_piece,
 )  # fmt: skip
-from tokenizers import Tokenizer, models
 
 from stages.core.artifacts import SPLITS, Documents, shard_files
 from stages.core.compose import compose, load
 from stages.core.errors import StageError
-from stages.tokenize import encoding
 from stages.tokenize import stage as tokenize
-from stages.tokenize.schema import Flatten, Tokenize
-from stages.tokenize.stage import FlattenData, TokenizeConfig, main
+from stages.tokenize.schema import Tokenize
+from stages.tokenize.stage import TokenizeConfig, main
+from stages.tokens import encoding
 from stages.tokens.schema import ModelTokenizer, TokenizerSource, TrainedTokenizer
+from stages.tokens.texts import Flatten, FlattenData
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 
 ROLES = {"causal": CAUSAL_TOKENS, "mlm": MLM_TOKENS}
@@ -248,13 +248,7 @@ def test_tokenize_of_the_composed_configs_matches_their_model(tmp_path: Path) ->
 
 def test_tokenize_of_a_text_that_spells_a_control_token_of_a_unigram_names_the_document(tmp_path: Path) -> None:
     """Unigram vocabularies hold their control tokens as pieces, so that the text itself becomes one."""
-    directory = tmp_path / "unigram"
-    directory.mkdir()
-    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -2.0) for letter in "▁abc</s>k")]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3))
-    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>"])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<pad>"}))
+    directory = write_unigram(tmp_path / "unigram")
     texts = {"train": ["abc", "abc"], "validation": ["abc", "a</s>b"], "test": ["abc"]}
     with pytest.raises(StageError, match="validation document 1 spells a control token"):
         run(tmp_path, "causal", pinned(directory), raw=write_raw(tmp_path / "r", texts))

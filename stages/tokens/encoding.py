@@ -6,7 +6,7 @@ In both, text stays text: a control token that is spelt out in it is encoded as 
 import itertools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +17,12 @@ from tokenizers import Tokenizer, decoders, models, processors
 from tokenizers.pre_tokenizers import ByteLevel
 
 from stages.core.artifacts import to_arrow
-from stages.tokens.vocabulary import rust_errors
+from stages.core.errors import StageError
+from stages.tokens.vocabulary import Vocabulary, rust_errors
 
 log = logging.getLogger(__name__)
+
+_CONTROL_ROLES = {"eos_token", "mask_token", "cls_token", "sep_token", "pad_token", "bos_token"}  # unk stands for text
 
 
 class Encoded(NamedTuple):
@@ -115,6 +118,23 @@ def fastokens_engine(tokenizer: Tokenizer) -> Engine | None:
     except Exception as error:  # it raises what its Rust code meets
         log.info("fastokens does not take this tokenizer (%s): tokenizers encodes", error)
         return None
+
+
+def refuse_control_tokens(encoded: Encoded, vocabulary: Vocabulary, what: str, numbers: Sequence[int]) -> None:
+    """Raise StageError if a text became a token with a special role; it is named as `what` and its number in `numbers`.
+
+    Byte-level BPE spells such a text in ordinary tokens; a tokenizer whose own vocabulary holds the control tokens as
+    pieces (Unigram) or as plain words cannot.
+    """
+    roles = [vocabulary.special[role] for role in _CONTROL_ROLES & set(vocabulary.special)]
+    special = np.array([*vocabulary.control.tolist(), *roles], np.uint32)
+    found = np.isin(encoded.ids, special, kind="sort")  # a comparison for each of these few, faster than a table
+    if found.any():
+        number = int(np.searchsorted(encoded.offsets, found.argmax(), side="right")) - 1
+        raise StageError(
+            f"{what} {numbers[number]} spells a control token, which this tokenizer cannot keep as text: take it out of"
+            " the text, or choose another tokenizer"
+        )
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers, processors
 
-from stages.tokenize import encoding
-from stages.tokenize.encoding import (
+from stages.tokens import encoding
+from stages.tokens.encoding import (
     Decoder,
     Encoded,
     Engine,

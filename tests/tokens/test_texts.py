@@ -8,8 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages.core.errors import StageError
-from stages.tokenize.schema import Flatten
-from stages.tokenize.texts import TextFile
+from stages.tokens.texts import Flatten, TextFile
 
 ANSWERS = Flatten(columns=["answers.text"], joiner=" ")
 ROWS = [

@@ -1,22 +1,40 @@
-"""The texts of records, flattened: what tokenize reads of download's Parquet files, ahead of its work."""
+"""The texts of records, flattened: what is tokenized of download's Parquet files, read ahead of the work."""
 
 import functools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from stages.core.artifacts import damaged, to_arrow, to_numpy
-from stages.tokenize.schema import Flatten
+from stages.core.config import part, whole
 
 _Item = TypeVar("_Item")
 _END: Any = object()
+
+# Documents by which a faster engine proves itself: the first and the longest of the first row groups, and some of a few
+# row groups of each file.
+_FIRST_GROUPS, _RANDOM_GROUPS, _RANDOM_DOCUMENTS, _MOST_CHARACTERS = 4, 8, 96, 1_000_000
+
+
+@whole
+class Flatten:
+    columns: Annotated[list[Literal["title", "selftext", "answers.text"]], Field(min_length=1)]
+    """Columns of ELI5's schema that make up a document's text, in this order."""
+    joiner: str
+    """Stands between them, and between the answers."""
+
+
+@part
+class FlattenData:
+    flatten: Flatten
 
 
 class Rows(NamedTuple):
@@ -47,9 +65,10 @@ class TextFile:
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         paths = {_path(name) for name in flatten.columns}
         columns = [index for index, column in enumerate(metadata.schema) if column.path in paths]
-        # The bytes of the texts of each row group, and the number of its first document.
+        # The bytes of the texts of each row group.
         self._sizes = [sum(group.column(index).total_uncompressed_size for index in columns) for group in groups]
-        self._first = np.cumsum([0, *(group.num_rows for group in groups)]).tolist()
+        self.group_starts = np.cumsum([0, *(group.num_rows for group in groups)], dtype=np.int64)
+        """[num_groups + 1] number of the first document of each row group, and the number of documents."""
 
     def shards(self, size: int) -> list["Rows"]:
         """Runs of row groups, each of at least `size` bytes but the last; of no documents, one without groups."""
@@ -59,7 +78,7 @@ class TextFile:
         while start < self.num_groups or not runs:
             reached = size + (ends[start - 1] if start else 0)
             end = min(int(np.searchsorted(ends, reached)) + 1, self.num_groups)
-            runs.append(Rows(range(start, end), self._first[start]))
+            runs.append(Rows(range(start, end), int(self.group_starts[start])))
             start = end
         return runs
 
@@ -70,7 +89,7 @@ class TextFile:
         """The texts of the row groups numbered `numbers`, an array of strings each."""
         metadata = _metadata_of(self._path)
         with (
-            _named_damage(self._path),
+            named_damage(self._path),
             pq.ParquetFile(self._path, metadata=metadata, page_checksum_verification=True) as file,
         ):
             for number in numbers:
@@ -103,7 +122,7 @@ def _metadata_of(path: Path) -> pq.FileMetaData:
 
 @functools.lru_cache(maxsize=4)
 def _metadata(path: Path, *_: int) -> pq.FileMetaData:
-    with _named_damage(path):
+    with named_damage(path):
         return pq.read_metadata(path)
 
 
@@ -130,7 +149,7 @@ def strings(values: list[bytes]) -> pa.Array:
 
 
 @contextmanager
-def _named_damage(file: Path) -> Iterator[None]:
+def named_damage(file: Path) -> Iterator[None]:
     """Errors of a damaged Parquet file inside the block, as StageErrors that name it."""
     try:
         yield
@@ -138,6 +157,24 @@ def _named_damage(file: Path) -> Iterator[None]:
         if getattr(error, "errno", None) is not None:
             raise  # the system's: no such file, no permission
         raise damaged(file, error) from None
+
+
+def sample_texts(files: list[TextFile]) -> list[str]:
+    """Texts of the files by which a faster engine proves itself, each cut to _MOST_CHARACTERS.
+
+    The first and the longest of the first row groups, and some of row groups drawn over all files.
+    """
+    chosen: list[str] = []
+    for texts in files[0].groups(range(files[0].num_groups)[:_FIRST_GROUPS]):
+        strings = texts.to_pylist()
+        chosen += [strings[0], max(strings, key=len)]
+    random = np.random.default_rng(0)
+    for file in files:
+        numbers = random.permutation(file.num_groups)[:_RANDOM_GROUPS].tolist()
+        for texts in file.groups(numbers):
+            some = random.permutation(len(texts))[: _RANDOM_DOCUMENTS // len(numbers)]
+            chosen += texts.take(to_arrow(some)).to_pylist()
+    return [text[:_MOST_CHARACTERS] for text in chosen]
 
 
 def prefetch(items: Iterable[_Item]) -> Iterator[_Item]:
