@@ -45,8 +45,9 @@ check: env
 repro: check
 	dvc repro
 
+# BY=GROUP: with a column for each value of a group, `make compare BY=source`.
 compare: env
-	@python -m tools.compare
+	@python -m tools.compare $(if $(BY),--by '$(BY)')
 
 report: env
 	@python -m tools.report

@@ -6,6 +6,7 @@ The same for the same commit, artifacts and conf/publish.yaml: it holds no time,
 import copy
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -18,8 +19,10 @@ from stages.core.artifacts import read_json
 from stages.core.compose import PARAMS
 from stages.core.errors import printable
 from stages.download.schema import without_credentials
+from stages.figures.names import SHORT_NAMES
 
 SPLITS = ("train", "validation", "test")
+MOST_VALUES = 20  # of a group, that are all shown
 PATHS = ("path", "storage")  # keys of params.yaml and conf/ whose values may be paths
 PIPELINE = {"causal": "text-generation", "mlm": "fill-mask"}
 TITLE = {"causal": "Causal language modeling", "mlm": "Masked language modeling"}
@@ -201,13 +204,59 @@ def metrics_section(run: RecordedRun, metrics: dict[str, Any]) -> str:
     context = locked_params(run)[f"conf/task/{run.task}.yaml"]["evaluate"]["context"]
     rows = ["| metric | test | validation | |\n|---|---|---|---|"]
     for key in metrics["test"]:
-        values = " | ".join(
-            f"{value:,}" if isinstance(value := metrics[s][key], int) else f"{value:.4f}" for s in SPLITS[:0:-1]
-        )
+        if key == "groups":
+            continue
+        values = " | ".join(number(metrics[split][key]) for split in SPLITS[:0:-1])
         rows.append(f"| {key} | {values} | {meaning(key, context=context, block_size=run.params['block_size'])} |")
     return "\n".join(
-        [*rows, "", "Experiments are chosen by validation; test is for reporting. Figures are computed in fp32."]
+        [
+            *rows,
+            "",
+            "Experiments are chosen by validation; test is for reporting. Figures are computed in fp32.",
+            *group_sections(metrics),
+        ]
     )
+
+
+def group_sections(metrics: dict[str, Any]) -> Iterator[str]:
+    """A table for each group that has more than one value in test, and one of the sources that are only evaluated."""
+    for group, values in metrics["test"].get("groups", {}).items():
+        if len(values) > 1:
+            validation = metrics["validation"].get("groups", {}).get(group, {})
+            yield group_section(f"By {code_span(group)}", {", test": values, ", validation": validation})
+    if texts := metrics.get("texts"):
+        yield group_section("Texts that are only evaluated", {"": texts})
+
+
+def group_section(title: str, columns: dict[str, dict[str, Any]]) -> str:
+    """The metric of each value, with that before training; of at most MOST_VALUES, those with the most text first."""
+    values = next(iter(columns.values()))
+    metric = next(name for figures in values.values() for name in figures if name in SHORT_NAMES)
+    head = [title, "documents", "bytes", *(f"{metric}{column} (before training)" for column in columns)]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for value, figures in list(values.items())[:MOST_VALUES]:
+        cells = [code_span(value), number(figures["documents"]), number(figures["bytes"])]
+        cells += [before_after(column.get(value, {}), metric) for column in columns.values()]
+        rows.append("| " + " | ".join(cells) + " |")
+    if (left := len(values) - MOST_VALUES) > 0:
+        rows.append(f"\n{left:,} values more are in `reports/evaluate`.")
+    return "\n" + "\n".join(rows)
+
+
+def before_after(figures: dict[str, Any], metric: str) -> str:
+    return f"{number(figures[metric])} ({number(figures[f'base_{metric}'])})" if metric in figures else ""
+
+
+def number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def code_span(text: str) -> str:
+    """`text`, which anyone may have written, as code in a cell of a Markdown table."""
+    shown = printable(text).replace("|", "\\|")
+    fence = "`" * (max((len(run) for run in re.findall("`+", shown)), default=0) + 1)
+    pad = " " if len(fence) > 1 or not shown.strip() else ""
+    return f"{fence}{pad}{shown}{pad}{fence}"
 
 
 def meaning(key: str, **values: int) -> str:

@@ -1,9 +1,10 @@
 """Compare experiments: a table of their headline metrics and of the parameters in which they differ.
 
-Command python -m tools.compare [--split test]
+Command python -m tools.compare [--split test] [--by GROUP]
 
 Choose among experiments by validation (the default); report test. Parameters of conf/ are compared by group and key, so
-that an experiment on another file of a group differs in the keys that have other values.
+that an experiment on another file of a group differs in the keys that have other values. With --by, the table has a
+column for each value of a group of documents instead: of `source`, or of a column that `groups` of conf/data keeps.
 """
 
 import argparse
@@ -53,7 +54,9 @@ class Row(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], prog="python -m tools.compare")
     parser.add_argument("--split", choices=tuple(SHORT_SPLITS.values()), default="val")
-    split = parser.parse_args().split
+    parser.add_argument("--by", metavar="GROUP", help="source, or a column that is kept as a group")
+    arguments = parser.parse_args()
+    split = arguments.split
     shown = subprocess.run(["dvc", "exp", "show", "--json"], check=False, capture_output=True, text=True)
     if shown.returncode:
         said = shown.stderr.strip().splitlines()
@@ -62,9 +65,14 @@ def main() -> None:
     rows = read_rows(found, split)
     if not rows:
         sys.exit("compare: no commit and no experiment has metrics yet: run `make`, and commit dvc.lock and metrics/")
-    draw(rows, Console(highlight=False))
-    if lines := list(summarize_seeds(rows)):
-        print("\nExperiments that differ in seed only:", *lines, sep="\n")
+    if arguments.by is not None:
+        from tools.compare_groups import compare_groups  # which imports from here
+
+        compare_groups(found, arguments.by, split, Console(highlight=False))
+    else:
+        draw(rows, Console(highlight=False))
+        if lines := list(summarize_seeds(rows)):
+            print("\nExperiments that differ in seed only:", *lines, sep="\n")
     if unfinished := sum(map(is_unfinished, found)):
         print(f"\nNot shown, since they have no results (queued, running or failed): {unfinished}")
     if len(rows) == 1:

@@ -31,6 +31,8 @@ class Run(NamedTuple):
     """Each under the name that `-S` knows it by, its value as JSON."""
     metrics: dict[str, float]
     """Such as causal.validation.bits_per_byte."""
+    groups: dict[str, dict[str, Any]]
+    """Task to all that evaluate wrote of it into metrics.json, by group as well, where that could be read."""
     files: dict[str, str]
     """Path to text of the small outs that could be read."""
     missing: list[str]
@@ -49,7 +51,8 @@ def read_runs(shown: list[dict[str, Any]], read: Callable[[str, list[str]], Iter
         files = {} if failure(row) else data.get("metrics") or {}
         paths = list(dict.fromkeys(small_outs(files)))
         texts = dict(zip(paths, read(row["rev"], paths), strict=True)) if paths else {}
-        figures = dict(numbers(files, texts))
+        groups = dict(all_metrics(files, texts))
+        figures = dict(numbers(files, groups))
         runs.append(
             Run(
                 name=name_of(row),
@@ -58,6 +61,7 @@ def read_runs(shown: list[dict[str, Any]], read: Callable[[str, list[str]], Iter
                 created=(data.get("timestamp") or "")[:16],
                 params=dict(flat(data.get("params") or {})),
                 metrics=figures,
+                groups=groups,
                 files={path: text for path, text in texts.items() if text is not None},
                 missing=sorted({out_of(path) for path, text in texts.items() if text is None}),
             )
@@ -71,14 +75,25 @@ def kind(row: dict[str, Any]) -> str:
     return "workspace" if row["rev"] == "workspace" else "commit"
 
 
-def numbers(files: dict[str, Any], texts: dict[str, str | None]) -> Iterator[tuple[str, float]]:
-    """Each metric under its dotted name: all of them where `texts` has them, else those of the metrics files."""
+def all_metrics(files: dict[str, Any], texts: dict[str, str | None]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each task, and all of its metrics, of those whose metrics.json in `texts` fits what the metrics files have."""
     for task, splits in metrics_of(files):
-        headlines = dict(leaves(task, full_names(splits) if is_short(splits) else splits))
         text = texts.get(metrics_file(task))
-        full = dict(leaves(task, json.loads(text).get(task, {}))) if text is not None else {}
-        # In a workspace after `git checkout` without `dvc checkout`, the full metrics are those of another commit.
-        yield from (full if headlines.items() <= full.items() else headlines).items()
+        found = json.loads(text).get(task, {}) if text is not None else {}
+        # In a workspace after `git checkout` without `dvc checkout`, they are those of another commit.
+        if found and headlines(task, splits).items() <= dict(leaves(task, found)).items():
+            yield task, found
+
+
+def numbers(files: dict[str, Any], found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:
+    """Each metric of a split under its dotted name: all that were `found`, else those of the metrics files."""
+    for task, splits in metrics_of(files):
+        yield from (dict(leaves(task, found[task])) if task in found else headlines(task, splits)).items()
+
+
+def headlines(task: str, splits: dict[str, Any]) -> dict[str, float]:
+    """The headline metrics of a task in a metrics file, each under its full dotted name."""
+    return dict(leaves(task, full_names(splits) if is_short(splits) else splits))
 
 
 def metrics_of(files: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -95,9 +110,12 @@ def is_short(splits: dict[str, Any]) -> bool:
 
 
 def leaves(task: str, splits: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in flatten(splits):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{task}.{name}", value
+    """The numbers of each split, without those by group and those of sources that are only evaluated."""
+    for split, figures in splits.items():
+        if split != "texts":
+            for name, value in flatten(figures if isinstance(figures, dict) else {}):
+                if isinstance(value, int | float) and not isinstance(value, bool) and not name.startswith("groups."):
+                    yield f"{task}.{split}.{name}", value
 
 
 def failure(row: dict[str, Any]) -> str:

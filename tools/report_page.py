@@ -9,6 +9,7 @@ import base64
 import hashlib
 import html
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from stages.core.errors import printable
 from tools.report_data import Run, alike, curve, curve_file, flow, samples_file, tasks
 
 HERE = Path(__file__).parent
@@ -37,6 +39,25 @@ class Figure(NamedTuple):
     alt: str
     height: int
     """In pixels."""
+
+
+class Cell(NamedTuple):
+    text: str
+    value: str
+    """What to sort by, as JSON; empty where there is nothing."""
+
+
+class GroupTable(NamedTuple):
+    """A metric of the values of a group, or of the sources that are only evaluated."""
+
+    caption: str
+    opened: bool
+    """Whether it is shown at first."""
+    heading: str
+    """What the rows are."""
+    runs: list[str]
+    rows: list[tuple[str, list[Cell]]]
+    """Each value with its documents, its bytes, and the metric of each run."""
 
 
 class Column(NamedTuple):
@@ -68,6 +89,7 @@ def render(runs: list[Run]) -> str:
         rows=[(run, [cell(run, key) for key in [*params, *(column.key for column in columns)]]) for run in runs],
         curves={task: curves_of(task, drawn) for task in named},
         bars=[(bars_of(key, drawn), COMPARES[key.rpartition(".")[2]]) for key in chosen_metrics(columns)],
+        groups={task: tables for task in named if (tables := group_tables(task, drawn))},
         samples={task: samples_of(task, drawn) for task in named},
         flows={task: flow(task, drawn) for task in named},
         label=label,
@@ -121,19 +143,13 @@ def chosen_metrics(columns: list[Column]) -> list[str]:
     return [column.key for column in columns if not column.extra and column.group.endswith("validation")]
 
 
-class Cell(NamedTuple):
-    text: str
-    value: str
-    """What to sort by, as JSON; empty where there is nothing."""
-
-
 def cell(run: Run, key: str) -> Cell:
     """A param, or a metric with the digits that one compares by."""
     if key in run.params:
         value = json.loads(run.params[key])
         return Cell(value if isinstance(value, str) else run.params[key], run.params[key])
     if key in run.metrics:
-        return Cell(shown(run.metrics[key]), json.dumps(run.metrics[key]))
+        return number_cell(run.metrics[key])
     return Cell("", "")
 
 
@@ -275,6 +291,64 @@ def bars_of(key: str, runs: list[Run]) -> Figure:
 def before_after(run: Run, key: str, base: str) -> str:
     before = f" (before training {shown(run.metrics[base])})" if base in run.metrics else ""
     return f"{shown(run.metrics[key])}{before}"
+
+
+def group_tables(task: str, runs: list[Run]) -> list[GroupTable]:
+    """The tables of a task: of its sources for evaluation only, and of each group that has more than one value."""
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        if task in run.groups:
+            alike.setdefault(json.dumps(run.groups[task]), []).append(run)
+    found = {label(members): members[0].groups[task] for members in alike.values()}
+    tables = [group_table(task, "text", {name: metrics.get("texts", {}) for name, metrics in found.items()}, True)]
+    by_place = {name: dict(groups_by_place(metrics)) for name, metrics in found.items()}
+    for place in dict.fromkeys(place for places in by_place.values() for place in places):
+        by_group = {name: places.get(place, {}) for name, places in by_place.items()}
+        for group in dict.fromkeys(group for groups in by_group.values() for group in groups):
+            values = {name: groups.get(group, {}) for name, groups in by_group.items()}
+            if any(len(figures) > 1 for figures in values.values()):
+                tables.append(group_table(f"{task}, {place}", group, values, place == "validation"))
+    return [table for table in tables if table.rows]
+
+
+def groups_by_place(metrics: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What was evaluated, and its figures by group."""
+    for split in ("validation", "test"):
+        yield split, metrics.get(split, {}).get("groups", {})
+    for name, figures in metrics.get("texts", {}).items():
+        yield f"text {name}", figures.get("groups", {})
+
+
+def group_table(where: str, group: str, found: dict[str, dict[str, dict[str, Any]]], opened: bool) -> GroupTable:
+    """The table of a group; `found` has, by runs, the figures of each of its values."""
+    largest: dict[str, dict[str, Any]] = {}
+    for values in found.values():
+        largest |= {value: figures for value, figures in values.items() if value not in largest}
+    names = (name for figures in largest.values() for name in figures if name in COMPARES)
+    metric = next(names, "bits per byte")
+    rows = [
+        (
+            printable(value),
+            [
+                *(number_cell(largest[value][count]) for count in ("documents", "bytes")),
+                *(group_cell(values.get(value, {}), metric) for values in found.values()),
+            ],
+        )
+        for value in sorted(largest, key=lambda value: -largest[value]["bytes"])
+    ]
+    return GroupTable(f"{where}: {metric} by {printable(group)}", opened, printable(group), list(found), rows)
+
+
+def number_cell(number: float) -> Cell:
+    return Cell(shown(number), json.dumps(number))
+
+
+def group_cell(figures: dict[str, Any], metric: str) -> Cell:
+    """A figure with its standard error, and that before training."""
+    if metric not in figures:
+        return Cell("", "")
+    error = f" ± {shown(figures[error_name])}" if (error_name := f"{metric}_se") in figures else ""
+    return Cell(f"{shown(figures[metric])}{error} ({shown(figures[f'base_{metric}'])})", json.dumps(figures[metric]))
 
 
 def shortened(name: str, most: int) -> str:
