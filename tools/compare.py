@@ -1,10 +1,14 @@
 """Compare experiments: a table of their headline metrics and of the parameters in which they differ.
 
-Command python -m tools.compare [--split test] [--by GROUP]
+Command python -m tools.compare [--split test] [--against NAME | --by GROUP] [-n 3 | -A]
 
 Choose among experiments by validation (the default); report test. Parameters of conf/ are compared by group and key, so
 that an experiment on another file of a group differs in the keys that have other values. With --by, the table has a
 column for each value of a group of documents instead: of `source`, or of a column that `groups` of conf/data keeps.
+
+Below the table: whether each experiment is better than the last commit (or NAME), judged in pairs of documents
+(docs/metrics.md). What cannot be paired with it, since it was evaluated on other documents, say, is marked and is never
+the best of its column.
 """
 
 import argparse
@@ -13,7 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from rich import box
@@ -29,7 +33,10 @@ from stages.figures.names import SHORT_NAMES, SHORT_SPLITS
 
 PER_TASK = ("model", "adapter", "task")
 """Groups of which each task has a configuration of its own."""
+WORKSPACE = "workspace"
+"""How DVC calls the revision that is the workspace."""
 HEADING_WIDTH = 12
+INCOMPARABLE = "\u2020"  # a dagger
 
 
 class Param(NamedTuple):
@@ -44,7 +51,9 @@ class Param(NamedTuple):
 class Row(NamedTuple):
     """A revision with results."""
 
+    rev: str
     name: str
+    is_commit: bool
     params: dict[str, Param]
     """By the heading of its column, which is the same for all files of a group."""
     metrics: dict[str, float]
@@ -55,9 +64,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], prog="python -m tools.compare")
     parser.add_argument("--split", choices=tuple(SHORT_SPLITS.values()), default="val")
     parser.add_argument("--by", metavar="GROUP", help="source, or a column that is kept as a group")
+    parser.add_argument("--against", metavar="NAME", help="compare with this experiment or commit instead of HEAD")
+    parser.add_argument("-n", "--num", type=int, default=1, metavar="N", help="the experiments of the last N commits")
+    parser.add_argument("-A", "--all-commits", action="store_true", help="the experiments of all commits")
     arguments = parser.parse_args()
     split = arguments.split
-    shown = subprocess.run(["dvc", "exp", "show", "--json"], check=False, capture_output=True, text=True)
+    commits = ["-A"] if arguments.all_commits else ["-n", str(arguments.num)]
+    shown = subprocess.run(["dvc", "exp", "show", "--json", *commits], check=False, capture_output=True, text=True)
     if shown.returncode:
         said = shown.stderr.strip().splitlines()
         sys.exit(f"compare: dvc exp show failed: {printable(said[0], 2000) if said else ''}")
@@ -70,7 +83,9 @@ def main() -> None:
 
         compare_groups(found, arguments.by, split, Console(highlight=False))
     else:
-        draw(rows, Console(highlight=False))
+        from tools.compare_pairs import compare_pairs
+
+        rows = compare_pairs(rows, found, split, arguments.against, Console(highlight=False))
         if lines := list(summarize_seeds(rows)):
             print("\nExperiments that differ in seed only:", *lines, sep="\n")
     if unfinished := sum(map(is_unfinished, found)):
@@ -111,12 +126,13 @@ def read_rows(found: Iterable[dict[str, Any]], split: str) -> list[Row]:
         data = revision.get("data") or {}
         if is_unfinished(revision) or not data.get("metrics"):
             continue
-        row = Row(name_of(revision), params_of(data.get("params") or {}), metrics_of(data["metrics"], split))
-        if revision["rev"] == "workspace":
+        rev, params, metrics = revision["rev"], params_of(data.get("params") or {}), metrics_of(data["metrics"], split)
+        row = Row(rev, name_of(revision), "executor" not in revision and rev != WORKSPACE, params, metrics)
+        if rev == WORKSPACE:
             workspace = row
         else:
             rows.append(row)
-    if workspace is not None and all(workspace[1:] != row[1:] for row in rows):
+    if workspace is not None and all(workspace[3:] != row[3:] for row in rows):
         rows.insert(0, workspace)
     return rows
 
@@ -179,17 +195,23 @@ def flat(files: dict[str, Any]) -> Iterator[tuple[str, str]]:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def draw(rows: list[Row], console: Console) -> None:
-    """Print the table; the parameters below it, a line for each row, where they do not fit into the console's width."""
+def draw(rows: list[Row], console: Console, incomparable: Collection[tuple[str, str]] = ()) -> None:
+    """Print the table; the parameters below it, a line for each row, where they do not fit into the console's width.
+
+    Args:
+        incomparable: names of rows, and tasks, whose metrics do not compare with those of the others.
+    """
     headings = differing_params(rows)
-    table = make_table(rows, headings)
+    table = make_table(rows, headings, incomparable)
     fits = width_of(table, console) <= console.width
     if not fits:
-        table = make_table(rows, [])
+        table = make_table(rows, [], incomparable)
     # Wider than the console rather than cut: no cell ends in an ellipsis.
     Console(highlight=False, width=max(console.width, width_of(table, console))).print(table)
     if len(rows) > 1 and any(row.metrics for row in rows):
         print("* the best of its column; less is better")
+    if incomparable:
+        print(f"{INCOMPARABLE} does not compare with the others, as said below")
     if not fits:
         print(
             "\nParameters in which they differ, as `dvc exp run -S` takes them:", *list_params(rows, headings), sep="\n"
@@ -202,7 +224,7 @@ def width_of(table: Table, console: Console) -> int:
     return Measurement.get(console, console.options.update(max_width=100_000), table).maximum
 
 
-def make_table(rows: list[Row], headings: list[str]) -> Table:
+def make_table(rows: list[Row], headings: list[str], incomparable: Collection[tuple[str, str]] = ()) -> Table:
     """A row for each revision: its metrics, and the parameters of `headings`."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("experiment", no_wrap=True)
@@ -211,15 +233,25 @@ def make_table(rows: list[Row], headings: list[str]) -> Table:
         table.add_column(name.replace(" ", "\n"), no_wrap=True, justify="right")
     for heading in headings:
         table.add_column(Text(break_heading(printable(heading))), no_wrap=True, justify="right")
-    best = {name: min(row.metrics[name] for row in rows if name in row.metrics) for name in metrics}
+
+    def compares(row: Row, metric: str) -> bool:
+        return (row.name, metric.partition(" ")[0]) not in incomparable
+
+    comparable = {name: [row for row in rows if name in row.metrics and compares(row, name)] for name in metrics}
+    best = {name: min((row.metrics[name] for row in own), default=None) for name, own in comparable.items()}
     for row in rows:
-        cells = [metric_cell(row.metrics.get(name), best[name], len(rows) > 1) for name in metrics]
+        cells = [
+            metric_cell(row.metrics.get(name), best[name], len(rows) > 1)
+            if compares(row, name)
+            else Text(f"{row.metrics[name]:.4f}{INCOMPARABLE}" if name in row.metrics else "- ")
+            for name in metrics
+        ]
         values = (row.params[heading].value if heading in row.params else "-" for heading in headings)
         table.add_row(Text(row.name), *cells, *(Text(printable(value.strip('"'))) for value in values))
     return table
 
 
-def metric_cell(value: float | None, best: float, marked: bool) -> Text:
+def metric_cell(value: float | None, best: float | None, marked: bool) -> Text:
     if value is None:
         return Text("- ")
     if marked and value == best:

@@ -146,6 +146,14 @@ def ledger_files(task: str) -> list[str]:
     return ["data/raw/stats.json", *(f"{kind}/{split}/stats.json" for kind in kinds for split in SPLITS)]
 
 
+def split_ledger(task: str, split: str) -> str:
+    return f"data/tokens/{task}/{split}/stats.json"
+
+
+def scores_file(task: str, split: str) -> str:
+    return f"reports/evaluate/{task}/{split}.parquet"
+
+
 def curve_file(task: str, split: str) -> str:
     return f"reports/train/{task}/plots/metrics/{split}/loss.tsv"
 
@@ -164,14 +172,20 @@ def out_of(path: str) -> str:
 
 
 def read_files(rev: str, paths: list[str]) -> Iterator[str | None]:
-    """The text of each path at a revision, from DVC's cache or its remote; None where it is in neither.
+    """The text of each path at a revision; None where it is in neither DVC's cache nor its remote."""
+    for content in read_bytes(rev, paths):
+        yield None if content is None else content.decode()
+
+
+def read_bytes(rev: str, paths: list[str]) -> Iterator[bytes | None]:
+    """The content of each path at a revision, from DVC's cache or its remote; None where it is in neither.
 
     The revision `workspace` is the files as they stand there, and what DVC knows of those that do not.
     """
     files = DVCFileSystem(rev=None if rev == "workspace" else rev)
     for path in paths:
         try:
-            yield files.read_text(path, encoding="utf-8")
+            yield files.read_bytes(path)
         except (OSError, DvcException, DataIndexDirError):
             yield None
 

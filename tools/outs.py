@@ -1,0 +1,110 @@
+"""What revisions' stages wrote: their locks, and files of their outs from DVC's cache.
+
+DVC's own file system reads outs too, from remotes as well, at half a second a revision: too long for a table of many
+experiments, so that it is asked only for what the cache lacks.
+"""
+
+import functools
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from dvc.repo import Repo
+
+from stages.core.config import MISSING, find
+from tools.compare import WORKSPACE
+from tools.report_data import read_bytes
+
+
+class Outs:
+    """Locks and outs of revisions, of which `workspace` is one."""
+
+    def __init__(self, repo: Repo) -> None:
+        self._cache = repo.cache.local
+        self.read_lock = functools.cache(self._read_lock)
+        self._list_files = functools.cache(self._read_directory)
+
+    def _read_lock(self, rev: str) -> dict[str, Any]:
+        """What dvc.lock says of each stage; nothing where there is no lock or it cannot be read."""
+        if rev == WORKSPACE:
+            text = Path("dvc.lock").read_bytes() if Path("dvc.lock").is_file() else b""
+        else:
+            text = subprocess.run(["git", "show", f"{rev}:dvc.lock"], check=False, capture_output=True).stdout
+        try:
+            lock = yaml.load(
+                text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            )  # ten times as fast, where there is one
+        except yaml.YAMLError:
+            return {}
+        stages = lock.get("stages") if isinstance(lock, dict) else None
+        return stages if isinstance(stages, dict) else {}
+
+    def read(self, rev: str, path: str) -> bytes | None:
+        """The file `path` in an out that is a directory; None where there is none, or no cache and no remote has it."""
+        if rev == WORKSPACE and Path(path).is_file():
+            return Path(path).read_bytes()
+        directory, md5 = next(((out, md5) for out, md5 in self._outs(rev) if path.startswith(f"{out}/")), ("", ""))
+        files = self._list_files(md5)
+        if files is not None:
+            found = files.get(path.removeprefix(f"{directory}/"))
+            if found is None:
+                return None
+            if (file := self._file(found)).is_file():
+                return file.read_bytes()
+        return next(iter(read_bytes(rev, [path]))) if md5 else None
+
+    def stale_stages(self, rev: str, params: dict[str, Any]) -> set[str]:
+        """Stages whose outs at a revision are not what its parameters and its other outs would give.
+
+        An experiment that ran one task leaves the other's as they were.
+
+        Args:
+            params: of the revision, as `dvc exp show --json` has them: file to its data.
+        """
+        lock = self.read_lock(rev)
+        made = dict(self._outs(rev))
+        for path, md5 in list(made.items()):
+            made |= {
+                f"{path}/{name}": hashed for name, hashed in (self._list_files(md5) or {}).items() if path == "code"
+            }
+        makers = {out["path"]: name for name, stage in lock.items() for out in stage.get("outs", [])}
+        stale = {
+            name
+            for name, stage in lock.items()
+            if any(_differs(params, file, keys) for file, keys in stage.get("params", {}).items())
+            or any(made.get(dep["path"], dep.get("md5")) != dep.get("md5") for dep in stage.get("deps", []))
+        }
+        while behind := {
+            name
+            for name, stage in lock.items()
+            if name not in stale and any(makers.get(dep["path"]) in stale for dep in stage.get("deps", []))
+        }:
+            stale |= behind
+        return stale
+
+    def _outs(self, rev: str) -> Iterator[tuple[str, str]]:
+        """Path and hash of each out of a revision."""
+        for stage in self.read_lock(rev).values():
+            yield from ((out["path"], out.get("md5", "")) for out in stage.get("outs", []))
+
+    def _read_directory(self, md5: str) -> dict[str, str] | None:
+        """Relative path to hash of the files in the directory that DVC keeps as `md5`; None where it is not there."""
+        file = self._file(md5)
+        if not md5.endswith(".dir") or not file.is_file():
+            return None
+        return {entry["relpath"]: entry["md5"] for entry in json.loads(file.read_bytes())}
+
+    def _file(self, md5: str) -> Path:
+        """Where the cache keeps `md5`."""
+        return Path(self._cache.oid_to_path(md5))
+
+
+def _differs(params: dict[str, Any], file: str, locked: dict[str, Any]) -> bool:
+    """Whether a revision's `file` has other values than those that a stage was run with; False if it was not read."""
+    values = (params.get(file) or {}).get("data")
+    if values is None:
+        return False
+    return any(find(values, key) not in (value, MISSING) for key, value in locked.items())
