@@ -81,7 +81,8 @@ def _find_lines(content: bytes) -> tuple[Ints, Ints]:
 
 def _count_brackets(content: bytes, starts: Ints) -> Ints:
     """Opening brackets in each line, [num_lines], as many as it is nested at most."""
-    brackets = np.flatnonzero((np.frombuffer(content, np.uint8) | 0x20) == ord("{"))  # [ is { with another bit
+    characters = np.frombuffer(content, np.uint8)
+    brackets = np.flatnonzero((characters == ord("{")) | (characters == ord("[")))
     return np.diff(np.searchsorted(brackets, np.append(starts, len(content))))
 
 

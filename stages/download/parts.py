@@ -16,11 +16,13 @@ from stages.download.files import PATH_LIMIT
 from stages.download.json_lines import parse_lines
 from stages.download.records import Row, columns_read, kept_groups, required_columns
 from stages.download.schema import SourceData
-from stages.download.sources import Part, parse_line, read_row, with_unread
+from stages.download.sources import BYTE_ORDER_MARK, FileRange, Part, parse_line, read_row, with_unread
 
 
 def read_part(rules: Rules, part: Part) -> Batch:
     """The records of `part`, judged."""
+    if isinstance(part.content, FileRange):
+        return judge(rules, _Lines(rules.data, part, part.content.read()))
     if isinstance(part.content, bytes):
         return judge(rules, _Lines(rules.data, part, part.content))
     if isinstance(part.content, pa.RecordBatch):
@@ -32,7 +34,8 @@ class _Lines:
     """The records of JSON Lines."""
 
     def __init__(self, data: SourceData, part: Part, content: bytes) -> None:
-        self.split, self._data, self._part, self._content = part.split, data, part, content
+        self.split, self._data, self._part = part.split, data, part
+        self._content = content.removeprefix(BYTE_ORDER_MARK) if part.first == 1 else content
 
     @functools.cached_property
     def _lines(self) -> list[tuple[int, bytes]]:

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -77,27 +78,44 @@ class BadRecordError(ValueError):
     """A record that is not what the config says; the message says how it differs."""
 
 
+class RepeatedKeyError(BadRecordError):
+    """A record of which a column is there twice."""
+
+
+class RepeatedKeys(dict[str, Any]):
+    """An object of JSON that has some keys twice, with the last value of each."""
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.repeated = {name for name, count in Counter(name for name, _ in pairs).items() if count > 1}
+
+
 def lookup(row: Mapping[str, Any], name: str) -> Any:
     """The value of column `name`: the key itself (a flattened record) or a path into nested fields.
 
     Raises:
-        BadRecordError: if there is no such column.
+        BadRecordError: if there is no such column, or two of it.
     """
     if name in row:
-        return row[name]
+        return _value(row, name)
     value: Any = row
     for step in name.split("."):
         if value is None:  # a nested field without a value
             return None
         if isinstance(value, list) and all(isinstance(item, Mapping) and step in item for item in value):
-            value = [
-                item[step] for item in value
-            ]  # a list of structs, which other tools write for ELI5's struct of lists
+            # A list of structs, which other tools write for ELI5's struct of lists.
+            value = [_value(item, step) for item in value]
             continue
         if not isinstance(value, Mapping) or step not in value:
             raise BadRecordError(f"no column {_quoted(name)}; there are: {_listed(row)}")
-        value = value[step]
+        value = _value(value, step)
     return value
+
+
+def _value(fields: Mapping[str, Any], name: str) -> Any:
+    if isinstance(fields, RepeatedKeys) and name in fields.repeated:
+        raise RepeatedKeyError(f"an object has two keys {_quoted(name)}: rename or remove one")
+    return fields.get(name)
 
 
 def _quoted(name: str) -> str:
@@ -182,7 +200,7 @@ def _texts(value: Any, name: str) -> list[str]:
 
 
 def _optional(row: Mapping[str, Any], name: str) -> str:
-    return _text(row.get(name), name)
+    return _text(_value(row, name), name)
 
 
 def _parallel(row: Mapping[str, Any], name: str, kept: list[int], length: int, filler: Any) -> list[Any]:
@@ -192,6 +210,8 @@ def _parallel(row: Mapping[str, Any], name: str, kept: list[int], length: int, f
     """
     try:
         values = lookup(row, name)
+    except RepeatedKeyError:
+        raise
     except BadRecordError:
         values = None
     if not isinstance(values, list | tuple) or len(values) != length:
@@ -211,6 +231,8 @@ def _parallel(row: Mapping[str, Any], name: str, kept: list[int], length: int, f
 def _urls(row: Mapping[str, Any], name: str) -> list[str]:
     try:
         return _texts(lookup(row, name), name)
+    except RepeatedKeyError:
+        raise
     except BadRecordError:
         return []
 

@@ -10,8 +10,10 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,10 +24,11 @@ from stages.download.files import (
     describe_web,
     find_files,
     format_of,
+    is_local,
     is_web,
     own_split,
 )
-from stages.download.records import BadRecordError, Row, columns_read
+from stages.download.records import BadRecordError, RepeatedKeys, Row, columns_read
 from stages.download.schema import SourceData
 
 # How files begin that are not what the name says. None is the beginning of text.
@@ -45,6 +48,20 @@ _PART_ROWS = 1000
 _PIECE_BYTES = 2**18  # read at once
 
 
+class FileRange(NamedTuple):
+    """Bytes of a local file, for a process that reads them itself."""
+
+    path: str
+    start: int
+    end: int
+
+    def read(self) -> bytes:
+        """The bytes."""
+        with Path(self.path).open("rb") as stream:
+            stream.seek(self.start)
+            return stream.read(self.end - self.start)
+
+
 class Part(NamedTuple):
     """Consecutive records of a file, as yet unread: what a process is given."""
 
@@ -54,8 +71,8 @@ class Part(NamedTuple):
     """The source's own split, where it has one."""
     first: int
     """Number of the first line or row."""
-    content: bytes | pa.RecordBatch | list[Row]
-    """Lines of JSON, columns, or rows."""
+    content: bytes | FileRange | pa.RecordBatch | list[Row]
+    """Lines of JSON, where in a file such lines are, columns, or rows."""
     names: list[str]
     """All columns of the file, of which `content` may have only those that are used."""
 
@@ -92,6 +109,8 @@ def read_parts(data: SourceData) -> Iterator[Part]:
         with _reading(file_system, file) as stream:
             if kind == "parquet":
                 yield from _table_parts(stream, where, split, columns_read(data))
+            elif kind == "jsonl" and is_local(file_system) and compression_of(file) is None:
+                yield from _range_parts(stream, file, where, split)
             elif kind == "jsonl":
                 yield from _line_parts(stream, where, split)
             else:
@@ -144,10 +163,25 @@ def _line_parts(stream: Any, where: str, split: str | None) -> Iterator[Part]:
         if failure is not None:  # in the middle of a line
             content = content[: content.rfind(b"\n") + 1]
         if content:
-            yield Part(where, split, number, content.removeprefix(_MARK) if number == 1 else content, [])
-            number += content.count(b"\n")
+            yield Part(where, split, number, content, [])
+            number += _count_lines(content)
     if failure is not None:
         raise failure
+
+
+def _range_parts(stream: Any, file: str, where: str, split: str | None) -> Iterator[Part]:
+    """The same of a file that other processes can read: it is read here as well, but for its line ends alone."""
+    number, start = 1, 0
+    while content := stream.read(PART_BYTES):
+        rest = b"" if content.endswith(b"\n") else stream.readline()
+        end = start + len(content) + len(rest)
+        yield Part(where, split, number, FileRange(file, start, end), [])
+        number, start = number + _count_lines(content) + _count_lines(rest), end
+
+
+def _count_lines(content: bytes) -> int:
+    # In a third of the time of bytes.count.
+    return int(np.count_nonzero(np.frombuffer(content, np.uint8) == ord("\n")))
 
 
 def _table_parts(stream: Any, where: str, split: str | None, columns: Collection[str]) -> Iterator[Part]:
@@ -222,15 +256,9 @@ def _decode(line: bytes) -> str | BadRecordError:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        BadRecordError: if a key is there twice, of which `json` would take the last.
-    """
+    """A JSON object, of which `json` would take the last of two equal keys."""
     found = dict(pairs)
-    if len(found) < len(pairs):
-        raise BadRecordError(f"an object has two keys {_repeated(key for key, _ in pairs)}: rename or remove one")
-    return found
+    return found if len(found) == len(pairs) else RepeatedKeys(pairs)
 
 
 def _repeated(names: Iterable[str]) -> str:
@@ -238,13 +266,13 @@ def _repeated(names: Iterable[str]) -> str:
     return printable(repr(next(name for name, count in Counter(names).items() if count > 1)))
 
 
-_MARK = b"\xef\xbb\xbf"  # of UTF-8, at the beginning of a file
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8, at the beginning of a file
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def _not_json(error: Exception) -> BadRecordError:
-    return error if isinstance(error, BadRecordError) else BadRecordError(f"not JSON: {printable(error)}")
+    return BadRecordError(f"not JSON: {printable(error)}")
 
 
 def parse_line(line: bytes) -> Any:
@@ -260,7 +288,7 @@ def parse_line(line: bytes) -> Any:
 
 def _jsonl(stream: Any) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(stream, 1):
-        line = line.removeprefix(_MARK) if number == 1 else line
+        line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
         if line.strip():
             yield number, parse_line(line)
 
@@ -271,13 +299,13 @@ def _json(stream: Any) -> Iterator[tuple[int, Any]]:
     All but lines are read whole, and counted by value instead of by line.
     """
     head = [b""]
-    while not (beginning := b"".join(head).removeprefix(_MARK).strip()) and (line := stream.readline()):
+    while not (beginning := b"".join(head).removeprefix(BYTE_ORDER_MARK).strip()) and (line := stream.readline()):
         head.append(line)
     is_array = beginning.startswith(b"[")
     if not is_array and not _goes_on(beginning):
         yield from _jsonl(itertools.chain(head[1:], stream))
         return
-    text = _decode(b"".join([*head, stream.read()]).removeprefix(_MARK))
+    text = _decode(b"".join([*head, stream.read()]).removeprefix(BYTE_ORDER_MARK))
     if isinstance(text, BadRecordError):
         raise _UnreadableError(f"1: {text}")
     number = 0
@@ -305,7 +333,7 @@ def _array(text: str) -> Iterator[Any]:
     position = _after_space(text, text.index("[") + 1)
     ended = text.startswith("]", position)
     while not ended:
-        value, position = _value(text, position)
+        value, position = _DECODER.raw_decode(text, position)
         yield value
         position = _after_space(text, position)
         ended = text.startswith("]", position)
@@ -321,17 +349,9 @@ def _sequence(text: str) -> Iterator[Any]:
     """The JSON values in `text`, one after the other."""
     position = _after_space(text, 0)
     while position < len(text):
-        value, position = _value(text, position)
+        value, position = _DECODER.raw_decode(text, position)
         yield value
         position = _after_space(text, position)
-
-
-def _value(text: str, position: int) -> tuple[Any, int]:
-    """The JSON value at `position`, or a BadRecordError where it repeats a key, and where it ends."""
-    try:
-        return _DECODER.raw_decode(text, position)
-    except BadRecordError as error:
-        return error, json.JSONDecoder().raw_decode(text, position)[1]
 
 
 def _after_space(text: str, position: int) -> int:

@@ -5,6 +5,7 @@ Where they are done changes no byte, so it is no part of a configuration: LM_REP
 
 import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -144,6 +145,7 @@ def _result(wait_for: Callable[[], _Result]) -> _Result:
 def _begin_worker() -> None:
     """Leave Ctrl-C to the process that started this one, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.set_threshold(100_000, 20, 20)  # as in the process that started it
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_after, args=[parent.sentinel], daemon=True).start()
