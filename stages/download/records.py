@@ -44,11 +44,15 @@ class BadRecordError(ValueError):
     """A record that is not what the config says; the message says how it differs."""
 
 
+class MissingColumnError(BadRecordError):
+    """A record without a column that the config names."""
+
+
 def lookup(row: Mapping[str, Any], name: str) -> Any:
     """The value of column `name`: the key itself (a flattened record) or a path into nested fields.
 
     Raises:
-        BadRecordError: if there is no such column.
+        MissingColumnError: if there is no such column.
     """
     if name in row:
         return row[name]
@@ -62,7 +66,7 @@ def lookup(row: Mapping[str, Any], name: str) -> Any:
             ]  # a list of structs, which other tools write for ELI5's struct of lists
             continue
         if not isinstance(value, Mapping) or step not in value:
-            raise BadRecordError(f"no column {_quoted(name)}; there are: {_listed(row)}")
+            raise MissingColumnError(f"no column {_quoted(name)}; there are: {_listed(row)}")
         value = value[step]
     return value
 

@@ -125,7 +125,7 @@ class SourceData:
     """What `download` reads of conf/data/NAME.yaml."""
 
     source: Literal["sample", "files", "hub", "sources"]
-    """sample: the embedded corpus; files: those at `path`; hub: a data set of the Hugging Face Hub; sources: several."""
+    """sample: the embedded corpus; files: those at `path`; hub: a data set of the Hub; sources: several."""
     path: str
     """File, directory or URL (http, https, or s3, gs, ssh, ... with DVC's package for it); ignored by hub."""
     hub: HubData | None

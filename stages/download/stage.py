@@ -21,7 +21,16 @@ from stages.core.errors import StageError, printable
 from stages.download.duplicates import ExactDuplicates, near_duplicates
 from stages.download.files import PATH_LIMIT, format_of
 from stages.download.hub_data import read_hub, resolve_commit
-from stages.download.records import ELI5, BadRecordError, Record, mismatch, split_key, split_of, to_record
+from stages.download.records import (
+    ELI5,
+    BadRecordError,
+    MissingColumnError,
+    Record,
+    mismatch,
+    split_key,
+    split_of,
+    to_record,
+)
 from stages.download.schema import SourceData
 from stages.download.sources import Row, read
 
@@ -176,9 +185,11 @@ def _assign_split(row: Row, data: SourceData, ledger: _Ledger) -> tuple[str, Rec
         record, dropped = to_record(row.value, data.columns)
     except BadRecordError as error:
         if data.on_bad_record == "error":
+            look = "; `python -m tools.add_data PATH` shows what they hold, and writes a file of conf/data for them"
+            hint = look if isinstance(error, MissingColumnError) and data.hub is None else ""
             raise StageError(
                 f"{row.where}: {error} (in conf/data, columns and filter name yours, and"
-                " on_bad_record: skip leaves such records out)"
+                f" on_bad_record: skip leaves such records out{hint})"
             ) from None
         ledger.skipped["malformed"] += 1
         ledger.first_malformed = ledger.first_malformed or f"{row.where}: {error}"
