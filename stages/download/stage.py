@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from stages.core.artifacts import SPLITS, staged, versions, write_json
 from stages.core.config import part
 from stages.core.errors import StageError, printable
+from stages.download.cleaning import REMOVED, Cleaner, CleaningLedger, libraries_of
 from stages.download.duplicates import ExactDuplicates, near_duplicates
 from stages.download.files import PATH_LIMIT, format_of
 from stages.download.hub_data import read_hub, resolve_commit
@@ -58,6 +59,8 @@ def main(config: DownloadConfig) -> None:
     data = config.data
     log.info("reading %s", data.hub.id if data.hub else data.path)
     ledger = _Ledger()
+    if data.clean:
+        ledger.cleaner, ledger.cleaning = Cleaner(data.clean), CleaningLedger(data.clean)
     if data.hub is not None:
         commit = resolve_commit(data.hub)
         rows = read_hub(data.hub, commit, whole=data.max_records is None)
@@ -79,6 +82,8 @@ def main(config: DownloadConfig) -> None:
         if data.deduplicate == "near" or data.count_near_duplicates:
             _look_for_near_duplicates(directory, ledger, drop=data.deduplicate == "near")
         ledger.check(data)
+        if ledger.cleaning is not None:
+            ledger.cleaning.write_samples(directory / REMOVED)
         write_json(directory / "stats.json", ledger.as_json(data, commit))
     if ledger.first_malformed:
         log.warning("%d malformed records left out; the first: %s", ledger.skipped["malformed"], ledger.first_malformed)
@@ -104,6 +109,13 @@ class _Ledger:
         self.num_exact_duplicates = 0
         self.near_duplicates: dict[str, int] | None = None
         self._split_keys: set[int] = set()
+        self.cleaner: Cleaner | None = None
+        self.cleaning: CleaningLedger | None = None
+
+    @property
+    def answers_cleaned(self) -> int:
+        """Answers that cleaning removed."""
+        return self.cleaning.answers_removed if self.cleaning is not None else 0
 
     def add_split_key(self, key: str) -> None:
         """Note what decides a record's split, while there are few of these."""
@@ -113,7 +125,8 @@ class _Ledger:
     def check(self, data: SourceData) -> None:
         """Raise StageError unless every split has records; assert that none was lost on the way."""
         assert self.records_in == self.records_out.total() + self.skipped.total()
-        assert self.answers_in == self.answers_out + self.answers_dropped + self.answers_of_duplicates
+        answers = self.answers_out + self.answers_dropped + self.answers_of_duplicates + self.answers_cleaned
+        assert self.answers_in == answers
         source = printable(data.hub.id if data.hub else data.path, PATH_LIMIT)
         if not self.records_in:
             raise StageError(f"{source} holds no records")
@@ -164,7 +177,8 @@ class _Ledger:
             "answers_of_duplicates": self.answers_of_duplicates,
             "exact_duplicates": self.num_exact_duplicates,
             "held_out_with_near_duplicate_in_train": self.near_duplicates,
-            "versions": versions("datasketch", "pyarrow"),
+            **({"clean": self.cleaning.as_json()} if self.cleaning is not None else {}),
+            "versions": versions("datasketch", "pyarrow", *libraries_of(data.clean)),
         }
 
 
@@ -197,6 +211,9 @@ def _assign_split(row: Row, data: SourceData, ledger: _Ledger) -> tuple[str, Rec
     num_answers = len(record["answers"]["text"])
     ledger.answers_in += num_answers + dropped
     ledger.answers_dropped += dropped
+    if ledger.cleaner is not None and ledger.cleaning is not None:
+        ledger.cleaning.add(ledger.cleaner.clean_record(record), row.where)
+        num_answers = len(record["answers"]["text"])
     if not num_answers:
         ledger.skipped["without_answers"] += 1
         return None
