@@ -119,11 +119,11 @@ def _known(value: Any) -> Any:
         ValueError: if not; pydantic's own words are about tags and discriminators.
     """
     name = value.get("step") if isinstance(value, dict) else getattr(value, "step", None)
+    steps = f"each step is a mapping such as {{step: words, minimum: 50}}; steps: {', '.join(STEPS)}"
+    if name is None:
+        raise ValueError(f"data.clean: {steps}")
     if not isinstance(name, str) or name not in STEPS:
-        given = "" if name is None else f"there is no step {printable(repr(name))}: "
-        raise ValueError(
-            f"data.clean: {given}each step is a mapping such as {{step: words, minimum: 50}}; steps: {', '.join(STEPS)}"
-        )
+        raise ValueError(f"data.clean: there is no step {printable(repr(name))}: {steps}")
     return value
 
 

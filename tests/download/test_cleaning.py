@@ -1,5 +1,6 @@
 """Cleaning: each rule on planted texts, what steps leave alone, and the counts and samples that download keeps."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from data_helpers import REPOSITORY, contents, questions, read_stats, source_data, split, write_jsonl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -530,3 +532,24 @@ def test_download_with_steps_gives_the_same_bytes_again(download: Callable[..., 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "conf/data").glob("*.yaml")), ids=lambda file: file.stem)
 def test_configurations_of_the_project_clean_nothing(file: Path) -> None:
     assert find(compose("download", [f"data={file.stem}", "data.path=x"]).values, "data.clean") == []
+
+
+def test_documentation_names_every_step_and_key_with_its_default() -> None:
+    section = (REPOSITORY / "docs/data.md").read_text(encoding="utf-8").split("\n## Cleaning\n")[1]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")][
+        2:
+    ]
+    documented: dict[str, dict[str, Any]] = {}
+    name = ""
+    for step_name, keys, default, _ in rows:
+        name = step_name.strip("`") or name
+        value = None if default == "required" else yaml.safe_load(default.strip("`"))
+        documented.setdefault(name, {}).update(dict.fromkeys(keys.replace("`", "").split(", "), value))
+    required: dict[str, dict[str, Any]] = {"language": {"languages": ["en"]}, "overlap": {"files": {"x": "y"}}}
+    for name in STEPS:
+        own = required.get(name, {"minimum": 1} if name == "words" else {})
+        values = dataclasses.asdict(step(name, **own))
+        assert documented[name] == {
+            key: None if key in own else value for key, value in values.items() if key != "step"
+        }
+    assert documented.keys() == STEPS.keys()
