@@ -4,6 +4,7 @@ Records of a regular batch are read column by column (columns.py). Whatever is i
 `_judge`, which reads it by itself: what it says counts, so that both ways give the same records and the same errors.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow as pa
 
 from stages.core.artifacts import to_arrow
 from stages.download.arrays import Bools, Ints, from_bools
+from stages.download.cleaning import Event, clean_record
 from stages.download.columns import IrregularError, RegularRecords, SourceColumns, read_regular
 from stages.download.records import (
     FILTERED,
@@ -19,6 +21,7 @@ from stages.download.records import (
     MALFORMED,
     WITHOUT_ANSWERS,
     BadRecordError,
+    MissingColumnError,
     Record,
     Row,
     document_digest,
@@ -32,6 +35,9 @@ from stages.download.records import (
     to_record,
 )
 from stages.download.schema import SourceData
+
+# What a message says further of a column that is not there.
+_LOOK = "; `python -m tools.add_data PATH` shows what the records hold, and writes a file of conf/data for them"
 
 
 class Batch(NamedTuple):
@@ -53,6 +59,8 @@ class Batch(NamedTuple):
     """Characters in the texts of each that is kept, [num_kept]."""
     first: dict[int, str]
     """Verdict to the place of the first record with it, and why: of those that a message may be about."""
+    cleaned: "list[Cleaned]"
+    """What cleaning did to records, in order."""
 
     def until(self, length: int) -> "Batch":
         """The first `length` records."""
@@ -66,6 +74,7 @@ class Batch(NamedTuple):
             digests=self.digests[:num_kept],
             num_characters=self.num_characters[:num_kept],
             first={verdict: place for verdict, place in self.first.items() if verdict in verdicts},
+            cleaned=[record for record in self.cleaned if record.number < length],
         )
 
     def select(self, kept: Bools) -> "Batch":
@@ -78,6 +87,14 @@ class Batch(NamedTuple):
             digests=[digest for digest, is_kept in zip(self.digests, kept, strict=True) if is_kept],
             num_characters=self.num_characters[kept],
         )
+
+
+class Cleaned(NamedTuple):
+    """A record of a batch that cleaning changed, or took texts from."""
+
+    number: int
+    where: str
+    events: Sequence[Event]
 
 
 class Rules(NamedTuple):
@@ -96,6 +113,8 @@ class _Judged(NamedTuple):
     num_dropped: int = 0
     record: Record | None = None
     key: str = ""
+    events: Sequence[Event] = ()
+    """What cleaning did to its texts."""
 
 
 class Records(Protocol):
@@ -136,7 +155,8 @@ def judge(rules: Rules, records: Records) -> Batch:
     if records.split is None and rules.data.split is not None and rules.data.split.by == "source":  # an error
         for number in np.flatnonzero(batch.verdicts == KEPT)[:1].tolist():
             batch.first[KEPT] = records[number].where
-    return batch
+    cleaned = [(number, item.events) for number, item in judged.items() if item.events]
+    return batch._replace(cleaned=[Cleaned(number, records[number].where, events) for number, events in cleaned])
 
 
 def _judge(row: Row, rules: Rules) -> _Judged:
@@ -149,12 +169,14 @@ def _judge(row: Row, rules: Rules) -> _Judged:
             return _Judged(FILTERED, other)
         record, num_dropped = to_record(row.value, data.columns)
         origin = _origin(row.value, rules)
+        events = clean_record(record, data.clean)
         key = split_key(row.value, record, key_names(data.split))
     except BadRecordError as error:
-        return _Judged(MALFORMED, str(error))
+        is_column_missing = isinstance(error, MissingColumnError) and data.hub is None
+        return _Judged(MALFORMED, f"{error}{_LOOK if is_column_missing else ''}")
     if not record["answers"]["text"]:
-        return _Judged(WITHOUT_ANSWERS, num_dropped=num_dropped)
-    return _Judged(KEPT, "", num_dropped, record | origin, key)
+        return _Judged(WITHOUT_ANSWERS, num_dropped=num_dropped, events=events)
+    return _Judged(KEPT, "", num_dropped, record | origin, key, events)
 
 
 def _origin(row: Any, rules: Rules) -> Record:
@@ -167,7 +189,7 @@ def _origin(row: Any, rules: Rules) -> Record:
 
 def _merge(rules: Rules, split: str | None, regular: RegularRecords, judged: dict[int, _Judged]) -> Batch:
     """The batch of the `regular` records and of those that were `judged` by themselves, in order."""
-    fast = Batch(split, regular.verdicts, regular.num_dropped, *regular.kept, {})
+    fast = Batch(split, regular.verdicts, regular.num_dropped, *regular.kept, {}, [])
     if not judged:
         return fast
     single = _batch_of(rules, split, list(judged.values()))
@@ -186,6 +208,7 @@ def _merge(rules: Rules, split: str | None, regular: RegularRecords, judged: dic
         [[*fast.digests, *single.digests][index] for index in order.tolist()],
         np.concatenate([fast.num_characters, single.num_characters])[order],
         {},
+        [],
     )
 
 
@@ -204,4 +227,5 @@ def _batch_of(rules: Rules, own_split: str | None, judged: list[_Judged]) -> Bat
         [document_digest(" ".join(record["answers"]["text"]).encode()) for record in records],
         np.array([sum(map(len, [*record["answers"]["text"], record["selftext"]])) for record in records], np.int64),
         {},
+        [],
     )

@@ -14,6 +14,8 @@ import pyarrow.compute as pc
 from stages.core.artifacts import SPLITS, versions
 from stages.core.errors import StageError, printable
 from stages.download.batches import Batch
+from stages.download.cleaning import CleaningLedger, libraries_of
+from stages.download.cleaning_schema import Step
 from stages.download.files import PATH_LIMIT, format_of
 from stages.download.records import FILTERED, KEPT, MALFORMED, TITLE, WITHOUT_ANSWERS, key_names
 from stages.download.schema import SourceData
@@ -28,7 +30,11 @@ _FEW = 100
 class Ledger:
     """What went in, came out and was left out."""
 
-    def __init__(self, splits: Sequence[str]) -> None:
+    def __init__(self, splits: Sequence[str], steps: Sequence[Step] = ()) -> None:
+        """
+        Args:
+            steps: of cleaning.
+        """
         self.records_in = 0
         self.answers_in = 0
         self.answers_dropped = 0
@@ -42,6 +48,7 @@ class Ledger:
         )
         self.num_exact_duplicates = 0
         self.near_duplicates: dict[str, int] | None = None
+        self.cleaning = CleaningLedger(steps)
         self._split_keys: set[int] = set()
 
     @property
@@ -57,8 +64,12 @@ class Ledger:
         self.first_filtered = self.first_filtered or batch.first.get(FILTERED, "")
         self.records_in += len(batch.verdicts)
         answered = np.isin(batch.verdicts, [KEPT, WITHOUT_ANSWERS])
-        self.answers_dropped += int(batch.num_dropped[answered].sum())
-        self.answers_in += int(batch.num_dropped[answered].sum()) + _count_answers(batch.table)
+        num_dropped, already_cleaned = int(batch.num_dropped[answered].sum()), self.cleaning.answers_removed
+        for record in batch.cleaned:
+            self.cleaning.add(record.events, record.where)
+        num_cleaned = self.cleaning.answers_removed - already_cleaned
+        self.answers_dropped += num_dropped
+        self.answers_in += num_dropped + num_cleaned + _count_answers(batch.table)
 
     def add_kept(self, split: str, table: pa.Table) -> None:
         """Enter the records of `table` as written to `split`."""
@@ -86,7 +97,8 @@ class Ledger:
     def check(self, data: SourceData) -> None:
         """Raise StageError unless every split has records; assert that none was lost on the way."""
         assert self.records_in == self.records_out.total() + self.skipped.total()
-        assert self.answers_in == self.answers_out + self.answers_dropped + self.answers_of_duplicates
+        answers = self.answers_out + self.answers_dropped + self.answers_of_duplicates + self.cleaning.answers_removed
+        assert self.answers_in == answers
         source = printable(data.hub.id if data.hub else data.path, PATH_LIMIT)
         if not self.records_in:
             raise StageError(f"{source} holds no records")
@@ -170,7 +182,8 @@ class Ledger:
             "answers_of_duplicates": self.answers_of_duplicates,
             "exact_duplicates": self.num_exact_duplicates,
             "held_out_with_near_duplicate_in_train": self.near_duplicates,
-            "versions": versions("pyarrow", "rensa"),
+            **({"clean": self.cleaning.as_json()} if data.clean else {}),
+            "versions": versions("pyarrow", "rensa", *libraries_of(data.clean)),
         }
 
 

@@ -78,6 +78,10 @@ class BadRecordError(ValueError):
     """A record that is not what the config says; the message says how it differs."""
 
 
+class MissingColumnError(BadRecordError):
+    """A record without a column that the config names."""
+
+
 class RepeatedKeyError(BadRecordError):
     """A record of which a column is there twice."""
 
@@ -94,7 +98,8 @@ def lookup(row: Mapping[str, Any], name: str) -> Any:
     """The value of column `name`: the key itself (a flattened record) or a path into nested fields.
 
     Raises:
-        BadRecordError: if there is no such column, or two of it.
+        MissingColumnError: if there is no such column.
+        RepeatedKeyError: if there are two of it.
     """
     if name in row:
         return _value(row, name)
@@ -107,7 +112,7 @@ def lookup(row: Mapping[str, Any], name: str) -> Any:
             value = [_value(item, step) for item in value]
             continue
         if not isinstance(value, Mapping) or step not in value:
-            raise BadRecordError(f"no column {_quoted(name)}; there are: {_listed(row)}")
+            raise MissingColumnError(f"no column {_quoted(name)}; there are: {_listed(row)}")
         value = _value(value, step)
     return value
 

@@ -24,6 +24,7 @@ from stages.core.config import part
 from stages.core.errors import StageError
 from stages.download.arrays import from_bools, take
 from stages.download.batches import Batch, Rules
+from stages.download.cleaning import REMOVED, unmet
 from stages.download.columns import count_characters
 from stages.download.duplicates import ExactDuplicates, NearDuplicates, sign_documents
 from stages.download.hub_data import read_hub, resolve_commit
@@ -57,7 +58,9 @@ def main(config: DownloadConfig) -> None:
     data = config.data
     log.info("reading %s", data.hub.id if data.hub else data.path)
     splits = (ALL,) if data.split is None else SPLITS
-    ledger = Ledger(splits)
+    ledger = Ledger(splits, data.clean)
+    if problem := next(unmet(data.clean), None):
+        raise StageError(problem)
     commit = None if data.hub is None else resolve_commit(data.hub)
     rules = Rules(data, None if data.source == "sources" else config.source)
     with (
@@ -74,6 +77,8 @@ def main(config: DownloadConfig) -> None:
         if data.deduplicate == "near" or (data.count_near_duplicates and data.split is not None):
             _look_for_near_duplicates(directory, ledger, workers, drop=data.deduplicate == "near")
         ledger.check(data)
+        if data.clean:
+            ledger.cleaning.write_samples(directory / REMOVED)
         write_json(directory / "stats.json", ledger.as_json(data, commit))
     ledger.warn(data)
     log.info("%d records -> %s (%s)", ledger.records_in, config.out, ledger.summary())

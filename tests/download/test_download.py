@@ -260,7 +260,7 @@ def test_download_with_a_filter_takes_the_first_records_that_pass_it(tmp_path: P
 def test_download_with_a_filter_on_an_absent_column_names_those_there_are(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", tagged(9))
     with pytest.raises(
-        StageError, match=r"no column 'flair'; there are: title, answers\.text, subreddit, category .*filter"
+        StageError, match=r"no column 'flair'; there are: title, answers\.text, subreddit, category; .*add_data.*filter"
     ):
         run(source_data(file, filter={"flair": ["x"]}), tmp_path / "raw")
 
