@@ -21,7 +21,6 @@ from stages.download.cleaning import (
     MAX_SAMPLES,
     REMOVED,
     Cleaner,
-    CleaningLedger,
     unmet,
     why_length,
     why_no_text,
@@ -375,20 +374,6 @@ def test_cleaner_steps_work_on_what_the_ones_before_leave() -> None:
     text = "call +49 30 901820 now please"
     assert Cleaner([words, step("mask")]).clean(text)[0] is None
     assert Cleaner([step("mask"), words]).clean(text)[0] == "call [phone] now please"
-
-
-@settings(deadline=None)
-@given(st.lists(st.sampled_from(["a", "a@b.de", "one two three", "8.8.8.8 is it"]), max_size=30), st.integers(0, 30))
-def test_cleaning_ledger_of_parts_merged_is_that_of_the_whole(texts: list[str], cut: int) -> None:
-    steps = [step("mask"), step("words", minimum=2)]
-    cleaner = Cleaner(steps)
-    whole, first, second = (CleaningLedger(steps) for _ in range(3))
-    for number, text in enumerate(texts):
-        _, events = cleaner.clean(text)
-        for ledger in (whole, first if number < cut else second):
-            ledger.add(events, f"f:{number}")
-    first.merge(second)
-    assert (first.as_json(), first._samples) == (whole.as_json(), whole._samples)
 
 
 # -- configuration -----------------------------------------------------------------------------------------------------
