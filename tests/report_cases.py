@@ -24,7 +24,7 @@ def full_figures(task: str, bits: float) -> dict[str, Any]:
 
 
 def grouped_figures(bits: float) -> dict[str, Any]:
-    """The same of the causal task, by source and by a group with a hostile value, and of texts that are only evaluated."""
+    """The same of the causal task by source and by a group with a hostile value, and of texts only evaluated."""
 
     def values(**found: float) -> dict[str, Any]:
         base = {"base_bits_per_byte": 3.8, "documents": 2600}
