@@ -122,10 +122,11 @@ def overrides(corpus: Path) -> Callable[..., list[str]]:
                 f"samples_out={out}/samples.md",
             ],
         }
+        samples = ["samples.max_new_tokens=8"] if task == "causal" else []
         own = {
-            "baseline": [*model, *windows],
+            "baseline": [*model, *windows, *samples],
             "train": [*model, *training],
-            "evaluate": [*windows, *(["samples.max_new_tokens=8"] if task == "causal" else [])],
+            "evaluate": [*windows, *samples],
         }
         return [*common, *own[stage], *files[stage], *more]
 

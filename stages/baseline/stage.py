@@ -3,7 +3,7 @@
 Reads   data/tokens/TASK/, the columns source, groups and q_id of data/raw/{validation,test}.parquet, the sources that
         evaluate.texts names in data/sources/NAME/, the model's pinned checkpoint if it has one
 Writes  metrics/baseline/TASK.json, reports/baseline/TASK/{validation,test,texts-NAME}.parquet (the scores of each
-        document: stages/figures/scores.py)
+        document: stages/figures/scores.py) and samples.json
 Command python -m stages.baseline task=causal
 """
 
@@ -15,8 +15,8 @@ from pydantic import ValidationInfo, field_validator
 from stages.core.artifacts import check_out, staged, write_json
 from stages.core.config import Seed, part
 from stages.figures.groups import document_figures
-from stages.figures.names import EVALUATED, EVALUATED_FILES, TEXTS, with_texts_apart
-from stages.figures.schema import Evaluate
+from stages.figures.names import EVALUATED, EVALUATED_FILES, SAMPLES, TEXTS, with_texts_apart
+from stages.figures.schema import Evaluate, Samples, check_prompts
 from stages.figures.scores import add_scores, describe_records, write_scores
 from stages.figures.texts import open_texts, source_files
 from stages.model.hardware import Hardware
@@ -38,6 +38,7 @@ class BaselineConfig:
     seed: Seed
     """Of the initial weights."""
     evaluate: Evaluate
+    samples: Samples
     tokens: str
     """Directory of tokenize's shards."""
     raw: str
@@ -47,7 +48,7 @@ class BaselineConfig:
     out: str
     """File of the metrics to write."""
     report: str
-    """Directory of the scores to write."""
+    """Directory of the scores and samples to write."""
 
     @field_validator("objective")
     @classmethod
@@ -67,11 +68,20 @@ class BaselineConfig:
             )
         return evaluate
 
+    @field_validator("samples")
+    @classmethod
+    def _suit_the_objective(cls, samples: Samples, info: ValidationInfo) -> Samples:
+        objective = info.data.get("objective")
+        if objective is not None:
+            check_prompts(samples, objective.name)
+        return samples
+
 
 def main(config: BaselineConfig) -> None:
     check_out(config.out)
     check_out(config.report, EVALUATED_FILES)
     from stages.figures.metrics import choose_documents, score_documents
+    from stages.figures.samples import make_samples
     from stages.model.models import build_model, prepare_torch
     from stages.model.objectives import make_objective
 
@@ -89,7 +99,9 @@ def main(config: BaselineConfig) -> None:
         scores = score_documents(model, objective, texts, records, evaluate.context, at_once)
         tables[name], figures[name] = add_scores(described, scores, "bits_before"), document_figures(metric, scores)
         log.info("%s %s before training: %.4f", name, metric, figures[name][metric])
+    samples = make_samples(config.samples, config.objective.name, model, tokens / "tokenizer", vocabulary)
     with staged(config.report, EVALUATED_FILES) as directory:
+        write_json(directory / SAMPLES, samples)
         for name, table in tables.items():
             write_scores(directory / f"{name}.parquet", table)
     write_json(config.out, {config.task: with_texts_apart(figures)})

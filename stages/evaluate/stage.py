@@ -21,10 +21,9 @@ from pydantic import ValidationInfo, field_validator
 from stages.core.artifacts import Blocks, check_out, read_json, staged, to_numpy, write_json, write_text
 from stages.core.config import part
 from stages.core.errors import StageError
-from stages.evaluate.schema import Samples
 from stages.figures.groups import document_figures, figures_by_group
-from stages.figures.names import EVALUATED, headline, with_texts_apart
-from stages.figures.schema import Evaluate
+from stages.figures.names import EVALUATED, SAMPLES, headline, with_texts_apart
+from stages.figures.schema import Evaluate, Samples, check_prompts
 from stages.figures.scores import add_scores, read_scores, scores_in, write_scores
 from stages.figures.texts import Texts, open_texts
 from stages.hub.files import usable_positions
@@ -53,7 +52,7 @@ class EvaluateConfig:
     blocks: str
     """Directory of group_texts."""
     baseline: str
-    """Directory of baseline's scores."""
+    """Directory of baseline's scores and samples."""
     sources: str
     """Directory of the sources that evaluate.texts names."""
     out: str
@@ -67,16 +66,8 @@ class EvaluateConfig:
     @classmethod
     def _suit_the_objective(cls, samples: Samples, info: ValidationInfo) -> Samples:
         objective = info.data.get("objective")
-        causal = objective is not None and objective.name == "causal"
-        problems = []
-        for key in ("max_new_tokens", "temperature"):
-            if causal and getattr(samples, key) is None:
-                problems.append(f"samples.{key} is missing for objective.name=causal")
-        if objective is not None and not causal:
-            wrong = [prompt for prompt in samples.prompts if prompt.count("{mask}") != 1]
-            problems += [f"samples.prompts: {prompt!r} needs exactly one {{mask}}" for prompt in wrong]
-        if problems:
-            raise ValueError("\n".join(problems))
+        if objective is not None:
+            check_prompts(samples, objective.name)
         return samples
 
 
@@ -89,7 +80,7 @@ def main(config: EvaluateConfig) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
     """The work of the stage, as one of the processes that do it does it."""
-    from stages.evaluate.samples import make_samples
+    from stages.figures.samples import check_samples, make_samples, write_page
     from stages.model.models import prepare_torch
     from stages.model.objectives import make_objective
     from stages.model.processes import rank, wait_for_all
@@ -115,11 +106,13 @@ def evaluate(config: EvaluateConfig) -> None:
     metrics = {key: _figures(config, key, table, model, objective) for key, table in tables.items()}
     if not rank():
         samples = make_samples(config.samples, name, model, tokens / "tokenizer", vocabulary)
+        before = read_json(Path(config.baseline) / SAMPLES)
+        check_samples(before, samples, Path(config.baseline) / SAMPLES)
         with staged(config.report, ["metrics.json"]) as directory:
             write_json(directory / "metrics.json", {config.task: with_texts_apart(metrics)})
             for key, table in tables.items():
                 write_scores(directory / f"{key}.parquet", table)
-        write_text(config.samples_out, samples)
+        write_text(config.samples_out, write_page(name, before, samples))
         write_json(config.out, {config.task: headline(metrics)})
     wait_for_all()
     log.info("-> %s, %s, %s", config.out, config.report, config.samples_out)

@@ -8,6 +8,8 @@ EVALUATED = ("validation", "test")
 """Splits that are evaluated."""
 EVALUATED_FILES = [f"{split}.parquet" for split in EVALUATED]
 """Files of their documents' scores."""
+SAMPLES = "samples.json"
+"""What baseline's model says to the prompts."""
 TEXTS = "texts-"
 """What the name of a source begins with, in files of scores, that is only evaluated."""
 SHORT_SPLITS = {"validation": "val", "test": "test"}

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,10 +16,10 @@ from data_helpers import contents
 from stages.core.artifacts import Documents, read_json
 from stages.core.config import flat
 from stages.core.errors import ConfigError, StageError, without_controls
-from stages.evaluate.samples import make_samples
-from stages.evaluate.schema import Samples
 from stages.figures.groups import NONE, ratio_with_error
 from stages.figures.metrics import score_documents
+from stages.figures.samples import make_samples, write_page
+from stages.figures.schema import Samples
 from stages.figures.scores import read_scores, scores_in
 from stages.figures.texts import SplitTexts
 from stages.model.objectives import make_objective
@@ -317,7 +318,8 @@ def test_metrics_file_holds_the_headline_metrics_of_the_report_under_the_tasks_n
 # -- samples -----------------------------------------------------------------------------------------------------------
 
 
-def sample_page(trained, corpus, task, **settings):
+def said(trained, corpus, task, **settings):
+    """What the trained model says to a prompt."""
     defaults = {
         "causal": {"seed": 0, "max_new_tokens": 10, "temperature": 1.0, "top_k": 20, "prompts": ["Rain falls"]},
         "mlm": {"seed": 0, "top_k": 5, "prompts": ["Rain falls when {mask} cools."]},
@@ -340,16 +342,17 @@ def test_samples_of_the_default_prompts_hold_each_of_them(trained, compose_stage
 @pytest.mark.parametrize("hostile", ["\x1b[2J", "a\rb", "\x9b31m", "\u202e", "\x07"])
 def test_samples_of_a_prompt_with_control_characters_hold_none(trained, corpus, task, hostile):
     prompt = f"Rain {hostile} falls" + (" {mask}" if task == "mlm" else "")
-    page = sample_page(trained, corpus, task, prompts=[prompt])
+    samples = said(trained, corpus, task, prompts=[prompt])
+    page = write_page(task, samples, samples)
     assert without_controls(page) == page
     assert f"Rain {without_controls(hostile)} falls" in page
 
 
 def test_samples_of_a_causal_model_depend_on_the_seed_alone(trained, corpus):
-    first = sample_page(trained, corpus, "causal")
+    first = said(trained, corpus, "causal")
     torch.rand(3)
-    assert sample_page(trained, corpus, "causal") == first
-    assert sample_page(trained, corpus, "causal", seed=1) != first
+    assert said(trained, corpus, "causal") == first
+    assert said(trained, corpus, "causal", seed=1) != first
 
 
 def test_samples_of_the_likeliest_token_alone_are_transformers_greedy_completion(trained, corpus):
@@ -360,30 +363,68 @@ def test_samples_of_the_likeliest_token_alone_are_transformers_greedy_completion
     settings = transformers.GenerationConfig(max_new_tokens=10, do_sample=False, eos_token_id=end, pad_token_id=end)
     greedy = model.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)[0, 1:].tolist()
     completed = tokenizer.decode(greedy, skip_special_tokens=True).removeprefix("Rain falls")
-    (line,) = sample_page(trained, corpus, "causal", top_k=1).splitlines()[2:]
-    assert line == f"> **Rain falls**{completed}"
+    assert said(trained, corpus, "causal", top_k=1) == [{"prompt": "Rain falls", "completion": completed}]
 
 
 def test_samples_longer_than_the_models_positions_end_there(trained, corpus):
     # The model has 64 positions, and at this temperature all tokens are alike, so that it rarely ends by itself.
     settings = {"temperature": 1e6, "top_k": 300, "seed": 1}
-    at_64, beyond = (sample_page(trained, corpus, "causal", max_new_tokens=number, **settings) for number in (60, 500))
+    at_64, beyond = (
+        said(trained, corpus, "causal", max_new_tokens=number, **settings)[0]["completion"] for number in (60, 500)
+    )
     assert len(beyond) >= len(at_64) > 60
 
 
 def test_samples_of_a_masked_model_are_its_likeliest_tokens_in_order(trained, corpus):
-    page = sample_page(trained, corpus, "mlm", top_k=4)
-    shares = [float(share) for share in re.findall(r"\| ([\d.]+)% \|", page)]
+    (sample,) = said(trained, corpus, "mlm", top_k=4)
+    shares = [share for _, share in sample["tokens"]]
     assert len(shares) == 4
     assert shares == sorted(shares, reverse=True)
-    assert 0.0 < sum(shares) <= 100.0
+    assert 0.0 < sum(shares) <= 1.0
 
 
 def test_samples_of_a_masked_model_agree_with_the_fill_mask_pipeline(trained, corpus):
     fill = transformers.pipeline("fill-mask", model=str(trained["mlm"] / "model"), device="cpu")
-    expected = [f"{item['score']:.1%}" for item in fill("Rain falls when <mask> cools.", top_k=5)]
-    page = sample_page(trained, corpus, "mlm", prompts=["Rain falls when {mask} cools."])
-    assert [f"{share}%" for share in re.findall(r"\| ([\d.]+)% \|", page)] == expected
+    expected = [item["score"] for item in fill("Rain falls when <mask> cools.", top_k=5)]
+    (sample,) = said(trained, corpus, "mlm", prompts=["Rain falls when {mask} cools."])
+    assert [share for _, share in sample["tokens"]] == pytest.approx(expected, rel=1e-5)
+
+
+def test_samples_page_shows_each_prompt_before_and_after_training():
+    before, after = ([{"prompt": "Why", "completion": text}] for text in (" a\nb", " because"))
+    assert write_page("causal", before, after).splitlines()[2:] == [
+        *("> before training: **Why** a", "> b", "", "> after training: **Why** because"),
+    ]
+    before, after = ([{"prompt": "a {mask}", "tokens": [["x|", share], ["y", 0.01]]}] for share in (0.5, 0.25))
+    assert write_page("mlm", before, after).splitlines()[2:] == [
+        "**a \\_\\_\\_**",
+        "",
+        "| before training | probability | after training | probability |",
+        "|---|---|---|---|",
+        "| `x\\|` | 50.0% | `x\\|` | 25.0% |",
+        "| `y` | 1.0% | `y` | 1.0% |",
+    ]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluate_shows_what_the_untrained_model_said(trained, task):
+    before = read_json(trained[task] / "baseline/samples.json")
+    page = (trained[task] / "samples.md").read_text()
+    if task == "causal":
+        assert all(sample["completion"].split("\n")[0] in page for sample in before)
+    else:
+        shares = [f"{share:.1%}" for sample in before for _, share in sample["tokens"]]
+        assert [row.split("|")[2].strip() for row in page.splitlines() if row.startswith("| `")] == shares
+
+
+@pytest.mark.parametrize("changed", [[], [{"prompt": "other", "completion": "x"}], {}, [1]])
+def test_evaluate_of_samples_of_other_prompts_says_what_to_run(trained, run_toy, tmp_path, changed):
+    baseline = tmp_path / "baseline"
+    shutil.copytree(trained["causal"] / "baseline", baseline)
+    (baseline / "samples.json").write_text(json.dumps(changed))
+    outs = [f"{name}={tmp_path}/{name}" for name in ("out", "samples_out", "report")]
+    with pytest.raises(StageError, match=r"samples\.json is damaged"):
+        run_toy("evaluate", "causal", trained["causal"], f"baseline={baseline}", *outs)
 
 
 @pytest.mark.parametrize("prompt", ["no mask", "{mask} and {mask}"])

@@ -241,7 +241,7 @@ def test_soundness_changed_behaviour_of_a_module_changes_exactly_the_stages_that
 
 @pytest.mark.slow
 def test_soundness_behaviour_that_one_stage_uses_runs_that_stage(clean: Path) -> None:
-    file = clean / "stages/evaluate/samples.py"
+    file = clean / "stages/evaluate/stage.py"
     file.write_text(file.read_text(encoding="utf-8") + "\n_CHANGED = 1\n", encoding="utf-8")
     assert stages_run(run(clean, "dvc", "repro")) == {"code", *both("evaluate")}
 
