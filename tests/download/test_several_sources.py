@@ -113,9 +113,7 @@ def test_download_of_a_source_that_is_not_there_names_it_and_params_yaml(two: Pa
 
 def test_download_of_a_source_that_is_only_evaluated_refuses_it(two: Path) -> None:
     read_source(two, "c", records(0), split=None)
-    with pytest.raises(
-        StageError, match="the source c is only evaluated, since the split of its conf"
-    ):
+    with pytest.raises(StageError, match="the source c is only evaluated, since the split of its conf"):
         run(mix(two, "a", "c"), two / "raw")
 
 
