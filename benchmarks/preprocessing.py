@@ -1,17 +1,23 @@
-"""How fast tokenize and group_texts are, against the guide's procedure and run_clm.py's, on the same documents.
+"""How fast the way from a JSONL file to blocks is, against the guide's procedure and run_clm.py's, on one text.
 
 Command python benchmarks/preprocessing.py [--documents N ...] [--guide-documents N] [--tokenizer DIRECTORY]
+                                           [--before CHECKOUT] [--files-only]
+
+From the file to blocks, both sides are processes, imports included: download (near duplicates are counted, as by
+default), tokenize and group_texts here; load_dataset("json"), train_test_split, map and group_texts there. --before
+measures download of another checkout of this repository as well; --files-only measures nothing else.
 
 The documents are the embedded sample's, repeated and perturbed (a function of their number). The guide's procedure is
 datasets.map with a transformers tokenizer and its group_texts, whose `sum(lists, [])` is quadratic; run_clm.py's joins
-by `chain` and does not truncate. Both run with 1 and with 4 processes, and the faster counts. Their time begins with
-`map`, ours with the stage: neither pays here for imports or, in theirs, for turning the records into a Dataset. Every
-run is a process of its own. On more than --guide-documents theirs runs on that many: it goes batch by batch, at a rate
-that does not depend on their number.
+by `chain` and does not truncate. Both run with 1 and with 4 processes, and the faster counts. Beyond the comparison
+from the file, their time begins with `map`, ours with the stage: neither pays for imports or, in theirs, for turning
+the records into a Dataset. Every run is a process of its own. On more than --guide-documents theirs runs on that many:
+it goes batch by batch, at a rate that does not depend on their number.
 The last line printed is one JSON object about the last size.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -30,6 +36,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from stages.core.artifacts import SPLITS, free_copy
 
@@ -45,6 +53,8 @@ def main() -> None:
     parser.add_argument("--guide-documents", type=int, default=50_000)
     parser.add_argument("--tokenizer", type=Path, help="directory of a byte-level BPE with an end-of-sequence token")
     parser.add_argument("--rounds", type=int, default=3, help="of ours; theirs runs once")
+    parser.add_argument("--before", type=Path, help="another checkout, whose download is measured as well")
+    parser.add_argument("--files-only", action="store_true", help="from the file to blocks, and no more")
     arguments = parser.parse_args()
     os.environ["PYTHONPATH"] = str(ROOT)
     for number in arguments.documents:
@@ -52,18 +62,19 @@ def main() -> None:
             os.environ["HF_HOME"] = f"{scratch}/hf"  # nothing cached before counts, and nothing is left
             place = Path(scratch)
             tokenizer = own_tokenizer(arguments.tokenizer, place / "tokenizer")
-            result = measure(place, tokenizer, number, arguments.guide_documents, arguments.rounds)
+            print(f"-- {number:,} documents", flush=True)
+            result = measure_files(place, tokenizer, number, arguments)
+            if not arguments.files_only:
+                result |= measure(place, tokenizer, number, arguments.guide_documents, arguments.rounds)
         print(json.dumps(result), flush=True)
 
 
 def measure(place: Path, tokenizer: Path, number: int, most_of_guide: int, rounds: int) -> dict[str, Any]:
-    """The figures of `number` documents."""
-    print(f"-- {number:,} documents", flush=True)
-    seconds = {"download": process("download", *download(place, number, "raw"))}
+    """The figures of `number` documents, of which download has written the records."""
     ours = [in_process(by_functions, place, tokenizer) for _ in range(rounds)]
     tokens = ours[0]["tokens"]
     stages = [by_processes(place, tokenizer) for _ in range(rounds)]
-    seconds |= {name: statistics.median(run[name] for run in stages) for name in ("tokenize", "group_texts")}
+    seconds = {name: statistics.median(run[name] for run in stages) for name in ("tokenize", "group_texts")}
     ours_rate = tokens / statistics.median(run["seconds"] for run in ours)
     process_rate = tokens / (seconds["tokenize"] + seconds["group_texts"])
     engine_rate = statistics.median(in_process(by_engine, place, tokenizer) for _ in range(rounds))
@@ -76,7 +87,8 @@ def measure(place: Path, tokenizer: Path, number: int, most_of_guide: int, round
     )
     raw = "raw"
     if number > most_of_guide:
-        process("download", *download(place, most_of_guide, "fewer"))
+        write_documents(place / "fewer.jsonl", most_of_guide)
+        process("download", *download(place, "fewer", count=False))
         raw = "fewer"
     theirs: dict[str, float] = {}
     for name, truncate in (("guide", True), ("run_clm", False)):
@@ -89,7 +101,6 @@ def measure(place: Path, tokenizer: Path, number: int, most_of_guide: int, round
         theirs[name] = max(run["rate"] for run in runs.values())
     print("the same token stream:", in_process(compare, place, tokenizer, raw))
     return {
-        "documents": number,
         "tokens": tokens,
         "ours_tokens_per_second": round(ours_rate),
         "guide_tokens_per_second": round(theirs["guide"]),
@@ -102,6 +113,74 @@ def measure(place: Path, tokenizer: Path, number: int, most_of_guide: int, round
         "peak_rss_bytes": max(run["peak_rss"] for run in ours),
         "peak_anonymous_bytes": max(run["peak_anonymous"] for run in ours),
     }
+
+
+def measure_files(place: Path, tokenizer: Path, number: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures of the way from a file of `number` documents to blocks."""
+    file = place / "raw.jsonl"
+    write_documents(file, number)
+    megabytes = file.stat().st_size / 1e6
+    result: dict[str, Any] = {"documents": number, "megabytes": round(megabytes)}
+    here = [("download", True, ROOT), ("download_without_count", False, ROOT)]
+    before = [(f"before_{name}", count, arguments.before) for name, count, _ in here] if arguments.before else []
+    seconds: dict[str, list[float]] = {}
+    for _ in range(arguments.rounds):
+        for name, count, root in [*here[::-1], *before]:
+            source = [] if root == arguments.before else ["source=files"]
+            run, peak = watched("download", *download(place, "raw", count), *source, root=root)
+            seconds.setdefault(name, []).append(run)
+            result[f"{name}_peak_bytes"] = max(peak, result.get(f"{name}_peak_bytes", 0))
+        process("download", *download(place, "raw", count=True), "source=files")
+        for stage, run in by_processes(place, tokenizer).items():
+            seconds.setdefault(stage, []).append(run)
+    medians = {name: statistics.median(runs) for name, runs in seconds.items()}
+    for name, run in medians.items():
+        result[f"{name}_seconds"] = round(run, 2)
+        if "download" in name:
+            result[f"{name}_megabytes_per_second"] = round(megabytes / run, 1)
+    ours = sum(medians[name] for name in ("download", "tokenize", "group_texts"))
+    guide = guide_seconds(place, tokenizer, number, arguments.guide_documents)
+    result |= {"file_to_blocks_seconds": round(ours, 2), "guide_file_to_blocks_seconds": round(guide, 1)}
+    result["file_to_blocks_ratio_to_guide"] = round(guide / ours, 1)
+    for name, value in result.items():
+        print(f"{name:45}{value:>16,}", flush=True)
+    return result
+
+
+def guide_seconds(place: Path, tokenizer: Path, number: int, most: int) -> float:
+    """Seconds that the guide's way takes from a file of `number` documents to blocks.
+
+    On more than `most` it is not run: each further document takes as long as one of these does, start-up aside.
+    """
+    runs = {}
+    for size in [number] if number <= most else [most // 10, most]:
+        file = place / f"guide-{size}.jsonl"
+        write_documents(file, size)
+        started = time.perf_counter()
+        in_process(by_guide, place, tokenizer, str(file))
+        runs[size] = time.perf_counter() - started
+    if number <= most:
+        return runs[number]
+    return runs[most] + (number - most) * (runs[most] - runs[most // 10]) / (most - most // 10)
+
+
+def by_guide(place: Path, directory: Path, file: str) -> None:
+    """The guide, from load_dataset to blocks, with the four processes that it uses."""
+    from datasets import disable_caching, disable_progress_bars, load_dataset
+    from transformers import AutoTokenizer
+
+    disable_progress_bars()
+    disable_caching()
+    records = load_dataset("json", data_files=file, split="train", cache_dir=str(place / "json"))
+    records = records.train_test_split(test_size=0.2).flatten()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+
+    def preprocess(examples: dict[str, Any]) -> Any:
+        return tokenizer([" ".join(texts) for texts in examples["answers.text"]], truncation=True)
+
+    columns = records["train"].column_names
+    mapped = records.map(preprocess, batched=True, num_proc=4, remove_columns=columns)
+    mapped.map(group_by_sum, batched=True, num_proc=4)
 
 
 def show(seconds: dict[str, float]) -> str:
@@ -161,11 +240,10 @@ def own_tokenizer(given: Path | None, directory: Path) -> Path:
 # -- ours --------------------------------------------------------------------------------------------------------------
 
 
-def download(place: Path, number: int, name: str) -> list[str]:
-    """What the download stage is told for `number` documents."""
-    write_documents(place / f"{name}.jsonl", number)
-    overrides = ["data=files", f"data.path={place / name}.jsonl", "data.count_near_duplicates=false"]
-    return [*overrides, f"out={place / name}"]
+def download(place: Path, name: str, count: bool) -> list[str]:
+    """What the download stage is told for the documents in a file."""
+    counting = f"data.count_near_duplicates={str(count).lower()}"
+    return ["data=files", f"data.path={place / name}.jsonl", counting, f"out={place / name}"]
 
 
 def choices(place: Path, tokenizer: Path) -> dict[str, list[str]]:
@@ -186,6 +264,22 @@ def process(stage: str, *overrides: str) -> float:
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", f"stages.{stage}", *overrides], check=True, capture_output=True)
     return time.perf_counter() - started
+
+
+def watched(stage: str, *overrides: str, root: Path) -> tuple[float, int]:
+    """Seconds that the stage takes as a process, and the most memory that it and those that it starts hold, bytes."""
+    peak = 0
+    started = time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", f"stages.{stage}", *overrides]
+    process = psutil.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            peak = max(peak, sum(one.memory_info().rss for one in [process, *process.children(recursive=True)]))
+        time.sleep(0.05)
+    seconds = time.perf_counter() - started
+    assert process.returncode == 0, command
+    return seconds, peak
 
 
 def by_processes(place: Path, tokenizer: Path) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.download.arrays import Bools, Ints
+from stages.download.arrays import Bools, Ints, ranges
 from stages.download.shingles import hash_shingles
 
 # Near duplicates share at least this part of their word 5-grams (Jaccard similarity), estimated from 128 permutations:
@@ -19,7 +19,7 @@ _SEED = 1
 # Documents are compared if one of the 16 bands of their signatures, 8 numbers each, is the same: 95 % of those that are
 # similar by 0.8, and 6 % of those by 0.5.
 _NUM_BANDS = 16
-_PAIRS = 2**16  # compared at once
+_PAIRS = 2**16  # compared at once, about
 
 Signatures = npt.NDArray[np.uint32]
 
@@ -69,22 +69,23 @@ class NearDuplicates:
 
     def find(self, signatures: Signatures) -> tuple[Ints, Ints]:
         """Pairs of near duplicates: numbers of documents of these, and of those held out, [num_pairs] each."""
-        found = [(numbers[same], owners[same]) for numbers, owners, same in self._compare(signatures)]
         empty = np.zeros(0, np.int64)
-        pairs = [np.concatenate([empty, *(pair[side] for pair in found)]) for side in (0, 1)]
-        return pairs[0], pairs[1]
+        found = [(empty, empty), *self._compare(signatures)]
+        return np.concatenate([pair[0] for pair in found]), np.concatenate([pair[1] for pair in found])
 
-    def _compare(self, signatures: Signatures) -> Iterator[tuple[Ints, Ints, Bools]]:
-        """Pairs that have a band in common, and whether they are near duplicates; some pairs more than once."""
+    def _compare(self, signatures: Signatures) -> Iterator[tuple[Ints, Ints]]:
+        """Pairs that have a band in common and are near duplicates; some may come more than once."""
         keys = _hash_bands(signatures).ravel()
         starts = np.searchsorted(self._keys, keys)
-        ends = np.searchsorted(self._keys, keys, side="right")
-        hits = np.flatnonzero(ends > starts)
-        for hit in hits.tolist():
-            for start in range(starts[hit], ends[hit], _PAIRS):
-                owners = self._owners[start : min(start + _PAIRS, ends[hit])]
-                same = (self._held_out[owners] == signatures[hit // _NUM_BANDS]).mean(axis=1) >= SIMILARITY
-                yield np.full(len(owners), hit // _NUM_BANDS), owners, same
+        counts = np.searchsorted(self._keys, keys, side="right") - starts  # [num_documents * NUM_BANDS]
+        hits = np.flatnonzero(counts)
+        for some in np.split(hits, np.flatnonzero(np.diff(np.cumsum(counts[hits]) // _PAIRS)) + 1):
+            numbers = np.repeat(some // _NUM_BANDS, counts[some])
+            owners = self._owners[ranges(starts[some], counts[some])]
+            pairs = np.unique(numbers * len(self._held_out) + owners)
+            numbers, owners = np.divmod(pairs, max(1, len(self._held_out)))
+            similar = (signatures[numbers] == self._held_out[owners]).mean(axis=1) >= SIMILARITY
+            yield numbers[similar], owners[similar]
 
 
 def _hash_bands(signatures: Signatures) -> npt.NDArray[np.uint64]:

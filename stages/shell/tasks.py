@@ -63,11 +63,15 @@ def run_pieces(function: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Ite
     ray = connected()
     remote, held, here = ray.remote(_run_piece), ray.put(function), str(Path.cwd())
     tasks = [remote.remote(held, job, here) for job in jobs]
-    for task in tasks:
-        try:
-            yield ray.get(task)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+    yield from (_get(ray, task) for task in tasks)
+
+
+def _get(ray: Any, task: Any) -> Any:
+    """The result of a task of a cluster."""
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
 
 
 def _run_piece(function: Callable[[Any], Any], job: Any, directory: str) -> Any:
@@ -82,7 +86,10 @@ _JOBS_AHEAD = 2  # for each process, so that none waits for the next, and no mor
 
 
 class Workers:
-    """Processes of this machine for the pieces of a stage, as many as it has cores; none while there are few pieces."""
+    """Processes for the pieces of a stage: those of a cluster, or as many of this machine as it has cores.
+
+    While there are few pieces, this process does them.
+    """
 
     def __init__(self, num_processes: int | None = None) -> None:
         """
@@ -92,6 +99,12 @@ class Workers:
         self._num_processes = num_processes or len(os.sched_getaffinity(0))
         self._num_jobs = 0
         self._pool: ProcessPoolExecutor | None = None
+        self._ray: Any = None
+        if are_spread():
+            from stages.shell.ray_cluster import connected
+
+            self._ray = connected()
+            self._num_processes = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
     def __enter__(self) -> "Workers":
         return self
@@ -109,7 +122,7 @@ class Workers:
         remaining, waiting, failure = iter(jobs), deque[Callable[[], _Result]](), None
         more = True
         while more or waiting:
-            if not more or len(waiting) >= (1 if self._pool is None else _JOBS_AHEAD * self._num_processes):
+            if not more or len(waiting) >= self._num_ahead():
                 yield _result(waiting.popleft())
                 continue
             try:
@@ -121,9 +134,16 @@ class Workers:
         if failure is not None:
             raise failure
 
+    def _num_ahead(self) -> int:
+        """Jobs that wait for their results to be taken, at most."""
+        return 1 if self._pool is None and self._ray is None else _JOBS_AHEAD * self._num_processes
+
     def _start(self, function: Callable[[_Job], _Result], job: _Job) -> Callable[[], _Result]:
         """What waits for the result of a job."""
         self._num_jobs += 1
+        if self._ray is not None:
+            task = self._ray.remote(_run_piece).remote(function, job, str(Path.cwd()))
+            return functools.partial(_get, self._ray, task)
         if self._num_processes > 1 and self._num_jobs > _NUM_JOBS_ALONE and self._pool is None:
             # Not forked: Arrow has threads.
             context = multiprocessing.get_context("spawn")

@@ -1,5 +1,6 @@
 """download: records in, three splits and a ledger out; the same bytes again; nothing half-written."""
 
+import functools
 import gzip
 import json
 from pathlib import Path
@@ -13,11 +14,12 @@ from data_helpers import contents, questions, read_stats, source_data, split, wr
 from stages.core.artifacts import SPLITS
 from stages.core.compose import compose, load
 from stages.core.errors import StageError
+from stages.download import sources, writer
 from stages.download import stage as download
-from stages.download import writer
 from stages.download.records import Row, record_schema
 from stages.download.schema import SAMPLE, Columns, HubData, SourceData, Split
 from stages.download.stage import DownloadConfig, main
+from stages.shell import tasks
 
 MALFORMED = {"title": "no text"}
 EVEN = split(train=0.4, validation=0.3, test=0.3)
@@ -420,3 +422,85 @@ def test_download_without_a_split_writes_all_records_to_one_file(tmp_path: Path)
 def test_download_without_a_split_refuses_to_compare_splits(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"deduplicate=near compares splits, .* set deduplicate: exact"):
         source_data(tmp_path, split=None, deduplicate="near")
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of few records, given to other processes from the third on."""
+    monkeypatch.setattr(sources, "PART_BYTES", 2000)
+    monkeypatch.setattr(sources, "_PART_ROWS", 20)
+    monkeypatch.setattr(tasks, "_NUM_JOBS_ALONE", 2)
+
+
+def write_many(directory: Path, kind: str, number: int = 300) -> Path:
+    """A file of records, some repeated, some nearly, some without answers, some malformed."""
+    text = " ".join(f"word{i}" for i in range(80))
+    records = [
+        {"title": f"Question {i}?", "answers.text": [f"Answer {i % 150}.", "" if i % 7 else f"{text} {i}"]}
+        for i in range(number)
+    ]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), directory / "a.parquet")
+        return directory / "a.parquet"
+    lines = [json.dumps(record) for record in records]
+    lines[100:101] = ["", '{"title": 1}', '{"title": "Gone", "answers.text": "[deleted]"}']
+    raw = ("\n".join(lines) + "\n").encode()
+    if kind == "csv":
+        rows = [f'"Question {i}?","Answer {i % 150}."\n' for i in range(number)]
+        (directory / "a.csv").write_text("".join(["title,answers.text\n", *rows]))
+        return directory / "a.csv"
+    file = directory / f"a.{kind}"
+    file.write_bytes(gzip.compress(raw) if kind.endswith("gz") else raw)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("jsonl", {"deduplicate": "near"}),
+        ("jsonl.gz", {"max_records": 230, "deduplicate": "exact"}),
+        ("parquet", {}),
+        ("csv", {"max_records": 230}),
+    ],
+)
+def test_download_by_several_processes_writes_the_bytes_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_many_parts: None, kind: str, changes: dict[str, Any]
+) -> None:
+    file = write_many(tmp_path, kind)
+    data = source_data(file, on_bad_record="skip", count_near_duplicates=True, split=EVEN, **changes)
+    for number in (1, 2):
+        monkeypatch.setattr(download, "Workers", functools.partial(tasks.Workers, number))
+        run(data, tmp_path / f"by-{number}")
+    monkeypatch.setattr(sources, "PART_BYTES", 2**20)
+    run(data, tmp_path / "whole")
+    assert contents(tmp_path / "by-2") == contents(tmp_path / "by-1") == contents(tmp_path / "whole")
+    assert read_stats(tmp_path / "by-1")["exact_duplicates"] > 0
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_download_by_several_processes_names_the_first_malformed_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_many_parts: None, number: int
+) -> None:
+    monkeypatch.setattr(download, "Workers", functools.partial(tasks.Workers, number))
+    file = write_many(tmp_path, "jsonl")
+    with file.open("ab") as stream:
+        stream.write(b"{\n")
+    with pytest.raises(StageError, match=rf"^{file}:102: column 'title' holds int, not text "):
+        run(source_data(file, split=EVEN), tmp_path / "raw")
+    assert run(source_data(file, max_records=99, split=EVEN), tmp_path / "raw")["records_in"] == 99
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_download_of_what_is_cut_short_behind_max_records_takes_what_is_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_many_parts: None, number: int
+) -> None:
+    monkeypatch.setattr(download, "Workers", functools.partial(tasks.Workers, number))
+    file = tmp_path / "a.jsonl.gz"
+    raw = "".join(json.dumps(record) + "\n" for record in questions(20_000)).encode()
+    file.write_bytes(gzip.compress(raw)[:-20])
+    assert run(source_data(file, max_records=9000, split=EVEN), tmp_path / "raw")["records_in"] == 9000
+    with pytest.raises(StageError, match="damaged or cut short"):
+        run(source_data(file, split=EVEN), tmp_path / "raw")

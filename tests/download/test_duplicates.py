@@ -160,3 +160,11 @@ def test_download_deduplicate_drops_and_counts(
 def test_download_without_counting_near_duplicates_says_nothing_of_them(tmp_path: Path) -> None:
     ledger, _ = downloaded(tmp_path, RECORDS, "data.count_near_duplicates=false")
     assert ledger["held_out_with_near_duplicate_in_train"] is None
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 2**16])
+def test_near_duplicates_of_many_copies_are_all_pairs(monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
+    monkeypatch.setattr("stages.download.duplicates._PAIRS", pairs)
+    held_out = ["some other text", *[f"{LONG} {number}" for number in range(6)], "one more"]
+    numbers, owners = NearDuplicates([sign(held_out)]).find(sign(["a text of its own", LONG, f"x {LONG}"]))
+    assert set(zip(numbers.tolist(), owners.tolist(), strict=True)) == {(n, o) for n in (1, 2) for o in range(1, 7)}

@@ -1,6 +1,7 @@
 """A Ray cluster: the bytes of one machine, the losses of one process, and a lost worker's work done all the same."""
 
 import contextlib
+import gzip
 import json
 import re
 import signal
@@ -60,6 +61,37 @@ def test_preprocessing_on_a_cluster_writes_the_bytes_of_one_machine(
             assert code == 0, printed
         assert len(shard_files(tokens / "train")) > 2 < len(shard_files(blocks / "train"))
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+SMALL_PARTS = """
+import sys
+from conftest import run_stage
+from stages.download import sources
+sources.PART_BYTES = 2000
+run_stage("download", *sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_download_on_a_cluster_writes_the_bytes_of_one_machine(cluster: Cluster, tmp_path: Path, name: str) -> None:
+    text = " ".join(f"word{number}" for number in range(60))
+    records = [{"title": f"Question {i}?", "answers.text": [f"{text} {i}"]} for i in range(300)]
+    raw = "".join(json.dumps(record) + "\n" for record in records).encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    for place in (HERE, "ray"):
+        command = ["data=files", f"data.path={tmp_path / name}", "source=x", f"out={tmp_path}/raw-{place}"]
+        code, printed = cluster.run("-c", SMALL_PARTS, *command, LM_REPRO_PREPROCESSING=place)
+        assert code == 0, printed
+    assert contents(tmp_path / "raw-ray") == contents(tmp_path / "raw-")
+
+
+def test_download_on_a_cluster_of_a_malformed_record_names_it(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"title": "t", "answers.text": "x"}\n{\n')
+    command = ["-m", "stages.download", "data=files", f"data.path={tmp_path}/a.jsonl", f"out={tmp_path}/raw"]
+    code, printed = cluster.run(*command, LM_REPRO_PREPROCESSING="ray")
+    assert code == 1
+    assert f"{tmp_path}/a.jsonl:2: not JSON" in printed
+    assert "Traceback" not in printed
 
 
 def test_preprocessing_on_a_cluster_of_a_damaged_shard_names_it(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:

@@ -1,11 +1,17 @@
 """tasks: pieces in order, here unless a cluster is asked for, and what is said where there is none."""
 
+import os
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 
+import psutil
 import pytest
+from data_helpers import REPOSITORY
 
 from stages.core.errors import StageError
-from stages.shell.tasks import are_spread, run_pieces
+from stages.shell.tasks import Workers, are_spread, run_pieces
 
 
 def test_each_gives_the_results_in_order() -> None:
@@ -36,3 +42,82 @@ def test_pieces_on_ray_without_it_are_an_error_that_says_how_to_install_it(monke
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(StageError, match="Ray is not installed: `make ray`"):
         list(run_pieces(str, [1]))
+
+
+def invert(number: int) -> tuple[float, int]:
+    """The inverse of `number`, and the process that computed it."""
+    return 1 / number, os.getpid()
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_workers_give_the_results_in_order_and_start_processes_for_many_jobs_alone(num_processes: int) -> None:
+    with Workers(num_processes) as workers:
+        few = list(workers.map(invert, range(1, 5)))
+        many = list(workers.map(invert, range(1, 41)))
+    assert [inverse for inverse, _ in few + many] == [1 / number for number in [*range(1, 5), *range(1, 41)]]
+    assert {process for _, process in few} == {os.getpid()}
+    assert ({process for _, process in many} == {os.getpid()}) is (num_processes == 1)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("place", [0, 3, 30])
+def test_workers_raise_the_first_error_behind_the_results_before_it(num_processes: int, place: int) -> None:
+    jobs = [*range(1, place + 1), 0, *range(1, 30)]
+    found = []
+    with Workers(num_processes) as workers, pytest.raises(ZeroDivisionError):
+        for inverse, _ in workers.map(invert, jobs):
+            found.append(inverse)
+    assert found == [1 / number for number in range(1, place + 1)]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_workers_give_all_results_of_jobs_that_come_before_an_error(num_processes: int) -> None:
+    def jobs() -> Iterator[int]:
+        yield from range(1, 31)
+        raise StageError("cut short")
+
+    found = []
+    with Workers(num_processes) as workers, pytest.raises(StageError, match="cut short"):
+        for inverse, _ in workers.map(invert, jobs()):
+            found.append(inverse)
+    assert found == [1 / number for number in range(1, 31)]
+
+
+def test_workers_take_jobs_only_as_far_as_needed() -> None:
+    taken = []
+    with Workers(2) as workers:
+        results = workers.map(invert, (taken.append(number) or number for number in range(1, 10**6)))
+        for _ in range(60):
+            next(results)
+    assert 60 <= len(taken) < 70
+
+
+def kill_this_process(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_that_are_killed_are_an_error_that_says_so() -> None:
+    with Workers(2) as workers, pytest.raises(StageError, match="a process that this stage started was killed"):
+        list(workers.map(invert, range(1, 20)))
+        list(workers.map(kill_this_process, range(9)))
+
+
+def test_workers_end_with_the_process_that_started_them() -> None:
+    code = (
+        "import os, time\n"
+        "from stages.shell.tasks import Workers\n"
+        "if __name__ == '__main__':\n"
+        "    workers = Workers(2)\n"
+        "    list(workers.map(abs, range(40)))\n"
+        "    print('started', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "started\n"
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    gone, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive and len(gone) == len(children)
+    process.stdout.close()
