@@ -100,4 +100,4 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     share, weight = correct / total, _Z**2 / total
     middle = (share + weight / 2) / (1 + weight)
     half = math.sqrt(share * (1 - share) * weight + weight**2 / 4) / (1 + weight)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
