@@ -50,6 +50,7 @@ ABOUT = {
     " takes.",
     "adapter": "Whether additions are trained in place of the weights. Chosen by `tasks.TASK.adapter`.",
     "task": "What distinguishes causal from masked language modeling. Every task of `tasks` in `params.yaml` runs.",
+    "pairs": "What trained models are scored on. Chosen by `pairs.TASK.name`; [pairs.md](pairs.md) says how.",
     "base": "What all files of `conf/hardware` start from.",
     "framework": "What trains. Chosen by `framework`; [keras.md](keras.md) says what differs.",
     "hardware": "What it runs on. Chosen by `hardware`; [performance.md](performance.md) has figures.",
@@ -83,7 +84,9 @@ def page() -> str:
 @functools.cache
 def stages() -> tuple[str, ...]:
     """The stages that read a configuration, in the order of dvc.yaml."""
-    return tuple(name for name in read_yaml(ROOT / "dvc.yaml")["stages"] if name != "code")
+    return tuple(
+        name for name in yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"] if name != "code"
+    )
 
 
 def groups() -> list[str]:

@@ -1,5 +1,6 @@
 """Items to score: minimal pairs and multiple-choice questions, read from a JSONL file or from a data set of the Hub."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,12 @@ def read_items(pairs: Pairs) -> list[Item]:
             known = nearest(name, sorted(columns))
             raise StageError(f"pairs.groups: no item has the column {printable(name)}; {printable(known)}")
     return items
+
+
+def digest_of(items: list[Item]) -> str:
+    """`sha256:` and the hexadecimal digest of what is scored: figures of the same items can be compared."""
+    texts = json.dumps([(item.prompt, item.choices, item.answer) for item in items])
+    return f"sha256:{hashlib.sha256(texts.encode()).hexdigest()}"
 
 
 def _read_rows(pairs: Pairs) -> Iterator[tuple[str, str, int, dict[str, Any]]]:

@@ -18,7 +18,7 @@ from stages.core.errors import StageError
 from stages.hub.files import usable_positions
 from stages.model.hardware import Hardware
 from stages.model.schema import ObjectiveName
-from stages.score.items import read_items
+from stages.score.items import digest_of, read_items
 from stages.score.schema import Pairs
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 
@@ -63,8 +63,9 @@ def main(config: ScoreConfig) -> None:
     nats, num_tokens = score_choices(model, name, choices, vocabulary, context, at_once)
     table = tabulate(items, config.pairs.groups, nats, num_tokens)
     figures = accuracy_figures(table)
+    described = {"method": _METHODS[name], "digest": digest_of(items)}
     with staged(config.out, _FILES) as directory:
-        write_json(directory / "metrics.json", {config.task: {"method": _METHODS[name], **figures}})
+        write_json(directory / "metrics.json", {config.task: {**described, **figures}})
         pq.write_table(table, directory / "items.parquet", compression="zstd", write_page_checksum=True)
     found = figures["accuracy"]["sum"]
     log.info(

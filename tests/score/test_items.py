@@ -10,7 +10,7 @@ from data_helpers import write_jsonl
 from hub_cases import parquet
 
 from stages.core.errors import StageError
-from stages.score.items import Item, read_items
+from stages.score.items import Item, digest_of, read_items
 from stages.score.schema import PairColumns, Pairs
 
 PAIR = {"good": "A cat sleeps.", "bad": "A cat sleep."}
@@ -135,6 +135,14 @@ def test_items_of_the_embedded_file_are_distinct_pairs_of_like_length() -> None:
     counts = [len(choice.split()) for item in items for choice in item.choices]
     assert counts[::2] == counts[1::2]  # no sentence is likelier for being shorter
     assert all(None not in item.groups for item in items)
+
+
+def test_items_digest_is_that_of_texts_and_answers_alone(tmp_path: Path) -> None:
+    (pair, question), digest = items_of(tmp_path, PAIR, QUESTION), "sha256:"
+    assert digest_of([pair, question]).startswith(digest)
+    assert digest_of([pair._replace(source="x", row=9, groups=["a"])]) == digest_of([pair])
+    others = [question._replace(answer=1), question._replace(prompt=""), question._replace(choices=["blue", "loud"])]
+    assert len({digest_of([item]) for item in [pair, question, *others]}) == 5
 
 
 def test_items_of_a_parquet_file_that_is_none_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

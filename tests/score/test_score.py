@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import TASKS, run_stage
 from data_helpers import REPOSITORY, contents, write_jsonl
-from hub_cases import COMMIT, Client, parquet
+from hub_cases import COMMIT, Client, blimp_files
 from mini_hub import MiniHub
 
 from stages.core.artifacts import read_json
@@ -178,26 +178,10 @@ BLIMP = yaml.safe_load((REPOSITORY / "conf/pairs/blimp.yaml").read_text(encoding
 NAMES = ("adjunct_island", "wh_island")
 
 
-def blimp_rows(name, number=3):
-    """Rows with BLiMP's columns."""
-    return [
-        {
-            "sentence_good": f"Rain falls when air cools {row}.",
-            "sentence_bad": f"Rain when falls air cools {row}.",
-            "field": "syntax",
-            "linguistics_term": "island_effects",
-            "UID": name,
-            "simple_LM_method": True,
-            "pair_id": row,
-        }
-        for row in range(number)
-    ]
-
-
 def blimp_hub(**changes):
     """A Hub that has two of BLiMP's configurations at the pinned commit."""
-    files = {f"{name}/train-00000-of-00001.parquet": parquet(blimp_rows(name)) for name in NAMES}
-    return MiniHub({f"datasets/{BLIMP['hub']['path']}": {BLIMP["hub"]["revision"]: files}}, **changes)
+    hub = BLIMP["hub"]
+    return MiniHub({f"datasets/{hub['path']}": {hub["revision"]: blimp_files(*NAMES)}}, **changes)
 
 
 def run_blimp(score, place, url, *more, configs=NAMES):
