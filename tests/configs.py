@@ -19,6 +19,7 @@ PATHS = {
     "evaluate": [
         *("trained=m", "tokens=t", "blocks=b", "baseline=b", "sources=s", "out=o", "report=r", "samples_out=s"),
     ],
+    "score": ["pairs.path=p", "trained=m", "tokens=t", "out=o"],
 }
 GROUPS = {
     "download": {"data": "sample"},
@@ -27,6 +28,7 @@ GROUPS = {
     "baseline": {"data": "sample", "model": "tiny-gpt2", "task": "causal", "hardware": "cpu"},
     "train": {"model": "tiny-gpt2", "adapter": "none", "task": "causal", "hardware": "cpu", "framework": "trainer"},
     "evaluate": {"data": "sample", "task": "causal", "hardware": "cpu"},
+    "score": {"pairs": "files", "task": "causal", "hardware": "cpu"},
 }
 
 

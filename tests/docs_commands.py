@@ -183,7 +183,7 @@ def wrong_options(words: list[str]) -> Iterator[str]:
             return
     for setting in getattr(arguments, "set_param", None) or []:
         file, colon, assignment = setting.rpartition(":") if ":" in setting.partition("=")[0] else ("", "", setting)
-        key = assignment.partition("=")[0]
+        key = assignment.partition("=")[0].removeprefix("~")
         if not key.startswith("+") and exists(file or "params.yaml") and not has_key(file or "params.yaml", key):
             yield f"{file}{colon}{key}: no such key"
 

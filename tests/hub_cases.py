@@ -232,6 +232,18 @@ def outcome(case: Case, kind: str, place: Path) -> Outcome:
     return Outcome(seconds, done.returncode != 0, re.sub(r"(127\.0\.0\.1):\d+", r"\1", done.stderr))
 
 
+def blimp_files(*names: str) -> dict[str, bytes]:
+    """Files of BLiMP's configurations called `names`, of three pairs each, with its columns."""
+    own = {"field": "syntax", "linguistics_term": "island_effects", "simple_LM_method": True}
+    rows = [
+        {"sentence_good": f"Rain falls when air cools {row}.", "sentence_bad": f"Rain when falls air cools {row}."}
+        for row in range(3)
+    ]
+    return {
+        f"{name}/train-00000-of-00001.parquet": parquet([{**row, **own, "UID": name} for row in rows]) for name in names
+    }
+
+
 def guide_questions() -> list[Any]:
     """The embedded sample with the columns of ELI5-Category."""
     file = REPOSITORY / "data/sample/askscience.jsonl"

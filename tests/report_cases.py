@@ -40,8 +40,27 @@ def grouped_figures(bits: float) -> dict[str, Any]:
     return {"causal": {**{split: {**found, "groups": groups} for split, found in metrics.items()}, "texts": texts}}
 
 
+def accuracy(correct: int, items: int) -> dict[str, Any]:
+    """Figures of items as reports/score/TASK/metrics.json has them."""
+    share = {"correct": correct, "share": correct / items, "low": 0.1, "high": 0.9}
+    return {
+        "items": items,
+        "chance": 0.5,
+        "ties": 0,
+        "accuracy": dict.fromkeys(("sum", "per_token", "per_byte"), share),
+    }
+
+
+def scores(task: str, correct: int, digest: str) -> dict[str, Any]:
+    """What reports/score/TASK/metrics.json holds."""
+    groups = {"field": {HOSTILE: accuracy(correct, 8), "word_order": accuracy(1, 4)}}
+    return {task: {"method": "log_likelihood", "digest": digest, **accuracy(correct + 1, 12), "groups": groups}}
+
+
 def row(rev: str, name: str | None, block_size: int, bits: float | None, **more: Any) -> dict[str, Any]:
-    params = {"params.yaml": {"data": {"seed": 1, "block_size": block_size, "tasks": {"causal": {"model": "tiny"}}}}}
+    values = {"seed": 1, "block_size": block_size, "tasks": {"causal": {"model": "tiny"}}}
+    values["pairs"] = {"causal": {"name": "english", "path": "pairs.jsonl"}}
+    params = {"params.yaml": {"data": values}}
     metrics = {} if bits is None else {**figures("causal", bits), **figures("mlm", 3.2)}
     stamp = None if rev == "workspace" else "2025-05-01T10:00:00"
     return {"rev": rev, "name": name, "data": {"timestamp": stamp, "params": params, "metrics": metrics}, **more}
@@ -97,6 +116,8 @@ def read(rev: str, paths: list[str]) -> Iterator[str | None]:
     for task in ("causal", "mlm"):
         full = full_figures(task, bits if task == "causal" else 3.2)
         files[f"reports/evaluate/{task}/metrics.json"] = json.dumps(full)
+        found = scores(task, size // 128, "other" if size == 1024 else "same")  # mlm's is left from an earlier run
+        files[f"reports/score/{task}/metrics.json"] = json.dumps(found)
         files[f"reports/samples/{task}.md"] = SAID.replace("Why", "Why" if size == 128 else f"Why {size}")
         if (rev[0], task) != ("c", "mlm"):
             for split, every in (("train", 1), ("validation", 10)):

@@ -214,8 +214,25 @@ def metrics_section(run: RecordedRun, metrics: dict[str, Any]) -> str:
             "",
             "Experiments are chosen by validation; test is for reporting. Figures are computed in fp32.",
             *group_sections(metrics),
+            *score_section(run),
         ]
     )
+
+
+def score_section(run: RecordedRun) -> Iterator[str]:
+    """A table of the accuracy on minimal pairs and questions, where the model was scored on any."""
+    if f"score@{run.task}" not in run.stages:
+        return
+    figures = read_json(f"reports/score/{run.task}/metrics.json")[run.task]
+    yield f"\nAccuracy on minimal pairs and multiple-choice questions, by {figures['method'].replace('_', '-')}\n"
+    yield "| items | correct | 95 % interval | of |\n|---|---|---|---|"
+    rows = {"all": figures}
+    for group, values in figures["groups"].items():
+        rows |= {f"{group}: {value}": found for value, found in values.items()}
+    for name, found in list(rows.items())[:MOST_VALUES]:
+        shares = found["accuracy"]["sum"]
+        interval = f"{shares['low']:.1%} to {shares['high']:.1%}"
+        yield f"| {code_span(name)} | {shares['share']:.1%} | {interval} | {found['items']:,} |"
 
 
 def group_sections(metrics: dict[str, Any]) -> Iterator[str]:
@@ -358,7 +375,7 @@ def reproduction(run: RecordedRun, source: dict[str, Any]) -> str:
         f"git clone {run.remote or 'REPOSITORY'} lm-repro && cd lm-repro && git checkout {run.commit}",
         f"make {' '.join(environments(run))} && source .venv/bin/activate",
         *(pull if run.dvc_remote else []),
-        f"dvc repro evaluate@{run.task}",
+        f"dvc repro {' '.join(name for name in run.stages if name.startswith(('evaluate@', 'score@')))}",
     ]
     missing = (
         "\n\nThe text is not in the repository: it was at `data.path`, and its md5 above tells whether another copy is"

@@ -34,6 +34,7 @@ from stages.core.source_code import hash_behaviour, hashed_names
 from stages.download.cleaning import unmet
 from stages.download.files import PATH_LIMIT, find_files
 from stages.hub.files import sha256
+from stages.score.items import read_items
 from stages.shell.cache import cache_directory
 from stages.train.checkpoints import LIBRARIES
 from tools.architectures import config_keys, model_types
@@ -42,6 +43,7 @@ ROOT = CONF.parent
 # Unlike `git restore`, it also works during a merge or rebase.
 RESTORE_LOCK = "run `git checkout HEAD -- dvc.lock`, then `dvc repro`; what finished stages made comes from DVC's cache"
 SOURCES = "data/sources"  # where the stages source@NAME put their records
+_GIVEN_PATHS = {"download": "data.path", "score": "pairs.path"}  # of a user's own files, by the package that reads them
 WHOLE_FILE = ""  # the key of a params file that dvc.yaml declares as a whole
 
 
@@ -72,7 +74,15 @@ def main() -> None:
         sys.exit(printable_lines(f"check: {dvc_problem(error)}"))
     composed, found = compose_stages(stages)
     problems += found
-    for check in (missing_source, unread_params, unread_keys, wrong_architectures, changed_pins, refused_trainings):
+    for check in (
+        missing_source,
+        wrong_pairs,
+        unread_params,
+        unread_keys,
+        wrong_architectures,
+        changed_pins,
+        refused_trainings,
+    ):
         problems += check([composition for _, composition in composed])
     for stage, composition in composed:
         if not composition.problems and not composition.missing:
@@ -188,8 +198,8 @@ def used_paths(composition: Composition) -> set[str]:
     names = {package, *(f"{package}-{name}" for name in composition.chosen.values())}
     code = {f"code/{name}.json" for name in names.intersection(hashed_names(package))}
     paths = {str(find(composition.values, key)) for key, path in read_root(stage).paths.items() if "/" in path}
-    source = {str(composition.values["data"]["path"])} if package == "download" else set()
-    return {*code, *paths, *source, f"conf/{stage}.yaml"}
+    given = {str(find(composition.values, _GIVEN_PATHS[package]))} if package in _GIVEN_PATHS else set()
+    return {*code, *paths, *given, f"conf/{stage}.yaml"}
 
 
 # -- conf/ and params.yaml ---------------------------------------------------------------------------------------------
@@ -364,6 +374,31 @@ def wrong_sources(composition: Composition) -> Iterator[str]:
         if directory.name not in known:
             remedy = f"remove it (rm -r {shlex.quote(str(directory))})"
             yield f"{printable(directory)} belongs to no source of params.yaml: {remedy}"
+
+
+def wrong_pairs(compositions: list[Composition]) -> Iterator[str]:
+    """What keeps the items of a stage `score` from being read, and its model from scoring them."""
+    positions = {item.item: find(item.values, "model.max_positions") for item in compositions if item.stage == "train"}
+    for composition in compositions:
+        if composition.stage != "score" or composition.problems or composition.missing:
+            continue
+        section, tasks = f"pairs.{composition.item}", Params().names("task")
+        if composition.item not in tasks:
+            yield f"params.yaml: {section}: there is no such task; {nearest(str(composition.item), tasks)}"
+        try:
+            pairs = load(schema_of("score"), composition).pairs
+        except ConfigError:
+            continue  # said already
+        if pairs.context > positions.get(composition.item, pairs.context):
+            most = positions[composition.item]
+            yield f"pairs.context={pairs.context} is above the model's positions, {most} (score@{composition.item})"
+        if not Path(pairs.path).is_file():  # of a data set of the Hub as well: DVC depends on it
+            yield f"{section}.path={printable(pairs.path, PATH_LIMIT)}: no such file"
+        elif pairs.hub is None:
+            try:
+                read_items(pairs)
+            except (StageError, OSError) as error:
+                yield str(error)
 
 
 def other_versions() -> Iterator[str]:

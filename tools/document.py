@@ -50,6 +50,7 @@ ABOUT = {
     " takes.",
     "adapter": "Whether additions are trained in place of the weights. Chosen by `tasks.TASK.adapter`.",
     "task": "What distinguishes causal from masked language modeling. Every task of `tasks` in `params.yaml` runs.",
+    "pairs": "What trained models are scored on. Chosen by `pairs.TASK.name`; [pairs.md](pairs.md) says how.",
     "base": "What all files of `conf/hardware` start from.",
     "framework": "What trains. Chosen by `framework`; [keras.md](keras.md) says what differs.",
     "hardware": "What it runs on. Chosen by `hardware`; [performance.md](performance.md) has figures.",

@@ -128,11 +128,13 @@ def recorded_run(task: str) -> tuple[RecordedRun, list[str]]:
     from dvc.repo import Repo
 
     commit = git("rev-parse", "--verify", "HEAD")
-    last = f"evaluate@{task}"
+    last = [f"evaluate@{task}"]
     try:
         with Repo() as repo:
-            changed = repo.status([last], with_deps=True)
-            names = [stage.addressing for stage in repo.stage.collect(last, with_deps=True)]
+            last += [stage.addressing for stage in repo.index.stages if stage.addressing == f"score@{task}"]
+            changed = repo.status(last, with_deps=True)
+            collected = [stage for name in last for stage in repo.stage.collect(name, with_deps=True)]
+            names = list(dict.fromkeys(stage.addressing for stage in collected))
             model = next(out for out in repo.stage.collect(f"train@{task}")[0].outs if out.def_path == f"models/{task}")
             listing = model.get_obj()
             dvc_remote = bool(repo.config.read("repo").get("core", {}).get("remote"))
@@ -144,7 +146,8 @@ def recorded_run(task: str) -> tuple[RecordedRun, list[str]]:
         raise StageError(
             "the workspace is not what dvc.lock holds, so that the card would lie: "
             + "; ".join(f"{name}: {', '.join(differences(changed[name]))}" for name in names if name in changed)
-            + f"\n  `dvc repro {last}` makes it so (`dvc checkout` restores files changed by hand); then commit"
+            + f"\n  `dvc repro {' '.join(last)}` makes it so (`dvc checkout` restores files changed by hand);"
+            " then commit"
         )
     locked = yaml.safe_load(Path("dvc.lock").read_text(encoding="utf-8"))["stages"]
     stages = {name: locked[name] for name in names}

@@ -49,7 +49,8 @@ def read_runs(shown: list[dict[str, Any]], read: Callable[[str, list[str]], Iter
         data = row.get("data") or {}
         # What is queued or failed holds the figures of the commit it starts from: they are not its own.
         files = {} if failure(row) else data.get("metrics") or {}
-        paths = list(dict.fromkeys(small_outs(files)))
+        params = dict(flat(data.get("params") or {}))
+        paths = list(dict.fromkeys([*small_outs(files), *score_files(files, params)]))
         texts = dict(zip(paths, read(row["rev"], paths), strict=True)) if paths else {}
         groups = dict(all_metrics(files, texts))
         figures = dict(numbers(files, groups))
@@ -59,7 +60,7 @@ def read_runs(shown: list[dict[str, Any]], read: Callable[[str, list[str]], Iter
                 kind=kind(row),
                 state=failure(row) or ("" if figures else "no metrics"),
                 created=(data.get("timestamp") or "")[:16],
-                params=dict(flat(data.get("params") or {})),
+                params=params,
                 metrics=figures,
                 groups=groups,
                 files={path: text for path, text in texts.items() if text is not None},
@@ -141,6 +142,11 @@ def small_outs(files: dict[str, Any]) -> Iterator[str]:
             yield metrics_file(task)
 
 
+def score_files(files: dict[str, Any], params: dict[str, str]) -> Iterator[str]:
+    """The accuracies of the tasks in metrics files that `params` has pairs for; others may be left in the workspace."""
+    yield from (score_file(task) for task, _ in metrics_of(files) if f"pairs.{task}.path" in params)
+
+
 def ledger_files(task: str) -> list[str]:
     kinds = (f"data/{kind}/{task}" for kind in ("tokens", "blocks"))
     return ["data/raw/stats.json", *(f"{kind}/{split}/stats.json" for kind in kinds for split in SPLITS)]
@@ -164,6 +170,10 @@ def metrics_file(task: str) -> str:
 
 def samples_file(task: str) -> str:
     return f"reports/samples/{task}.md"
+
+
+def score_file(task: str) -> str:
+    return f"reports/score/{task}/metrics.json"
 
 
 def out_of(path: str) -> str:

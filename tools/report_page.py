@@ -19,11 +19,13 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from stages.core.errors import printable
-from tools.report_data import Run, alike, curve, curve_file, flow, samples_file, tasks
+from stages.score.accuracy import SCORES
+from tools.report_data import Run, alike, curve, curve_file, flow, samples_file, score_file, tasks
 
 HERE = Path(__file__).parent
 NUM_COLORS = 8  # of report_page.css
 MARKDOWN = MarkdownIt("zero").enable(["blockquote", "table", "emphasis", "backticks", "escape", "newline"])
+COUNTS = ("documents", "bytes")
 COMPARES = {
     "bits_per_byte": "Bits per UTF-8 byte of text, less is better. It compares between all rows that were evaluated on"
     " the same documents, whatever their block_size and tokenizer.",
@@ -55,9 +57,10 @@ class GroupTable(NamedTuple):
     """Whether it is shown at first."""
     heading: str
     """What the rows are."""
+    counts: tuple[str, ...]
     runs: list[str]
     rows: list[tuple[str, list[Cell]]]
-    """Each value with its documents, its bytes, and the metric of each run."""
+    """Each value with its counts, and the metric of each run."""
 
 
 class Column(NamedTuple):
@@ -90,6 +93,7 @@ def render(runs: list[Run]) -> str:
         curves={task: curves_of(task, drawn) for task in named},
         bars=[(bars_of(key, drawn), COMPARES[key.rpartition(".")[2]]) for key in chosen_metrics(columns)],
         groups={task: tables for task in named if (tables := group_tables(task, drawn))},
+        scores={task: tables for task in named if (tables := score_tables(task, drawn))},
         samples={task: samples_of(task, drawn) for task in named},
         flows={task: flow(task, drawn) for task in named},
         label=label,
@@ -330,13 +334,53 @@ def group_table(where: str, group: str, found: dict[str, dict[str, dict[str, Any
         (
             printable(value),
             [
-                *(number_cell(largest[value][count]) for count in ("documents", "bytes")),
+                *(number_cell(largest[value][count]) for count in COUNTS),
                 *(group_cell(values.get(value, {}), metric) for values in found.values()),
             ],
         )
         for value in sorted(largest, key=lambda value: -largest[value]["bytes"])
     ]
-    return GroupTable(f"{where}: {metric} by {printable(group)}", opened, printable(group), list(found), rows)
+    return GroupTable(f"{where}: {metric} by {printable(group)}", opened, printable(group), COUNTS, list(found), rows)
+
+
+def score_tables(task: str, runs: list[Run]) -> list[GroupTable]:
+    """Accuracy on minimal pairs and questions, of all and by group; runs with other items have tables of their own."""
+    found = [(label(members), json.loads(texts[0] or "")[task]) for members, texts in alike(runs, [score_file(task)])]
+    tables = []
+    for digest in dict.fromkeys(figures["digest"] for _, figures in found):
+        same = {name: figures for name, figures in found if figures["digest"] == digest}
+        first = next(iter(same.values()))
+        method = first["method"].replace("_", "-")
+        totals = {name: {score: shares(figures, score) for score in SCORES} for name, figures in same.items()}
+        tables.append(score_table(f"{task}: accuracy on {first['items']:,} items by {method}", "score", totals, True))
+        for group in dict.fromkeys(group for figures in same.values() for group in figures["groups"]):
+            values = {
+                name: {value: shares(some) for value, some in figures["groups"].get(group, {}).items()}
+                for name, figures in same.items()
+            }
+            tables.append(score_table(f"{task}: accuracy by {printable(group)}", printable(group), values, False))
+    return tables
+
+
+def shares(figures: dict[str, Any], score: str = "sum") -> dict[str, Any]:
+    """The number of items, and the share of them that is correct, with its interval."""
+    return {"items": figures["items"], **figures["accuracy"][score]}
+
+
+def score_table(caption: str, heading: str, found: dict[str, dict[str, dict[str, Any]]], opened: bool) -> GroupTable:
+    """The table of accuracies; `found` has, by runs, the `shares` of each row."""
+    rows = []
+    for name in dict.fromkeys(name for values in found.values() for name in values):
+        items = next(values[name]["items"] for values in found.values() if name in values)
+        cells = [share_cell(values[name]) if name in values else Cell("", "") for values in found.values()]
+        rows.append((printable(name), [number_cell(items), *cells]))
+    return GroupTable(caption, opened, heading, ("items",), list(found), rows)
+
+
+def share_cell(shares: dict[str, Any]) -> Cell:
+    """An accuracy with its interval."""
+    text = "{share:.1%} ({low:.1%} to {high:.1%})".format_map(shares)
+    return Cell(text, json.dumps(shares["share"]))
 
 
 def number_cell(number: float) -> Cell:

@@ -28,6 +28,8 @@ GLOBAL_GROUPS = ("adapter", "base", "hardware", "task")
 _PACKAGES = {"source": "download"}
 # What dvc.yaml runs a stage for each of (`foreach`): the override that chooses one, to its section of params.yaml.
 _SECTIONS = {"task": "tasks", "source": "sources"}
+# Sections of params.yaml with an entry for each task that has one.
+_BY_TASK = ("pairs",)
 
 _UNSET = "???"  # OmegaConf's sign for a value that must be given
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -124,6 +126,9 @@ class Params:
     def _places(self, key: str) -> list[str]:
         if self._item is None:
             return [key]
+        first, _, rest = key.partition(".")
+        if first in _BY_TASK:
+            return [f"{first}.{self._item}.{rest}"]
         section = f"{_SECTIONS[self._each or 'task']}.{self._item}"
         # A source is a data section under another name.
         return [f"{section}.{key.removeprefix('data.')}"] if self._each == "source" else [f"{section}.{key}", key]

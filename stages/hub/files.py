@@ -35,6 +35,11 @@ SINGLE_WEIGHTS, SHARDED_WEIGHTS = "model.safetensors", "model.safetensors.index.
 # Architectures that number positions from pad_token_id + 1 on, so that the first of their embeddings are never used.
 OFFSET_POSITIONS = ("camembert", "roberta", "xlm-roberta")
 
+_WAYS_ON = {
+    "model": "a model from a local directory (python -m tools.pin_model DIRECTORY)",
+    "dataset": "a local file with the same records",
+}
+
 
 class _NoneFoundError(StageError):
     """A source that has none of the files without which it is of no use."""
@@ -47,17 +52,22 @@ def pinned_files(
     hashes: dict[str, str] | None,
     names: Sequence[str],
     required: Sequence[str],
+    kind: str = "model",
 ) -> dict[str, Path]:
     """The files of `names` that the pinned source has, by name; at least one of `required` is among them.
 
     Args:
         key: the config key that names the source, for errors.
         path: a local directory with `hashes`, or a Hub repository with a `revision`.
+        kind: of the repository, `model` or `dataset`.
 
     Raises:
         StageError: if the source cannot be reached, is not what its pin says, or has none of `required`.
     """
-    found = _local(key, path, hashes, names) if hashes is not None else _hub(key, path, str(revision), names, required)
+    if hashes is not None:
+        found = _local(key, path, hashes, names)
+    else:
+        found = _hub(key, path, str(revision), names, required, kind)
     if not any(name in found for name in required):
         raise _NoneFoundError(f"{key}.path={printable(path)} has none of {', '.join(required)}")
     return found
@@ -141,7 +151,9 @@ def _local(key: str, path: str, hashes: dict[str, str], names: Sequence[str]) ->
     return found
 
 
-def _hub(key: str, repository: str, revision: str, names: Sequence[str], required: Sequence[str]) -> dict[str, Path]:
+def _hub(
+    key: str, repository: str, revision: str, names: Sequence[str], required: Sequence[str], kind: str
+) -> dict[str, Path]:
     # Unlike transformers' own look-up, a cached revision costs no request and a dead network costs seconds.
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -149,7 +161,7 @@ def _hub(key: str, repository: str, revision: str, names: Sequence[str], require
     found: dict[str, Path] = {}
     unknown = []
     for name in names:
-        cached = try_to_load_from_cache(repository, name, revision=revision)
+        cached = try_to_load_from_cache(repository, name, revision=revision, repo_type=kind)
         if isinstance(cached, str):
             found[name] = Path(cached)
         elif cached is None:
@@ -163,18 +175,19 @@ def _hub(key: str, repository: str, revision: str, names: Sequence[str], require
         raise StageError(
             f"{key}.path={printable(repository)} (revision {revision}) is not in the cache, and the Hub cannot be"
             f" reached: {unreachable}\n"
-            "  Ways on: a model from a local directory (python -m tools.pin_model DIRECTORY), or HF_HOME set to a cache"
-            " that holds a copy."
+            f"  Ways on: {_WAYS_ON[kind]}, or HF_HOME set to a cache that holds a copy."
         )
     log.info("fetching %s at %s from the Hub", repository, revision[:12])
     for name in unknown:
         try:
-            found[name] = Path(hf_hub_download(repository, name, revision=revision, etag_timeout=ANSWER_SECONDS))
+            found[name] = Path(
+                hf_hub_download(repository, name, revision=revision, repo_type=kind, etag_timeout=ANSWER_SECONDS)
+            )
         except RemoteEntryNotFoundError:  # not its base class, which a server that fails half-way raises as well
             continue
         except FAILURES as error:
             raise StageError(
                 f"{key}.path={printable(repository)} (revision {revision}): {name} could not be fetched:"
-                f" {explain(error, page_of(repository))}"
+                f" {explain(error, page_of(repository, 'datasets/' if kind == 'dataset' else ''))}"
             ) from None
     return found

@@ -35,6 +35,7 @@ _HALVE_MEMORY = {
     " halve batch_size; if it was in validation, " + _AT_ONCE,
     "evaluate": _AT_ONCE,
     "baseline": _AT_ONCE,
+    "score": _AT_ONCE,
     "download": "a .json array is read whole: give it as .jsonl; data.count_near_duplicates: false (conf/data) holds no"
     " document in memory",
     "": "run it on a machine with more memory, or give it fewer or shorter documents (max_records in conf/data)",

@@ -120,8 +120,8 @@ def fastokens_engine(tokenizer: Tokenizer) -> Engine | None:
         return None
 
 
-def refuse_control_tokens(encoded: Encoded, vocabulary: Vocabulary, what: str, numbers: Sequence[int]) -> None:
-    """Raise StageError if a text became a token with a special role; it is named as `what` and its number in `numbers`.
+def refuse_control_tokens(encoded: Encoded, vocabulary: Vocabulary, what: str, numbers: Sequence[object]) -> None:
+    """Raise StageError if a text became a token with a special role; it is named as `what` and its entry in `numbers`.
 
     Byte-level BPE spells such a text in ordinary tokens; a tokenizer whose own vocabulary holds the control tokens as
     pieces (Unigram) or as plain words cannot.

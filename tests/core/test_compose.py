@@ -1,5 +1,6 @@
 """What a stage's config is composed of, and what may not become part of it."""
 
+import copy
 import itertools
 import shutil
 import subprocess
@@ -25,9 +26,12 @@ GLOBAL = "# @package _global_\n"
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of params.yaml and conf/ from which the configs are composed."""
+    """A copy of params.yaml, with pairs for each task, and of conf/, from which the configs are composed."""
     shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
     shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    edit(
+        tmp_path / "params.yaml", pairs={task: {"name": "files", "path": f"{task}.jsonl"} for task in ("causal", "mlm")}
+    )
     monkeypatch.setattr(configuring, "CONF", tmp_path / "conf")
     monkeypatch.setattr(composing, "CONF", tmp_path / "conf")
     monkeypatch.setattr(composing, "PARAMS", tmp_path / "params.yaml")
@@ -68,7 +72,7 @@ def test_compose_names_exactly_the_keys_of_params_yaml_that_it_depends_on(place:
     read = set(compose(stage, item=task).params)
     values = read_yaml(place / "params.yaml")
     for key in read:
-        changed = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
+        changed = copy.deepcopy(values)
         *sections, last = key.split(".")
         node = changed
         for section in sections:
@@ -86,6 +90,15 @@ def test_compose_names_exactly_the_keys_of_params_yaml_that_it_depends_on(place:
         node[last] = find(values, key)
     (place / "params.yaml").write_text(yaml.safe_dump(kept), encoding="utf-8")
     assert problems_of(stage, task=task) == ""
+
+
+def test_compose_takes_pairs_from_the_entry_of_the_task(place: Path) -> None:
+    composition = compose("score", item="mlm")
+    assert composition.values["pairs"]["path"] == "mlm.jsonl"
+    assert {"pairs.mlm.name", "pairs.mlm.path"} <= set(composition.params)
+    edit(place / "params.yaml", pairs={"causal": {"name": "files", "path": "causal.jsonl"}})
+    assert "params.yaml has no pairs.mlm.name" in problems_of("score", task="mlm")
+    assert problems_of("score", "pairs=english", "pairs.path=here.jsonl", task="mlm") == ""
 
 
 def test_compose_of_a_stage_of_one_task_replaces_the_task_in_its_paths(place: Path) -> None:

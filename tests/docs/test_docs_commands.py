@@ -23,7 +23,7 @@ import pytest
 import yaml
 from docs_commands import FENCE, PAGES, Command, commands, complaints, page_text, spans, without_comment, words_of
 from dvc_project import ALL, ROOT, TASKS, edit, environment, run, stages_run
-from hub_cases import COMMIT, guide_questions, parquet, small_model
+from hub_cases import COMMIT, blimp_files, guide_questions, parquet, small_model
 from mini_hub import MiniHub
 from upload_hub import UploadHub
 
@@ -197,6 +197,9 @@ def hubs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment in which the guide's data set and models come from a Hub on the loopback, and ours go to one."""
     directory = tmp_path_factory.mktemp("hub")
     repositories = {"datasets/dany0407/eli5_category": {COMMIT: {"data/train.parquet": parquet(guide_questions())}}}
+    blimp = yaml.safe_load((ROOT / "conf/pairs/blimp.yaml").read_text(encoding="utf-8"))["hub"]
+    files = blimp_files("anaphor_number_agreement", "wh_island")
+    repositories[f"datasets/{blimp['path']}"] = {blimp["revision"]: files}
     for task, name in (("causal", "distilgpt2"), ("mlm", "distilroberta")):
         pin = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text(encoding="utf-8"))
         repositories[pin["path"]] = {pin["revision"]: small_model(task, directory / task)}

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from dvc_project import edit, run
+import yaml
+from dvc_project import ALL, edit, run
 
 from tools.architectures import config_keys, model_types
 
@@ -62,6 +63,44 @@ def test_check_of_several_sources_is_in_order(clean: Path) -> None:
 def test_check_of_sources_that_do_not_fit_names_the_key(clean: Path, sources: object, data: str, message: str) -> None:
     edit(clean / "params.yaml", sources=sources, data={"name": "mix", "path": data})
     assert message in checked(clean)
+
+
+ENGLISH = {"name": "english", "path": "data/pairs/english.jsonl"}
+
+
+def test_check_of_pairs_is_in_order(clean: Path) -> None:
+    edit(clean / "params.yaml", pairs={"causal": {**ENGLISH}, "mlm": ENGLISH})  # a copy: YAML would write an alias
+    assert f"{len(ALL) + 2} stages is in order" in checked(clean, wrong=False)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ({"mlm": ENGLISH | {"path": "x.jsonl"}}, "pairs.mlm.path=x.jsonl: no such file"),
+        ({"mlm": ENGLISH | {"path": "data/pairs"}}, "pairs.mlm.path=data/pairs: no such file"),
+        ({"mlm": {"name": "blimp", "path": "x.jsonl"}}, "pairs.mlm.path=x.jsonl: no such file"),
+        ({"mlm": ENGLISH | {"path": "params.yaml"}}, "params.yaml:1: not a JSON object"),
+        ({"mlm": ENGLISH | {"path": "data/sample/askscience.jsonl"}}, "askscience.jsonl:1: neither a minimal pair"),
+        ({"mlm": ENGLISH | {"name": "englisch"}}, "pairs.mlm.name=englisch: there is no conf/pairs/englisch.yaml; did"),
+        ({"mlm": ENGLISH | {"nmae": 1}}, "no stage reads the key pairs.mlm.nmae"),
+        ({"mlm": {"name": "english"}}, "params.yaml and dvc.yaml do not fit together"),
+    ],
+)
+def test_check_of_pairs_that_cannot_be_scored_names_the_key(clean: Path, pairs: object, message: str) -> None:
+    edit(clean / "params.yaml", pairs=pairs)
+    assert message in checked(clean)
+
+
+def test_check_of_pairs_of_a_task_that_is_gone_names_it(clean: Path) -> None:
+    params = yaml.safe_load((clean / "params.yaml").read_text(encoding="utf-8"))
+    edit(clean / "params.yaml", pairs={"mlm": ENGLISH}, tasks={"causal": params["tasks"]["causal"]})
+    assert "params.yaml: pairs.mlm: there is no such task; there are causal" in checked(clean)
+
+
+def test_check_of_pairs_in_windows_above_the_models_positions_names_both(clean: Path) -> None:
+    edit(clean / "params.yaml", pairs={"mlm": ENGLISH})
+    edit(clean / "conf/pairs/english.yaml", context=1000)
+    assert "pairs.context=1000 is above the model's positions, 512 (score@mlm)" in checked(clean)
 
 
 def test_check_names_records_of_a_source_that_is_gone(clean: Path) -> None:

@@ -15,7 +15,16 @@ from dvc_project import ROOT, environment, run
 from report_cases import HOSTILE, figures, grouped_runs, read, runs, shown
 
 from tools.report_data import Run, alike, curve, curve_file, flow, read_runs
-from tools.report_page import bars_of, chosen_metrics, curves_of, group_tables, metric_columns, render, samples_of
+from tools.report_page import (
+    bars_of,
+    chosen_metrics,
+    curves_of,
+    group_tables,
+    metric_columns,
+    render,
+    samples_of,
+    score_tables,
+)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -214,6 +223,26 @@ def test_group_tables_without_groups_of_several_values_are_none_and_the_page_is_
     assert group_tables("mlm", grouped_runs()) == group_tables("causal", runs()) == []
     assert 'id="groups"' not in render(runs())
     assert 'id="groups"' in render(grouped_runs())
+
+
+def test_score_tables_show_runs_of_the_same_items_side_by_side_and_others_apart() -> None:
+    tables = score_tables("causal", runs())
+    assert [(table.caption, table.runs) for table in tables] == [
+        ("causal: accuracy on 12 items by log-likelihood", ["workspace, main", "wide"]),
+        ("causal: accuracy by field", ["workspace, main", "wide"]),
+        ("causal: accuracy on 12 items by log-likelihood", [HOSTILE]),
+        ("causal: accuracy by field", [HOSTILE]),
+    ]
+    rows = {name: [cell.text for cell in cells] for name, cells in tables[0].rows}
+    assert rows["sum"] == ["12", "16.7% (10.0% to 90.0%)", "25.0% (10.0% to 90.0%)"]
+    assert list(rows) == ["sum", "per_token", "per_byte"]
+    rows = {name: [cell.text for cell in cells] for name, cells in tables[1].rows}
+    assert rows[HOSTILE] == ["8", "12.5% (10.0% to 90.0%)", "25.0% (10.0% to 90.0%)"]
+
+
+def test_score_tables_of_a_task_without_pairs_in_params_are_not_shown() -> None:
+    """A file of an earlier run may be left in the workspace."""
+    assert score_tables("mlm", runs()) == []
 
 
 def test_page_is_the_same_for_the_same_runs() -> None:
