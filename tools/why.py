@@ -40,7 +40,7 @@ def main() -> None:
     lines = [line for found in forecasts for line in describe(found)]
     runs = {found.name for found in forecasts if found.verdict is not Verdict.UNCHANGED}
     if CODE in runs and not any(isinstance(change, CodeChange) for found in forecasts for change in found.changes):
-        lines += ["", "Only comments, docstrings or messages of the code changed: no stage runs for that."]
+        lines += ["", "Only comments, docstrings or messages of the code changed: no other stage runs for that."]
     print(printable_lines("\n".join([summarize(forecasts, target), *lines])))
 
 
