@@ -185,9 +185,9 @@ class _Trials:
 
     def _sample_size(self) -> int:
         """Number of documents of a split with about as many tokens as are evaluated at once."""
-        most = self._evaluation.evaluate.max_documents or sys.maxsize
+        most: int = self._evaluation.evaluate.max_documents or sys.maxsize
         ledger = self._ledgers["validation"]
-        mean = max(1.0, ledger["text_tokens"] / max(ledger["documents"], 1))
+        mean = max(1.0, float(ledger["text_tokens"]) / max(ledger["documents"], 1))
         return min(most, max(4, math.ceil(self._config.hardware.evaluate_batch_tokens / mean)))
 
     def _sample_blocks(self) -> Path:
