@@ -139,7 +139,8 @@ def complaints(text: str, made: str = "") -> Iterator[str]:
         if program == "python":
             yield from wrong_module(rest)
         if program == "make":
-            yield from (f"no target {word}" for word in rest if word not in targets() and not word.startswith("-"))
+            wanted = [word for word in rest if not word.startswith("-") and "=" not in word]  # no option, no variable
+            yield from (f"no target {word}" for word in wanted if word not in targets())
         if program == "dvc":
             yield from wrong_options(rest)
         for word in rest[:-1] if program == "cp" else rest:

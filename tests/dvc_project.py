@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 TASKS = tuple(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["tasks"])
 ONCE = tuple(name for name, stage in STAGES.items() if "foreach" not in stage)
-PER_TASK = tuple(name for name in STAGES if name not in ONCE)
+PER_TASK = tuple(name for name, stage in STAGES.items() if stage.get("foreach") == "${tasks}")
 ALL = {*ONCE} | {f"{stage}@{task}" for stage in PER_TASK for task in TASKS}
 
 

@@ -23,6 +23,23 @@ def full_figures(task: str, bits: float) -> dict[str, Any]:
     return {task: {"validation": values, "test": {**values, name: bits + 0.1}}}
 
 
+def grouped_figures(bits: float) -> dict[str, Any]:
+    """The same of the causal task by source and by a group with a hostile value, and of texts only evaluated."""
+
+    def values(**found: float) -> dict[str, Any]:
+        base = {"base_bits_per_byte": 3.8, "documents": 2600}
+        return {
+            name: {"bits_per_byte": bits + more, **base, "bytes": 9000 - number}
+            for number, (name, more) in enumerate(found.items())
+        }
+
+    groups = {"source": values(toy=0.0), "topic": values(**{"why": 0.5, HOSTILE: 0.25, "rare": 0.75})}
+    metrics = full_figures("causal", bits)["causal"]
+    kinds = {"kind": values(even=0.5, odd=1.5)}
+    texts = {name: {**figures, "groups": kinds} for name, figures in values(wiki=1.0, validation=2.0).items()}
+    return {"causal": {**{split: {**found, "groups": groups} for split, found in metrics.items()}, "texts": texts}}
+
+
 def row(rev: str, name: str | None, block_size: int, bits: float | None, **more: Any) -> dict[str, Any]:
     params = {"params.yaml": {"data": {"seed": 1, "block_size": block_size, "tasks": {"causal": {"model": "tiny"}}}}}
     metrics = {} if bits is None else {**figures("causal", bits), **figures("mlm", 3.2)}
@@ -88,5 +105,16 @@ def read(rev: str, paths: list[str]) -> Iterator[str | None]:
     yield from map(files.get, paths)
 
 
+def read_grouped(rev: str, paths: list[str]) -> Iterator[str | None]:
+    """The same, with figures by group."""
+    bits = {"b": 2.25, "c": 2.75}.get(rev[0], 2.5)
+    for path, text in zip(paths, read(rev, paths), strict=True):
+        yield json.dumps(grouped_figures(bits)) if path == "reports/evaluate/causal/metrics.json" else text
+
+
 def runs() -> list[Run]:
     return read_runs(shown(), read)
+
+
+def grouped_runs() -> list[Run]:
+    return read_runs(shown(), read_grouped)

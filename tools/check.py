@@ -31,6 +31,7 @@ from stages.core.compose import GLOBAL_GROUPS, PARAMS, Composition, Params, comp
 from stages.core.config import CONF, conflict_line, find, flat, nearest, read_yaml
 from stages.core.errors import ConfigError, StageError, printable, printable_lines
 from stages.core.source_code import hash_behaviour, hashed_names
+from stages.download.cleaning import unmet
 from stages.download.files import PATH_LIMIT, find_files
 from stages.hub.files import sha256
 from stages.shell.cache import cache_directory
@@ -218,12 +219,13 @@ def schema_of(stage: str) -> Any:
 
 
 def missing_packages(config: Any) -> Iterator[str]:
-    """Libraries of an extra that a stage's config asks for and that are not installed."""
+    """Libraries of an extra that a stage's config asks for and that are not installed, and files of cleaning steps."""
     framework, hardware = getattr(config, "framework", None), getattr(config, "hardware", None)
     if framework is not None and framework.name == "keras" and find_spec("keras_hub") is None:
         yield "framework=keras: KerasHub is not installed: run `make keras`"
     if hardware is not None and hardware.ray is not None and find_spec("ray") is None:
         yield "hardware.ray: Ray is not installed: run `make ray`"
+    yield from unmet(getattr(getattr(config, "data", None), "clean", []))
 
 
 def unread_params(compositions: list[Composition]) -> Iterator[str]:

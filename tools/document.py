@@ -83,7 +83,8 @@ def page() -> str:
 @functools.cache
 def stages() -> tuple[str, ...]:
     """The stages that read a configuration, in the order of dvc.yaml."""
-    return tuple(name for name in read_yaml(ROOT / "dvc.yaml")["stages"] if name != "code")
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return tuple(name for name in stages if name != "code")
 
 
 def groups() -> list[str]:
@@ -99,12 +100,16 @@ def groups() -> list[str]:
 def parameters() -> Iterator[str]:
     """The keys of params.yaml: a stage's schema says what each may be."""
     yield "## params.yaml"
-    yield "The keys below `tasks` stand in the section of each task: `tasks.causal.learning_rate`."
+    yield (
+        "The keys below `tasks` stand in the section of each task: `tasks.causal.learning_rate`. `sources` holds any"
+        " number of sections like `data`, each under a name of its own: `sources.books.name` and `sources.books.path`,"
+        " read by `source@books` ([several sources](data.md#several-sources))."
+    )
     values, said = read(PARAMS)
     tasks = Params().names("task")
     readers: dict[str, list[str]] = defaultdict(list)
     for stage in stages():
-        for task in tasks:
+        for task in tasks if read_root(stage).each != "source" else []:
             for key in compose(stage, item=task).params:
                 if stage not in readers[general(key)]:
                     readers[general(key)].append(stage)
@@ -175,7 +180,8 @@ def paths() -> Iterator[str]:
         meanings = {key.name: key.meaning for key in stage_keys(stage)}
         for key, path in read_root(stage).paths.items():
             if "/" in path:
-                rows.append((stage, code(key), meanings[key], code(path.replace("{task}", "TASK"))))
+                path = path.replace("{task}", "TASK").replace("{source}", "SOURCE")
+                rows.append((stage, code(key), meanings[key], code(path)))
     yield table(("stage", "key", "meaning", "path"), rows)
 
 

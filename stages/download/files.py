@@ -87,9 +87,9 @@ def _files_below(file_system: Any, root: str) -> list[str]:
     Raises:
         StageError: if a directory there is a link, which DVC does not follow, or an entry is no file.
     """
-    entries = _local_entries(root) if _is_local(file_system) else file_system.find(root)
+    entries = _local_entries(root) if is_local(file_system) else file_system.find(root)
     found = sorted(file for file in entries if not _is_hidden(file.removeprefix(root)))
-    if _is_local(file_system):
+    if is_local(file_system):
         for file in found:
             _refuse_special(file_system, file)
             if Path(file).is_dir():
@@ -125,14 +125,15 @@ def _local_entries(root: str) -> Iterator[str]:
         yield from (os.path.join(directory, name) for name in [*files, *links])  # noqa: PTH118 (ten times faster)
 
 
-def _is_local(file_system: Any) -> bool:
+def is_local(file_system: Any) -> bool:
+    """Whether `file_system` is that of this machine."""
     return "file" in file_system.protocol
 
 
 def _refuse_special(file_system: Any, file: str) -> None:
     """Raise StageError if `file` is there, but no regular file: reading a FIFO waits for a writer."""
     local = Path(file)
-    if _is_local(file_system) and local.exists() and not local.is_file() and not local.is_dir():
+    if is_local(file_system) and local.exists() and not local.is_file() and not local.is_dir():
         raise StageError(
             f"{printable(file, PATH_LIMIT)} is a FIFO, a socket or a device: put a file with its content in its place"
         )

@@ -9,8 +9,8 @@ from urllib.parse import quote
 from stages.core.artifacts import write_text
 from stages.core.errors import StageError
 from stages.download.files import own_split
+from stages.download.records import Row
 from stages.download.schema import HubData
-from stages.download.sources import Row
 from stages.hub.client import ANSWER_SECONDS, FAILURES, HubSilentError, explain, hub_unreachable, page_of
 from stages.shell.cache import cache_directory
 

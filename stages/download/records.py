@@ -1,14 +1,18 @@
 """Records in ELI5's schema: found in a source's own columns, cleaned, and given to a split."""
 
 import datetime
+import functools
 import hashlib
 import itertools
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from stages.core.errors import printable
@@ -44,42 +48,79 @@ def kept_groups(groups: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(groups) if name != "source"]
 
 
-# What Reddit leaves of an answer that its author or a moderator took away.
-_REMOVED = {"", "[deleted]", "[removed]"}
+# What becomes of a record.
+KEPT, WITHOUT_ANSWERS, FILTERED, MALFORMED = range(4)
 
-_URL_FIELDS = ("title_urls", "selftext_urls", "answers_urls")
-_OPTIONAL = ("q_id", "selftext", "document", "subreddit", "answers.a_id", "answers.score")
+# What Reddit leaves of an answer that its author or a moderator took away.
+REMOVED = {"", "[deleted]", "[removed]"}
+
+URL_FIELDS = ("title_urls", "selftext_urls", "answers_urls")
+OPTIONAL_TEXTS = ("q_id", "selftext", "document", "subreddit")
+_OPTIONAL = (*OPTIONAL_TEXTS, "answers.a_id", "answers.score", *(f"{name}.url" for name in URL_FIELDS))
 
 _NAMES = 20  # columns that a message lists
 
 Record = dict[str, Any]
 
 
+class Row(NamedTuple):
+    """A record as its source holds it."""
+
+    where: str
+    """File and line, or data set and index, for error messages."""
+    split: str | None
+    """The source's own split, where it has one."""
+    value: Any
+    """Column to value, or a BadRecordError where nothing could be read."""
+
+
 class BadRecordError(ValueError):
     """A record that is not what the config says; the message says how it differs."""
+
+
+class MissingColumnError(BadRecordError):
+    """A record without a column that the config names."""
+
+
+class RepeatedKeyError(BadRecordError):
+    """A record of which a column is there twice."""
+
+
+class RepeatedKeys(dict[str, Any]):
+    """An object of JSON that has some keys twice, with the last value of each."""
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.repeated = {name for name, count in Counter(name for name, _ in pairs).items() if count > 1}
 
 
 def lookup(row: Mapping[str, Any], name: str) -> Any:
     """The value of column `name`: the key itself (a flattened record) or a path into nested fields.
 
     Raises:
-        BadRecordError: if there is no such column.
+        MissingColumnError: if there is no such column.
+        RepeatedKeyError: if there are two of it.
     """
     if name in row:
-        return row[name]
+        return _value(row, name)
     value: Any = row
     for step in name.split("."):
         if value is None:  # a nested field without a value
             return None
         if isinstance(value, list) and all(isinstance(item, Mapping) and step in item for item in value):
-            value = [
-                item[step] for item in value
-            ]  # a list of structs, which other tools write for ELI5's struct of lists
+            # A list of structs, which other tools write for ELI5's struct of lists.
+            value = [_value(item, step) for item in value]
             continue
         if not isinstance(value, Mapping) or step not in value:
-            raise BadRecordError(f"no column {_quoted(name)}; there are: {_listed(row)}")
-        value = value[step]
+            raise MissingColumnError(f"no column {_quoted(name)}; there are: {_listed(row)}")
+        value = _value(value, step)
     return value
+
+
+def _value(fields: Mapping[str, Any], name: str) -> Any:
+    if isinstance(fields, RepeatedKeys) and name in fields.repeated:
+        raise RepeatedKeyError(f"an object has two keys {_quoted(name)}: rename or remove one")
+    return fields.get(name)
 
 
 def _quoted(name: str) -> str:
@@ -107,11 +148,16 @@ def mismatch(row: Any, allowed: Mapping[str, Sequence[Any]]) -> str | None:
     return None
 
 
-def columns_read(data: SourceData) -> list[str]:
-    """The names of the columns that are looked up in a row of `data`, including those that it need not have."""
-    required = [*(data.filter or {}), *data.columns.texts, *kept_groups(data.groups), *key_columns(data.split)]
+def required_columns(data: SourceData) -> list[str]:
+    """The names of the columns that every record of `data` must have."""
     title = [] if data.columns.title is None else [data.columns.title]
-    return [*required, *title, *_OPTIONAL, *(f"{name}.url" for name in _URL_FIELDS)]
+    groups, keys = kept_groups(data.groups), [name for name in key_names(data.split) if name != TITLE]
+    return list(dict.fromkeys([*(data.filter or {}), *title, *data.columns.texts, *groups, *keys]))
+
+
+def columns_read(data: SourceData) -> list[str]:
+    """The names of the columns that are looked up in a record of `data`, including those that it need not have."""
+    return list(dict.fromkeys([*required_columns(data), *_OPTIONAL]))
 
 
 def to_record(row: Any, columns: Columns) -> tuple[Record, int]:
@@ -124,19 +170,16 @@ def to_record(row: Any, columns: Columns) -> tuple[Record, int]:
         raise BadRecordError(f"not an object with columns but {type(row).__name__}")
     title = "" if columns.title is None else _text(lookup(row, columns.title), columns.title)
     texts = [text for name in columns.texts for text in _texts(lookup(row, name), name)]
-    kept = [index for index, text in enumerate(texts) if text.strip() not in _REMOVED]
+    kept = [index for index, text in enumerate(texts) if text.strip() not in REMOVED]
     record = {
-        "q_id": _optional(row, "q_id"),
         "title": title,
-        "selftext": _optional(row, "selftext"),
-        "document": _optional(row, "document"),
-        "subreddit": _optional(row, "subreddit"),
+        **{name: _optional(row, name) for name in OPTIONAL_TEXTS},
         "answers": {
             "a_id": _parallel(row, "answers.a_id", kept, len(texts), ""),
             "text": [texts[index] for index in kept],
             "score": _parallel(row, "answers.score", kept, len(texts), 0),
         },
-        **{name: {"url": _urls(row, f"{name}.url")} for name in _URL_FIELDS},
+        **{name: {"url": _urls(row, f"{name}.url")} for name in URL_FIELDS},
     }
     return record, len(texts) - len(kept)
 
@@ -162,7 +205,7 @@ def _texts(value: Any, name: str) -> list[str]:
 
 
 def _optional(row: Mapping[str, Any], name: str) -> str:
-    return _text(row.get(name), name)
+    return _text(_value(row, name), name)
 
 
 def _parallel(row: Mapping[str, Any], name: str, kept: list[int], length: int, filler: Any) -> list[Any]:
@@ -172,6 +215,8 @@ def _parallel(row: Mapping[str, Any], name: str, kept: list[int], length: int, f
     """
     try:
         values = lookup(row, name)
+    except RepeatedKeyError:
+        raise
     except BadRecordError:
         values = None
     if not isinstance(values, list | tuple) or len(values) != length:
@@ -191,6 +236,8 @@ def _parallel(row: Mapping[str, Any], name: str, kept: list[int], length: int, f
 def _urls(row: Mapping[str, Any], name: str) -> list[str]:
     try:
         return _texts(lookup(row, name), name)
+    except RepeatedKeyError:
+        raise
     except BadRecordError:
         return []
 
@@ -230,11 +277,6 @@ def key_names(split: Split | None) -> list[str]:
     return [split.key] if isinstance(split.key, str) else split.key
 
 
-def key_columns(split: Split | None) -> list[str]:
-    """The columns in split.key other than the title."""
-    return [name for name in key_names(split) if name != TITLE]
-
-
 def split_key(row: Mapping[str, Any], record: Record, names: Sequence[str]) -> str:
     """What decides a record's split: its normalised values of the columns `names`, or its text where these are empty.
 
@@ -246,27 +288,41 @@ def split_key(row: Mapping[str, Any], record: Record, names: Sequence[str]) -> s
         BadRecordError: if a column is missing, or holds something other than a text, a number or a date.
     """
     values = [record["title"] if name == TITLE else scalar_text(lookup(row, name), name) for name in names]
-    return join_key([value or "" for value in values], record["answers"]["text"])
+    return join_key([value or "" for value in values]) or normalise(" ".join(record["answers"]["text"]))
 
 
-def join_key(values: Sequence[str], texts: Sequence[str]) -> str:
-    """The normalised `values` in one text; the normalised `texts` of the record where all of them are empty.
+def join_key(values: Sequence[str]) -> str:
+    """The normalised `values` in one text; the empty text where all of them are empty.
 
     Normalised: compatibility forms folded (NFKC), case folded, punctuation and white space reduced to single spaces,
     so that trivially different copies of a question stay on one side.
     """
     normalised = [normalise(value) for value in values]
-    return _BETWEEN_KEYS.join(normalised) if any(normalised) else normalise(" ".join(texts))
+    return _BETWEEN_KEYS.join(normalised) if any(normalised) else ""
 
 
 def normalise(text: str) -> str:
     """`text` without differences of case, punctuation, spacing and compatibility characters."""
-    words = re.sub(r"[\W_]+", " ", _compatible(text).casefold()).strip()
+    if text.isascii():  # in a third of the time
+        words = b" ".join(text.encode().translate(NORMALISED_ASCII).split()).decode()
+    else:
+        words = _SYMBOLS.sub(" ", fold(text)).strip()
     return words or " ".join(text.split())  # a text of symbols alone is itself
 
 
+_SYMBOLS = re.compile(r"[\W_]+")
+# Of each ASCII character, that of the normalised text: letters in lower case, digits, and a space for all others.
+NORMALISED_ASCII = bytes(code if code >= 0x80 or chr(code).isalnum() else ord(" ") for code in range(256)).lower()
+
+
+def fold(text: str) -> str:
+    """`text` without differences of case and compatibility characters."""
+    return _compatible(text).casefold()
+
+
 # Longer than any run of combining marks in ordinary text; the two of half width combine once they are normalised.
-_MANY_MARKS = re.compile(r"(?:[^\w\s\x00-\x7f]|[\uff9e\uff9f]){100,}")
+_NUM_MARKS = 100
+_MANY_MARKS = re.compile(rf"(?:[^\w\s\x00-\x7f]|[\uff9e\uff9f]){{{_NUM_MARKS},}}")
 
 
 def _compatible(text: str) -> str:
@@ -275,7 +331,9 @@ def _compatible(text: str) -> str:
     `unicodedata` orders the combining marks after a letter by insertion, so that a million take an hour. In runs of
     many they are put in that order first.
     """
-    return unicodedata.normalize("NFKC", _MANY_MARKS.sub(_ordered_marks, text))
+    if len(text) - len(text.encode("ascii", "ignore")) >= _NUM_MARKS:  # a tenth of the time of the search below
+        text = _MANY_MARKS.sub(_ordered_marks, text)
+    return unicodedata.normalize("NFKC", text)
 
 
 def _ordered_marks(run: re.Match[str]) -> str:
@@ -284,10 +342,24 @@ def _ordered_marks(run: re.Match[str]) -> str:
     return "".join(character for _, group in groups for character in sorted(group, key=unicodedata.combining))
 
 
-def split_of(key: str, split: Split) -> str:
-    """The split of a record with `key`: a function of the key and the seed, so that adding records moves none."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8, key=str(split.seed).encode()).digest()
-    point = int.from_bytes(digest, "big") / 2**64
-    if point < split.train:
-        return "train"
-    return "validation" if point < split.train + split.validation else "test"
+def document_digest(document: bytes | memoryview) -> bytes:
+    """Hash by which exact duplicates are told, 16 bytes."""
+    return hashlib.blake2b(document, digest_size=16).digest()
+
+
+def split_point(key: str, seed: int) -> int:
+    """The hash of `key`, below 2**64, that decides a split: adding records moves none."""
+    digest = _seeded_hash(seed).copy()
+    digest.update(key.encode())
+    return int.from_bytes(digest.digest(), "big")
+
+
+@functools.cache
+def _seeded_hash(seed: int) -> Any:
+    return hashlib.blake2b(digest_size=8, key=str(seed).encode())
+
+
+def assign_splits(points: npt.NDArray[np.uint64], split: Split) -> npt.NDArray[np.int64]:
+    """The split of each point, as an index of SPLITS: parts of [0, 1) as large as the shares."""
+    bounds = [split.train, split.train + split.validation]
+    return np.searchsorted(bounds, points / 2.0**64, side="right")

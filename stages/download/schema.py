@@ -2,12 +2,13 @@
 
 import re
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from stages.core.config import Fraction, Positive, Seed, part, whole
 from stages.core.errors import printable
+from stages.download.cleaning_schema import Step
 
 SAMPLE = "data/sample/askscience.jsonl"
 
@@ -146,8 +147,8 @@ class SourceData:
     """exact: drop documents that came before; near: and those of train that nearly stand in validation or test."""
     count_near_duplicates: bool
     """Look for near duplicates across the split where they are not dropped, too; costs memory per held-out document."""
-    clean: list[Any]
-    """Steps that leave out or change texts."""
+    clean: list[Step]
+    """Steps that leave out or change texts, in this order (docs/data.md)."""
     groups: list[str]
     """Columns by whose values the figures are reported as well."""
     split: Split | None
@@ -177,6 +178,10 @@ class SourceData:
             raise ValueError("data.split.by: data.source=sources keeps the splits of its sources: set split.by: source")
         if self.split is None and self.deduplicate == "near":
             raise ValueError("data.deduplicate=near compares splits, and data.split is null: set deduplicate: exact")
+        if self.source == "sources" and self.clean:
+            raise ValueError(
+                "data.clean has no meaning for data.source=sources: set it in the configuration of each source"
+            )
         if self.source != "hub" and self.hub is not None:
             raise ValueError(f"data.hub has no meaning for data.source={self.source}: set hub: null")
         if not self.path.strip():

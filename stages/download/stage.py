@@ -3,52 +3,46 @@
 Reads   the source that conf/data/NAME.yaml describes (files at data.path, a data set of the Hub, or several sources)
 Writes  data/raw/{train,validation,test}.parquet (all.parquet where split is null) and the ledger data/raw/stats.json
 Command python -m stages.download
+
+Parts of the source are read, cleaned and hashed by several processes where it is large; this one puts what they give
+in order, leaves out duplicates and writes. So nothing depends on their number.
 """
 
-import itertools
+import functools
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.core.artifacts import SPLITS, staged, versions, write_json
+from stages.core.artifacts import SPLITS, staged, write_json
 from stages.core.config import part
-from stages.core.errors import StageError, printable
-from stages.download.duplicates import ExactDuplicates, near_duplicates
-from stages.download.files import PATH_LIMIT, format_of
+from stages.core.errors import StageError
+from stages.download.arrays import from_bools, take
+from stages.download.batches import Batch, Rules
+from stages.download.cleaning import REMOVED, unmet
+from stages.download.columns import count_characters
+from stages.download.duplicates import ExactDuplicates, NearDuplicates, sign_documents
 from stages.download.hub_data import read_hub, resolve_commit
-from stages.download.records import (
-    TITLE,
-    BadRecordError,
-    Record,
-    group_values,
-    key_names,
-    mismatch,
-    record_schema,
-    split_key,
-    split_of,
-    to_record,
-)
+from stages.download.ledger import Ledger
+from stages.download.parts import read_part, source_parts
+from stages.download.records import FILTERED, KEPT, MALFORMED, assign_splits, record_schema
 from stages.download.schema import SourceData
-from stages.download.sources import Row, read
+from stages.download.sources import Part, read_parts, row_parts
+from stages.download.writer import ROW_GROUP, SplitWriter
+from stages.shell.tasks import Workers
 
 log = logging.getLogger(__name__)
 
-# A row group, which later stages read whole, ends after so many records or after the record that takes its texts past
-# so many characters: decided by the records alone, so that the same records give the same file.
-ROW_GROUP, ROW_GROUP_CHARACTERS = 1024, 8 * 2**20
+ALL = "all"
+"""The file of records that are in no split."""
 
-# Distinct keys, with fewer of which a split may be off its share for want of them: a share of 0.1 of 100 keys is off
-# by a factor of two in one of 30 draws.
-_FEW = 100
-
-_NEAR_DUPLICATES_OF = (
-    20_000  # held-out documents at most that are looked for where they are only counted: some 10 KB each
-)
+# Held-out documents at most that are looked for where near duplicates are only counted.
+_NEAR_DUPLICATES_OF = 20_000
 
 
 @part
@@ -63,263 +57,156 @@ class DownloadConfig:
 def main(config: DownloadConfig) -> None:
     data = config.data
     log.info("reading %s", data.hub.id if data.hub else data.path)
-    ledger = _Ledger(("all",) if data.split is None else SPLITS)
-    if data.hub is not None:
-        commit = resolve_commit(data.hub)
-        rows = read_hub(data.hub, commit, whole=data.max_records is None)
-    else:
-        commit, rows = None, read(data)
-    splits = ("all",) if data.split is None else SPLITS
-    with staged(config.out, ["stats.json", *(f"{split}.parquet" for split in splits)]) as directory:
+    splits = (ALL,) if data.split is None else SPLITS
+    ledger = Ledger(splits, data.clean)
+    if problem := next(unmet(data.clean), None):
+        raise StageError(problem)
+    commit = None if data.hub is None else resolve_commit(data.hub)
+    rules = Rules(data, None if data.source == "sources" else config.source)
+    with (
+        staged(config.out, ["stats.json", *(f"{split}.parquet" for split in splits)]) as directory,
+        Workers() as workers,
+    ):
+        batches = workers.map(functools.partial(read_part, rules), _parts(data, commit))
         schema = record_schema(data.groups)
-        writers = {split: _SplitWriter(directory / f"{split}.parquet", schema) for split in splits}
-        for row in rows:
-            if ledger.records_in - ledger.skipped["filtered"] == data.max_records:
-                break
-            placed = _assign_split(row, config, ledger)
-            if placed is not None:
-                split, record = placed
-                writers[split].write(record)
-                ledger.records_out[split] += 1
-                ledger.answers_out += len(record["answers"]["text"])
+        writers = {split: SplitWriter(directory / f"{split}.parquet", schema) for split in splits}
+        for batch in _distinct(_first_records(batches, data, ledger), data, ledger):
+            _write(batch, data, writers, ledger)
         for writer in writers.values():
             writer.close()
         if data.deduplicate == "near" or (data.count_near_duplicates and data.split is not None):
-            _look_for_near_duplicates(directory, ledger, drop=data.deduplicate == "near")
+            _look_for_near_duplicates(directory, ledger, workers, drop=data.deduplicate == "near")
         ledger.check(data)
-        ledger.warn_of_shares(data)
+        if data.clean:
+            ledger.cleaning.write_samples(directory / REMOVED)
         write_json(directory / "stats.json", ledger.as_json(data, commit))
-    if ledger.first_malformed:
-        log.warning("%d malformed records left out; the first: %s", ledger.skipped["malformed"], ledger.first_malformed)
+    ledger.warn(data)
     log.info("%d records -> %s (%s)", ledger.records_in, config.out, ledger.summary())
 
 
-class _Ledger:
-    """What went in, came out and was left out."""
-
-    def __init__(self, splits: Sequence[str]) -> None:
-        self.records_in = 0
-        self.answers_in = 0
-        self.answers_dropped = 0
-        self.answers_out = 0
-        self.answers_of_duplicates = 0
-        self.records_out = Counter(dict.fromkeys(splits, 0))
-        self.first_malformed = ""
-        self.first_filtered = ""
-        self.skipped = Counter(
-            {"malformed": 0, "filtered": 0, "without_answers": 0, "exact_duplicate": 0, "near_duplicate": 0}
-        )
-        self.exact_duplicates = ExactDuplicates()
-        self.num_exact_duplicates = 0
-        self.near_duplicates: dict[str, int] | None = None
-        self._split_keys: set[int] = set()
-
-    def add_split_key(self, key: str) -> None:
-        """Note what decides a record's split, while there are few of these."""
-        if len(self._split_keys) < _FEW:
-            self._split_keys.add(hash(key))
-
-    def check(self, data: SourceData) -> None:
-        """Raise StageError unless every split has records; assert that none was lost on the way."""
-        assert self.records_in == self.records_out.total() + self.skipped.total()
-        assert self.answers_in == self.answers_out + self.answers_dropped + self.answers_of_duplicates
-        source = printable(data.hub.id if data.hub else data.path, PATH_LIMIT)
-        if not self.records_in:
-            raise StageError(f"{source} holds no records")
-        if self.skipped["filtered"] == self.records_in:
-            raise StageError(f"{source} holds no record that passes filter (conf/data): {self.first_filtered}")
-        if not self.records_out.total():
-            columns = printable(", ".join(data.columns.texts))
-            malformed = f"; malformed: {self.first_malformed}" if self.first_malformed else ""
-            raise StageError(
-                f"{source} holds no record with an answer ({self.summary()}): what columns in conf/data names"
-                f" ({columns}) is missing, empty or [deleted] in every record{malformed}"
-            )
-        empty = [split for split in self.records_out if not self.records_out[split]]
-        if empty:
-            raise StageError(f"no record for {' and '.join(empty)} ({self.summary()}): {self._more_records(data)}")
-
-    def warn_of_shares(self, data: SourceData) -> None:
-        """Warn where the key has so few values that a split is off its share by more than a factor of two."""
-        num_keys, num_records = len(self._split_keys), self.records_out.total()
-        if data.split is None or not 0 < num_keys < _FEW or num_keys > num_records // 2:
-            return
-        for split in SPLITS:
-            asked, achieved = getattr(data.split, split), self.records_out[split] / num_records
-            if not asked / 2 <= achieved <= asked * 2:
-                log.warning(
-                    "%s has %.1f %% of the records where %.1f %% were asked for: %s",
-                    split,
-                    100 * achieved,
-                    100 * asked,
-                    self._few_keys(data),
-                )
-
-    def _more_records(self, data: SourceData) -> str:
-        """What fills an empty split."""
-        num_keys, num_records = len(self._split_keys), self.records_out.total()
-        if 0 < num_keys < _FEW and num_keys <= num_records // 2:  # more of the same would go where these went
-            return self._few_keys(data)
-        remedy = "give more records, or raise its share in conf/data (split)"
-        if data.text_record == "file" and self.records_in < 30 and format_of(data.path) in ("text", None):
-            remedy += "; for one long text set text_record: paragraph there"
-        return remedy
-
-    def _few_keys(self, data: SourceData) -> str:
-        """That the key has few values, and what to do about it."""
-        num_keys = len(self._split_keys)
-        values = "1 value" if num_keys == 1 else f"{num_keys} values"
-        few = (
-            f"decides the split and has only {values} in {self.records_out.total():,} records (case and punctuation"
-            " aside)"
-        )
-        columns = [data.columns.title if name == TITLE else name for name in key_names(data.split)]
-        named = ", ".join(printable(repr(name)) for name in columns if name is not None)
-        if not named:
-            return f"the text {few}: give records with other texts"
-        return f"column {named} {few}: set split.key in conf/data to another, or to null: the text then decides"
-
-    def summary(self) -> str:
-        parts = [f"{name} {count}" for name, count in self.records_out.items()]
-        parts += [f"skipped {name} {count}" for name, count in self.skipped.items() if count]
-        return ", ".join(parts)
-
-    def as_json(self, data: SourceData, commit: str | None) -> dict[str, Any]:
-        return {
-            "source": {"hub": data.hub.id, "revision": data.hub.revision, "commit": commit}
-            if data.hub
-            else {"files": Path(data.path).name},
-            "records_in": self.records_in,
-            "records_out": dict(self.records_out),
-            "records_skipped": dict(self.skipped),
-            "answers_in": self.answers_in,
-            "answers_out": self.answers_out,
-            "answers_dropped": self.answers_dropped,
-            "answers_of_duplicates": self.answers_of_duplicates,
-            "exact_duplicates": self.num_exact_duplicates,
-            "held_out_with_near_duplicate_in_train": self.near_duplicates,
-            "versions": versions("datasketch", "pyarrow"),
-        }
+def _parts(data: SourceData, commit: str | None) -> Iterator[Part]:
+    """The source in parts, in order."""
+    if data.hub is not None and commit is not None:
+        return row_parts(read_hub(data.hub, commit, whole=data.max_records is None))
+    return source_parts(data) if data.source == "sources" else read_parts(data)
 
 
-def _assign_split(row: Row, config: DownloadConfig, ledger: _Ledger) -> tuple[str, Record] | None:
-    """The split and the record of `row`, entered into the ledger; None where it is skipped.
+def _first_records(batches: Iterator[Batch], data: SourceData, ledger: Ledger) -> Iterator[Batch]:
+    """The batches up to data.max_records records that pass the filter, entered into the ledger.
 
     Raises:
-        StageError: if the row is malformed and data.on_bad_record is `error`.
+        StageError: if one of these records is malformed and data.on_bad_record is `error`.
     """
-    data, source = config.data, config.source
-    ledger.records_in += 1
-    try:
-        if isinstance(row.value, BadRecordError):
-            raise row.value
-        if (other := mismatch(row.value, data.filter or {})) is not None:
-            ledger.skipped["filtered"] += 1
-            ledger.first_filtered = ledger.first_filtered or f"{row.where}: {other}"
-            return None
-        record, dropped = to_record(row.value, data.columns)
-        groups = group_values(row.value, data.groups)
-        key = split_key(row.value, record, key_names(data.split))
-    except BadRecordError as error:
-        if data.on_bad_record == "error":
+    while data.max_records is None or ledger.num_passed < data.max_records:
+        batch = next(batches, None)
+        if batch is None:
+            return
+        if data.max_records is not None:
+            passed = np.cumsum(batch.verdicts != FILTERED)
+            batch = batch.until(int(np.searchsorted(passed, data.max_records - ledger.num_passed)) + 1)
+        first_malformed = _first(batch, MALFORMED)
+        if data.on_bad_record == "error" and first_malformed is not None:
+            _check_own_split(batch.until(first_malformed), data)
             raise StageError(
-                f"{row.where}: {error} (in conf/data, columns and filter name yours, and"
+                f"{batch.first[MALFORMED]} (in conf/data, columns, filter, groups and split.key name yours, and"
                 " on_bad_record: skip leaves such records out)"
-            ) from None
-        ledger.skipped["malformed"] += 1
-        ledger.first_malformed = ledger.first_malformed or f"{row.where}: {error}"
-        return None
-    num_answers = len(record["answers"]["text"])
-    ledger.answers_in += num_answers + dropped
-    ledger.answers_dropped += dropped
-    if not num_answers:
-        ledger.skipped["without_answers"] += 1
-        return None
-    if ledger.exact_duplicates.add(document(record["answers"]["text"])):
-        ledger.num_exact_duplicates += 1
-        if data.deduplicate != "none":
-            ledger.skipped["exact_duplicate"] += 1
-            ledger.answers_of_duplicates += num_answers
-            return None
-    record |= {"source": source, "groups": groups}
-    if data.split is None:
-        return "all", record
-    if data.split.by == "hash":
-        ledger.add_split_key(key)
-        return split_of(key, data.split), record
-    if row.split is None:
-        raise StageError(f"{row.where}: split.by: source needs files or splits named train, validation and test")
-    return row.split, record
+            )
+        _check_own_split(batch, data)
+        ledger.add(batch)
+        yield batch
 
 
-def document(answers: list[str]) -> str:
-    """The text that duplicates share."""
-    return " ".join(answers)
+def _first(batch: Batch, verdict: int) -> int | None:
+    """Number of the first record with this verdict."""
+    found = np.flatnonzero(batch.verdicts == verdict)
+    return int(found[0]) if len(found) else None
 
 
-def _look_for_near_duplicates(directory: Path, ledger: _Ledger, drop: bool) -> None:
+def _check_own_split(batch: Batch, data: SourceData) -> None:
+    if data.split is not None and data.split.by == "source" and batch.own_split is None and len(batch.table):
+        raise StageError(
+            f"{batch.first[KEPT]}: split.by: source needs files or splits named train, validation and test"
+        )
+
+
+def _distinct(batches: Iterator[Batch], data: SourceData, ledger: Ledger) -> Iterator[Batch]:
+    """The batches, without documents that came before where data.deduplicate says so."""
+    seen = ExactDuplicates()
+    for batch in batches:
+        is_new = seen.add(batch.digests)
+        ledger.num_exact_duplicates += int((~is_new).sum())
+        if data.deduplicate == "none":
+            yield batch
+        else:
+            ledger.skip_exact_duplicates(batch.select(~is_new).table)
+            yield batch.select(is_new)
+
+
+def _write(batch: Batch, data: SourceData, writers: dict[str, SplitWriter], ledger: Ledger) -> None:
+    """Write the kept records of `batch`, each to its split."""
+    if data.split is None or data.split.by == "source":
+        parts = [(ALL if data.split is None else str(batch.own_split), batch)] if len(batch.table) else []
+    else:
+        ledger.add_split_keys(batch.points)
+        numbers = assign_splits(batch.points, data.split)
+        parts = [(split, batch.select(numbers == number)) for number, split in enumerate(SPLITS)]
+    for split, records in parts:
+        writers[split].write(records.table, records.num_characters)
+        ledger.add_kept(split, records.table)
+
+
+def _look_for_near_duplicates(directory: Path, ledger: Ledger, workers: Workers, drop: bool) -> None:
     """Enter into the ledger how many held-out documents have a near duplicate in train; drop those of train if told so.
 
     Where they are only counted, they are looked for among NEAR_DUPLICATES_OF documents, evenly spaced.
     """
-
-    def texts(split: str) -> Iterator[str]:
-        for batch in pq.ParquetFile(directory / f"{split}.parquet").iter_batches(ROW_GROUP, columns=["answers.text"]):
-            yield from (document(record["answers"]["text"]) for record in batch.to_pylist())
-
     held_out = ledger.records_out["validation"] + ledger.records_out["test"]
     step = 1 if drop else max(1, -(-held_out // _NEAR_DUPLICATES_OF))
-    looked_for = itertools.islice(itertools.chain(texts("validation"), texts("test")), 0, None, step)
-    leaked, leaking = near_duplicates(looked_for, texts("train"))
-    in_test = sum(number * step >= ledger.records_out["validation"] for number in leaked)
+    looked_for = _every(_answers(directory, ["validation", "test"]), step)
+    index = NearDuplicates(list(workers.map(sign_documents, looked_for)))
+    leaked, leaking = set[int](), set[int]()
+    first = 0
+    for signatures in workers.map(sign_documents, _answers(directory, ["train"])):
+        numbers, held_out_numbers = index.find(signatures)
+        leaking.update((numbers + first).tolist())
+        leaked.update((held_out_numbers * step).tolist())
+        first += len(signatures)
+    in_validation = sum(number < ledger.records_out["validation"] for number in leaked)
     ledger.near_duplicates = {
-        "validation": len(leaked) - in_test,
-        "test": in_test,
+        "validation": in_validation,
+        "test": len(leaked) - in_validation,
         "looked_for": len(range(0, held_out, step)),
     }
     if drop and leaking:
-        whole, file = directory / "whole.parquet", directory / "train.parquet"
-        file.rename(whole)
-        writer = _SplitWriter(file, pq.read_schema(whole))
-        rows = (row for batch in pq.ParquetFile(whole).iter_batches(ROW_GROUP) for row in batch.to_pylist())
-        for number, record in enumerate(rows):
-            if number in leaking:
-                num_answers = len(record["answers"]["text"])
-                ledger.records_out["train"] -= 1
-                ledger.answers_out -= num_answers
-                ledger.skipped["near_duplicate"] += 1
-                ledger.answers_of_duplicates += num_answers
-            else:
-                writer.write(record)
-        writer.close()
-        whole.unlink()
+        _drop_from_train(directory, np.array(sorted(leaking)), ledger)
 
 
-class _SplitWriter:
-    """Writes records to a Parquet file in row groups that the records alone decide."""
+def _answers(directory: Path, splits: Sequence[str]) -> Iterator[pa.Array]:
+    """The answers of the records of these splits, a list of texts each, in batches."""
+    for split in splits:
+        for batch in pq.ParquetFile(directory / f"{split}.parquet").iter_batches(ROW_GROUP, columns=["answers.text"]):
+            yield pc.struct_field(batch.column(0), "text")
 
-    def __init__(self, file: Path, schema: pa.Schema) -> None:
-        self._schema = schema
-        # Texts hardly repeat: a dictionary of them costs time in writing and in reading. Checksums: zstd alone lets
-        # some flipped bits through as other text.
-        self._writer = pq.ParquetWriter(
-            file, schema, compression="zstd", use_dictionary=False, write_page_checksum=True
-        )
-        self._rows: list[Record] = []
-        self._num_characters = 0
 
-    def write(self, record: Record) -> None:
-        self._rows.append(record)
-        self._num_characters += sum(map(len, record["answers"]["text"])) + len(record["selftext"])
-        if len(self._rows) == ROW_GROUP or self._num_characters >= ROW_GROUP_CHARACTERS:
-            self._flush()
+def _every(batches: Iterator[pa.Array], step: int) -> Iterator[pa.Array]:
+    """The first of all items of `batches`, and each `step` items behind it."""
+    first = 0
+    for batch in batches:
+        yield take(batch, np.arange(-first % step, len(batch), step))
+        first += len(batch)
 
-    def _flush(self) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-        self._rows.clear()
-        self._num_characters = 0
 
-    def close(self) -> None:
-        if self._rows:
-            self._flush()
-        self._writer.close()
+def _drop_from_train(directory: Path, numbers: npt.NDArray[np.int64], ledger: Ledger) -> None:
+    """Leave the records with these numbers, [num_dropped] in ascending order, out of train."""
+    whole, file = directory / "whole.parquet", directory / "train.parquet"
+    file.rename(whole)
+    writer, first = SplitWriter(file, pq.read_schema(whole)), 0
+    for batch in pq.ParquetFile(whole).iter_batches(ROW_GROUP):
+        table = pa.Table.from_batches([batch])
+        is_kept = np.isin(np.arange(first, first + len(table)), numbers, invert=True)
+        dropped, kept = table.filter(from_bools(~is_kept)), table.filter(from_bools(is_kept))
+        ledger.drop_near_duplicates(dropped)
+        writer.write(kept, count_characters(kept))
+        first += len(table)
+    writer.close()
+    whole.unlink()

@@ -20,8 +20,7 @@ from stages.core.random_numbers import random_uint64
 _Counts = npt.NDArray[np.int64]
 
 _DRAW = 2**32 - 1  # stream of the random numbers that choose the documents of a partial pass; passes have the others
-# Numbers of documents tried for a partial pass, and documents tried to be left out of it.
-_NUMBERS_TRIED, _CANDIDATES = 32, 4096
+_CANDIDATES = 4096  # documents tried to leave a partial pass, and to come in their place
 
 
 def read_sources(file: Path) -> tuple[list[str], _Counts]:
@@ -70,18 +69,24 @@ def repeat_documents(lengths: _Counts, sources: _Counts, shares: Sequence[float]
 def _fill(lengths: _Counts, target: int) -> _Counts:
     """Indices of documents whose lengths add up to `target` tokens, or nearly.
 
-    They are the first documents that reach the target, without one of them: the one that comes closest to what is then
-    too much, for the best of several numbers of documents.
+    They are the first documents that fit, of which one may give way to a later one: those two, or only the one or the
+    other, that come closest to what is missing.
     """
     ends = np.concatenate([[0], np.cumsum(lengths)])
     fitting = int(np.searchsorted(ends, target, side="right")) - 1
-    best, chosen = target - int(ends[fitting]), np.arange(fitting)
-    for number in range(fitting + 1, min(len(lengths), fitting + _NUMBERS_TRIED) + 1):
-        surplus, first = int(ends[number]) - target, max(0, number - _CANDIDATES)
-        left_out = first + int(np.abs(lengths[first:number] - surplus).argmin())
-        if (difference := abs(surplus - int(lengths[left_out]))) < best:
-            best, chosen = difference, np.delete(np.arange(number), left_out)
-    return chosen
+    missing, first = target - int(ends[fitting]), max(0, fitting - _CANDIDATES)
+    leaving = np.append(lengths[first:fitting], 0)  # 0: none leaves, and below none comes
+    coming = np.append(lengths[fitting : fitting + _CANDIDATES], 0)
+    order = np.argsort(coming, kind="stable")
+    wanted = missing + leaving  # of the one that comes, for each that may leave
+    place = np.searchsorted(coming[order], wanted)
+    # The nearest below and above each wanted length.
+    near = np.stack([np.clip(place - 1, 0, None), np.clip(place, None, len(order) - 1)])
+    errors = np.abs(coming[order][near] - wanted)
+    side, leaves = np.unravel_index(int(errors.argmin()), errors.shape)
+    comes = int(order[near[side, leaves]])
+    kept = np.delete(np.arange(fitting), first + leaves) if leaves < len(leaving) - 1 else np.arange(fitting)
+    return np.append(kept, fitting + comes) if comes < len(coming) - 1 else kept
 
 
 def order_documents(copies: _Counts, shard_ends: _Counts, seed: int) -> Iterator[tuple[int, _Counts]]:

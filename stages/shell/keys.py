@@ -48,6 +48,9 @@ def describe_type(schema: dict[str, Any]) -> str:
         return " or ".join(dict.fromkeys(describe_type(option) for option in schema["anyOf"]))
     if "$ref" in schema:
         return SECTION
+    if "discriminator" in schema:
+        kinds = schema["discriminator"]
+        return f"sections with {kinds['propertyName']}: {', '.join(map(code, kinds['mapping']))}"
     if "enum" in schema or "const" in schema:
         options = schema.get("enum", [schema.get("const")])
         return ", ".join(code(shown(option)) for option in options) if len(options) < 10 else f"{len(options)} names"

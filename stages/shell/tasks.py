@@ -3,8 +3,18 @@
 Where they are done changes no byte, so it is no part of a configuration: LM_REPRO_PREPROCESSING=ray says it.
 """
 
+import contextlib
+import functools
+import gc
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,3 +74,84 @@ def _run_piece(function: Callable[[Any], Any], job: Any, directory: str) -> Any:
     """What a task does: `function` of `job`, whose paths are relative to `directory`."""
     os.chdir(directory)
     return function(job)
+
+
+# Jobs that this process does by itself before it starts others, which takes them half a second.
+_NUM_JOBS_ALONE = 16
+_JOBS_AHEAD = 2  # for each process, so that none waits for the next, and no more are in memory
+
+
+class Workers:
+    """Processes of this machine for the pieces of a stage, as many as it has cores; none while there are few pieces."""
+
+    def __init__(self, num_processes: int | None = None) -> None:
+        """
+        Args:
+            num_processes: None: as many as this process may use cores.
+        """
+        self._num_processes = num_processes or len(os.sched_getaffinity(0))
+        self._num_jobs = 0
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[_Job], _Result], jobs: Iterable[_Job]) -> Iterator[_Result]:
+        """`function` of each job, in order; function, jobs and results are pickled.
+
+        Raises:
+            Exception: what `function` raises, or what comes in place of a job, when all that comes before it is done.
+        """
+        remaining, waiting, failure = iter(jobs), deque[Callable[[], _Result]](), None
+        more = True
+        while more or waiting:
+            if not more or len(waiting) >= (1 if self._pool is None else _JOBS_AHEAD * self._num_processes):
+                yield _result(waiting.popleft())
+                continue
+            try:
+                waiting.append(self._start(function, next(remaining)))
+            except StopIteration:
+                more = False
+            except Exception as error:
+                more, failure = False, error
+        if failure is not None:
+            raise failure
+
+    def _start(self, function: Callable[[_Job], _Result], job: _Job) -> Callable[[], _Result]:
+        """What waits for the result of a job."""
+        self._num_jobs += 1
+        if self._num_processes > 1 and self._num_jobs > _NUM_JOBS_ALONE and self._pool is None:
+            # Not forked: Arrow has threads.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._num_processes, context, _begin_worker)
+        if self._pool is None:
+            return functools.partial(function, job)
+        return self._pool.submit(function, job).result
+
+
+def _result(wait_for: Callable[[], _Result]) -> _Result:
+    try:
+        return wait_for()
+    except BrokenProcessPool:
+        raise StageError(
+            "a process that this stage started was killed, for want of memory perhaps: run it on a machine with more"
+        ) from None
+
+
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the process that started this one, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.set_threshold(100_000, 20, 20)  # as in the process that started it
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=[parent.sentinel], daemon=True).start()
+
+
+def _end_after(sentinel: int) -> None:
+    with contextlib.suppress(OSError):
+        wait([sentinel])
+    os._exit(1)

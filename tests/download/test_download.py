@@ -14,7 +14,8 @@ from stages.core.artifacts import SPLITS
 from stages.core.compose import compose, load
 from stages.core.errors import StageError
 from stages.download import stage as download
-from stages.download.records import record_schema
+from stages.download import writer
+from stages.download.records import Row, record_schema
 from stages.download.schema import SAMPLE, Columns, HubData, SourceData, Split
 from stages.download.stage import DownloadConfig, main
 
@@ -259,7 +260,7 @@ def test_download_with_a_filter_takes_the_first_records_that_pass_it(tmp_path: P
 def test_download_with_a_filter_on_an_absent_column_names_those_there_are(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", tagged(9))
     with pytest.raises(
-        StageError, match=r"no column 'flair'; there are: title, answers\.text, subreddit, category .*filter"
+        StageError, match=r"no column 'flair'; there are: title, answers\.text, subreddit, category; .*add_data.*filter"
     ):
         run(source_data(file, filter={"flair": ["x"]}), tmp_path / "raw")
 
@@ -281,7 +282,7 @@ def test_download_of_no_records_names_the_source(tmp_path: Path, raw: bytes) -> 
 
 @pytest.mark.parametrize("row_group", [7, 8, 1024])
 def test_download_again_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_group: int) -> None:
-    monkeypatch.setattr(download, "ROW_GROUP", row_group)
+    monkeypatch.setattr(writer, "ROW_GROUP", row_group)
     data = source_data(write_jsonl(tmp_path / "a.jsonl", questions(40)), split=EVEN)
     run(data, tmp_path / "one")
     run(data, tmp_path / "two")
@@ -327,7 +328,7 @@ def test_download_again_replaces_what_was_there(tmp_path: Path) -> None:
 def test_download_of_the_hub_records_its_revision_in_the_ledger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [download.Row(f"o/n[train]:{i}", "train", value) for i, value in enumerate(questions(40))]
+    rows = [Row(f"o/n[train]:{i}", "train", value) for i, value in enumerate(questions(40))]
     monkeypatch.setattr(download, "read_hub", lambda hub, commit, whole: iter(rows) if commit == "0f" else iter([]))
     monkeypatch.setattr(download, "resolve_commit", lambda hub: {"abc": "0f"}[hub.revision])
     hub = HubData(id="o/n", config=None, revision="abc", splits=["train"])

@@ -1,30 +1,63 @@
 """Exact and near duplicates: counted, dropped where told so, and accounted for in the ledger."""
 
+import itertools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from configs import config
+from data_helpers import steady
+from hypothesis import given
+from hypothesis import strategies as st
 
-from stages.download.duplicates import ExactDuplicates, near_duplicates, shingles
+from stages.download.duplicates import ExactDuplicates, NearDuplicates, Signatures, sign_documents
+from stages.download.records import normalise
+from stages.download.shingles import hash_shingles
 from stages.download.stage import DownloadConfig, main
 
 WORDS = [f"word{number}" for number in range(400)]
 LONG = " ".join(WORDS[:200])
 
 
+def sign(texts: list[str]) -> Signatures:
+    return sign_documents(pa.array([[text] for text in texts], pa.list_(pa.string())))
+
+
 def test_exact_duplicates_second_copy_is_known() -> None:
     seen = ExactDuplicates()
-    assert [seen.add(text) for text in ("a", "b", "a", "A")] == [False, False, True, False]
+    assert seen.add([b"a", b"b", b"a"]).tolist() == [True, True, False]
+    assert seen.add([b"A", b"b"]).tolist() == [True, False]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("", {""}), ("One, two!", {"one two"}), ("a b c d e f", {"a b c d e", "b c d e f"})]
+def shingles(text: str) -> list[str]:
+    """The word 5-grams of the normalised text, in order; a shorter text is one."""
+    words = normalise(text).split()
+    return [" ".join(words[start : start + 5]) for start in range(max(1, len(words) - 4))]
+
+
+def test_shingles_are_word_5_grams_of_the_normalised_text() -> None:
+    assert [shingles(text) for text in ("", "One, two!")] == [[""], ["one two"]]
+    assert shingles("A b c, d e -- f") == ["a b c d e", "b c d e f"]
+
+
+_TEXT = st.text("aAbZ09 _.-\n\x1f\u00e9É\u0130ßﬁ…\u2019\u0301½京🙂\u2028", max_size=60) | st.sampled_from(
+    ["x" * 7, "x" * 8, "x" * 9, "x" * 16, "x" * 17, "x" * 256 + " y", "x" * 257 + " y", "x" * 256 + "z y", "?! ++ é"]
 )
-def test_shingles_are_word_5_grams_of_the_normalised_text(text: str, expected: set[str]) -> None:
-    assert shingles(text) == expected
+
+
+@steady
+@given(st.lists(st.lists(_TEXT, min_size=1, max_size=9).map(" ".join), min_size=1, max_size=9))
+def test_hash_shingles_of_texts_are_equal_where_the_5_grams_are(texts: list[str]) -> None:
+    hashes, offsets = hash_shingles(pa.array(texts, pa.string()))
+    found = [hashes[start:end].tolist() for start, end in itertools.pairwise(offsets.tolist())]
+    pairs = {pair for text, own in zip(texts, found, strict=True) for pair in zip(shingles(text), own, strict=True)}
+    assert len(pairs) == len({text for text, _ in pairs}) == len({own for _, own in pairs})
 
 
 @pytest.mark.parametrize(
@@ -38,8 +71,42 @@ def test_shingles_are_word_5_grams_of_the_normalised_text(text: str, expected: s
     ],
 )
 def test_near_duplicates_are_found_by_shared_5_grams(changed: str, found: bool) -> None:
-    leaked, leaking = near_duplicates(["unrelated words stand here", LONG], ["nothing to see in this one", changed])
-    assert (leaked, leaking) == (({1}, {1}) if found else (set(), set()))
+    index = NearDuplicates([sign(["unrelated words stand here"]), sign([LONG])])
+    leaking, leaked = index.find(sign(["nothing to see in this one", changed]))
+    assert (set(leaked.tolist()), set(leaking.tolist())) == (({1}, {1}) if found else (set(), set()))
+
+
+def test_near_duplicates_of_none_held_out_are_none() -> None:
+    assert [len(side) for side in NearDuplicates([]).find(sign([LONG]))] == [0, 0]
+
+
+def planted_pairs(number: int) -> tuple[list[str], list[str], npt.NDArray[np.float64]]:
+    """Texts, near copies of them, and the Jaccard similarity of each pair, between 0.5 and 1."""
+    chance = random.Random(0)
+    texts, copies, similarities = list[str](), list[str](), list[float]()
+    for _ in range(number):
+        words = [f"w{chance.randrange(5000)}" for _ in range(chance.choice([60, 150, 400]))]
+        asked = chance.uniform(0.5, 1.0)  # a word that is replaced changes five 5-grams
+        replaced = chance.sample(range(len(words)), round(len(words) * (1 - asked) / (1 + asked) / 5))
+        copy = [f"x{chance.randrange(10**6)}" if place in replaced else word for place, word in enumerate(words)]
+        texts.append(" ".join(words))
+        copies.append(" ".join(copy))
+        one, other = set(shingles(texts[-1])), set(shingles(copies[-1]))
+        similarities.append(len(one & other) / len(one | other))
+    return texts, copies, np.array(similarities)
+
+
+def test_near_duplicates_that_are_planted_are_found_and_few_others() -> None:
+    texts, copies, similarities = planted_pairs(2000)
+    numbers, held_out = NearDuplicates([sign(texts)]).find(sign(copies))
+    assert (numbers == held_out).all()  # no pair but the planted ones
+    found, near = np.zeros(len(texts), np.bool_), similarities >= 0.8
+    found[numbers] = True
+    # By datasketch, which was here before: recall 0.78, precision 0.97.
+    assert (found & near).sum() / near.sum() > 0.9
+    assert (found & near).sum() / found.sum() > 0.94
+    assert found[similarities >= 0.9].all()
+    assert not found[similarities < 0.7].any()
 
 
 def downloaded(tmp_path: Path, records: list[tuple[str, str]], *overrides: str) -> tuple[dict[str, Any], list[str]]:

@@ -8,25 +8,28 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from data_helpers import split, steady
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stages.core.artifacts import SPLITS
 from stages.download.records import (
     ELI5,
     BadRecordError,
+    assign_splits,
     group_values,
     lookup,
     mismatch,
     normalise,
     scalar_text,
     split_key,
-    split_of,
+    split_point,
     to_record,
 )
-from stages.download.schema import Columns
+from stages.download.schema import Columns, Split
 
 COLUMNS = Columns(title="title", texts=["answers.text"])
 NESTED = {
@@ -47,6 +50,10 @@ FLATTENED = _OTHERS | {f"answers.{key}": value for key, value in NESTED["answers
 
 def record_of(title: str, text: str | list[str] = "text") -> dict[str, Any]:
     return to_record({"title": title, "answers.text": text}, COLUMNS)[0]
+
+
+def split_of(key: str, by: Split) -> str:
+    return SPLITS[int(assign_splits(np.array([split_point(key, by.seed)], np.uint64), by)[0])]
 
 
 def key_of(title: str, text: str | list[str] = "text", names: Sequence[str] = ("title",), **columns: Any) -> str:

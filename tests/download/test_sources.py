@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import lzma
+import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import pytest
 from data_helpers import questions, serving_files, source_data, values, write_jsonl
 
 from stages.core.errors import StageError
-from stages.download.records import BadRecordError
+from stages.download.records import BadRecordError, lookup, to_record
+from stages.download.schema import Columns
 from stages.download.sources import read
 
 RECORDS = [
@@ -253,13 +256,15 @@ def test_read_of_csv_with_columns_without_a_name_says_which(tmp_path: Path, raw:
 
 
 @pytest.mark.parametrize(
-    ("value", "key"),
+    ("value", "name", "key"),
     [
-        (b'{"title": "a", "title": "b"}', "'title'"),
-        (b'{"title": "a", "answers": {"text": "b", "text": "c"}}', "'text'"),
-        (b'{"title": "a", "more": [[{"x": 1, "y": 2, "x": 1}]]}', "'x'"),
-        (rb'{"a": 1, "\u0061": 2}', "'a'"),
-        (rb'{"a\u001b": 1, "a\u001b": 2}', "'a\\\\x1b'"),
+        (b'{"title": "a", "title": "b"}', "title", "'title'"),
+        (b'{"title": "a", "answers": {"text": "b", "text": "c"}}', "answers.text", "'text'"),
+        (b'{"answers": [{"text": "b"}, {"text": "b", "text": "c"}]}', "answers.text", "'text'"),
+        (b'{"title": "a", "answers": {}, "answers": {"text": "c"}}', "answers.text", "'answers'"),
+        (b'{"answers.text": "b", "answers.text": "c"}', "answers.text", "'answers.text'"),
+        (rb'{"a": 1, "\u0061": 2}', "a", "'a'"),
+        (rb'{"a\u001b": 1, "a\u001b": 2}', "a\x1b", r"'a\x1b'"),
     ],
 )
 @pytest.mark.parametrize(
@@ -267,14 +272,27 @@ def test_read_of_csv_with_columns_without_a_name_says_which(tmp_path: Path, raw:
     [b"%s\n{}", b"{}\n%s", b"[{}, %s, {}]", b"[%s]", b"{\n}\n%s\n{}"],
     ids=["1", "2", "array", "one", "values"],
 )
-def test_read_of_json_that_repeats_a_key_is_a_bad_record_among_others(
-    tmp_path: Path, layout: bytes, value: bytes, key: str
+def test_read_of_json_that_repeats_a_key_is_a_bad_record_where_it_is_looked_up(
+    tmp_path: Path, layout: bytes, value: bytes, name: str, key: str
 ) -> None:
     (tmp_path / "a.json").write_bytes(layout % value)
     found = values(tmp_path / "a.json")
-    (bad,) = [value for value in found if isinstance(value, BadRecordError)]
-    assert str(bad).startswith(f"an object has two keys {key}: ".replace("\\\\", "\\"))
+    (bad,) = [value for value in found if value]
+    with pytest.raises(BadRecordError, match=f"an object has two keys {re.escape(key)}: "):
+        lookup(pickle.loads(pickle.dumps(bad)), name)
     assert [value for value in found if value is not bad] == [{}] * layout.count(b"{")
+
+
+@pytest.mark.parametrize("column", ["q_id", "title", "selftext_urls"])
+def test_to_record_of_json_that_repeats_a_key_is_bad_where_it_is_used(tmp_path: Path, column: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"title": "t", "answers.text": "x", "more": [[{"x": 1, "x": 2}]], "y": 1, "y": 2}\n'
+        b'{"title": "t", "answers.text": "x", "%s": null, "%s": null}\n' % (column.encode(), column.encode())
+    )
+    good, bad = values(tmp_path / "a.jsonl")
+    assert to_record(good, Columns(title="title", texts=["answers.text"]))[0]["answers"]["text"] == ["x"]
+    with pytest.raises(BadRecordError, match=f"two keys '{column}'"):
+        to_record(bad, Columns(title="title", texts=["answers.text"]))
 
 
 # -- places ------------------------------------------------------------------------------------------------------------

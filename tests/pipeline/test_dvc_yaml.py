@@ -73,8 +73,8 @@ WRONG: dict[str, tuple[Edit, str]] = {
         "train@mlm uses data/blocks/mlm, and neither deps nor outs declares it",
     ),
     "input not used": (
-        lambda stages: stages["group_texts"]["do"]["deps"].append("data/raw"),
-        "group_texts@mlm declares data/raw, and does not use it",
+        lambda stages: stages["train"]["do"]["deps"].append("data/raw"),
+        "train@mlm declares data/raw, and does not use it",
     ),
     "code not declared": (
         lambda stages: stages["tokenize"]["do"]["deps"].remove("code/tokenize.json"),

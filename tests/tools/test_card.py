@@ -1,6 +1,7 @@
 """The model card: what it says, that it is true, and that its code runs."""
 
 import contextlib
+import html
 import io
 import json
 import re
@@ -12,13 +13,29 @@ import yaml
 from dvc_project import TASKS, run
 from hub_cases import TOKEN
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from upload_hub import metadata_problems
 
 from stages.core.config import flat
-from tools.card import MEANING, RecordedRun, locked_params, make_card, meaning, public, reproduction
+from stages.core.errors import printable
+from tools.card import MEANING, RecordedRun, group_sections, locked_params, make_card, meaning, public, reproduction
 from tools.publish import public_remote, recorded_run
 
 NAME = "someone/some-model"
+HOSTILE_VALUES = [
+    "<img src=x onerror=alert(1)>",
+    "a | b",
+    "[a](javascript:x)",
+    "`",
+    "``a`b",
+    "line\nline",
+    "\x1b[2J",
+    "**a**",
+    "a\\",
+    "| ` |",
+    " ",
+    "https://example.org",
+]
 
 
 def card_of(task: str, license: str | None = "mit", language: list[str] | None = None) -> ModelCard:
@@ -44,7 +61,9 @@ def test_card_holds_every_figure_parameter_sample_and_sum(inside: Path, task: st
     text = str(card_of(task))
     assert text == str(card_of(task))
     assert run(inside, "git", "rev-parse", "HEAD").strip() in text
-    for key, value in json.loads((inside / f"reports/evaluate/{task}/metrics.json").read_text())[task]["test"].items():
+    measured = json.loads((inside / f"reports/evaluate/{task}/metrics.json").read_text())[task]["test"]
+    assert measured.pop("groups").keys() == {"source"} and "| By " not in text  # one source: the figures are the same
+    for key, value in measured.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
         assert f"| {key} | {shown} | " in text
     assert (inside / f"reports/samples/{task}.md").read_text().partition("\n")[2].strip() in text
@@ -101,9 +120,50 @@ def test_card_of_a_hub_data_set_and_checkpoint_names_both(inside: Path) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_card_every_metric_has_a_meaning(clean: Path, task: str) -> None:
-    for key in json.loads((clean / f"reports/evaluate/{task}/metrics.json").read_text())[task]["test"]:
+    measured = json.loads((clean / f"reports/evaluate/{task}/metrics.json").read_text())[task]["test"]
+    for key in measured.keys() - {"groups"}:
         assert meaning(key, context=128, block_size=64)
     assert all(key in (clean / "docs/metrics.md").read_text() for key in MEANING)
+
+
+def by_value(bits: dict[str, float], **more: Any) -> dict[str, Any]:
+    return {
+        value: {"bits_per_byte": found, "base_bits_per_byte": 4.0, "documents": 2, "bytes": 1500, **more}
+        for value, found in bits.items()
+    }
+
+
+def test_card_shows_groups_of_several_values_and_texts_that_are_only_evaluated() -> None:
+    groups = {"source": by_value({"toy": 2.0}), "topic": by_value({"why": 2.25, "how": 2.5})}
+    validation = {"source": by_value({"toy": 2.0}), "topic": by_value({"why": 2.75})}
+    texts = by_value({"wiki": 3.0})
+    metrics = {"test": {"groups": groups}, "validation": {"groups": validation}, "texts": texts}
+    topic, text = group_sections(metrics)
+    assert topic.splitlines()[1:] == [
+        "| By `topic` | documents | bytes | bits_per_byte, test (before training)"
+        " | bits_per_byte, validation (before training) |",
+        "|---|---|---|---|---|",
+        "| `why` | 2 | 1,500 | 2.2500 (4.0000) | 2.7500 (4.0000) |",
+        "| `how` | 2 | 1,500 | 2.5000 (4.0000) |  |",
+    ]
+    assert text.splitlines()[-1] == "| `wiki` | 2 | 1,500 | 3.0000 (4.0000) |"
+
+
+def test_card_shows_at_most_20_values_of_a_group_and_counts_the_others() -> None:
+    groups = {"topic": by_value({f"value {number}": 2.0 for number in range(30)})}
+    (section,) = group_sections({"test": {"groups": groups}, "validation": {"groups": groups}})
+    assert "`value 19`" in section and "`value 20`" not in section and "10 values more are in" in section
+
+
+@pytest.mark.parametrize("value", HOSTILE_VALUES)
+def test_card_values_of_groups_are_text_in_one_cell(value: str) -> None:
+    groups = {"topic": by_value({"why": 2.25, value: 2.5})}
+    (section,) = group_sections({"test": {"groups": groups}, "validation": {"groups": groups}})
+    page = MarkdownIt("gfm-like", {"linkify": False}).render(section)
+    assert page.count("<tr>") == 3 and page.count("<td>") == 10
+    assert set(re.findall(r"</?(\w+)", page)) == {"table", "thead", "tbody", "tr", "th", "td", "code"}
+    found = html.unescape(re.findall(r"<code>(.*?)</code>", page)[2])
+    assert found.strip() == printable(value).strip()
 
 
 def test_card_local_paths_are_not_in_the_card() -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from dvc_project import ROOT, environment, run
-from report_cases import HOSTILE, figures, read, runs, shown
+from report_cases import HOSTILE, figures, grouped_runs, read, runs, shown
 
 from tools.report_data import Run, alike, curve, curve_file, flow, read_runs
-from tools.report_page import bars_of, chosen_metrics, curves_of, metric_columns, render, samples_of
+from tools.report_page import bars_of, chosen_metrics, curves_of, group_tables, metric_columns, render, samples_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -188,12 +188,40 @@ def test_samples_of_a_model_bring_no_markup_of_their_own() -> None:
     assert set(re.findall(r"</?(\w+)", pages)) == {"blockquote", "p", "strong"}
 
 
+def test_groups_add_no_metric_column() -> None:
+    assert [run.metrics for run in grouped_runs()] == [run.metrics for run in runs()]
+
+
+def test_group_tables_are_of_texts_and_of_groups_with_several_values() -> None:
+    tables = group_tables("causal", grouped_runs())
+    assert [(table.caption, table.opened) for table in tables] == [
+        ("causal: bits_per_byte by text", True),
+        ("causal, validation: bits_per_byte by topic", True),
+        ("causal, test: bits_per_byte by topic", False),
+        ("causal, text wiki: bits_per_byte by kind", False),
+        ("causal, text validation: bits_per_byte by kind", False),
+    ]
+    topic = tables[1]
+    assert topic.runs == ["workspace, main", "wide", HOSTILE]
+    assert [name for name, _ in topic.rows] == ["why", HOSTILE, "rare"]
+    assert [cell.text for cell in topic.rows[0][1]] == [
+        *("2,600", "9,000"),
+        *("3.0000 (3.8000)", "2.7500 (3.8000)", "3.2500 (3.8000)"),
+    ]
+
+
+def test_group_tables_without_groups_of_several_values_are_none_and_the_page_is_without_them() -> None:
+    assert group_tables("mlm", grouped_runs()) == group_tables("causal", runs()) == []
+    assert 'id="groups"' not in render(runs())
+    assert 'id="groups"' in render(grouped_runs())
+
+
 def test_page_is_the_same_for_the_same_runs() -> None:
     assert render(runs()) == render(runs())
 
 
 def test_page_holds_no_hostile_name_as_markup() -> None:
-    page = render(runs())
+    page = render(grouped_runs())
     body = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     assert "<img" not in body and HOSTILE not in body
 
@@ -258,6 +286,30 @@ def test_page_shows_table_and_plots_and_is_no_wider_than_the_window(page: Any) -
     assert page.locator(".plot .main-svg:first-child").count() == 4
     assert page.locator(".plot .scatterlayer .trace").count() == 2 * 2 + 3 * 2
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (400, "light")])
+def test_page_with_groups_opens_sorts_and_is_no_wider_than_the_window(
+    browser: Any, tmp_path: Path, width: int, scheme: str
+) -> None:
+    (tmp_path / "report.html").write_text(render(grouped_runs()), encoding="utf-8")
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: complaints.append(dialog.message))
+    page.goto((tmp_path / "report.html").as_uri())
+    page.wait_for_selector(".plot .main-svg")
+    tables = page.locator("#groups table")
+    assert (tables.count(), page.locator("#groups table:visible").count()) == (5, 2)
+    page.locator("#groups summary").nth(2).click()
+    assert page.locator("#groups table:visible").count() == 3
+    topic = tables.nth(1)
+    topic.locator("th button").nth(3).click()
+    assert topic.locator("tbody th").all_inner_texts() == [HOSTILE, "why", "rare"]
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.close()
+    assert complaints == []
 
 
 def test_page_follows_the_readers_scheme_in_figures_too(page: Any) -> None:
