@@ -24,7 +24,7 @@ from stages.code.stage import main as write_code
 from stages.core.config import MISSING, flat, validate
 from stages.core.source_code import hash_code
 from tools.code_changes import CodeChange, code_changes, committed_hashes
-from tools.lock_history import Entry, changed_files, hashes_in, parse_entry, read_lock
+from tools.lock_history import LOCK, Entry, changed_files, hashes_in, parse_entry, read_lock
 
 CODE = "code"
 
@@ -190,6 +190,7 @@ class _Following:
         listed = self._read_cached(before)
         if listed is None:
             names = [name.removeprefix(f"{dep.def_path}/") for name in changed_files(dep.def_path)]
+            names = names or _newer_files(Path(dep.fs_path), now)  # git ignores some
             counts = "" if len(now) == dep.meta.nfiles else f" ({len(now)} files, {dep.meta.nfiles} at the last run)"
             return f"{list_names(names) or 'other content'}{counts}"
         old = {item["relpath"]: item["md5"] for item in listed}
@@ -275,6 +276,12 @@ def _code_hashes(directory: str) -> dict[str, str]:
         written = Path(scratch, CODE)
         write_code(validate(CodeConfig, {"out": str(written)}, CODE))
         return {f"{directory}/{file.name}": file_md5(str(file)) for file in written.iterdir()}
+
+
+def _newer_files(directory: Path, names: Iterable[str]) -> list[str]:
+    """Those of `names` in `directory` that were written after dvc.lock."""
+    lock = Path(LOCK).stat().st_mtime
+    return [name for name in names if (directory / name).stat().st_mtime > lock]
 
 
 def _overlap(one: str, other: str) -> bool:

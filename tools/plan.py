@@ -29,6 +29,7 @@ from stages.core.errors import ConfigError, StageError, printable, printable_lin
 from stages.evaluate.stage import EvaluateConfig
 from stages.train.plan import Plan, show_bytes, show_seconds, write_plan
 from stages.train.stage import TrainConfig
+from tools.compare import width_of
 from tools.forecast import CODE, Forecast, Verdict
 from tools.trial import TRIAL_STEPS, Call, Report
 from tools.why import read_forecast
@@ -185,9 +186,9 @@ class _Trials:
 
     def _sample_size(self) -> int:
         """Number of documents of a split with about as many tokens as are evaluated at once."""
-        most: int = self._evaluation.evaluate.max_documents or sys.maxsize
+        most = self._evaluation.evaluate.max_documents or sys.maxsize
         ledger = self._ledgers["validation"]
-        mean = max(1.0, float(ledger["text_tokens"]) / max(ledger["documents"], 1))
+        mean: float = max(1.0, ledger["text_tokens"] / max(ledger["documents"], 1))
         return min(most, max(4, math.ceil(self._config.hardware.evaluate_batch_tokens / mean)))
 
     def _sample_blocks(self) -> Path:
@@ -323,7 +324,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def show(rows: list[tuple[str, Amounts, Cost | None]]) -> None:
     """Print a row for each stage, and what they take together, one after the other."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # fits into 80 columns
     table.add_column("stage", no_wrap=True)
     for heading in (*Amounts._fields, "memory", "disk", "time"):
         table.add_column(heading, no_wrap=True, justify="right")
@@ -335,7 +336,8 @@ def show(rows: list[tuple[str, Amounts, Cost | None]]) -> None:
         seconds, disk = sum(cost.seconds for cost in costs), sum(cost.disk_bytes for cost in costs)
         whole = Cost(seconds, max(cost.peak_bytes for cost in costs), disk)
         table.add_row("together", *[""] * len(Amounts._fields), *_cells(whole), style="bold")
-    Console(highlight=False, soft_wrap=True).print(table)
+    console = Console(highlight=False)
+    Console(highlight=False, width=max(console.width, width_of(table, console))).print(table)
     if len(costs) < len(rows):
         print("?: not tried, since hardware has several processes (hardware.launch or hardware.ray)")
 

@@ -54,15 +54,15 @@ def peak_bytes() -> int:
 
 
 def show_seconds(seconds: float) -> str:
-    """A duration to two or three digits: `8.5 s`, `47 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 100:
+    """A duration as one says it: `8.5 s`, `147 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 300:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
 def show_bytes(size: float) -> str:
-    """A size to two or three digits: `940 kB`, `12 MB`, `1.4 GB`."""
+    """A size as one says it: `940 kB`, `12 MB`, `1.4 GB`."""
     for unit, bound in (("kB", 1e6), ("MB", 1e9), ("GB", 1e12)):
         if size < bound:
             value = size / (bound / 1e3)
