@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # uv where it is installed; where it is not, the environment brings its own.
 UV := $(shell command -v uv 2>/dev/null || echo .venv/bin/uv)
 
-.PHONY: all env keras ray check repro compare report test test-all lint format requirements clean
+.PHONY: all env keras ray check repro why plan compare report test test-all lint format requirements clean
 
 all: check
 	dvc repro
@@ -44,6 +44,13 @@ check: env
 
 repro: check
 	dvc repro
+
+# STAGE=train@causal: of this stage and those that it depends on.
+why: env
+	@python -m tools.why $(if $(STAGE),'$(STAGE)')
+
+plan: env
+	@python -m tools.plan $(if $(STAGE),'$(STAGE)')
 
 # BY=GROUP: with a column for each value of a group, `make compare BY=source`.
 compare: env

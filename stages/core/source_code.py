@@ -102,8 +102,61 @@ def _parse(file: Path) -> ast.Module:
 @functools.cache
 def hash_behaviour(file: Path) -> str:
     """Hexadecimal SHA-256 of what the module in `file` does, the same under every version of Python."""
-    tree = _WithoutTexts().visit(_WithoutTypeChecking().visit(_parse(file)))
-    return hashlib.sha256(json.dumps(_plain(tree)).encode()).hexdigest()
+    return _hash(_without_texts(_parse(file)))
+
+
+def hash_source(source: str) -> str:
+    """`hash_behaviour` of a module with the text `source`.
+
+    Raises:
+        SyntaxError, ValueError: if it is not Python.
+    """
+    return _hash(_without_texts(ast.parse(source)))
+
+
+def hash_definitions(source: str) -> dict[str, str]:
+    """The parts of a module with the text `source`, each with the hash of what it does.
+
+    A part is a function, a class, a method (`Class.method`), a variable, or all imports or other statements of the
+    module (`imports`, `statements`). The hash of a class does not cover its methods.
+
+    Raises:
+        SyntaxError, ValueError: if it is not Python.
+    """
+    parts: dict[str, list[ast.AST]] = {}
+    for node in _without_texts(ast.parse(source)).body:
+        for name, part in _definitions(node):
+            parts.setdefault(name, []).append(part)
+    return {name: _hash(nodes) for name, nodes in parts.items()}
+
+
+def _definitions(node: ast.stmt) -> Iterator[tuple[str, ast.AST]]:
+    """The parts of a statement at the top of a module, by name."""
+    if isinstance(node, ast.ClassDef):
+        methods = [item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
+        yield from ((f"{node.name}.{method.name}", method) for method in methods)
+        node.body = [item for item in node.body if item not in methods]
+        yield node.name, node
+    elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        yield node.name, node
+    elif isinstance(node, ast.Import | ast.ImportFrom):
+        yield "imports", node
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        yield ", ".join(names) or "statements", node
+    else:
+        yield "statements", node
+
+
+def _without_texts(tree: ast.Module) -> ast.Module:
+    """`tree`, which is changed, with nothing in it but what decides a result."""
+    cleaned: ast.Module = _WithoutTexts().visit(_WithoutTypeChecking().visit(tree))
+    return cleaned
+
+
+def _hash(node: Any) -> str:
+    return hashlib.sha256(json.dumps(_plain(node)).encode()).hexdigest()
 
 
 def _plain(node: Any) -> Any:

@@ -28,6 +28,7 @@ from stages.tokens.vocabulary import Vocabulary, export_tokenizer
 from stages.train.batches import batches
 from stages.train.checkpoints import LIBRARIES, checkpoint_directory, fingerprint
 from stages.train.framework import Framework, keras_refusals
+from stages.train.plan import log_against_plan
 from stages.train.saving import add_adapter, probe_loss, save_model, saved_files, verify_saved
 from stages.train.schema import CheckpointSettings, EarlyStopping
 from stages.train.trainer_arguments import problems
@@ -196,12 +197,15 @@ def train(config: TrainConfig) -> None:
     check_predictions(objective, validation)
     log.info("%d blocks of %d tokens, %d per step", len(training), training.block_size, config.batch_size)
     with _checkpoints_of(config) as directory:
+        resumes = Path(directory).exists()
         with signals_as_request() as request:
             model, state = framework.fit(config, model, objective, training, validation, directory, request)
         if not rank():
             write(config, model, state, len(training), use_cache, objective, validation)
         wait_for_all()
     log.info("%d steps -> %s", state.global_step, config.out)
+    if not rank() and not resumes:
+        log_against_plan(Path(directory).name)
 
 
 def _framework_of(config: TrainConfig) -> Any:

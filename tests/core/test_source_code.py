@@ -15,6 +15,8 @@ from stages.core.source_code import (
     direct_imports,
     hash_behaviour,
     hash_code,
+    hash_definitions,
+    hash_source,
     hashed_names,
     imported_modules,
     list_stages,
@@ -125,6 +127,32 @@ def test_hash_of_a_file_that_is_no_python_names_it(monkeypatch: pytest.MonkeyPat
     (tmp_path / "stages/broken.py").write_text("def f(:\n", encoding="utf-8")
     with pytest.raises(StageError, match=r"stages/broken.py cannot be read as Python: .*line 1"):
         hash_behaviour(tmp_path / "stages/broken.py")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ("value > LIMIT", "value >= LIMIT", {"check"}),
+        ("LIMIT = 3", "LIMIT = 4", {"LIMIT"}),
+        ("size: int", "size: float", {"Config"}),
+        ("import logging", "import logging.config", {"imports"}),
+        ('"""Whether it fits."""', '"""If it fits."""', set()),
+        ("is too large", "is above it", set()),
+        ("    # Why this is so.\n", "", set()),
+    ],
+    ids=str,
+)
+def test_definitions_of_a_module_differ_where_its_behaviour_does(old: str, new: str, changed: set[str]) -> None:
+    before, now = hash_definitions(MODULE), hash_definitions(MODULE.replace(old, new))
+    assert {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)} == changed
+    assert (hash_source(MODULE) != hash_source(MODULE.replace(old, new))) == bool(changed)
+
+
+def test_definitions_of_a_class_are_its_methods_and_the_rest_of_it() -> None:
+    text = "class A:\n    x = 1\n\n    def f(self): return 1\n\n    async def g(self): return 2\n"
+    before, now = hash_definitions(text), hash_definitions(text.replace("return 2", "return 3"))
+    assert list(before) == ["A.f", "A.g", "A"]
+    assert [name for name in before if before[name] != now[name]] == ["A.g"]
 
 
 def test_imports_are_followed_through_functions_and_packages_and_not_through_type_checking(
