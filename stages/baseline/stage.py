@@ -99,7 +99,9 @@ def main(config: BaselineConfig) -> None:
         scores = score_documents(model, objective, texts, records, evaluate.context, at_once)
         tables[name], figures[name] = add_scores(described, scores, "bits_before"), document_figures(metric, scores)
         log.info("%s %s before training: %.4f", name, metric, figures[name][metric])
-    samples = make_samples(config.samples, config.objective.name, model, tokens / "tokenizer", vocabulary)
+    samples = make_samples(
+        config.samples, config.objective.name, model, config.model.max_positions, tokens / "tokenizer", vocabulary
+    )
     with staged(config.report, EVALUATED_FILES) as directory:
         write_json(directory / SAMPLES, samples)
         for name, table in tables.items():

@@ -105,7 +105,7 @@ def evaluate(config: EvaluateConfig) -> None:
     tables = {key: _score(config, key, texts, model, objective) for key, texts in documents.items()}
     metrics = {key: _figures(config, key, table, model, objective) for key, table in tables.items()}
     if not rank():
-        samples = make_samples(config.samples, name, model, tokens / "tokenizer", vocabulary)
+        samples = make_samples(config.samples, name, model, positions, tokens / "tokenizer", vocabulary)
         before = read_json(Path(config.baseline) / SAMPLES)
         check_samples(before, samples, Path(config.baseline) / SAMPLES)
         with staged(config.report, ["metrics.json"]) as directory:

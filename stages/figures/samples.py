@@ -10,24 +10,34 @@ import torch
 from stages.core.artifacts import damaged
 from stages.core.errors import without_controls
 from stages.figures.schema import Samples
-from stages.hub.files import usable_positions
 from stages.model.precision import full_precision
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 
 
 def make_samples(
-    config: Samples, name: str, model: Any, tokenizer_directory: Path, vocabulary: Vocabulary
+    config: Samples, name: str, model: Any, positions: int | None, tokenizer_directory: Path, vocabulary: Vocabulary
 ) -> list[dict[str, Any]]:
     """What `model` says to each of config.prompts, the same for the same model and config.
 
     Keys: prompt, and for a causal model completion (text), for a masked one tokens: (text, probability) of the
     config.top_k likeliest.
+
+    Args:
+        positions: tokens that the model can attend to, where a completion ends at the latest; None: any number.
     """
     tokenizer = load_tokenizer(tokenizer_directory)
     tokenizer.encode_special_tokens = False  # prompts are ours, and hold the mask token
-    sample = _complete if name == "causal" else fill
+    most = math.inf if positions is None else positions
     with full_precision(model):
-        return [{"prompt": prompt, **sample(config, model, tokenizer, vocabulary, prompt)} for prompt in config.prompts]
+        return [
+            {"prompt": prompt}
+            | (
+                _complete(config, model, most, tokenizer, vocabulary, prompt)
+                if name == "causal"
+                else _fill(config, model, tokenizer, vocabulary, prompt)
+            )
+            for prompt in config.prompts
+        ]
 
 
 def write_page(name: str, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
@@ -45,14 +55,15 @@ def check_samples(before: Any, after: list[dict[str, Any]], file: Path) -> None:
         raise damaged(file, "not the samples of these prompts")
 
 
-def _complete(config: Samples, model: Any, tokenizer: Any, vocabulary: Vocabulary, prompt: str) -> dict[str, Any]:
+def _complete(
+    config: Samples, model: Any, positions: float, tokenizer: Any, vocabulary: Vocabulary, prompt: str
+) -> dict[str, Any]:
     """The completion of `prompt`, drawn with config.seed."""
     assert config.max_new_tokens is not None and config.temperature is not None
     end = vocabulary.special["eos_token"]
     ids = [end, *tokenizer.encode(prompt, add_special_tokens=False).ids]
     generator = torch.Generator().manual_seed(config.seed)
     past, given = None, torch.tensor([ids])
-    positions = usable_positions(model.config.to_dict()) or math.inf
     for _ in range(config.max_new_tokens):
         if len(ids) > positions:
             break
@@ -66,7 +77,7 @@ def _complete(config: Samples, model: Any, tokenizer: Any, vocabulary: Vocabular
     return {"completion": tokenizer.decode(ids[1:], skip_special_tokens=True).removeprefix(prompt)}
 
 
-def fill(config: Samples, model: Any, tokenizer: Any, vocabulary: Vocabulary, prompt: str) -> dict[str, Any]:
+def _fill(config: Samples, model: Any, tokenizer: Any, vocabulary: Vocabulary, prompt: str) -> dict[str, Any]:
     """The likeliest tokens for the {mask} of `prompt`."""
     mask = vocabulary.special["mask_token"]
     text = tokenizer.encode(prompt.replace("{mask}", tokenizer.id_to_token(mask)), add_special_tokens=False).ids

@@ -327,7 +327,7 @@ def said(trained, corpus, task, **settings):
     tokens = corpus / "tokens" / task
     model = load_trained(task, trained[task] / "model")
     config = Samples(**{**defaults[task], **settings})
-    return make_samples(config, task, model, tokens / "tokenizer", Vocabulary.read(tokens))
+    return make_samples(config, task, model, 64, tokens / "tokenizer", Vocabulary.read(tokens))
 
 
 @pytest.mark.parametrize("task", TASKS)
