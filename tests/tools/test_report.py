@@ -127,7 +127,8 @@ def test_report_of_three_tasks_shows_both_that_share_an_objective() -> None:
     ]
     assert [names(members) for column in flow("packed", found) for members, _ in column] == [["main"]] * 4
     page = render(found)
-    assert [page.count(f"<h3>{task}</h3>") for task in ("causal", "mlm", "packed")] == [3] * 3  # loss, samples, data
+    # Loss, samples and data of each, and pairs of one.
+    assert [page.count(f"<h3>{task}</h3>") for task in ("causal", "mlm", "packed")] == [4, 3, 3]
     assert "packed, validation: bits_per_byte" in page
 
 
