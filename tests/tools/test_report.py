@@ -118,7 +118,11 @@ def test_report_of_three_tasks_shows_both_that_share_an_objective() -> None:
     ]
     assert [names(members) for column in flow("packed", found) for members, _ in column] == [["main"]] * 4
     page = render(found)
-    assert [page.count(f"<h3>{task}</h3>") for task in ("causal", "mlm", "packed")] == [3] * 3  # loss, samples, data
+    assert [page.count(f"<h3>{task}</h3>") for task in ("causal", "mlm", "packed")] == [
+        4,
+        3,
+        3,
+    ]  # loss, pairs, samples, data
     assert "packed, validation: bits_per_byte" in page
 
 
@@ -269,12 +273,12 @@ def page(browser: Any, report: str, request: pytest.FixtureRequest) -> Iterator[
 
 
 def column(page: Any, index: int) -> list[str]:
-    cells = page.locator(f".sortable tbody tr > :nth-child({index})")
+    cells = page.locator(f"#experiments tbody tr > :nth-child({index})")
     return [text.strip().split("\n")[0] for text in cells.all_inner_texts()]
 
 
 def test_page_shows_table_and_plots_and_is_no_wider_than_the_window(page: Any) -> None:
-    assert page.locator(".sortable tbody tr").count() == 8
+    assert page.locator("#experiments tbody tr").count() == 8
     assert page.locator(".plot .main-svg:first-child").count() == 4
     assert page.locator(".plot .scatterlayer .trace").count() == 2 * 2 + 3 * 2
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -303,7 +307,7 @@ def test_page_follows_the_readers_scheme_in_figures_too(page: Any) -> None:
 
 
 def test_page_sorts_by_click_and_by_keyboard_with_empty_cells_last(page: Any) -> None:
-    page.click(".sortable th:nth-child(2) button")
+    page.click("#experiments th:nth-child(2) button")
     assert column(page, 2) == ["32", "64", "128", "128", "256", "512", "1024", ""]
     page.keyboard.press("Enter")
     assert column(page, 2) == ["1024", "512", "256", "128", "128", "64", "32", ""]
@@ -315,7 +319,7 @@ def test_page_sorts_by_click_and_by_keyboard_with_empty_cells_last(page: Any) ->
 
 
 def test_page_shows_all_metrics_when_asked(page: Any) -> None:
-    hidden = page.locator(".sortable th.extra").first
+    hidden = page.locator("#experiments th.extra").first
     assert not hidden.is_visible()
     page.check("#all-metrics")
     assert hidden.is_visible()
