@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from upload_hub import metadata_problems
 
+from stages.core.artifacts import write_json
 from stages.core.config import flat
 from stages.core.errors import printable
 from tools.card import MEANING, RecordedRun, group_sections, locked_params, make_card, meaning, public, reproduction
@@ -82,31 +84,28 @@ def test_card_holds_every_figure_parameter_sample_and_sum(inside: Path, task: st
     assert str(inside) not in text
 
 
-def scored_run() -> RecordedRun:
+@pytest.fixture
+def scored(inside: Path) -> Iterator[RecordedRun]:
     """The run of the causal model as if its stage score had run, on one item of a hostile group."""
     found, _ = recorded_run("causal")
-    share = {"correct": 1, "share": 1.0, "low": 0.2065, "high": 1.0}
-    items = {"items": 1, "chance": 0.5, "ties": 0, "accuracy": {"sum": share}}
+    items = {"items": 1, "chance": 0.5, "ties": 0}
+    items["accuracy"] = {"sum": {"correct": 1, "share": 1.0, "low": 0.25, "high": 1.0}}
     figures = {"method": "log_likelihood", "digest": "d", **items, "groups": {"a|b": {"`c`": items}}}
-    Path("reports/score/causal").mkdir(parents=True)
-    Path("reports/score/causal/metrics.json").write_text(json.dumps({"causal": figures}))
-    return found._replace(stages={**found.stages, "score@causal": {"deps": [], "outs": []}})
-
-
-def test_card_of_a_scored_model_has_its_accuracy_and_how_to_make_it_again(inside: Path) -> None:
-    text = str(make_card(scored_run(), NAME, "mit", None))
-    assert "Accuracy on minimal pairs and multiple-choice questions, by log-likelihood\n\n| items |" in text
-    assert "| `all` | 100.0% | 20.7% to 100.0% | 1 |\n| `` a\\|b: `c` `` | 100.0% | 20.7% to 100.0% | 1 |" in text
-    assert "$ dvc repro evaluate@causal score@causal\n" in text
+    write_json("reports/score/causal/metrics.json", {"causal": figures})
+    yield found._replace(stages={**found.stages, "score@causal": {"deps": [], "outs": []}})
     shutil.rmtree("reports/score")
 
 
-def test_card_of_a_model_without_scores_names_none(inside: Path) -> None:
-    """A file of an earlier run may be left in the workspace."""
-    scored_run()
+def test_card_of_a_scored_model_has_its_accuracy_and_how_to_make_it_again(scored: RecordedRun) -> None:
+    text = str(make_card(scored, NAME, "mit", None))
+    assert "Accuracy on minimal pairs and multiple-choice questions, by log-likelihood\n\n| items |" in text
+    assert "| `all` | 100.0% | 25.0% to 100.0% | 1 |\n| `` a\\|b: `c` `` | 100.0% | 25.0% to 100.0% | 1 |" in text
+    assert "$ dvc repro evaluate@causal score@causal\n" in text
+
+
+def test_card_of_a_model_without_the_stage_has_no_accuracy_of_an_earlier_run(scored: RecordedRun) -> None:
     text = str(card_of("causal"))
     assert "minimal pairs" not in text and "score@" not in text
-    shutil.rmtree("reports/score")
 
 
 @pytest.mark.parametrize("task", TASKS)

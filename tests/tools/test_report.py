@@ -307,12 +307,12 @@ def page(browser: Any, report: str, request: pytest.FixtureRequest) -> Iterator[
 
 
 def column(page: Any, index: int) -> list[str]:
-    cells = page.locator(f".sortable tbody tr > :nth-child({index})")
+    cells = page.locator(f"#experiments tbody tr > :nth-child({index})")
     return [text.strip().split("\n")[0] for text in cells.all_inner_texts()]
 
 
 def test_page_shows_table_and_plots_and_is_no_wider_than_the_window(page: Any) -> None:
-    assert page.locator(".sortable tbody tr").count() == 8
+    assert page.locator("#experiments tbody tr").count() == 8
     assert page.locator(".plot .main-svg:first-child").count() == 4
     assert page.locator(".plot .scatterlayer .trace").count() == 2 * 2 + 3 * 2
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -365,7 +365,7 @@ def test_page_follows_the_readers_scheme_in_figures_too(page: Any) -> None:
 
 
 def test_page_sorts_by_click_and_by_keyboard_with_empty_cells_last(page: Any) -> None:
-    page.click(".sortable th:nth-child(2) button")
+    page.click("#experiments th:nth-child(2) button")
     assert column(page, 2) == ["32", "64", "128", "128", "256", "512", "1024", ""]
     page.keyboard.press("Enter")
     assert column(page, 2) == ["1024", "512", "256", "128", "128", "64", "32", ""]
@@ -377,7 +377,7 @@ def test_page_sorts_by_click_and_by_keyboard_with_empty_cells_last(page: Any) ->
 
 
 def test_page_shows_all_metrics_when_asked(page: Any) -> None:
-    hidden = page.locator(".sortable th.extra").first
+    hidden = page.locator("#experiments th.extra").first
     assert not hidden.is_visible()
     page.check("#all-metrics")
     assert hidden.is_visible()
