@@ -122,9 +122,13 @@ def repro(
             running = re.findall(r"Running stage '(\S+)'", log.read_text(encoding="utf-8"))
             return running[-1] if running else "dvc itself"
     said = log.read_text(encoding="utf-8")
-    if code and "dvc.lock" in said:  # killed while DVC wrote it: what the README says to do
+    if code and "dvc.lock" in said:  # killed while DVC wrote it: as docs/troubleshooting.md says
         print("dvc.lock was cut short by a kill: restored", flush=True)
         subprocess.run(["git", "restore", "dvc.lock"], cwd=place, check=True)
+        return repro(place, environment, seconds, way)
+    if code and "rwlock" in said:  # the same
+        print(".dvc/tmp/rwlock was cut short by a kill: removed", flush=True)
+        (place / ".dvc/tmp/rwlock").unlink()
         return repro(place, environment, seconds, way)
     if code:
         sys.exit(f"dvc repro failed:\n{said}")

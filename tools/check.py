@@ -87,6 +87,7 @@ def main() -> None:
     for stage, composition in composed:
         if not composition.problems and not composition.missing:
             problems += undeclared(stage, composition)
+    problems += filter(None, [damaged_rwlock()])
     for warning in other_versions():
         print(printable_lines(f"check: warning: {warning}"), file=sys.stderr)
     if problems:
@@ -103,6 +104,8 @@ def dvc_problem(error: DvcException) -> str:
             return f"{name}:{line}: a merge conflict: {remedy}"
     if "dvc.lock" in str(error):  # which DVC writes in place
         return f"dvc.lock was cut short, by a kill while DVC wrote it? {RESTORE_LOCK}"
+    if (problem := damaged_rwlock()) is not None:
+        return problem
     if isinstance(error, SCMError):
         return f"{error}, which DVC needs: `git clone` the project, or run `git init` here"
     if isinstance(error, NotDvcRepoError):
@@ -110,6 +113,21 @@ def dvc_problem(error: DvcException) -> str:
     if isinstance(error, DvcConfigError):
         return f".dvc/config: {error}"
     return f"params.yaml and dvc.yaml do not fit together: {error}"
+
+
+def damaged_rwlock() -> str | None:
+    """What to do about the file by which DVC's processes know of each other, where a kill has cut it short."""
+    file = ROOT / ".dvc/tmp/rwlock"
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError:
+        return (
+            ".dvc/tmp/rwlock was cut short, by a kill while DVC wrote it? When no dvc runs here, remove it"
+            " (rm .dvc/tmp/rwlock): DVC writes a new one"
+        )
+    return None
 
 
 # -- dvc.yaml ----------------------------------------------------------------------------------------------------------

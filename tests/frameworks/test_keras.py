@@ -243,7 +243,8 @@ def test_keras_on_tensorflow_has_the_losses_of_the_trainer_and_the_same_bytes_ho
             killed.kill()
             killed.wait()
             assert not (tmp_path / "two").exists()
-        done = subprocess.run(command, cwd=REPOSITORY, check=True, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, cwd=REPOSITORY, check=False, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0, done.stderr
         assert (name == "two") == ("resuming from step" in done.stderr), done.stderr
     for name in ("train/loss", "validation/loss"):
         theirs, ours = (curve(tmp_path / framework, name) for framework in ("trainer", "one"))

@@ -199,6 +199,16 @@ def test_check_of_a_lock_cut_short_says_how_to_mend_it(clean: Path, size: int) -
     checked(clean, wrong=False)
 
 
+@pytest.mark.parametrize("left", ["", '{"data/raw": {"wr'])
+def test_check_of_dvcs_own_lock_file_cut_short_says_how_to_mend_it(clean: Path, left: str) -> None:
+    """A kill of DVC while it writes the file leaves the next command without a word that helps."""
+    (clean / ".dvc/tmp/rwlock").write_text(left, encoding="utf-8")
+    assert "Unable to read RWLock-file" in run(clean, "dvc", "repro", check=False)
+    assert "rm .dvc/tmp/rwlock" in checked(clean)
+    (clean / ".dvc/tmp/rwlock").unlink()
+    checked(clean, wrong=False)
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "roberta", "bert", "llama", "gpt_neo", "gptj", "modernbert"])
 def test_config_keys_are_those_that_the_architecture_has(model_type: str) -> None:
     from transformers import AutoConfig

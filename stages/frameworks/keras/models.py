@@ -105,7 +105,8 @@ def build(model: Any) -> _BlockModel:
             layer_norm_epsilon=epsilon,
             name="mlm_head",
         )(hidden, inputs["mask_positions"])
-    built = _BlockModel(inputs=inputs, outputs=logits)
+    # TensorFlow takes the name for a scope, whose names begin with a letter.
+    built = _BlockModel(inputs=inputs, outputs=logits, name="block_model")
     _to_keras(model, built)
     return built
 
