@@ -16,7 +16,7 @@ from stages.download.files import PATH_LIMIT
 from stages.download.json_lines import parse_lines
 from stages.download.records import Row, columns_read, kept_groups, required_columns
 from stages.download.schema import SourceData
-from stages.download.sources import BYTE_ORDER_MARK, FileRange, Part, parse_line, read_row, with_unread
+from stages.download.sources import BYTE_ORDER_MARK, FileRange, Part, iterate_batches, parse_line, read_row, with_unread
 
 
 def read_part(rules: Rules, part: Part) -> Batch:
@@ -108,7 +108,7 @@ def source_parts(data: SourceData) -> Iterator[Part]:
     for splits in files.values():
         for split, file in zip(SPLITS, splits, strict=True):
             first = 1
-            for batch in pq.ParquetFile(file).iter_batches():
+            for batch in iterate_batches(pq.ParquetFile(file)):
                 yield Part(printable(file, PATH_LIMIT), split, first, batch, batch.schema.names)
                 first += batch.num_rows
 

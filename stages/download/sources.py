@@ -387,8 +387,17 @@ def _parquet_batches(stream: Any, columns: Collection[str] | None) -> Iterator[t
         # The leaves of both schemas are in the same order, but paths in Parquet's have steps for the items of lists.
         paths = [file.schema.column(number).path for number in range(len(leaves))]
         used = [path for path, leaf in zip(paths, leaves, strict=True) if _is_used(leaf, columns)]
-    for batch in file.iter_batches(batch_size=_PART_ROWS, columns=used):
+    for batch in iterate_batches(file, used, _PART_ROWS):
         yield schema.names, batch
+
+
+def iterate_batches(
+    file: pq.ParquetFile, columns: Sequence[str] | None = None, size: int = 1024
+) -> Iterator[pa.RecordBatch]:
+    """Batches of at most `size` rows, of which none is of two row groups."""
+    # Asked for all row groups at once, Arrow keeps what it has read of a file until its end.
+    for group in range(file.num_row_groups):
+        yield from file.iter_batches(size, row_groups=[group], columns=columns)
 
 
 def _refuse_repeated(fields: Iterable[pa.Field], within: str = "") -> None:

@@ -32,8 +32,8 @@ from stages.download.ledger import Ledger
 from stages.download.parts import read_part, source_parts
 from stages.download.records import FILTERED, KEPT, MALFORMED, assign_splits, record_schema
 from stages.download.schema import SourceData
-from stages.download.sources import Part, read_parts, row_parts
-from stages.download.writer import ROW_GROUP, SplitWriter
+from stages.download.sources import Part, iterate_batches, read_parts, row_parts
+from stages.download.writer import SplitWriter
 from stages.shell.tasks import Workers
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def _look_for_near_duplicates(directory: Path, ledger: Ledger, workers: Workers,
 def _answers(directory: Path, splits: Sequence[str]) -> Iterator[pa.Array]:
     """The answers of the records of these splits, a list of texts each, in batches."""
     for split in splits:
-        for batch in pq.ParquetFile(directory / f"{split}.parquet").iter_batches(ROW_GROUP, columns=["answers.text"]):
+        for batch in iterate_batches(pq.ParquetFile(directory / f"{split}.parquet"), ["answers.text"]):
             yield pc.struct_field(batch.column(0), "text")
 
 
@@ -201,7 +201,7 @@ def _drop_from_train(directory: Path, numbers: npt.NDArray[np.int64], ledger: Le
     whole, file = directory / "whole.parquet", directory / "train.parquet"
     file.rename(whole)
     writer, first = SplitWriter(file, pq.read_schema(whole)), 0
-    for batch in pq.ParquetFile(whole).iter_batches(ROW_GROUP):
+    for batch in iterate_batches(pq.ParquetFile(whole)):
         table = pa.Table.from_batches([batch])
         is_kept = np.isin(np.arange(first, first + len(table)), numbers, invert=True)
         dropped, kept = table.filter(from_bools(~is_kept)), table.filter(from_bools(is_kept))

@@ -80,8 +80,8 @@ def _run_piece(function: Callable[[Any], Any], job: Any, directory: str) -> Any:
     return function(job)
 
 
-# Jobs that this process does by itself before it starts others, which takes them half a second.
-_NUM_JOBS_ALONE = 16
+# Jobs that this process does by itself before it starts others: as much work as it takes these to start.
+_NUM_JOBS_ALONE = 32
 _JOBS_AHEAD = 2  # for each process, so that none waits for the next, and no more are in memory
 
 

@@ -1,5 +1,6 @@
 """Parquet: only what is used is read, row by row, and what is wrong with it is named."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from data_helpers import source_data, values
 from stages.core.errors import StageError
 from stages.download.records import BadRecordError, to_record
 from stages.download.schema import Columns
-from stages.download.sources import read
+from stages.download.sources import iterate_batches, read
 
 
 def table_of(*columns: tuple[str, Any]) -> pa.Table:
@@ -125,3 +126,14 @@ def test_read_of_parquet_without_a_column_names_those_that_there_are(tmp_path: P
     (row,) = values(tmp_path / "a.parquet", texts=name)
     with pytest.raises(BadRecordError, match=f"no column '{name}'; there are: z, title, meta, answers"):
         to_record(row, Columns(title="title", texts=[name]))
+
+
+def test_iterate_batches_of_many_row_groups_holds_few_of_them(tmp_path: Path) -> None:
+    texts = [os.urandom(5000).hex() for _ in range(400)]  # 4 MB, which nothing makes smaller
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=10, use_dictionary=False)
+    before, most, found = pa.total_allocated_bytes(), 0, []
+    for batch in iterate_batches(pq.ParquetFile(tmp_path / "a.parquet"), ["text"]):
+        most = max(most, pa.total_allocated_bytes() - before)
+        found += batch.column(0).to_pylist()
+    assert found == texts
+    assert most < 10**6

@@ -11,6 +11,7 @@ import pytest
 from data_helpers import REPOSITORY
 
 from stages.core.errors import StageError
+from stages.shell import tasks
 from stages.shell.tasks import Workers, are_spread, run_pieces
 
 
@@ -42,6 +43,12 @@ def test_pieces_on_ray_without_it_are_an_error_that_says_how_to_install_it(monke
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(StageError, match="Ray is not installed: `make ray`"):
         list(run_pieces(str, [1]))
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have other processes start behind few jobs."""
+    monkeypatch.setattr(tasks, "_NUM_JOBS_ALONE", 10)
 
 
 def invert(number: int) -> tuple[float, int]:
