@@ -115,7 +115,9 @@ def test_params_that_are_as_in_the_lock_are_no_change() -> None:
 
 
 @pytest.mark.parametrize(
-    ("new", "old"), [({"seed": 43}, 42), ({"seed": 42.0}, 42), ({"seed": None}, 42), ({"lr": 1}, MISSING)], ids=str
+    ("new", "old"),
+    [({"seed": 43}, 42), ({"seed": 42.0}, 42), ({"seed": None}, 42), ({"lr": 1}, MISSING)],
+    ids=["another", "a float", "null", "a new key"],
 )
 def test_params_that_changed_are_told_with_both_values(new: dict[str, Any], old: Any) -> None:
     ((key, value),) = new.items()
