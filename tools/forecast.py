@@ -70,6 +70,8 @@ class Forecast(NamedTuple):
     """Params file to its tracked keys, with their values now."""
     inputs: dict[str, str | None]
     """Path to the hash that it will have; None: not known."""
+    outs: list[str]
+    """Paths that it writes."""
 
 
 def forecast(repo: Repo, target: str | None = None) -> list[Forecast]:
@@ -112,7 +114,7 @@ class _Following:
             self._moved.add(name)
         if name == CODE and verdict is not Verdict.UNCHANGED:
             self._hashes |= _code_hashes(stage.outs[0].def_path)
-        return Forecast(name, verdict, changes, waits, params, inputs)
+        return Forecast(name, verdict, changes, waits, params, inputs, [out.def_path for out in stage.outs])
 
     def _verdict(
         self,
@@ -287,6 +289,11 @@ def _newer_files(directory: Path, names: Iterable[str]) -> list[str]:
 def _overlap(one: str, other: str) -> bool:
     """Whether a path is another one, in it, or around it."""
     return one == other or one.startswith(f"{other}/") or other.startswith(f"{one}/")
+
+
+def writes_inputs(one: Forecast, other: Forecast) -> bool:
+    """Whether a stage writes what another one reads."""
+    return any(_overlap(out, path) for out in one.outs for path in other.inputs)
 
 
 def list_names(names: list[str], most: int = 3) -> str:

@@ -24,13 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 from stages.core.artifacts import SPLITS, Blocks, read_json, shard_batches, shard_name, write_checksums, write_shard
-from stages.core.compose import compose, load, package_of
+from stages.core.compose import compose, load
 from stages.core.errors import ConfigError, StageError, printable, printable_lines
 from stages.evaluate.stage import EvaluateConfig
 from stages.train.plan import Plan, show_bytes, show_seconds, write_plan
 from stages.train.stage import TrainConfig
 from tools.compare import width_of
-from tools.forecast import CODE, Forecast, Verdict
+from tools.forecast import CODE, Forecast, Verdict, writes_inputs
 from tools.trial import TRIAL_STEPS, Call, Report
 from tools.why import read_forecast
 
@@ -74,12 +74,11 @@ def main() -> None:
     parser.add_argument("stage", nargs="?", help="such as train@causal; all stages if it is not given")
     forecasts = read_forecast("plan", parser.parse_args().stage or None)
     ready, waiting = tasks_to_plan(forecasts)
-    for task, stages in waiting.items():
-        print(
-            printable_lines(f"{task}: not planned, since its data are not up to date: run `dvc repro {stages}` first")
-        )
-    if not ready:
-        sys.exit(0 if waiting else "plan: `dvc repro` would run no training and no evaluation")
+    for task, names in waiting.items():
+        first = f"run `dvc repro {' '.join(names)}` first"
+        print(printable_lines(f"{task}: not planned, since its data are not up to date: {first}"))
+    if not ready and not waiting:
+        print("`dvc repro` would run no training and no evaluation.")
     rows: list[tuple[str, Amounts, Cost | None]] = []
     try:
         for task, names in ready.items():
@@ -87,24 +86,25 @@ def main() -> None:
                 rows += plan_task(task, names, Path(scratch))
     except (ConfigError, StageError) as error:
         sys.exit(printable_lines(f"plan: {error}"))
-    show(rows)
+    if rows:
+        show(rows)
 
 
-def tasks_to_plan(forecasts: Sequence[Forecast]) -> tuple[dict[str, list[str]], dict[str, str]]:
+def tasks_to_plan(forecasts: Sequence[Forecast]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Task to its stages to plan, and task to the stages that must run before it can be planned."""
     ready: dict[str, list[str]] = {}
-    waiting: dict[str, str] = {}
-    moving = [found.name.partition("@") for found in forecasts if found.verdict is not Verdict.UNCHANGED]
-    data = [(name, item) for name, _, item in moving if name not in (CODE, *PLANNED)]
-    for found in forecasts:
+    waiting: dict[str, list[str]] = {}
+    moving = [found for found in forecasts if found.verdict is not Verdict.UNCHANGED and found.name != CODE]
+    data = [found for found in moving if found.name.partition("@")[0] not in PLANNED]
+    for found in moving:
         name, _, task = found.name.partition("@")
-        if name not in PLANNED or found.verdict in (Verdict.UNCHANGED, Verdict.RESTORED):
+        if name not in PLANNED or found.verdict is Verdict.RESTORED:
             continue
-        if any(item == task or package_of(other) == "download" for other, item in data):
-            waiting[task] = f"group_texts@{task}"
+        if before := [other.name for other in data if writes_inputs(other, found)]:
+            waiting[task] = list(dict.fromkeys([*waiting.get(task, []), *before]))
         else:
             ready.setdefault(task, []).append(name)
-    return ready, waiting
+    return {task: names for task, names in ready.items() if task not in waiting}, waiting
 
 
 # -- a task ------------------------------------------------------------------------------------------------------------

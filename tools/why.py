@@ -15,11 +15,9 @@ from typing import Any
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from stages.core.compose import PARAMS
-from stages.core.config import MISSING, nearest, read_yaml
+from stages.core.config import CONF, MISSING, nearest, read_yaml
 from stages.core.errors import ConfigError, printable, printable_lines
 from stages.shell.keys import shown
-from tools.check import dvc_problem
 from tools.code_changes import CodeChange
 from tools.forecast import CODE, Change, Forecast, ParamChange, Verdict, forecast, list_names
 from tools.lock_history import Entry, Revision, hashes_in, parse_entry, read_lock, read_revisions, value_in
@@ -47,8 +45,8 @@ def main() -> None:
 def read_forecast(command: str, target: str | None) -> list[Forecast]:
     """What `dvc repro TARGET` would do; ends the process with an error under the name of `command` if it cannot."""
     try:
-        read_yaml(PARAMS)
-        with Repo() as repo, repo.lock:
+        read_yaml(CONF.parent / "params.yaml")
+        with Repo() as repo:
             names = [stage.addressing for stage in repo.index.stages]
             if target and target not in {*names, *(name.partition("@")[0] for name in names)}:
                 sys.exit(f"{command}: {printable(target)} is no stage of dvc.yaml; {nearest(target, names)}")
@@ -56,6 +54,8 @@ def read_forecast(command: str, target: str | None) -> list[Forecast]:
     except ConfigError as error:
         sys.exit(printable_lines(f"{command}: {error}"))
     except DvcException as error:
+        from tools.check import dvc_problem  # half a second of imports
+
         sys.exit(printable_lines(f"{command}: {dvc_problem(error)}"))
 
 

@@ -55,21 +55,28 @@ def test_evaluations_are_as_often_as_the_strategy_says(trainer: dict[str, Any], 
 def forecast(**verdicts: Verdict) -> list[Forecast]:
     """Of stages whose names have _at_ for @; the others do not run."""
     names = {name.replace("_at_", "@"): verdict for name, verdict in verdicts.items()}
-    every = ["code", "download", *(f"{stage}@{task}" for task in "ab" for stage in ("tokenize", "train", "evaluate"))]
-    return [Forecast(name, names.get(name, Verdict.UNCHANGED), [], {}, {}, {}) for name in every]
+    chain = {"download": [], "tokenize": ["data/download"], "train": ["data/tokenize@"], "score": ["data/train@"]}
+    chain |= {"evaluate": ["data/download", "data/train@"]}
+    found = [Forecast("code", names.get("code", Verdict.UNCHANGED), [], {}, {}, {}, ["code"])]
+    for stage, inputs in chain.items():
+        for item in [""] if stage == "download" else ["a", "b"]:
+            name = f"{stage}@{item}".removesuffix("@")
+            read = {path + item if path.endswith("@") else path: None for path in inputs}
+            found.append(Forecast(name, names.get(name, Verdict.UNCHANGED), [], {}, {}, read, [f"data/{name}"]))
+    return found
 
 
 def test_tasks_to_plan_are_those_with_something_that_runs_on_data_that_stay() -> None:
     found = forecast(
         code=Verdict.RUNS, tokenize_at_a=Verdict.RUNS, train_at_a=Verdict.MAY_RUN, train_at_b=Verdict.RUNS,
-        evaluate_at_b=Verdict.MAY_RUN,
+        evaluate_at_b=Verdict.MAY_RUN, score_at_b=Verdict.MAY_RUN, evaluate_at_a=Verdict.MAY_RUN,
     )  # fmt: skip
-    assert tasks_to_plan(found) == ({"b": ["train", "evaluate"]}, {"a": "group_texts@a"})
+    assert tasks_to_plan(found) == ({"b": ["train", "evaluate"]}, {"a": ["tokenize@a"]})
 
 
 def test_tasks_to_plan_wait_for_the_download_and_leave_out_what_is_restored() -> None:
-    moved = forecast(download=Verdict.MAY_RUN, train_at_a=Verdict.RUNS, train_at_b=Verdict.RESTORED)
-    assert tasks_to_plan(moved) == ({}, {"a": "group_texts@a"})
+    moved = forecast(download=Verdict.RESTORED, evaluate_at_a=Verdict.RUNS, train_at_b=Verdict.RESTORED)
+    assert tasks_to_plan(moved) == ({}, {"a": ["download"]})
     assert tasks_to_plan(forecast(train_at_b=Verdict.RESTORED)) == ({}, {})
 
 

@@ -185,7 +185,12 @@ def test_code_is_compared_with_the_committed_version_of_the_last_run(
 
 
 def found(verdict: Verdict, *changes: Any, **more: Any) -> Forecast:
-    values: dict[str, Any] = {"waits_for": {}, "params": params(seed=43), "inputs": {"data/blocks/causal": "1234.dir"}}
+    values: dict[str, Any] = {
+        "outs": [],
+        "waits_for": {},
+        "params": params(seed=43),
+        "inputs": {"data/blocks/causal": "1234.dir"},
+    }
     return Forecast("train@causal", verdict, list(changes), **{**values, **more})
 
 
