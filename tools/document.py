@@ -104,8 +104,8 @@ def parameters() -> Iterator[str]:
     yield (
         "The keys below `tasks` stand in the section of each task: `tasks.causal.learning_rate`. `sources` holds any"
         " number of sections like `data`, each under a name of its own: `sources.books.name` and `sources.books.path`,"
-        " read by `source@books` ([several sources](data.md#several-sources)). `pairs` holds a section for each task whose"
-        " model is scored on pairs: `pairs.causal.name` and `pairs.causal.path` ([pairs](pairs.md))."
+        " read by `source@books` ([several sources](data.md#several-sources)). `pairs` holds a section for each task"
+        " whose model is scored on pairs: `pairs.causal.name` and `pairs.causal.path` ([pairs](pairs.md))."
     )
     values, said = read(PARAMS)
     tasks = Params().names("task")
