@@ -53,8 +53,9 @@ def main() -> None:
         sample = {
             "download": ["data=sample", "data.path=data/sample/askscience.jsonl", f"out={place}/sample/raw"],
             "tokenize": ["task=causal", "data=sample", "model=tiny-gpt2", f"raw={place}/sample/raw"],
-            "group_texts": ["block_size=128", f"tokens={place}/sample/tokens", f"out={place}/sample/blocks"],
+            "group_texts": ["block_size=128", f"raw={place}/sample/raw", f"tokens={place}/sample/tokens"],
         }
+        sample["group_texts"].append(f"out={place}/sample/blocks")
         sample["tokenize"].append(f"out={place}/sample/tokens")
         for name, overrides in sample.items():
             stage(here, name, overrides)

@@ -255,7 +255,12 @@ def choices(place: Path, tokenizer: Path) -> dict[str, list[str]]:
     pinned = ["task=causal", "data=files", "model=tiny-gpt2", *source]
     return {
         "tokenize": [*pinned, f"raw={place / 'raw'}", f"out={place / 'tokens'}"],
-        "group_texts": [f"block_size={BLOCK_SIZE}", f"tokens={place / 'tokens'}", f"out={place / 'blocks'}"],
+        "group_texts": [
+            f"block_size={BLOCK_SIZE}",
+            f"tokens={place / 'tokens'}",
+            f"raw={place / 'raw'}",
+            f"out={place / 'blocks'}",
+        ],
     }
 
 

@@ -17,6 +17,7 @@ from training_cases import BEST, NO_DROPOUT, Config, losses
 from transformers import TrainingArguments
 
 from stages.core.artifacts import Blocks
+from stages.core.config import flat
 from stages.core.errors import StageError
 from stages.launch.torchrun import run_in_processes
 from stages.model.hardware import Hardware, Launch, RayTrain
@@ -67,8 +68,7 @@ def test_evaluate_in_two_processes_writes_the_metrics_of_one(run_toy, one, tmp_p
         json.loads((root / "evaluation/metrics.json").read_text())[task] for root in (tmp_path, one[task])
     )
     assert found.keys() == expected.keys()
-    for split, figures in expected.items():
-        assert found[split] == pytest.approx(figures, rel=1e-6)
+    assert dict(flat(found)) == pytest.approx(dict(flat(expected)), rel=1e-6)
     assert (tmp_path / "samples.md").read_text() == (one[task] / "samples.md").read_text()
 
 

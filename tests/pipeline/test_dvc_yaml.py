@@ -49,7 +49,7 @@ def test_dvc_yaml_is_read_at_a_sitting_and_names_no_module() -> None:
 Edit = Callable[[dict[str, Any]], object]
 WRONG: dict[str, tuple[Edit, str]] = {
     "value not declared": (
-        lambda stages: stages["train"]["do"]["params"].remove("block_size"),
+        lambda stages: stages["train"]["do"]["params"][0]["params.yaml"].remove("block_size"),
         "train@causal uses block_size of params.yaml, and params does not declare it",
     ),
     "value not used": (

@@ -95,8 +95,8 @@ REFUSED = [
     Case("all answers null", "a.jsonl", lines(record(None), record([None])), "without_answers 2): what columns in"),
     Case("all records malformed", "a.jsonl", lines({"title": 1}), "; malformed: FILE:1: column 'title'", (SKIP,)),
     # other columns and types
-    Case("missing column", "a.jsonl", lines({"title": "t"}), "FILE:1: no column 'answers.text'; there are: title (in"),
-    Case("renamed column", "a.jsonl", lines({"headline": "t", "body": "a"}), "there are: headline, body (in"),
+    Case("missing column", "a.jsonl", lines({"title": "t"}), "FILE:1: no column 'answers.text'; there are: title; "),
+    Case("renamed column", "a.jsonl", lines({"headline": "t", "body": "a"}), "there are: headline, body; "),
     Case("column lost on the way", "a.jsonl", GOOD + lines({"title": "t"}), "FILE:61: no column 'answers.text'"),
     Case("number for a title", "a.jsonl", lines(record(title=5)), "FILE:1: column 'title' holds int, not text"),
     Case("number for a text", "a.jsonl", lines(record([5])), "FILE:1: column 'answers.text' holds int, not text"),
@@ -114,9 +114,9 @@ REFUSED = [
     Case("csv of semicolons", "a.csv", csv("a;b", header="title;text"), "no column 'title'; there are: title;text"),
     Case("csv with a column twice", "a.csv", csv("a,b,c", header="title,x,x"), "FILE:1: the header has two columns"),
     Case("csv with a cell too many", "a.csv", csv(*ROWS, "a,b,c"), "FILE:62: 3 columns, not as many as the header's 2"),
-    Case("json with a key twice", "a.jsonl", GOOD + b'{"x": {"a": 1, "a": 2}}', "FILE:61: an object has two keys 'a'"),
+    Case("json with a key twice", "a.jsonl", GOOD + b'{"title": "", "title": ""}', "FILE:61: an object has two keys"),
     Case("parquet with a column twice", "a.parquet", twice, "FILE:1: the file has two columns 'x'", (SKIP,)),
-    Case("a million keys", "a.jsonl", lines(dict.fromkeys(map(str, range(10**6)))), "18, 19 and 999,980 more (in"),
+    Case("a million keys", "a.jsonl", lines(dict.fromkeys(map(str, range(10**6)))), "18, 19 and 999,980 more; "),
     Case("a million columns", "a.csv", csv(header=",".join(map(str, range(10**6)))) + b"1\n", "header's 1000000"),
     Case("one title", "a.jsonl", lines(*(record(f"{i}") for i in range(99))), "column 'title' decides the split and"),
     # bytes that are not text

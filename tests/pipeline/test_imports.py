@@ -29,7 +29,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     overrides = {
         "download": ["data=files", f"data.path={source}", "data.count_near_duplicates=false", f"out={place}/raw"],
         "tokenize": [*flat, "task=causal", "model=tiny-gpt2", f"raw={place}/raw", f"out={place}/tokens"],
-        "group_texts": ["block_size=16", f"tokens={place}/tokens", f"out={place}/blocks"],
+        "group_texts": ["block_size=16", f"tokens={place}/tokens", f"raw={place}/raw", f"out={place}/blocks"],
     }
     printed = {}
     for stage, given in overrides.items():

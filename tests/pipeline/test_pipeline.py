@@ -73,9 +73,9 @@ def test_pipeline_unknown_trainer_key_is_an_error_naming_the_nearest(clean: Path
     assert "Traceback" not in output
 
 
-def test_pipeline_key_that_only_evaluation_of_mlm_uses_evaluates_mlm_alone(clean: Path) -> None:
+def test_pipeline_key_that_training_does_not_use_trains_nothing(clean: Path) -> None:
     edit(clean / "conf/task/mlm.yaml", samples__top_k=3)
-    assert stages_run(run(clean, "dvc", "repro")) == {"evaluate@mlm"}
+    assert stages_run(run(clean, "dvc", "repro")) == {"baseline@mlm", "evaluate@mlm"}
 
 
 def test_pipeline_unreachable_hub_is_said_with_the_ways_on(clean: Path, tmp_path: Path) -> None:

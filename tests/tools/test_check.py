@@ -52,12 +52,12 @@ def test_check_of_several_sources_is_in_order(clean: Path) -> None:
 @pytest.mark.parametrize(
     ("sources", "data", "message"),
     [
-        ({"first": TWO["first"]}, "data/sources", "params.yaml has no sources.second; did you mean first?"),
+        ({"first": TWO["first"]}, "data/sources", "params.yaml has no sources.second; there are first"),
         (TWO, "data/sample", "data.path=data/sample: data.source=sources (conf/data/mix.yaml) reads data/sources"),
         (TWO | {"third": {"name": "mix", "path": "data/sources"}}, "data/sources", "consists of sources itself"),
         (TWO | {"third": {"name": "nix", "path": "conf"}}, "data/sources", "sources.third.name=nix: there is no conf/"),
         (TWO | {"third": {"name": "files", "path": "x"}}, "data/sources", "data.path=x: no such file or directory"),
-        (TWO | {"old/..": TWO["first"]}, "data/sources", "name of a source holds letters, digits"),
+        (TWO | {"old/..": dict(TWO["first"])}, "data/sources", "name of a source holds letters, digits"),
     ],
 )
 def test_check_of_sources_that_do_not_fit_names_the_key(clean: Path, sources: object, data: str, message: str) -> None:
