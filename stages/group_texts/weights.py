@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from stages.core.artifacts import damaged, to_numpy
 from stages.core.errors import StageError, printable
 from stages.core.random_numbers import random_uint64
+from stages.tokens.texts import named_damage
 
 _Counts = npt.NDArray[np.int64]
 
@@ -25,7 +26,10 @@ _CANDIDATES = 4096  # documents tried to leave a partial pass, and to come in th
 
 def read_sources(file: Path) -> tuple[list[str], _Counts]:
     """The names of the sources in a Parquet file of download, sorted, and the index of each record's: [num_records]."""
-    column = pq.read_table(file, columns=["source"]).column("source").combine_chunks().dictionary_encode()
+    with named_damage(file), pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        if "source" not in parquet.schema_arrow.names:
+            raise damaged(file, "no column source, as download writes it")
+        column = parquet.read(columns=["source"]).column("source").combine_chunks().dictionary_encode()
     if column.null_count:
         raise damaged(file, "a record without a source")
     names = column.dictionary.to_pylist()
