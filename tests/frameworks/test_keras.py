@@ -200,7 +200,8 @@ def test_keras_training_has_the_losses_and_ends_near_the_weights_of_the_trainer(
 
 
 @needs_keras
-@pytest.mark.parametrize("task", ["causal", pytest.param("mlm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["causal", "mlm"])
 def test_keras_training_run_twice_gives_the_same_bytes(run_toy, undisturbed, tmp_path, task):
     run_toy("train", task, tmp_path, *KERAS, *EVERY, *DROPOUT[task])
     assert contents(tmp_path) == undisturbed(task)
@@ -342,7 +343,8 @@ def checkpoint(directory):
 
 
 @needs_keras
-@pytest.mark.parametrize("task", ["causal", pytest.param("mlm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["causal", "mlm"])
 def test_keras_training_from_a_checkpoint_has_the_losses_of_the_trainer(run_toy, cache, models, tmp_path, task):
     run_toy("train", task, tmp_path / "before")
     saved = tmp_path / "before/model"

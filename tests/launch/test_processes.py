@@ -84,6 +84,7 @@ def test_training_in_two_processes_has_the_ledger_of_one(run_toy, cache, tmp_pat
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_in_a_launched_process_has_the_bytes_of_training_in_the_stages_own(run_toy, cache, tmp_path, capfd):
     launch = "++hardware.launch={processes_per_machine: 1, machines: 1, rendezvous: null}"
     run_toy("train", "causal", tmp_path / "launched", launch)
@@ -259,13 +260,8 @@ def test_processes_agree_draw_dropout_of_their_own_and_listen_on_the_loopback_al
     in_two(agree_and_keep_to_themselves)  # at once: starting them takes most of the time
 
 
-@pytest.mark.parametrize(
-    ("work", "message"),
-    [
-        (fail_alone, "the second one's own words"),
-        pytest.param(die_alone, "SIGKILL", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("work", "message"), [(fail_alone, "the second one's own words"), (die_alone, "SIGKILL")])
 def test_processes_end_all_with_the_error_of_the_first_that_fails(work, message):
     with pytest.raises(StageError, match=f"process 1 of 2: .*{message}"):
         in_two(work)

@@ -72,7 +72,7 @@ run_stage("download", *sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", [pytest.param("a.jsonl", marks=pytest.mark.slow), "a.jsonl.gz"])
 def test_download_on_a_cluster_writes_the_bytes_of_one_machine(cluster: Cluster, tmp_path: Path, name: str) -> None:
     text = " ".join(f"word{number}" for number in range(60))
     records = [{"title": f"Question {i}?", "answers.text": [f"{text} {i}"]} for i in range(300)]

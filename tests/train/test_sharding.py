@@ -83,9 +83,8 @@ class Work(Config):
         self.work = work
 
 
-@pytest.mark.parametrize(
-    "model_type", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "llama"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gpt2", "roberta", "llama"])
 def test_sharded_training_has_the_steps_and_the_weights_of_whole(tmp_path: Path, model_type: str) -> None:
     blocks = toy_blocks(tmp_path / "blocks", TASK[model_type], 41, 16)
     run_in_processes("train", train_sharded, Work(model_type, tmp_path))
