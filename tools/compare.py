@@ -94,6 +94,11 @@ def main() -> None:
         print("\nThere is nothing to compare it with yet: dvc exp run -S block_size=256")
 
 
+def full_split(split: str) -> str:
+    """The name in reports of the split that metrics/TASK.json calls `split`."""
+    return next(full for full, short in SHORT_SPLITS.items() if short == split)
+
+
 # -- what DVC shows ----------------------------------------------------------------------------------------------------
 
 

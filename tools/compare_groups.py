@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.core.errors import printable
-from stages.figures.names import SHORT_NAMES, SHORT_SPLITS
-from tools.compare import HEADING_WIDTH, is_unfinished, metric_cell, name_of, read_rows, width_of
+from stages.figures.names import SHORT_NAMES
+from tools.compare import HEADING_WIDTH, full_split, is_unfinished, metric_cell, name_of, read_rows, width_of
 from tools.report_data import all_metrics, metrics_file, metrics_of, read_files
 
 
@@ -51,7 +51,7 @@ def read_groups(
 ) -> tuple[dict[str, list[tuple[str, dict[str, Any]]]], list[str]]:
     """Task to names of experiments with their figures of a split by group; and the names of those that have none."""
     shown = {row.name for row in read_rows(found, split)}
-    full = {short: name for name, short in SHORT_SPLITS.items()}[split]
+    full = full_split(split)
     tasks, without = defaultdict(list), []
     for revision in found:
         name, files = name_of(revision), (revision.get("data") or {}).get("metrics") or {}

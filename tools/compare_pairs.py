@@ -18,9 +18,8 @@ from rich.text import Text
 
 from stages.core.artifacts import to_numpy
 from stages.core.errors import printable
-from stages.figures.names import SHORT_SPLITS
 from stages.figures.scores import Scores, scores_in
-from tools.compare import Row, draw, width_of
+from tools.compare import Row, draw, full_split, width_of
 from tools.outs import Outs
 from tools.paired import Difference, compare_models, correct_p_values, judge, say_what_would_decide
 from tools.report_data import scores_file, split_ledger
@@ -59,12 +58,12 @@ class Line(NamedTuple):
 
 def read_evaluation(row: Row, task: str, split: str, outs: Outs) -> Evaluation | None:
     """The evaluation of a revision; None where its scores are in no cache or were never written."""
-    full = {short: name for name, short in SHORT_SPLITS.items()}[split]
+    full = full_split(split)
     content, ledger = (outs.read(row.rev, path) for path in (scores_file(task, full), split_ledger(task, full)))
     if content is None or ledger is None:
         return None
     table = pq.read_table(BytesIO(content))
-    others = {name.split(" ")[0] for name in row.metrics} - {task}
+    others = set(map(task_of, row.metrics)) - {task}
     params = {
         heading: param.value
         for heading, param in row.params.items()

@@ -41,13 +41,22 @@ def parse_entry(lock: str, stage: str) -> Entry:
     Only the lines of this stage are parsed: the whole file would take 50 ms, for each of a hundred revisions.
     """
     found = re.search(rf"^  {re.escape(stage)}:\n((?:   .*\n|\n)*)", lock, flags=re.MULTILINE)
-    if found is None:
-        return {}
+    return {} if found is None else load_mapping(found[1])
+
+
+def load_mapping(text: str) -> dict[str, Any]:
+    """The mapping in the YAML `text` of a dvc.lock or of a part of it; empty if there is none."""
     try:
-        entry = yaml.load(found[1], Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        # Ten times as fast as the loader in Python, where it is there.
+        value = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError:  # a file cut short
         return {}
-    return entry if isinstance(entry, dict) else {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_lock_at(rev: str) -> str:
+    """The text of dvc.lock at a revision; empty if there is none."""
+    return _git("show", f"{rev}:{LOCK}")
 
 
 def read_lock() -> str:

@@ -6,16 +6,15 @@ experiments, so that it is asked only for what the cache lacks.
 
 import functools
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from dvc.repo import Repo
 
 from stages.core.config import MISSING, find
 from tools.compare import WORKSPACE
+from tools.lock_history import load_mapping, read_lock, read_lock_at
 from tools.report_data import read_bytes
 
 
@@ -29,17 +28,7 @@ class Outs:
 
     def _read_lock(self, rev: str) -> dict[str, Any]:
         """What dvc.lock says of each stage; nothing where there is no lock or it cannot be read."""
-        if rev == WORKSPACE:
-            text = Path("dvc.lock").read_bytes() if Path("dvc.lock").is_file() else b""
-        else:
-            text = subprocess.run(["git", "show", f"{rev}:dvc.lock"], check=False, capture_output=True).stdout
-        try:
-            lock = yaml.load(
-                text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-            )  # ten times as fast, where there is one
-        except yaml.YAMLError:
-            return {}
-        stages = lock.get("stages") if isinstance(lock, dict) else None
+        stages = load_mapping(read_lock() if rev == WORKSPACE else read_lock_at(rev)).get("stages")
         return stages if isinstance(stages, dict) else {}
 
     def read(self, rev: str, path: str) -> bytes | None:
