@@ -237,7 +237,8 @@ def compare_pairs(
             table = make_pairs_table(of_task)
             print(f"\n{describe_table(task, of_task, baseline.name, split)}")
             Console(highlight=False, width=max(console.width, width_of(table, console))).print(table)
-    print(*describe_verdicts([line for of_task in lines.values() for line in of_task]), sep="\n")
+    for said in describe_verdicts([line for of_task in lines.values() for line in of_task]):
+        print(said)
     if left_out := [f"{row.name} ({task})" for row, task in stale_metrics(shown, rows)]:
         print(f"\nNot shown, since they are of other parameters (`dvc repro` computes them): {', '.join(left_out)}")
     if unread:
