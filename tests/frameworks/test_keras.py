@@ -212,10 +212,11 @@ def test_keras_training_run_twice_gives_the_same_bytes(run_toy, undisturbed, tmp
 def test_keras_training_with_another_seed_has_another_dropout(run_toy, undisturbed, tmp_path, models, monkeypatch):
     import keras
 
+    expected = undisturbed("causal")  # before the patch, which its run would see as well
     original = keras.utils.set_random_seed
     monkeypatch.setattr(keras.utils, "set_random_seed", lambda seed: original(seed + 1))
     run_toy("train", "causal", tmp_path, *KERAS, *EVERY, *DROPOUT["causal"])
-    assert contents(tmp_path)["model/model.safetensors"] != undisturbed("causal")["model/model.safetensors"]
+    assert contents(tmp_path)["model/model.safetensors"] != expected["model/model.safetensors"]
 
 
 @needs_keras
