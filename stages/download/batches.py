@@ -10,11 +10,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from stages.core.artifacts import to_arrow
-from stages.download.arrays import Bools, Ints, from_bools
+from stages.download.arrays import Bools, Ints, combine, from_bools
 from stages.download.cleaning import Event, clean_record
 from stages.download.columns import IrregularError, RegularRecords, SourceColumns, read_regular
+from stages.download.duplicates import Signatures, sign_documents
 from stages.download.records import (
     FILTERED,
     KEPT,
@@ -61,6 +63,8 @@ class Batch(NamedTuple):
     """Verdict to the place of the first record with it, and why: of those that a message may be about."""
     cleaned: "list[Cleaned]"
     """What cleaning did to records, in order."""
+    signatures: Signatures | None = None
+    """MinHash signatures of those that are kept, [num_kept, NUM_PERMUTATIONS]; None: near duplicates do not matter."""
 
     def until(self, length: int) -> "Batch":
         """The first `length` records."""
@@ -75,6 +79,7 @@ class Batch(NamedTuple):
             num_characters=self.num_characters[:num_kept],
             first={verdict: place for verdict, place in self.first.items() if verdict in verdicts},
             cleaned=[record for record in self.cleaned if record.number < length],
+            signatures=None if self.signatures is None else self.signatures[:num_kept],
         )
 
     def select(self, kept: Bools) -> "Batch":
@@ -86,6 +91,7 @@ class Batch(NamedTuple):
             points=self.points[kept],
             digests=[digest for digest, is_kept in zip(self.digests, kept, strict=True) if is_kept],
             num_characters=self.num_characters[kept],
+            signatures=None if self.signatures is None else self.signatures[kept],
         )
 
 
@@ -156,7 +162,11 @@ def judge(rules: Rules, records: Records) -> Batch:
         for number in np.flatnonzero(batch.verdicts == KEPT)[:1].tolist():
             batch.first[KEPT] = records[number].where
     cleaned = [(number, item.events) for number, item in judged.items() if item.events]
-    return batch._replace(cleaned=[Cleaned(number, records[number].where, events) for number, events in cleaned])
+    batch = batch._replace(cleaned=[Cleaned(number, records[number].where, events) for number, events in cleaned])
+    if not rules.data.needs_signatures:
+        return batch
+    texts = pc.struct_field(combine(batch.table.column("answers")), "text")
+    return batch._replace(signatures=sign_documents(texts))
 
 
 def _judge(row: Row, rules: Rules) -> _Judged:

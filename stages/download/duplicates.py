@@ -1,7 +1,9 @@
 """Duplicate documents: exact ones by their hash, near ones across the split by MinHash."""
 
 import sqlite3
+import struct
 from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,8 @@ _SEED = 1
 # similar by 0.8, and 6 % of those by 0.5.
 _NUM_BANDS = 16
 _PAIRS = 2**16  # compared at once, about
+_DOCUMENTS = 2**14  # whose signatures are read at once
+_ROW = struct.Struct(f"={NUM_PERMUTATIONS}I")
 
 Signatures = npt.NDArray[np.uint32]
 
@@ -30,6 +34,7 @@ class ExactDuplicates:
     def __init__(self) -> None:
         self._seen = sqlite3.connect("", isolation_level=None)
         self._seen.execute("PRAGMA journal_mode = OFF")
+        self._seen.execute("PRAGMA cache_size = -65536")  # KiB: hashes come in no order, and a small cache misses
         self._seen.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
         self._seen.execute("BEGIN")
 
@@ -51,7 +56,29 @@ def sign_documents(answers: pa.ListArray) -> Signatures:
 
     hashes, offsets = hash_shingles(pc.binary_join(answers, " "))
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, NUM_PERMUTATIONS, _SEED)
-    return np.array(matrix.to_rows(), np.uint32).reshape(-1, NUM_PERMUTATIONS)
+    packed = b"".join([_ROW.pack(*row) for row in matrix.to_rows()])  # half the time of numpy.array
+    return np.frombuffer(packed, np.uint32).reshape(-1, NUM_PERMUTATIONS)
+
+
+class SignatureFile:
+    """Signatures of documents, in order. On disk, since memory is not to grow with their number."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        """
+        Args:
+            file: an empty one, open for writing and reading.
+        """
+        self._file = file
+
+    def write(self, signatures: Signatures) -> None:
+        """Add `signatures`, [num_documents, NUM_PERMUTATIONS]."""
+        self._file.write(signatures.tobytes())
+
+    def read(self) -> Iterator[Signatures]:
+        """All of them, in batches, [num_documents, NUM_PERMUTATIONS] each."""
+        self._file.seek(0)
+        while content := self._file.read(_ROW.size * _DOCUMENTS):
+            yield np.frombuffer(content, np.uint32).reshape(-1, NUM_PERMUTATIONS)
 
 
 class NearDuplicates:
@@ -76,11 +103,12 @@ class NearDuplicates:
     def _compare(self, signatures: Signatures) -> Iterator[tuple[Ints, Ints]]:
         """Pairs that have a band in common and are near duplicates; some may come more than once."""
         keys = _hash_bands(signatures).ravel()
-        starts = np.searchsorted(self._keys, keys)
-        counts = np.searchsorted(self._keys, keys, side="right") - starts  # [num_documents * NUM_BANDS]
-        hits = np.flatnonzero(counts)
-        for some in np.split(hits, np.flatnonzero(np.diff(np.cumsum(counts[hits]) // _PAIRS)) + 1):
-            numbers = np.repeat(some // _NUM_BANDS, counts[some])
+        starts = np.searchsorted(self._keys, keys)  # [num_documents * NUM_BANDS]
+        hits = np.flatnonzero(self._keys.take(starts, mode="clip") == keys) if len(self._keys) else starts[:0]
+        starts = starts[hits]
+        counts = np.searchsorted(self._keys, keys[hits], side="right") - starts  # [num_hits]
+        for some in np.split(np.arange(len(hits)), np.flatnonzero(np.diff(np.cumsum(counts) // _PAIRS)) + 1):
+            numbers = np.repeat(hits[some] // _NUM_BANDS, counts[some])
             owners = self._owners[ranges(starts[some], counts[some])]
             pairs = np.unique(numbers * len(self._held_out) + owners)
             numbers, owners = np.divmod(pairs, max(1, len(self._held_out)))
@@ -90,9 +118,7 @@ class NearDuplicates:
 
 def _hash_bands(signatures: Signatures) -> npt.NDArray[np.uint64]:
     """A hash of each band of signatures, [num_documents, NUM_BANDS]."""
-    factors = np.random.default_rng(_SEED).integers(0, 2**63, NUM_PERMUTATIONS, dtype=np.uint64) * 2 + 1
-    products = (signatures.astype(np.uint64) + 1) * factors
-    hashes: npt.NDArray[np.uint64] = products.reshape(len(signatures), _NUM_BANDS, NUM_PERMUTATIONS // _NUM_BANDS).sum(
-        axis=2
-    )
+    pairs = signatures.view(np.uint64)  # of numbers
+    factors = np.random.default_rng(_SEED).integers(0, 2**63, pairs.shape[1], dtype=np.uint64) * 2 + 1
+    hashes: npt.NDArray[np.uint64] = (pairs * factors).reshape(-1, _NUM_BANDS, pairs.shape[1] // _NUM_BANDS).sum(axis=2)
     return hashes

@@ -306,11 +306,11 @@ def normalise(text: str) -> str:
     if text.isascii():  # in a third of the time
         words = b" ".join(text.encode().translate(NORMALISED_ASCII).split()).decode()
     else:
-        words = _SYMBOLS.sub(" ", fold(text)).strip()
+        words = SYMBOLS.sub(" ", fold(text)).strip()
     return words or " ".join(text.split())  # a text of symbols alone is itself
 
 
-_SYMBOLS = re.compile(r"[\W_]+")
+SYMBOLS = re.compile(r"[\W_]+")
 # Of each ASCII character, that of the normalised text: letters in lower case, digits, and a space for all others.
 NORMALISED_ASCII = bytes(code if code >= 0x80 or chr(code).isalnum() else ord(" ") for code in range(256)).lower()
 

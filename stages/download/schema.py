@@ -154,6 +154,11 @@ class SourceData:
     split: Split | None
     """Which records are trained on, chosen by and reported; null: none, for texts that are only evaluated."""
 
+    @property
+    def needs_signatures(self) -> bool:
+        """Whether near duplicates are looked for."""
+        return self.split is not None and (self.count_near_duplicates or self.deduplicate == "near")
+
     @model_validator(mode="after")
     def _matches_source(self) -> "SourceData":
         if shown := without_credentials(self.path):

@@ -1,15 +1,14 @@
 """Hashes of the word 5-grams of documents, made in batches from their bytes, without a string for any of them."""
 
 import hashlib
-import itertools
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.download.arrays import Ints, text_offsets, to_bools
-from stages.download.records import NORMALISED_ASCII, fold, normalise
+from stages.download.arrays import Ints, ranges, text_offsets
+from stages.download.records import NORMALISED_ASCII, SYMBOLS, fold, normalise
 
 Hashes = npt.NDArray[np.uint64]
 Bytes = npt.NDArray[np.uint8]
@@ -34,63 +33,52 @@ def hash_shingles(documents: pa.StringArray) -> tuple[Hashes, Ints]:
     Returns:
         [num_shingles], and [num_documents + 1]: each document has at least one, some more than once.
     """
-    content, offsets = _normalise_all(documents)
-    bounds, first_words = _find_words(content, offsets)
-    without_words = np.flatnonzero(np.diff(first_words) == 0)
-    if len(without_words):  # texts of symbols alone, which are themselves
-        others = [normalise(documents[int(number)].as_py()).encode() for number in without_words]
-        content, offsets = _replace(content, offsets, without_words, others)
-        bounds, first_words = _find_words(content, offsets)
-    return _hash_5_grams(_hash_words(content, bounds[::2], bounds[1::2]), first_words)
-
-
-def _normalise_all(documents: pa.StringArray) -> tuple[Bytes, Ints]:
-    """The UTF-8 bytes of documents, with spaces for all but letters and digits, and where each begins.
-
-    Returns:
-        [num_bytes], of which the last of each document is a space, and [num_documents + 1].
-    """
     spaced = pc.binary_join_element_wise(documents, "", " ")
     offsets = text_offsets(spaced)
-    content = np.frombuffer(spaced.buffers()[2] or b"", np.uint8)[: offsets[-1]]
-    wide = np.flatnonzero(~to_bools(pc.string_is_ascii(documents)))
-    if len(wide):
-        others = [fold(documents[int(number)].as_py()).encode() for number in wide]
-        content, offsets = _replace(content, offsets, wide, others)
-    content = np.frombuffer(content.tobytes().translate(NORMALISED_ASCII), np.uint8)
-    return (_without_wide_symbols(content) if len(wide) else content), offsets
+    content = memoryview(spaced.buffers()[2] or b"")[: offsets[-1]].tobytes()
+    hashes, first_words = _hash_all_words(content, offsets)
+    without_words = np.flatnonzero(np.diff(first_words) == 0)
+    if len(without_words):  # texts of symbols alone, which are themselves: one word each
+        others = [_hash_bytes(normalise(documents[int(number)].as_py()).encode()) for number in without_words]
+        hashes = np.insert(hashes, first_words[without_words], others)
+        first_words = first_words + np.searchsorted(without_words, np.arange(len(first_words)))
+    return _hash_5_grams(hashes, first_words)
 
 
-def _without_wide_symbols(content: Bytes) -> Bytes:
-    """UTF-8 with spaces for the bytes of characters beyond ASCII that are neither letters nor digits."""
-    first = np.flatnonzero(content >= 0xC0)  # of each such character
-    lead = content[first].astype(np.int64)
-    lengths = 2 + (lead >= 0xE0) + (lead >= 0xF0)
-    codes = lead & (0xFF >> (lengths + 1))
-    for place in (1, 2, 3):
-        following = content[np.minimum(first + place, len(content) - 1)] & 0x3F
-        codes = np.where(place < lengths, codes << 6 | following, codes)
-    distinct, kinds = np.unique(codes, return_inverse=True)
-    is_symbol = np.array([not chr(code).isalnum() for code in distinct.tolist()], np.bool_)[kinds]
-    content = content.copy()
-    for place in range(4):
-        content[first[is_symbol & (place < lengths)] + place] = _SPACE
-    return content
+def _hash_all_words(content: bytes, offsets: Ints) -> tuple[Hashes, Ints]:
+    """Hashes of the words of normalised documents, [num_words], and the number of the first of each.
+
+    Args:
+        content: the documents, of which each ends with a space.
+        offsets: where each begins, [num_documents + 1].
+    """
+    lowered = np.frombuffer(content.translate(NORMALISED_ASCII), np.uint8)
+    starts, ends, first_words = _find_words(lowered, offsets)
+    hashes = _hash_words(lowered, starts, ends)
+    wide = np.unique(np.searchsorted(starts, np.flatnonzero(lowered >= 0x80), side="right") - 1)
+    if not len(wide):
+        return hashes, first_words
+    # What is beyond ASCII in a word may fold into other characters, or part it into several words or none: the
+    # distinct ones are few, and no form of folding looks beyond a space.
+    _, examples, kinds = np.unique(hashes[wide], return_index=True, return_inverse=True)
+    folded = [
+        SYMBOLS.sub(" ", fold(content[start:end].decode())).encode() + b" "
+        for start, end in zip(starts[wide[examples]].tolist(), ends[wide[examples]].tolist(), strict=True)
+    ]
+    pieces = np.frombuffer(b"".join(folded), np.uint8)
+    piece_starts, piece_ends, first_pieces = _find_words(pieces, np.cumsum([0, *map(len, folded)]))
+    pool = np.concatenate([hashes, _hash_words(pieces, piece_starts, piece_ends)])
+    positions, counts = np.arange(len(hashes)), np.ones(len(hashes), np.int64)  # in the pool, of what each word becomes
+    positions[wide], counts[wide] = len(hashes) + first_pieces[kinds], np.diff(first_pieces)[kinds]
+    return pool[ranges(positions, counts)], np.concatenate([[0], np.cumsum(counts)])[first_words]
 
 
-def _find_words(content: Bytes, offsets: Ints) -> tuple[Ints, Ints]:
-    """Where words begin and end in turn, [2 * num_words]; and the number of the first of each document."""
+def _find_words(content: Bytes, offsets: Ints) -> tuple[Ints, Ints, Ints]:
+    """Where words begin and where they end, [num_words] each; and the number of the first of each document."""
     in_word = np.concatenate([[False], content != _SPACE])
     bounds = np.flatnonzero(in_word[1:] != in_word[:-1])
-    return bounds, np.searchsorted(bounds[::2], offsets)
-
-
-def _replace(content: Bytes, offsets: Ints, numbers: Ints, others: list[bytes]) -> tuple[Bytes, Ints]:
-    """The bytes of documents of which those with these numbers are replaced by `others`, and where each begins."""
-    pieces = [content[start:end] for start, end in itertools.pairwise(offsets.tolist())]
-    for number, other in zip(numbers.tolist(), others, strict=True):
-        pieces[number] = np.frombuffer(other + b" ", np.uint8)
-    return np.concatenate(pieces), np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
+    starts, ends = bounds[::2], bounds[1::2]
+    return starts, ends, np.searchsorted(starts, offsets)
 
 
 def _hash_words(content: Bytes, starts: Ints, ends: Ints) -> Hashes:
@@ -107,9 +95,12 @@ def _hash_words(content: Bytes, starts: Ints, ends: Ints) -> Hashes:
         done += 8
         longer = longer[lengths[longer] > done]
     for number in np.flatnonzero(lengths > _LONG_WORD).tolist():
-        digest = hashlib.blake2b(content[starts[number] : ends[number]].tobytes(), digest_size=8).digest()
-        hashes[number] = int.from_bytes(digest, "little")
+        hashes[number] = _hash_bytes(content[starts[number] : ends[number]].tobytes())
     return hashes
+
+
+def _hash_bytes(word: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(word, digest_size=8).digest(), "little")
 
 
 def _hash_5_grams(words: Hashes, first_words: Ints) -> tuple[Hashes, Ints]:

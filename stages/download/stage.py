@@ -10,23 +10,24 @@ in order, leaves out duplicates and writes. So nothing depends on their number.
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.core.artifacts import SPLITS, staged, write_json
 from stages.core.config import part
 from stages.core.errors import StageError
-from stages.download.arrays import from_bools, take
+from stages.download.arrays import Ints, from_bools
 from stages.download.batches import Batch, Rules
 from stages.download.cleaning import REMOVED, unmet
 from stages.download.columns import count_characters
-from stages.download.duplicates import ExactDuplicates, NearDuplicates, sign_documents
+from stages.download.duplicates import ExactDuplicates, NearDuplicates, SignatureFile, Signatures
 from stages.download.hub_data import read_hub, resolve_commit
 from stages.download.ledger import Ledger
 from stages.download.parts import read_part, source_parts
@@ -65,17 +66,25 @@ def main(config: DownloadConfig) -> None:
     rules = Rules(data, None if data.source == "sources" else config.source)
     with (
         staged(config.out, ["stats.json", *(f"{split}.parquet" for split in splits)]) as directory,
-        Workers() as workers,
+        Workers(modules=["stages.download.parts"]) as workers,
+        ExitStack() as stack,
     ):
         batches = workers.map(functools.partial(read_part, rules), _parts(data, commit))
         schema = record_schema(data.groups)
         writers = {split: SplitWriter(directory / f"{split}.parquet", schema) for split in splits}
+        signatures = {split: SignatureFile(stack.enter_context(TemporaryFile(dir=directory))) for split in splits}
         for batch in _distinct(_first_records(batches, data, ledger), data, ledger):
-            _write(batch, data, writers, ledger)
+            for split, records in _by_split(batch, data, ledger):
+                writers[split].write(records.table, records.num_characters)
+                ledger.add_kept(split, records.table)
+                if records.signatures is not None:
+                    signatures[split].write(records.signatures)
         for writer in writers.values():
             writer.close()
-        if data.deduplicate == "near" or (data.count_near_duplicates and data.split is not None):
-            _look_for_near_duplicates(directory, ledger, workers, drop=data.deduplicate == "near")
+        if data.needs_signatures:
+            leaking = _find_near_duplicates(signatures, ledger, find_all=data.deduplicate == "near")
+            if data.deduplicate == "near" and len(leaking):
+                _drop_from_train(directory, leaking, ledger)
         ledger.check(data)
         if data.clean:
             ledger.cleaning.write_samples(directory / REMOVED)
@@ -142,61 +151,53 @@ def _distinct(batches: Iterator[Batch], data: SourceData, ledger: Ledger) -> Ite
             yield batch.select(is_new)
 
 
-def _write(batch: Batch, data: SourceData, writers: dict[str, SplitWriter], ledger: Ledger) -> None:
-    """Write the kept records of `batch`, each to its split."""
+def _by_split(batch: Batch, data: SourceData, ledger: Ledger) -> list[tuple[str, Batch]]:
+    """Splits, each with those kept records of `batch` that belong to it."""
     if data.split is None or data.split.by == "source":
-        parts = [(ALL if data.split is None else str(batch.own_split), batch)] if len(batch.table) else []
-    else:
-        ledger.add_split_keys(batch.points)
-        numbers = assign_splits(batch.points, data.split)
-        parts = [(split, batch.select(numbers == number)) for number, split in enumerate(SPLITS)]
-    for split, records in parts:
-        writers[split].write(records.table, records.num_characters)
-        ledger.add_kept(split, records.table)
+        return [(ALL if data.split is None else str(batch.own_split), batch)] if len(batch.table) else []
+    ledger.add_split_keys(batch.points)
+    numbers = assign_splits(batch.points, data.split)
+    return [(split, batch.select(numbers == number)) for number, split in enumerate(SPLITS)]
 
 
-def _look_for_near_duplicates(directory: Path, ledger: Ledger, workers: Workers, drop: bool) -> None:
-    """Enter into the ledger how many held-out documents have a near duplicate in train; drop those of train if told so.
+def _find_near_duplicates(signatures: dict[str, SignatureFile], ledger: Ledger, find_all: bool) -> Ints:
+    """Enter into the ledger how many held-out documents have a near duplicate in train.
 
-    Where they are only counted, they are looked for among NEAR_DUPLICATES_OF documents, evenly spaced.
+    Args:
+        signatures: of the documents of each split.
+        find_all: look for all held-out documents; else for _NEAR_DUPLICATES_OF, evenly spaced.
+
+    Returns:
+        numbers of those documents of train, [num_near_duplicates] in ascending order.
     """
     held_out = ledger.records_out["validation"] + ledger.records_out["test"]
-    step = 1 if drop else max(1, -(-held_out // _NEAR_DUPLICATES_OF))
-    looked_for = _every(_answers(directory, ["validation", "test"]), step)
-    index = NearDuplicates(list(workers.map(sign_documents, looked_for)))
+    step = 1 if find_all else max(1, -(-held_out // _NEAR_DUPLICATES_OF))
+    index = NearDuplicates(list(_every(chain(signatures["validation"].read(), signatures["test"].read()), step)))
     leaked, leaking = set[int](), set[int]()
     first = 0
-    for signatures in workers.map(sign_documents, _answers(directory, ["train"])):
-        numbers, held_out_numbers = index.find(signatures)
+    for batch in signatures["train"].read():
+        numbers, held_out_numbers = index.find(batch)
         leaking.update((numbers + first).tolist())
         leaked.update((held_out_numbers * step).tolist())
-        first += len(signatures)
+        first += len(batch)
     in_validation = sum(number < ledger.records_out["validation"] for number in leaked)
     ledger.near_duplicates = {
         "validation": in_validation,
         "test": len(leaked) - in_validation,
         "looked_for": len(range(0, held_out, step)),
     }
-    if drop and leaking:
-        _drop_from_train(directory, np.array(sorted(leaking)), ledger)
+    return np.array(sorted(leaking), np.int64)
 
 
-def _answers(directory: Path, splits: Sequence[str]) -> Iterator[pa.Array]:
-    """The answers of the records of these splits, a list of texts each, in batches."""
-    for split in splits:
-        for batch in iterate_batches(pq.ParquetFile(directory / f"{split}.parquet"), ["answers.text"]):
-            yield pc.struct_field(batch.column(0), "text")
-
-
-def _every(batches: Iterator[pa.Array], step: int) -> Iterator[pa.Array]:
+def _every(batches: Iterator[Signatures], step: int) -> Iterator[Signatures]:
     """The first of all items of `batches`, and each `step` items behind it."""
     first = 0
     for batch in batches:
-        yield take(batch, np.arange(-first % step, len(batch), step))
+        yield batch[-first % step :: step]
         first += len(batch)
 
 
-def _drop_from_train(directory: Path, numbers: npt.NDArray[np.int64], ledger: Ledger) -> None:
+def _drop_from_train(directory: Path, numbers: Ints, ledger: Ledger) -> None:
     """Leave the records with these numbers, [num_dropped] in ascending order, out of train."""
     whole, file = directory / "whole.parquet", directory / "train.parquet"
     file.rename(whole)

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -81,24 +81,27 @@ def _run_piece(function: Callable[[Any], Any], job: Any, directory: str) -> Any:
 
 
 # Jobs that this process does by itself before it starts others: as much work as it takes these to start.
-_NUM_JOBS_ALONE = 32
+_NUM_JOBS_ALONE = 8
 _JOBS_AHEAD = 2  # for each process, so that none waits for the next, and no more are in memory
 
 
 class Workers:
     """Processes for the pieces of a stage: those of a cluster, or as many of this machine as it has cores.
 
-    While there are few pieces, this process does them.
+    While there are few pieces, and until the processes are there, this process does them.
     """
 
-    def __init__(self, num_processes: int | None = None) -> None:
+    def __init__(self, num_processes: int | None = None, modules: Sequence[str] = ()) -> None:
         """
         Args:
             num_processes: None: as many as this process may use cores.
+            modules: what the pieces need, imported once for all processes of this machine.
         """
         self._num_processes = num_processes or len(os.sched_getaffinity(0))
+        self._modules = list(modules)
         self._num_jobs = 0
         self._pool: ProcessPoolExecutor | None = None
+        self._first: Future[None] | None = None
         self._ray: Any = None
         if are_spread():
             from stages.shell.ray_cluster import connected
@@ -123,20 +126,29 @@ class Workers:
         more = True
         while more or waiting:
             if not more or len(waiting) >= self._num_ahead():
-                yield _result(waiting.popleft())
+                with _explained():
+                    result = waiting.popleft()()
+                yield result
                 continue
             try:
-                waiting.append(self._start(function, next(remaining)))
+                job = next(remaining)
             except StopIteration:
                 more = False
             except Exception as error:
                 more, failure = False, error
+            else:
+                with _explained():
+                    waiting.append(self._start(function, job))
         if failure is not None:
             raise failure
 
     def _num_ahead(self) -> int:
         """Jobs that wait for their results to be taken, at most."""
-        return 1 if self._pool is None and self._ray is None else _JOBS_AHEAD * self._num_processes
+        return _JOBS_AHEAD * self._num_processes if self._ray is not None or self._are_ready() else 1
+
+    def _are_ready(self) -> bool:
+        """Whether there are processes that wait for jobs."""
+        return self._first is not None and self._first.done()
 
     def _start(self, function: Callable[[_Job], _Result], job: _Job) -> Callable[[], _Result]:
         """What waits for the result of a job."""
@@ -145,21 +157,29 @@ class Workers:
             task = self._ray.remote(_run_piece).remote(function, job, str(Path.cwd()))
             return functools.partial(_get, self._ray, task)
         if self._num_processes > 1 and self._num_jobs > _NUM_JOBS_ALONE and self._pool is None:
-            # Not forked: Arrow has threads.
-            context = multiprocessing.get_context("spawn")
+            # Forked from a process that does nothing but import: this one has threads, of Arrow.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(self._modules)
             self._pool = ProcessPoolExecutor(self._num_processes, context, _begin_worker)
-        if self._pool is None:
+            self._first = self._pool.submit(_do_nothing)
+        if self._pool is None or not self._are_ready():
             return functools.partial(function, job)
         return self._pool.submit(function, job).result
 
 
-def _result(wait_for: Callable[[], _Result]) -> _Result:
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Raise StageError where a process was killed."""
     try:
-        return wait_for()
+        yield
     except BrokenProcessPool:
         raise StageError(
             "a process that this stage started was killed, for want of memory perhaps: run it on a machine with more"
         ) from None
+
+
+def _do_nothing() -> None:
+    """A job that shows that there is a process."""
 
 
 def _begin_worker() -> None:

@@ -1,5 +1,6 @@
 """tasks: pieces in order, here unless a cluster is asked for, and what is said where there is none."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -56,14 +57,30 @@ def invert(number: int) -> tuple[float, int]:
     return 1 / number, os.getpid()
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_workers_give_the_results_in_order_and_start_processes_for_many_jobs_alone(num_processes: int) -> None:
-    with Workers(num_processes) as workers:
+def start(workers: Workers) -> list[tuple[float, int]]:
+    """The results of jobs until another process has done one."""
+    results = []
+    for result in workers.map(invert, itertools.count(1)):
+        results.append(result)
+        if result[1] != os.getpid():
+            return results
+    raise AssertionError
+
+
+def test_workers_give_the_results_in_order_and_start_processes_for_many_jobs_alone() -> None:
+    with Workers(2) as workers:
         few = list(workers.map(invert, range(1, 5)))
-        many = list(workers.map(invert, range(1, 41)))
-    assert [inverse for inverse, _ in few + many] == [1 / number for number in [*range(1, 5), *range(1, 41)]]
+        many = start(workers)
+        more = list(workers.map(invert, range(1, 41)))
+    for results in (few, many, more):
+        assert [inverse for inverse, _ in results] == [1 / number for number in range(1, len(results) + 1)]
     assert {process for _, process in few} == {os.getpid()}
-    assert ({process for _, process in many} == {os.getpid()}) is (num_processes == 1)
+    assert os.getpid() not in {process for _, process in more}
+
+
+def test_workers_of_one_process_are_this_one() -> None:
+    with Workers(1) as workers:
+        assert {process for _, process in workers.map(invert, range(1, 41))} == {os.getpid()}
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -72,6 +89,8 @@ def test_workers_raise_the_first_error_behind_the_results_before_it(num_processe
     jobs = [*range(1, place + 1), 0, *range(1, 30)]
     found = []
     with Workers(num_processes) as workers, pytest.raises(ZeroDivisionError):
+        if num_processes > 1:
+            start(workers)
         for inverse, _ in workers.map(invert, jobs):
             found.append(inverse)
     assert found == [1 / number for number in range(1, place + 1)]
@@ -85,6 +104,8 @@ def test_workers_give_all_results_of_jobs_that_come_before_an_error(num_processe
 
     found = []
     with Workers(num_processes) as workers, pytest.raises(StageError, match="cut short"):
+        if num_processes > 1:
+            start(workers)
         for inverse, _ in workers.map(invert, jobs()):
             found.append(inverse)
     assert found == [1 / number for number in range(1, 31)]
@@ -93,6 +114,7 @@ def test_workers_give_all_results_of_jobs_that_come_before_an_error(num_processe
 def test_workers_take_jobs_only_as_far_as_needed() -> None:
     taken = []
     with Workers(2) as workers:
+        start(workers)
         results = workers.map(invert, (taken.append(number) or number for number in range(1, 10**6)))
         for _ in range(60):
             next(results)
@@ -105,7 +127,7 @@ def kill_this_process(_: int) -> None:
 
 def test_workers_that_are_killed_are_an_error_that_says_so() -> None:
     with Workers(2) as workers, pytest.raises(StageError, match="a process that this stage started was killed"):
-        list(workers.map(invert, range(1, 20)))
+        start(workers)
         list(workers.map(kill_this_process, range(9)))
 
 
@@ -115,7 +137,7 @@ def test_workers_end_with_the_process_that_started_them() -> None:
         "from stages.shell.tasks import Workers\n"
         "if __name__ == '__main__':\n"
         "    workers = Workers(2)\n"
-        "    list(workers.map(abs, range(40)))\n"
+        "    list(workers.map(time.sleep, 60 * [0.1]))\n"
         "    print('started', flush=True)\n"
         "    time.sleep(600)\n"
     )
