@@ -1,6 +1,7 @@
 """Arrow arrays from numpy's and back, without copies where there need be none.
 
-Arrow's own ways (`pyarrow.array`, `to_numpy`) import pandas where it is installed: 0.15 s of every process.
+Arrow's own ways (`pyarrow.array`, `scalar`, `to_numpy`) import pandas where it is installed: half a second of every
+process.
 """
 
 from typing import Any
@@ -38,6 +39,25 @@ def take(array: pa.Array, positions: Ints, is_null: Bools | None = None) -> pa.A
     return array.take(pa.Array.from_buffers(pa.int64(), len(positions), buffers))
 
 
+def repeat(text: str, number: int) -> pa.StringArray:
+    """`text` in each of `number` places."""
+    return pa.repeat(to_scalar(text), number)
+
+
+def fill_null(array: pa.Array, filler: str | int) -> pa.Array:
+    """`array` with `filler` in the place of nulls."""
+    return pc.fill_null(array, to_scalar(filler).cast(array.type)) if array.null_count else array
+
+
+def to_scalar(value: str | int) -> pa.Scalar:
+    """`value` as a string or a 64-bit integer of Arrow."""
+    if isinstance(value, int):
+        return to_arrow(np.array([value]))[0]
+    content = value.encode()
+    offsets = pa.py_buffer(np.array([0, len(content)], np.int32))
+    return pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(content)])[0]
+
+
 def make_lists(offsets: Ints, values: pa.Array, is_null: Bools | None = None) -> pa.ListArray:
     """Lists of `values`, of which those of each list begin at `offsets`, [num_lists + 1]."""
     starts = to_arrow(offsets.astype(np.int32))
@@ -60,7 +80,7 @@ def text_offsets(texts: pa.StringArray) -> Ints:
 
 def list_offsets(lists: pa.ListArray) -> Ints:
     """Where the items of each list begin among those of all (`flatten`), and where the last end, [len(lists) + 1]."""
-    lengths = to_numpy(pc.fill_null(pc.list_value_length(lists), 0))
+    lengths = to_numpy(fill_null(pc.list_value_length(lists), 0))
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 

@@ -26,14 +26,14 @@ from stages.download.records import (
     MissingColumnError,
     Record,
     Row,
-    document_digest,
+    digest_documents,
     group_values,
     kept_groups,
     key_names,
     mismatch,
     record_schema,
     split_key,
-    split_point,
+    split_points,
     to_record,
 )
 from stages.download.schema import SourceData
@@ -226,15 +226,16 @@ def _batch_of(rules: Rules, own_split: str | None, judged: list[_Judged]) -> Bat
     split = rules.data.split
     kept = [item for item in judged if item.record is not None]
     records = [item.record for item in kept if item.record is not None]
-    hashed = split is not None and split.by == "hash"
-    seed = split.seed if split is not None else 0
+    points = np.zeros(len(kept), np.uint64)
+    if split is not None and split.by == "hash":
+        points = split_points([item.key for item in kept], split.seed)
     return Batch(
         own_split,
         np.array([item.verdict for item in judged], np.uint8),
         np.array([item.num_dropped for item in judged], np.int64),
         pa.Table.from_pylist(records, schema=record_schema(rules.data.groups)),
-        np.array([split_point(item.key, seed) if hashed else 0 for item in kept], np.uint64),
-        [document_digest(" ".join(record["answers"]["text"]).encode()) for record in records],
+        points,
+        digest_documents(" ".join(record["answers"]["text"]).encode() for record in records),
         np.array([sum(map(len, [*record["answers"]["text"], record["selftext"]])) for record in records], np.int64),
         {},
         [],

@@ -18,32 +18,36 @@ from stages.download.arrays import (
     Bools,
     Ints,
     combine,
+    fill_null,
     from_bools,
     list_offsets,
     make_lists,
     ranges,
+    repeat,
     sum_by,
     take,
     text_offsets,
     to_bools,
+    to_scalar,
 )
 from stages.download.records import (
     FILTERED,
     KEPT,
+    NORMALISED_ASCII,
     OPTIONAL_TEXTS,
     REMOVED,
     TITLE,
     URL_FIELDS,
     WITHOUT_ANSWERS,
     BadRecordError,
-    document_digest,
+    digest_documents,
     join_key,
     kept_groups,
     key_names,
     normalise,
     record_schema,
     scalar_text,
-    split_point,
+    split_points,
 )
 from stages.download.schema import SourceData
 
@@ -119,7 +123,7 @@ def read_regular(data: SourceData, source: str | None, columns: SourceColumns) -
         fields["source"] = reader.optional_texts("source")
         fields["groups"] = {name: reader.optional_scalars(f"groups.{name}") for name in kept_groups(data.groups)}
     else:
-        fields["source"] = pa.repeat(pa.scalar(source), len(title))
+        fields["source"] = repeat(source, len(title))
         fields["groups"] = {name: reader.scalars(name) for name in kept_groups(data.groups)}
     verdicts = np.where(passes, np.where(answers.num_kept > 0, KEPT, WITHOUT_ANSWERS), FILTERED).astype(np.uint8)
     is_kept = reader.is_regular & (verdicts == KEPT)
@@ -140,16 +144,29 @@ def _column(values: Any, field: pa.Field) -> pa.Array:
 def _decide(data: SourceData, table: pa.Table, keys: Sequence[pa.Array]) -> KeptRecords:
     """The records of `table`, whose values of the columns in split.key are `keys`, with what is decided by."""
     texts = pc.struct_field(combine(table.column("answers")), "text")
-    documents = pc.binary_join(texts, " ")
-    offsets, content = text_offsets(documents).tolist(), memoryview(documents.buffers()[2] or b"")
+    documents = pc.binary_join(texts, to_scalar(" "))
+    content, bounds = memoryview(documents.buffers()[2] or b""), itertools.pairwise(text_offsets(documents).tolist())
     points = np.zeros(len(table), np.uint64)
     if data.split is not None and data.split.by == "hash":
-        rows = zip(*(key.to_pylist() for key in keys), strict=True) if keys else iter([()] * len(table))
-        for number, values in enumerate(rows):
-            key = join_key([value or "" for value in values]) or normalise(documents[number].as_py())
-            points[number] = split_point(key, data.split.seed)
-    digests = [document_digest(content[start:end]) for start, end in itertools.pairwise(offsets)]
-    return KeptRecords(table, points, digests, count_characters(table))
+        columns = [normalise_all(key) for key in keys]
+        joined = columns[0] if len(columns) == 1 else [join_key(row) for row in zip(*columns, strict=True)]
+        texts = [key or normalise(documents[number].as_py()) for number, key in enumerate(joined or len(table) * [""])]
+        points = split_points(texts, data.split.seed)
+    return KeptRecords(
+        table, points, digest_documents(content[start:end] for start, end in bounds), count_characters(table)
+    )
+
+
+def normalise_all(texts: pa.StringArray) -> list[str]:
+    """`normalise` of each text, [len(texts)]; the empty text for null."""
+    offsets = text_offsets(texts)
+    content = memoryview(texts.buffers()[2] or b"")[: offsets[-1]].tobytes()
+    lowered = content.translate(NORMALISED_ASCII)
+    normalised = [b" ".join(lowered[start:end].split()) for start, end in itertools.pairwise(offsets.tolist())]
+    return [
+        words.decode() if words and words.isascii() else normalise(texts[number].as_py() or "")
+        for number, words in enumerate(normalised)
+    ]
 
 
 def count_characters(table: pa.Table) -> Ints:
@@ -216,13 +233,13 @@ class _Reader:
 
     def titles(self, name: str | None) -> pa.StringArray:
         if name is None:
-            return pa.repeat(pa.scalar(""), self._num_rows)
-        return pc.fill_null(_as_strings(self._required(name)), "")
+            return repeat("", self._num_rows)
+        return fill_null(_as_strings(self._required(name)), "")
 
     def answers(self, names: Sequence[str]) -> tuple[pa.StringArray, Ints]:
         """All texts of the columns `names`, and where those of each record begin, [num_records + 1]."""
         lists = [_as_lists(self._required(name)) for name in names]
-        texts = [pc.fill_null(item.flatten(), "") for item in lists]
+        texts = [fill_null(item.flatten(), "") for item in lists]
         offsets = np.sum([list_offsets(item) for item in lists], axis=0)
         if len(lists) == 1:
             return texts[0], offsets
@@ -244,15 +261,15 @@ class _Reader:
 
     def optional_texts(self, name: str) -> pa.StringArray:
         if name not in self._batch.schema.names:
-            return pa.repeat(pa.scalar(""), self._num_rows)
-        return pc.fill_null(_as_strings(self._batch.column(name)), "")
+            return repeat("", self._num_rows)
+        return fill_null(_as_strings(self._batch.column(name)), "")
 
     def optional_lists(self, name: str) -> pa.ListArray:
         array = _find(self._batch, name)
         if array is None:
             array = pa.nulls(self._num_rows, pa.string())
         lists = _as_lists(array)
-        return make_lists(list_offsets(lists), pc.fill_null(lists.flatten(), ""))
+        return make_lists(list_offsets(lists), fill_null(lists.flatten(), ""))
 
     def parallel(self, name: str, answers: _Answers, kind: pa.DataType, filler: Any) -> pa.ListArray:
         """The values of a list beside the texts, of those kept; fillers where it is absent or does not match them."""
@@ -262,11 +279,11 @@ class _Reader:
         else:
             lists = _as_lists(array, kind)
             values, starts = lists.flatten(), list_offsets(lists)[:-1]
-            matches = to_numpy(pc.fill_null(pc.list_value_length(lists), -1)) == np.diff(answers.offsets)
+            matches = to_numpy(fill_null(pc.list_value_length(lists), -1)) == np.diff(answers.offsets)
         lengths = np.diff(answers.offsets)
         positions = ranges(starts, lengths)[answers.is_kept]
         absent = ~np.repeat(np.broadcast_to(matches, lengths.shape), lengths)[answers.is_kept]
-        taken = pc.fill_null(take(values, positions, absent), filler)
+        taken = fill_null(take(values, positions, absent), filler)
         return pa.ListArray.from_arrays(answers.kept.offsets, taken)
 
     def _required(self, name: str) -> pa.Array:

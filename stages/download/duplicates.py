@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.download.arrays import Bools, Ints, ranges
+from stages.download.arrays import Bools, Ints, ranges, to_scalar
 from stages.download.shingles import hash_shingles
 
 # Near duplicates share at least this part of their word 5-grams (Jaccard similarity), estimated from 128 permutations:
@@ -54,7 +54,7 @@ def sign_documents(answers: pa.ListArray) -> Signatures:
     """
     from rensa import RMinHash
 
-    hashes, offsets = hash_shingles(pc.binary_join(answers, " "))
+    hashes, offsets = hash_shingles(pc.binary_join(answers, to_scalar(" ")))
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, NUM_PERMUTATIONS, _SEED)
     packed = b"".join([_ROW.pack(*row) for row in matrix.to_rows()])  # half the time of numpy.array
     return np.frombuffer(packed, np.uint32).reshape(-1, NUM_PERMUTATIONS)

@@ -1,14 +1,13 @@
 """Records in ELI5's schema: found in a source's own columns, cleaned, and given to a split."""
 
 import datetime
-import functools
 import hashlib
 import itertools
 import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -288,21 +287,20 @@ def split_key(row: Mapping[str, Any], record: Record, names: Sequence[str]) -> s
         BadRecordError: if a column is missing, or holds something other than a text, a number or a date.
     """
     values = [record["title"] if name == TITLE else scalar_text(lookup(row, name), name) for name in names]
-    return join_key([value or "" for value in values]) or normalise(" ".join(record["answers"]["text"]))
+    return join_key([normalise(value or "") for value in values]) or normalise(" ".join(record["answers"]["text"]))
 
 
-def join_key(values: Sequence[str]) -> str:
-    """The normalised `values` in one text; the empty text where all of them are empty.
-
-    Normalised: compatibility forms folded (NFKC), case folded, punctuation and white space reduced to single spaces,
-    so that trivially different copies of a question stay on one side.
-    """
-    normalised = [normalise(value) for value in values]
+def join_key(normalised: Sequence[str]) -> str:
+    """Normalised values in one text; the empty text where all of them are empty."""
     return _BETWEEN_KEYS.join(normalised) if any(normalised) else ""
 
 
 def normalise(text: str) -> str:
-    """`text` without differences of case, punctuation, spacing and compatibility characters."""
+    """`text` without differences of case, punctuation, spacing and compatibility characters.
+
+    Compatibility forms are folded (NFKC), case is folded, punctuation and white space become single spaces, so that
+    trivially different copies of a question stay on one side of the split.
+    """
     if text.isascii():  # in a third of the time
         words = b" ".join(text.encode().translate(NORMALISED_ASCII).split()).decode()
     else:
@@ -342,21 +340,20 @@ def _ordered_marks(run: re.Match[str]) -> str:
     return "".join(character for _, group in groups for character in sorted(group, key=unicodedata.combining))
 
 
-def document_digest(document: bytes | memoryview) -> bytes:
-    """Hash by which exact duplicates are told, 16 bytes."""
-    return hashlib.blake2b(document, digest_size=16).digest()
+def digest_documents(documents: Iterable[bytes | memoryview]) -> list[bytes]:
+    """Hashes by which exact duplicates are told, 16 bytes each."""
+    return [hashlib.blake2b(document, digest_size=16).digest() for document in documents]
 
 
-def split_point(key: str, seed: int) -> int:
-    """The hash of `key`, below 2**64, that decides a split: adding records moves none."""
-    digest = _seeded_hash(seed).copy()
-    digest.update(key.encode())
-    return int.from_bytes(digest.digest(), "big")
-
-
-@functools.cache
-def _seeded_hash(seed: int) -> Any:
-    return hashlib.blake2b(digest_size=8, key=str(seed).encode())
+def split_points(keys: Iterable[str], seed: int) -> npt.NDArray[np.uint64]:
+    """The hashes of keys that decide a split, [num_keys]: adding records moves none."""
+    seeded = hashlib.blake2b(digest_size=8, key=str(seed).encode())
+    digests = []
+    for key in keys:
+        digest = seeded.copy()
+        digest.update(key.encode())
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
 
 
 def assign_splits(points: npt.NDArray[np.uint64], split: Split) -> npt.NDArray[np.int64]:

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.download.arrays import Ints, ranges, text_offsets
+from stages.download.arrays import Ints, ranges, text_offsets, to_scalar
 from stages.download.records import NORMALISED_ASCII, SYMBOLS, fold, normalise
 
 Hashes = npt.NDArray[np.uint64]
@@ -33,7 +33,7 @@ def hash_shingles(documents: pa.StringArray) -> tuple[Hashes, Ints]:
     Returns:
         [num_shingles], and [num_documents + 1]: each document has at least one, some more than once.
     """
-    spaced = pc.binary_join_element_wise(documents, "", " ")
+    spaced = pc.binary_join_element_wise(documents, to_scalar(""), to_scalar(" "))
     offsets = text_offsets(spaced)
     content = memoryview(spaced.buffers()[2] or b"")[: offsets[-1]].tobytes()
     hashes, first_words = _hash_all_words(content, offsets)

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from data_helpers import split, steady
@@ -26,7 +25,7 @@ from stages.download.records import (
     normalise,
     scalar_text,
     split_key,
-    split_point,
+    split_points,
     to_record,
 )
 from stages.download.schema import Columns, Split
@@ -53,7 +52,7 @@ def record_of(title: str, text: str | list[str] = "text") -> dict[str, Any]:
 
 
 def split_of(key: str, by: Split) -> str:
-    return SPLITS[int(assign_splits(np.array([split_point(key, by.seed)], np.uint64), by)[0])]
+    return SPLITS[int(assign_splits(split_points([key], by.seed), by)[0])]
 
 
 def key_of(title: str, text: str | list[str] = "text", names: Sequence[str] = ("title",), **columns: Any) -> str:

@@ -1,7 +1,7 @@
 """A data stage imports what it uses: not torch, transformers, datasets or DVC.
 
-pyarrow imports pandas, a quarter of a second's work, where it turns lists of Python into arrays: download, which does,
-pays that; the stages after it do not.
+pyarrow imports pandas, half a second's work, where it turns objects of Python into arrays and scalars: nothing does
+that while all records are regular.
 """
 
 import subprocess
@@ -27,7 +27,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     source = write_jsonl(place / "records.jsonl", questions(60))
     flat = ["data=files", "data.flatten.columns=[title,selftext,answers.text]"]
     overrides = {
-        "download": ["data=files", f"data.path={source}", "data.count_near_duplicates=false", f"out={place}/raw"],
+        "download": ["data=files", f"data.path={source}", f"out={place}/raw"],
         "tokenize": [*flat, "task=causal", "model=tiny-gpt2", f"raw={place}/raw", f"out={place}/tokens"],
         "group_texts": ["block_size=16", f"tokens={place}/tokens", f"raw={place}/raw", f"out={place}/blocks"],
     }
@@ -41,6 +41,6 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return printed
 
 
-@pytest.mark.parametrize(("stage", "heavy"), [("download", "['pandas']"), ("tokenize", "[]"), ("group_texts", "[]")])
-def test_imports_of_a_data_stage_are_light(done: dict[str, str], stage: str, heavy: str) -> None:
-    assert done[stage] == heavy
+@pytest.mark.parametrize("stage", ["download", "tokenize", "group_texts"])
+def test_imports_of_a_data_stage_are_light(done: dict[str, str], stage: str) -> None:
+    assert done[stage] == "[]"
