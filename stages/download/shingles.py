@@ -67,10 +67,14 @@ def _hash_all_words(content: bytes, offsets: Ints) -> tuple[Hashes, Ints]:
     ]
     pieces = np.frombuffer(b"".join(folded), np.uint8)
     piece_starts, piece_ends, first_pieces = _find_words(pieces, np.cumsum([0, *map(len, folded)]))
-    pool = np.concatenate([hashes, _hash_words(pieces, piece_starts, piece_ends)])
-    positions, counts = np.arange(len(hashes)), np.ones(len(hashes), np.int64)  # in the pool, of what each word becomes
-    positions[wide], counts[wide] = len(hashes) + first_pieces[kinds], np.diff(first_pieces)[kinds]
-    return pool[ranges(positions, counts)], np.concatenate([[0], np.cumsum(counts)])[first_words]
+    piece_hashes = _hash_words(pieces, piece_starts, piece_ends)
+    num_pieces = np.diff(first_pieces)[kinds]  # of each wide word, [num_wide]
+    moved = np.concatenate([[0], np.cumsum(num_pieces - 1)])  # places by which the words behind each move
+    counts = np.ones(len(hashes), np.int64)
+    counts[wide] = num_pieces
+    hashes = np.repeat(hashes, counts)
+    hashes[ranges(wide + moved[:-1], num_pieces)] = piece_hashes[ranges(first_pieces[kinds], num_pieces)]
+    return hashes, first_words + moved[np.searchsorted(wide, first_words)]
 
 
 def _find_words(content: Bytes, offsets: Ints) -> tuple[Ints, Ints, Ints]:
@@ -82,11 +86,11 @@ def _find_words(content: Bytes, offsets: Ints) -> tuple[Ints, Ints, Ints]:
 
 
 def _hash_words(content: Bytes, starts: Ints, ends: Ints) -> Hashes:
-    """Hashes of the words from `starts` to `ends`, [num_words]: of eight bytes at a time."""
+    """Hashes of the words from `starts` to `ends`, [num_words]: their bytes, of longer ones eight at a time."""
     padded = np.concatenate([content, np.zeros(8, np.uint8)])
     eights = np.ndarray(len(content) + 1, "<u8", padded, strides=(1,))  # the eight bytes from each place on
     lengths = ends - starts
-    hashes = _mix(eights[starts] & _MASKS[np.minimum(lengths, 8)])
+    hashes: Hashes = eights[starts] & _MASKS[np.minimum(lengths, 8)]
     longer = np.flatnonzero((lengths > 8) & (lengths <= _LONG_WORD))
     done = 8
     while len(longer):
