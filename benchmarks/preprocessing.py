@@ -248,7 +248,7 @@ def download(place: Path, name: str, count: bool) -> list[str]:
 
 def choices(place: Path, tokenizer: Path) -> dict[str, list[str]]:
     """What the stages are told."""
-    from stages.hub.files import sha256
+    from stages.core.artifacts import sha256
 
     pins = ",".join(f"{file.name}:'{sha256(file)}'" for file in sorted(tokenizer.iterdir()))
     source = ["model.tokenizer.train=null", f"+model.tokenizer.path={tokenizer}", f"+model.tokenizer.files={{{pins}}}"]

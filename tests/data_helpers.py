@@ -15,11 +15,19 @@ import pyarrow.parquet as pq
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from stages.core.artifacts import SPLITS, TokenIds, shard_name, to_arrow, write_checksums, write_json, write_shard
+from stages.core.artifacts import (
+    SPLITS,
+    TokenIds,
+    sha256,
+    shard_name,
+    to_arrow,
+    write_checksums,
+    write_json,
+    write_shard,
+)
 from stages.download.records import ELI5
 from stages.download.schema import Columns, SourceData, Split
 from stages.download.sources import read
-from stages.hub.files import sha256
 from stages.tokens.schema import TrainedTokenizer
 from stages.tokens.vocabulary import train_tokenizer
 

@@ -26,14 +26,13 @@ from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.repo import Repo
 from dvc.scm import SCMError
 
-from stages.core.artifacts import versions
+from stages.core.artifacts import sha256, versions
 from stages.core.compose import GLOBAL_GROUPS, PARAMS, Composition, Params, compose, load, package_of, read_root
 from stages.core.config import CONF, conflict_line, find, flat, nearest, read_yaml
 from stages.core.errors import ConfigError, StageError, printable, printable_lines
 from stages.core.source_code import hash_behaviour, hashed_names
 from stages.download.cleaning import unmet
 from stages.download.files import PATH_LIMIT, find_files
-from stages.hub.files import sha256
 from stages.score.items import read_items
 from stages.shell.cache import cache_directory
 from stages.train.checkpoints import LIBRARIES

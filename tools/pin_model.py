@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from stages.core.artifacts import read_object, write_text
+from stages.core.artifacts import read_object, sha256, write_text
 from stages.core.errors import printable, printable_lines
 from stages.hub.files import (
     CONVERT,
@@ -22,7 +22,6 @@ from stages.hub.files import (
     TOKENIZER_FILES,
     VOCABULARY_FILES,
     only_pickles,
-    sha256,
     usable_positions,
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -235,6 +236,12 @@ def write_checksums(directory: Path, checksums: Sequence[str]) -> None:
     Arrow has none, and a flipped bit of an id would be another token.
     """
     write_json(directory / _CHECKSUMS, {shard_name(number): value for number, value in enumerate(checksums)})
+
+
+def sha256(file: Path) -> str:
+    """`sha256:` and the hex digest of the file's bytes."""
+    with file.open("rb") as stream:
+        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def checksum(file: Path) -> str:

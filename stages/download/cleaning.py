@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from stages.core.artifacts import write_text
+from stages.core.artifacts import sha256, write_text
 from stages.core.errors import StageError, printable
 from stages.download.cleaning_schema import (
     LanguageStep,
@@ -30,7 +30,6 @@ from stages.download.masks import mask
 from stages.download.records import BadRecordError, Record, normalise
 from stages.download.repetition import why_repetitive, words_of
 from stages.download.sources import read_rows
-from stages.hub.files import sha256
 
 REMOVED = "removed.jsonl"  # in the stage's out, where there are steps
 MAX_SAMPLES = 100  # of each step

@@ -28,7 +28,6 @@ from stages.download.batches import Batch, Rules
 from stages.download.cleaning import REMOVED, unmet
 from stages.download.columns import count_characters
 from stages.download.duplicates import ExactDuplicates, NearDuplicates, SignatureFile, Signatures
-from stages.download.hub_data import read_hub, resolve_commit
 from stages.download.ledger import Ledger
 from stages.download.parts import read_part, source_parts
 from stages.download.records import FILTERED, KEPT, MALFORMED, assign_splits, record_schema
@@ -62,7 +61,11 @@ def main(config: DownloadConfig) -> None:
     ledger = Ledger(splits, data.clean)
     if problem := next(unmet(data.clean), None):
         raise StageError(problem)
-    commit = None if data.hub is None else resolve_commit(data.hub)
+    commit = None
+    if data.hub is not None:
+        from stages.download.hub_data import resolve_commit
+
+        commit = resolve_commit(data.hub)
     rules = Rules(data, None if data.source == "sources" else config.source)
     with (
         staged(config.out, ["stats.json", *(f"{split}.parquet" for split in splits)]) as directory,
@@ -96,6 +99,8 @@ def main(config: DownloadConfig) -> None:
 def _parts(data: SourceData, commit: str | None) -> Iterator[Part]:
     """The source in parts, in order."""
     if data.hub is not None and commit is not None:
+        from stages.download.hub_data import read_hub
+
         return row_parts(read_hub(data.hub, commit, whole=data.max_records is None))
     return source_parts(data) if data.source == "sources" else read_parts(data)
 

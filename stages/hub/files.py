@@ -1,13 +1,12 @@
 """Files of pinned checkpoints and tokenizers: from a local directory, the Hugging Face cache, or the Hub."""
 
-import hashlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.core.artifacts import read_object
+from stages.core.artifacts import read_object, sha256
 from stages.core.errors import StageError, printable
 from stages.hub.client import ANSWER_SECONDS, FAILURES, explain, hub_unreachable, page_of
 
@@ -122,12 +121,6 @@ def usable_positions(settings: Mapping[str, Any]) -> int | None:
     if positions is not None and settings.get("model_type") in OFFSET_POSITIONS:
         return int(positions) - int(1 if settings.get("pad_token_id") is None else settings["pad_token_id"]) - 1
     return positions
-
-
-def sha256(file: Path) -> str:
-    """`sha256:` and the hex digest of the file's bytes."""
-    with file.open("rb") as stream:
-        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _local(key: str, path: str, hashes: dict[str, str], names: Sequence[str]) -> dict[str, Path]:

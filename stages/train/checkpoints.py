@@ -19,9 +19,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
-from stages.core.artifacts import versions
+from stages.core.artifacts import sha256, versions
 from stages.core.errors import printable
-from stages.hub.files import sha256
 from stages.shell.cache import cache_directory
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from data_helpers import REPOSITORY, contents, questions, read_stats, source_dat
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from stages.core.artifacts import sha256
 from stages.core.compose import compose, load
 from stages.core.config import find
 from stages.core.errors import ConfigError, StageError
@@ -30,7 +31,6 @@ from stages.download.cleaning_schema import STEPS, NonTextStep, RepetitionStep, 
 from stages.download.masks import mask
 from stages.download.repetition import duplicate_ngram_share, duplicate_shares, top_ngram, why_repetitive
 from stages.download.stage import DownloadConfig, main
-from stages.hub.files import sha256
 
 KINDS = ("email", "ip", "phone")
 EVEN = split(train=0.4, validation=0.3, test=0.3)

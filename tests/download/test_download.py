@@ -14,7 +14,7 @@ from data_helpers import contents, questions, read_stats, source_data, split, wr
 from stages.core.artifacts import SPLITS
 from stages.core.compose import compose, load
 from stages.core.errors import StageError
-from stages.download import sources, writer
+from stages.download import hub_data, sources, writer
 from stages.download import stage as download
 from stages.download.records import Row, record_schema
 from stages.download.schema import SAMPLE, Columns, HubData, SourceData, Split
@@ -331,8 +331,8 @@ def test_download_of_the_hub_records_its_revision_in_the_ledger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [Row(f"o/n[train]:{i}", "train", value) for i, value in enumerate(questions(40))]
-    monkeypatch.setattr(download, "read_hub", lambda hub, commit, whole: iter(rows) if commit == "0f" else iter([]))
-    monkeypatch.setattr(download, "resolve_commit", lambda hub: {"abc": "0f"}[hub.revision])
+    monkeypatch.setattr(hub_data, "read_hub", lambda hub, commit, whole: iter(rows) if commit == "0f" else iter([]))
+    monkeypatch.setattr(hub_data, "resolve_commit", lambda hub: {"abc": "0f"}[hub.revision])
     hub = HubData(id="o/n", config=None, revision="abc", splits=["train"])
     ledger = run(source_data("-", source="hub", hub=hub, split=EVEN), tmp_path / "raw")
     assert ledger["source"] == {"hub": "o/n", "revision": "abc", "commit": "0f"}

@@ -15,8 +15,8 @@ import torch
 from data_helpers import REPOSITORY, contents
 from toys import TASK, objective_for, toy_blocks, toy_model, toy_trainer
 
+from stages.core.artifacts import sha256
 from stages.core.errors import ConfigError, StageError
-from stages.hub.files import sha256
 from stages.model.masking import IGNORED
 from stages.model.models import load_directory
 from stages.model.precision import full_precision

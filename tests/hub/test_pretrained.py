@@ -9,8 +9,9 @@ from data_helpers import hashes
 from hub_cases import COMMIT, LIMIT_SECONDS, MODELS, NAMES, REMOTE, Case, Client, outcome
 from mini_hub import MiniHub
 
+from stages.core.artifacts import sha256
 from stages.core.errors import StageError
-from stages.hub.files import pinned_files, sha256, usable_positions, weights_files
+from stages.hub.files import pinned_files, usable_positions, weights_files
 
 # -- local directories -------------------------------------------------------------------------------------------------
 

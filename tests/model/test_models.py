@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import ARCHITECTURES, CAUSAL, MASKED, PAD, SIZE, TASK, VOCABULARY, toy_model
 
+from stages.core.artifacts import sha256
 from stages.core.errors import StageError
-from stages.hub.files import sha256
 from stages.model.hardware import Hardware
 from stages.model.models import build_model, check_embeddings, load_directory, prepare_torch
 from stages.model.schema import Model

@@ -8,7 +8,7 @@ import torch
 import yaml
 from toys import ARCHITECTURES, TASK, VOCABULARY, objective_config, toy_blocks, toy_trainer
 
-from stages.hub.files import sha256
+from stages.core.artifacts import sha256
 from stages.model.models import build_model, load_directory
 from stages.model.objectives import make_objective
 from stages.model.schema import BASE, Adapter, Model
