@@ -23,6 +23,7 @@ from stages.download.records import (
     MALFORMED,
     WITHOUT_ANSWERS,
     BadRecordError,
+    Digests,
     MissingColumnError,
     Record,
     Row,
@@ -55,8 +56,8 @@ class Batch(NamedTuple):
     """Those that are kept, in the schema of data/raw, [num_kept]."""
     points: npt.NDArray[np.uint64]
     """Hash of the split key of each that is kept, [num_kept]; zeros where no hash decides the split."""
-    digests: list[bytes]
-    """Hash of the document of each that is kept, [num_kept]."""
+    digests: Digests
+    """Hash of the document of each that is kept, [num_kept, 2]."""
     num_characters: Ints
     """Characters in the texts of each that is kept, [num_kept]."""
     first: dict[int, str]
@@ -89,7 +90,7 @@ class Batch(NamedTuple):
         return self._replace(
             table=self.table.filter(from_bools(kept)),
             points=self.points[kept],
-            digests=[digest for digest, is_kept in zip(self.digests, kept, strict=True) if is_kept],
+            digests=self.digests[kept],
             num_characters=self.num_characters[kept],
             signatures=None if self.signatures is None else self.signatures[kept],
         )
@@ -215,7 +216,7 @@ def _merge(rules: Rules, split: str | None, regular: RegularRecords, judged: dic
         num_dropped,
         pa.concat_tables([fast.table, single.table]).take(to_arrow(order)),
         np.concatenate([fast.points, single.points])[order],
-        [[*fast.digests, *single.digests][index] for index in order.tolist()],
+        np.concatenate([fast.digests, single.digests])[order],
         np.concatenate([fast.num_characters, single.num_characters])[order],
         {},
         [],

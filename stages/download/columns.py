@@ -40,6 +40,7 @@ from stages.download.records import (
     URL_FIELDS,
     WITHOUT_ANSWERS,
     BadRecordError,
+    Digests,
     digest_documents,
     join_key,
     kept_groups,
@@ -65,8 +66,8 @@ class KeptRecords(NamedTuple):
     """[num_kept]"""
     points: npt.NDArray[np.uint64]
     """Hash of the split key of each, [num_kept]; zeros where no hash decides the split."""
-    digests: list[bytes]
-    """Hash of the document of each, [num_kept]."""
+    digests: Digests
+    """Hash of the document of each, [num_kept, 2]."""
     num_characters: Ints
     """Characters in the texts of each, [num_kept]."""
 

@@ -1,8 +1,8 @@
 """Duplicate documents: exact ones by their hash, near ones across the split by MinHash."""
 
-import sqlite3
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.download.arrays import Bools, Ints, ranges, to_scalar
+from stages.download.records import Digests
 from stages.download.shingles import hash_shingles
 
 # Near duplicates share at least this part of their word 5-grams (Jaccard similarity), estimated from 128 permutations:
@@ -29,21 +30,43 @@ Signatures = npt.NDArray[np.uint32]
 
 
 class ExactDuplicates:
-    """Tells whether a document was seen before. On disk, in a file without a name: memory does not grow with them."""
+    """Tells whether a document was seen before. On disk, in files without a name: memory does not grow with them."""
 
     def __init__(self) -> None:
-        self._seen = sqlite3.connect("", isolation_level=None)
-        self._seen.execute("PRAGMA journal_mode = OFF")
-        self._seen.execute("PRAGMA cache_size = -65536")  # KiB: hashes come in no order, and a small cache misses
-        self._seen.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
-        self._seen.execute("BEGIN")
+        # Each in the order of its first row, [2, num_digests], and at least twice as long as the next: few to look at,
+        # and each hash is merged into a longer one few times.
+        self._runs: list[Digests] = []
 
-    def add(self, digests: Iterable[bytes]) -> Bools:
-        """Enter hashes of documents; true of those that were not there, [len(digests)]."""
-        insert = self._seen.cursor().execute
-        return np.array(
-            [insert("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount > 0 for digest in digests], np.bool_
-        )
+    def add(self, digests: Digests) -> Bools:
+        """Enter hashes of documents, [num_documents, 2]; true of those that were not there, [num_documents]."""
+        order = np.lexsort(digests.T[::-1])  # equal ones stay in order
+        first, second = digests[order].T
+        is_new = np.ones(len(digests), np.bool_)
+        is_new[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
+        for run in self._runs:
+            is_new &= ~_holds(run, first, second)
+        self._enter(np.stack([first[is_new], second[is_new]]))
+        is_new[order] = is_new.copy()
+        return is_new
+
+    def _enter(self, run: Digests) -> None:
+        while self._runs and self._runs[-1].shape[1] < 2 * run.shape[1]:
+            both = np.concatenate([self._runs.pop(), run], axis=1)
+            run = both[:, np.argsort(both[0], kind="stable")]  # which merges
+        if run.size:
+            with TemporaryFile() as file:
+                file.write(run.tobytes())
+                file.flush()
+                self._runs.append(np.memmap(file, np.uint64, "r", shape=run.shape))
+
+
+def _holds(run: Digests, first: Digests, second: Digests) -> Bools:
+    """Whether each hash, of these first and second halves, is among those of `run`, [num_hashes]."""
+    starts, ends = (np.searchsorted(run[0], first, side=side) for side in ("left", "right"))
+    found = np.zeros(len(first), np.bool_)
+    for place in range(int((ends - starts).max(initial=0))):
+        found |= (starts + place < ends) & (run[1].take(starts + place, mode="clip") == second)
+    return found
 
 
 def sign_documents(answers: pa.ListArray) -> Signatures:

@@ -340,9 +340,13 @@ def _ordered_marks(run: re.Match[str]) -> str:
     return "".join(character for _, group in groups for character in sorted(group, key=unicodedata.combining))
 
 
-def digest_documents(documents: Iterable[bytes | memoryview]) -> list[bytes]:
-    """Hashes by which exact duplicates are told, 16 bytes each."""
-    return [hashlib.blake2b(document, digest_size=16).digest() for document in documents]
+Digests = npt.NDArray[np.uint64]
+
+
+def digest_documents(documents: Iterable[bytes | memoryview]) -> Digests:
+    """Hashes by which exact duplicates are told, [num_documents, 2]."""
+    digests = [hashlib.blake2b(document, digest_size=16).digest() for document in documents]
+    return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
 
 
 def split_points(keys: Iterable[str], seed: int) -> npt.NDArray[np.uint64]:

@@ -16,10 +16,15 @@ class SplitWriter:
     """Writes records to a Parquet file; the same records give the same file, whatever tables they come in."""
 
     def __init__(self, file: Path, schema: pa.Schema) -> None:
-        # Texts hardly repeat: a dictionary of them costs time in writing and in reading. Checksums: zstd alone lets
-        # some flipped bits through as other text.
+        # Texts hardly repeat: a dictionary of them costs time in writing and in reading. Nobody looks for a range of
+        # texts. Checksums: zstd alone lets some flipped bits through as other text.
         self._writer = pq.ParquetWriter(
-            file, schema, compression="zstd", use_dictionary=False, write_page_checksum=True
+            file,
+            schema,
+            compression="zstd",
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
         )
         self._waiting: list[pa.Table] = []
         self._num_rows = self._num_characters = 0

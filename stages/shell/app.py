@@ -43,8 +43,8 @@ _HALVE_MEMORY = {
 
 # As torch, JAX and TensorFlow say it.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "resource_exhausted", "oom when allocating")
-# Libraries raise errors of their own where the disk is full: safetensors, tokenizers, SQLite.
-_NO_SPACE = ("No space left on device", "os error 28", "database or disk is full")
+# Libraries raise errors of their own where the disk is full: safetensors, tokenizers.
+_NO_SPACE = ("No space left on device", "os error 28")
 _FREE_SPACE = (
     "free some (`dvc gc --workspace` keeps the workspace's artifacts alone; TMPDIR and LM_REPRO_CACHE move temporary"
     " files), then run the same command again"

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -80,8 +80,7 @@ def _run_piece(function: Callable[[Any], Any], job: Any, directory: str) -> Any:
     return function(job)
 
 
-# Jobs that this process does by itself before it starts others: as much work as it takes these to start.
-_NUM_JOBS_ALONE = 8
+_NUM_JOBS_ALONE = 4  # that this process does by itself before it starts others
 _JOBS_AHEAD = 2  # for each process, so that none waits for the next, and no more are in memory
 
 
@@ -101,7 +100,8 @@ class Workers:
         self._modules = list(modules)
         self._num_jobs = 0
         self._pool: ProcessPoolExecutor | None = None
-        self._first: Future[None] | None = None
+        self._starting: threading.Thread | None = None
+        self._has_ended = False
         self._ray: Any = None
         if are_spread():
             from stages.shell.ray_cluster import connected
@@ -113,6 +113,7 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._has_ended = True
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -144,11 +145,7 @@ class Workers:
 
     def _num_ahead(self) -> int:
         """Jobs that wait for their results to be taken, at most."""
-        return _JOBS_AHEAD * self._num_processes if self._ray is not None or self._are_ready() else 1
-
-    def _are_ready(self) -> bool:
-        """Whether there are processes that wait for jobs."""
-        return self._first is not None and self._first.done()
+        return 1 if self._pool is None and self._ray is None else _JOBS_AHEAD * self._num_processes
 
     def _start(self, function: Callable[[_Job], _Result], job: _Job) -> Callable[[], _Result]:
         """What waits for the result of a job."""
@@ -156,15 +153,24 @@ class Workers:
         if self._ray is not None:
             task = self._ray.remote(_run_piece).remote(function, job, str(Path.cwd()))
             return functools.partial(_get, self._ray, task)
-        if self._num_processes > 1 and self._num_jobs > _NUM_JOBS_ALONE and self._pool is None:
-            # Forked from a process that does nothing but import: this one has threads, of Arrow.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(self._modules)
-            self._pool = ProcessPoolExecutor(self._num_processes, context, _begin_worker)
-            self._first = self._pool.submit(_do_nothing)
-        if self._pool is None or not self._are_ready():
-            return functools.partial(function, job)
-        return self._pool.submit(function, job).result
+        if self._pool is not None:
+            return self._pool.submit(function, job).result
+        if self._num_processes > 1 and self._num_jobs > _NUM_JOBS_ALONE and self._starting is None:
+            self._starting = threading.Thread(target=self._start_processes, daemon=True)
+            self._starting.start()
+        return functools.partial(function, job)
+
+    def _start_processes(self) -> None:
+        """Give jobs to other processes from when there is one, half a second from now."""
+        # Forked from a process that does nothing but import: this one has threads, of Arrow.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(self._modules)
+        pool = ProcessPoolExecutor(self._num_processes, context, _begin_worker)
+        with contextlib.suppress(BrokenProcessPool):  # then this process does all
+            pool.submit(_do_nothing).result()
+            self._pool = pool
+        if self._has_ended:
+            pool.shutdown()
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ def plain(batch: Batch) -> list[Any]:
     """What is in `batch`, comparable."""
     dropped = batch.num_dropped[batch.verdicts <= 1].tolist()  # of records that were not refused
     arrays = [batch.verdicts.tolist(), dropped, batch.points.tolist(), batch.num_characters.tolist()]
-    return [batch.own_split, *arrays, batch.digests, batch.first, batch.table.to_pylist(), batch.table.schema]
+    return [batch.own_split, *arrays, batch.digests.tolist(), batch.first, batch.table.to_pylist(), batch.table.schema]
 
 
 def part_of(lines: list[bytes]) -> Part:

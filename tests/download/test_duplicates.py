@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.download.duplicates import ExactDuplicates, NearDuplicates, Signatures, sign_documents
-from stages.download.records import normalise
+from stages.download.records import digest_documents, normalise
 from stages.download.shingles import hash_shingles
 from stages.download.stage import DownloadConfig, main
 
@@ -31,8 +31,21 @@ def sign(texts: list[str]) -> Signatures:
 
 def test_exact_duplicates_second_copy_is_known() -> None:
     seen = ExactDuplicates()
-    assert seen.add([b"a", b"b", b"a"]).tolist() == [True, True, False]
-    assert seen.add([b"A", b"b"]).tolist() == [True, False]
+    assert seen.add(digest_documents([b"a", b"b", b"a"])).tolist() == [True, True, False]
+    assert seen.add(digest_documents([])).tolist() == []
+    assert seen.add(digest_documents([b"A", b"b"])).tolist() == [True, False]
+
+
+@steady
+@given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), max_size=40), max_size=30))
+def test_exact_duplicates_are_those_that_a_set_holds(batches: list[list[tuple[int, int]]]) -> None:
+    seen, known = ExactDuplicates(), set[tuple[int, int]]()
+    for batch in batches:  # hashes of which many have a first half in common
+        expected = []
+        for digest in batch:
+            expected.append(digest not in known)
+            known.add(digest)
+        assert seen.add(np.array(batch, np.uint64).reshape(-1, 2)).tolist() == expected
 
 
 def shingles(text: str) -> list[str]:
