@@ -85,6 +85,32 @@ def test_download_on_a_cluster_writes_the_bytes_of_one_machine(cluster: Cluster,
     assert contents(tmp_path / "raw-ray") == contents(tmp_path / "raw-")
 
 
+@pytest.mark.slow
+def test_download_on_a_cluster_that_loses_workers_writes_the_bytes_of_one_machine(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    text = " ".join(f"word{number}" for number in range(60))
+    records = [{"title": f"Question {i}?", "answers.text": [f"{text} {i}"]} for i in range(9000)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    command = ["-c", SMALL_PARTS, "data=files", f"data.path={tmp_path}/a.jsonl", "source=x"]
+    code, printed = cluster.run(*command, f"out={tmp_path}/raw", LM_REPRO_PREPROCESSING=HERE)
+    assert code == 0, printed
+    process = cluster.start(*command, f"out={tmp_path}/raw-ray", LM_REPRO_PREPROCESSING="ray")
+    killed = 0
+    while killed < 2 and process.poll() is None:
+        for one in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if one.name().startswith("ray::_run_piece"):
+                    one.send_signal(signal.SIGKILL)
+                    killed += 1
+                    break
+        time.sleep(0.5)
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, printed
+    assert killed == 2, "it ended before two workers could be killed"
+    assert contents(tmp_path / "raw-ray") == contents(tmp_path / "raw")
+
+
 def test_download_on_a_cluster_of_a_malformed_record_names_it(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"title": "t", "answers.text": "x"}\n{\n')
     command = ["-m", "stages.download", "data=files", f"data.path={tmp_path}/a.jsonl", f"out={tmp_path}/raw"]
