@@ -43,7 +43,7 @@ _SIGNATURES = {
 }
 
 
-PART_BYTES = 2 * 2**20  # of a part, about
+PART_BYTES = 4 * 2**20  # of a part, about
 _PART_ROWS = 1000
 _PIECE_BYTES = 2**18  # read at once
 

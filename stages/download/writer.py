@@ -1,5 +1,6 @@
 """Writes the records of a split to Parquet, in row groups that the records alone decide."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ class SplitWriter:
             write_page_checksum=True,
         )
         self._waiting: list[pa.Table] = []
+        self._thread = ThreadPoolExecutor(1)  # compresses a row group while the next one is put together
+        self._written: Future[None] | None = None
         self._num_rows = self._num_characters = 0
 
     def write(self, table: pa.Table, num_characters: npt.NDArray[np.int64]) -> None:
@@ -45,7 +48,9 @@ class SplitWriter:
 
     def _flush(self) -> None:
         # In one piece: the pages of a column would end where its pieces do.
-        self._writer.write_table(pa.concat_tables(self._waiting).combine_chunks())
+        row_group = pa.concat_tables(self._waiting).combine_chunks()
+        self._wait()
+        self._written = self._thread.submit(self._writer.write_table, row_group)
         self._waiting.clear()
         self._num_rows = self._num_characters = 0
 
@@ -53,4 +58,11 @@ class SplitWriter:
         """Write what is left, and end the file."""
         if self._waiting:
             self._flush()
+        self._wait()
+        self._thread.shutdown()
         self._writer.close()
+
+    def _wait(self) -> None:
+        """Raise what went wrong with the row group before, once that is written."""
+        if self._written is not None:
+            self._written.result()
