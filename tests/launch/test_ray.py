@@ -56,7 +56,8 @@ def test_preprocessing_on_a_cluster_writes_the_bytes_of_one_machine(
     for place, name in ((HERE, "here"), ("ray", "there")):
         tokens, blocks = tmp_path / name / "tokens", tmp_path / name / "blocks"
         tokenize = [*own, f"raw={tmp_path}/raw", f"out={tokens}"]
-        for command in (["tokenize", *tokenize], ["group_texts", "block_size=16", f"tokens={tokens}", f"out={blocks}"]):
+        grouping = ["block_size=16", f"tokens={tokens}", f"raw={tmp_path}/raw", f"out={blocks}"]
+        for command in (["tokenize", *tokenize], ["group_texts", *grouping]):
             code, printed = cluster.run("-c", SMALL_SHARDS, *command, LM_REPRO_PREPROCESSING=place)
             assert code == 0, printed
         assert len(shard_files(tokens / "train")) > 2 < len(shard_files(blocks / "train"))
@@ -125,7 +126,8 @@ def test_preprocessing_on_a_cluster_of_a_damaged_shard_names_it(cluster: Cluster
     for file, content in contents(corpus / "tokens/causal").items():
         (tokens / file).parent.mkdir(parents=True, exist_ok=True)
         (tokens / file).write_bytes(content[:-9] if file == "test/shard-00000.arrow" else content)
-    command = ["-m", "stages.group_texts", "block_size=16", f"tokens={tokens}", f"out={tmp_path}/blocks"]
+    paths = [f"tokens={tokens}", f"raw={corpus}/raw", f"out={tmp_path}/blocks"]
+    command = ["-m", "stages.group_texts", "block_size=16", *paths]
     code, printed = cluster.run(*command, LM_REPRO_PREPROCESSING="ray")
     assert code == 1
     assert f"{tokens}/test/shard-00000.arrow is damaged" in printed

@@ -265,7 +265,9 @@ def test_hostile_disk_that_is_full_ends_tokenize(tmp_path: Path, full_disk: Path
 
 def test_hostile_disk_that_is_full_ends_group_texts(tmp_path: Path, full_disk: Path) -> None:
     tokens = write_tokens(tmp_path / "tokens", in_each([[5, 6, 7, 8] * 9999]))
-    assert process_error("group_texts", "block_size=8", f"tokens={tokens}", f"out={full_disk}/b").startswith(FULL)
+    raw = write_raw(tmp_path / "raw", in_each(["a text"]))
+    grouping = ["block_size=8", f"tokens={tokens}", f"raw={raw}", f"out={full_disk}/b"]
+    assert process_error("group_texts", *grouping).startswith(FULL)
     assert files_below(full_disk) == []
 
 
@@ -319,7 +321,7 @@ def through_the_data_stages(tmp_path: Path, source: Path) -> Path:
     raw, tokens, blocks = tmp_path / "raw", tmp_path / "tokens", tmp_path / "blocks"
     assert error_of("download", "data=files", f"data.path={source}", counted, f"out={raw}") == ""
     assert error_of("tokenize", *small, f"raw={raw}", f"out={tokens}") == ""
-    assert error_of("group_texts", "block_size=8", f"tokens={tokens}", f"out={blocks}") == ""
+    assert error_of("group_texts", "block_size=8", f"tokens={tokens}", f"raw={raw}", f"out={blocks}") == ""
     return tokens
 
 

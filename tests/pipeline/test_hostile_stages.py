@@ -315,7 +315,8 @@ def test_hostile_tokens_are_named_and_nothing_is_written(tmp_path: Path, case: C
     tokens = write_tokens(tmp_path / "tokens", DOCUMENTS)
     case.make(tokens)
     size = case.overrides or ("block_size=8",)
-    said = error_of("group_texts", f"tokens={tokens}", f"out={tmp_path}/out/blocks", *size)
+    raw = write_raw(tmp_path / "raw", {name: ["a text"] for name in TEXTS})
+    said = error_of("group_texts", f"tokens={tokens}", f"raw={raw}", f"out={tmp_path}/out/blocks", *size)
     assert case.message.replace("DIR", str(tokens)) in said
     assert files_below(tmp_path / "out") == []
 
@@ -331,6 +332,7 @@ def test_hostile_vocabulary_above_uint16_is_stored_in_uint32(tmp_path: Path) -> 
     raw = write_raw(tmp_path / "raw", {name: ["w2 w65535 w65536 w69999"] for name in TEXTS})
     choices = [*pinned_tokenizer(tmp_path / "mine"), "task=causal", "data=files", f"raw={raw}"]
     assert error_of("tokenize", *choices, f"out={tmp_path}/tokens") == ""
-    assert error_of("group_texts", "block_size=3", f"tokens={tmp_path}/tokens", f"out={tmp_path}/blocks") == ""
+    grouping = ["block_size=3", f"tokens={tmp_path}/tokens", f"raw={raw}", f"out={tmp_path}/blocks"]
+    assert error_of("group_texts", *grouping) == ""
     ids = Documents(tmp_path / "tokens/test")[0]
     assert (ids.dtype, ids.tolist()) == (np.uint32, [1, 2, 65_535, 65_536, 69_999, 1])

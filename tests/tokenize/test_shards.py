@@ -31,7 +31,7 @@ def cut(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for task in TASKS:
             own = ["data=files", MODELS[task][0], "model.tokenizer.train.vocab_size=300"]
             run_stage("tokenize", f"task={task}", *own, f"raw={root}/raw", f"out={root}/tokens/{task}")
-            grouped = [f"tokens={root}/tokens/{task}", f"out={root}/blocks/{task}"]
+            grouped = [f"tokens={root}/tokens/{task}", f"raw={root}/raw", f"out={root}/blocks/{task}"]
             run_stage("group_texts", "block_size=16", *grouped)
     return root
 

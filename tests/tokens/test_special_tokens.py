@@ -257,7 +257,7 @@ def test_tokens_outside_tokenizer_json_reach_the_exported_model(
     tokens, blocks = f"tokens={tmp_path}/tokens", f"blocks={tmp_path}/blocks"
     choices = [f"task={task}", "data=files", *pinned_tokenizer(tokenizers / name)]
     run_stage("tokenize", *choices, f"raw={corpus}/raw", f"out={tmp_path}/tokens")
-    run_stage("group_texts", "block_size=16", tokens, f"out={tmp_path}/blocks")
+    run_stage("group_texts", "block_size=16", tokens, f"raw={corpus}/raw", f"out={tmp_path}/blocks")
     for stage in ("baseline", "train", "evaluate"):
         given = [tokens] if stage == "baseline" else [tokens, blocks]
         if task == "mlm" and stage != "evaluate":  # whose positions begin behind the pad token's id
