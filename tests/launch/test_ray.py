@@ -263,7 +263,8 @@ def test_evaluate_on_a_cluster_writes_the_metrics_of_one_process(
 def test_ray_without_a_cluster_is_an_error_that_says_how_to_start_one(
     cluster: Cluster, corpus: Path, tmp_path: Path
 ) -> None:
-    command = ["-m", "stages.group_texts", "block_size=16", f"tokens={corpus}/tokens/causal", f"out={tmp_path}/blocks"]
+    paths = [f"tokens={corpus}/tokens/causal", f"raw={corpus}/raw", f"out={tmp_path}/blocks"]
+    command = ["-m", "stages.group_texts", "block_size=16", *paths]
     code, printed = cluster.run(*command, LM_REPRO_PREPROCESSING="ray", RAY_ADDRESS="127.0.0.1:9")
     assert code == 1
     assert "no Ray cluster at 127.0.0.1:9" in printed and "ray start --head" in printed, printed
