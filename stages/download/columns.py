@@ -33,7 +33,6 @@ from stages.download.arrays import (
 from stages.download.records import (
     FILTERED,
     KEPT,
-    NORMALISED_ASCII,
     OPTIONAL_TEXTS,
     REMOVED,
     TITLE,
@@ -149,25 +148,12 @@ def _decide(data: SourceData, table: pa.Table, keys: Sequence[pa.Array]) -> Kept
     content, bounds = memoryview(documents.buffers()[2] or b""), itertools.pairwise(text_offsets(documents).tolist())
     points = np.zeros(len(table), np.uint64)
     if data.split is not None and data.split.by == "hash":
-        columns = [normalise_all(key) for key in keys]
-        joined = columns[0] if len(columns) == 1 else [join_key(row) for row in zip(*columns, strict=True)]
-        texts = [key or normalise(documents[number].as_py()) for number, key in enumerate(joined or len(table) * [""])]
-        points = split_points(texts, data.split.seed)
-    return KeptRecords(
-        table, points, digest_documents(content[start:end] for start, end in bounds), count_characters(table)
-    )
-
-
-def normalise_all(texts: pa.StringArray) -> list[str]:
-    """`normalise` of each text, [len(texts)]; the empty text for null."""
-    offsets = text_offsets(texts)
-    content = memoryview(texts.buffers()[2] or b"")[: offsets[-1]].tobytes()
-    lowered = content.translate(NORMALISED_ASCII)
-    normalised = [b" ".join(lowered[start:end].split()) for start, end in itertools.pairwise(offsets.tolist())]
-    return [
-        words.decode() if words and words.isascii() else normalise(texts[number].as_py() or "")
-        for number, words in enumerate(normalised)
-    ]
+        rows = zip(*(key.to_pylist() for key in keys), strict=True) if keys else itertools.repeat((), len(table))
+        joined = (join_key([value or "" for value in values]) for values in rows)
+        chosen = (key or normalise(documents[number].as_py()) for number, key in enumerate(joined))
+        points = split_points(chosen, data.split.seed)
+    digests = digest_documents(content[start:end] for start, end in bounds)
+    return KeptRecords(table, points, digests, count_characters(table))
 
 
 def count_characters(table: pa.Table) -> Ints:

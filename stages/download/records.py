@@ -287,11 +287,12 @@ def split_key(row: Mapping[str, Any], record: Record, names: Sequence[str]) -> s
         BadRecordError: if a column is missing, or holds something other than a text, a number or a date.
     """
     values = [record["title"] if name == TITLE else scalar_text(lookup(row, name), name) for name in names]
-    return join_key([normalise(value or "") for value in values]) or normalise(" ".join(record["answers"]["text"]))
+    return join_key([value or "" for value in values]) or normalise(" ".join(record["answers"]["text"]))
 
 
-def join_key(normalised: Sequence[str]) -> str:
-    """Normalised values in one text; the empty text where all of them are empty."""
+def join_key(values: Sequence[str]) -> str:
+    """The normalised `values` in one text; the empty text where all of them are empty."""
+    normalised = [normalise(value) for value in values]
     return _BETWEEN_KEYS.join(normalised) if any(normalised) else ""
 
 

@@ -61,18 +61,14 @@ def main(config: DownloadConfig) -> None:
     ledger = Ledger(splits, data.clean)
     if problem := next(unmet(data.clean), None):
         raise StageError(problem)
-    commit = None
-    if data.hub is not None:
-        from stages.download.hub_data import resolve_commit
-
-        commit = resolve_commit(data.hub)
+    parts, commit = _open_source(data)
     rules = Rules(data, None if data.source == "sources" else config.source)
     with (
         staged(config.out, ["stats.json", *(f"{split}.parquet" for split in splits)]) as directory,
-        Workers(modules=["stages.download.parts"]) as workers,
+        Workers() as workers,
         ExitStack() as stack,
     ):
-        batches = workers.map(functools.partial(read_part, rules), _parts(data, commit))
+        batches = workers.map(functools.partial(read_part, rules), parts)
         schema = record_schema(data.groups)
         writers = {split: SplitWriter(directory / f"{split}.parquet", schema) for split in splits}
         signatures = {split: SignatureFile(stack.enter_context(TemporaryFile(dir=directory))) for split in splits}
@@ -96,13 +92,14 @@ def main(config: DownloadConfig) -> None:
     log.info("%d records -> %s (%s)", ledger.records_in, config.out, ledger.summary())
 
 
-def _parts(data: SourceData, commit: str | None) -> Iterator[Part]:
-    """The source in parts, in order."""
-    if data.hub is not None and commit is not None:
-        from stages.download.hub_data import read_hub
+def _open_source(data: SourceData) -> tuple[Iterator[Part], str | None]:
+    """The source in parts, in order, and the commit that it is at if it is a data set of the Hub."""
+    if data.hub is None:
+        return source_parts(data) if data.source == "sources" else read_parts(data), None
+    from stages.download.hub_data import read_hub, resolve_commit
 
-        return row_parts(read_hub(data.hub, commit, whole=data.max_records is None))
-    return source_parts(data) if data.source == "sources" else read_parts(data)
+    commit = resolve_commit(data.hub)
+    return row_parts(read_hub(data.hub, commit, whole=data.max_records is None)), commit
 
 
 def _first_records(batches: Iterator[Batch], data: SourceData, ledger: Ledger) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -90,18 +90,15 @@ class Workers:
     While there are few pieces, and until the processes are there, this process does them.
     """
 
-    def __init__(self, num_processes: int | None = None, modules: Sequence[str] = ()) -> None:
+    def __init__(self, num_processes: int | None = None) -> None:
         """
         Args:
             num_processes: None: as many as this process may use cores.
-            modules: what the pieces need, imported once for all processes of this machine.
         """
         self._num_processes = num_processes or len(os.sched_getaffinity(0))
-        self._modules = list(modules)
         self._num_jobs = 0
         self._pool: ProcessPoolExecutor | None = None
-        self._starting: threading.Thread | None = None
-        self._has_ended = False
+        self._first: Future[None] | None = None
         self._ray: Any = None
         if are_spread():
             from stages.shell.ray_cluster import connected
@@ -113,7 +110,6 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._has_ended = True
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -145,7 +141,11 @@ class Workers:
 
     def _num_ahead(self) -> int:
         """Jobs that wait for their results to be taken, at most."""
-        return 1 if self._pool is None and self._ray is None else _JOBS_AHEAD * self._num_processes
+        return _JOBS_AHEAD * self._num_processes if self._ray is not None or self._are_ready() else 1
+
+    def _are_ready(self) -> bool:
+        """Whether another process waits for jobs."""
+        return self._first is not None and self._first.done()
 
     def _start(self, function: Callable[[_Job], _Result], job: _Job) -> Callable[[], _Result]:
         """What waits for the result of a job."""
@@ -153,24 +153,14 @@ class Workers:
         if self._ray is not None:
             task = self._ray.remote(_run_piece).remote(function, job, str(Path.cwd()))
             return functools.partial(_get, self._ray, task)
-        if self._pool is not None:
-            return self._pool.submit(function, job).result
-        if self._num_processes > 1 and self._num_jobs > _NUM_JOBS_ALONE and self._starting is None:
-            self._starting = threading.Thread(target=self._start_processes, daemon=True)
-            self._starting.start()
-        return functools.partial(function, job)
-
-    def _start_processes(self) -> None:
-        """Give jobs to other processes from when there is one, half a second from now."""
-        # Forked from a process that does nothing but import: this one has threads, of Arrow.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(self._modules)
-        pool = ProcessPoolExecutor(self._num_processes, context, _begin_worker)
-        with contextlib.suppress(BrokenProcessPool):  # then this process does all
-            pool.submit(_do_nothing).result()
-            self._pool = pool
-        if self._has_ended:
-            pool.shutdown()
+        if self._num_processes > 1 and self._num_jobs > _NUM_JOBS_ALONE and self._pool is None:
+            # Not forked: Arrow has threads.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._num_processes, context, _begin_worker, (function,))
+            self._first, *_ = [self._pool.submit(_do_nothing) for _ in range(self._num_processes)]  # a process each
+        if self._pool is None or not self._are_ready():
+            return functools.partial(function, job)
+        return self._pool.submit(function, job).result
 
 
 @contextlib.contextmanager
@@ -188,8 +178,11 @@ def _do_nothing() -> None:
     """A job that shows that there is a process."""
 
 
-def _begin_worker() -> None:
-    """Leave Ctrl-C to the process that started this one, and end with it."""
+def _begin_worker(_: Callable[..., Any]) -> None:
+    """Leave Ctrl-C to the process that started this one, and end with it.
+
+    Given the function of the first job, so that what it needs is imported before the process counts as ready.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.set_threshold(100_000, 20, 20)  # as in the process that started it
     parent = multiprocessing.parent_process()

@@ -431,16 +431,13 @@ def test_download_without_a_split_refuses_to_compare_splits(tmp_path: Path) -> N
 def in_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of few records, given to other processes from the third on, for which they wait."""
 
-    def start(workers: tasks.Workers, function: Any, job: Any) -> Any:
-        if workers._starting is not None:
-            workers._starting.join()
-        return original(workers, function, job)
+    def wait_until_ready(workers: tasks.Workers) -> bool:
+        return workers._first is not None and workers._first.result() is None
 
-    original = tasks.Workers._start
     monkeypatch.setattr(sources, "PART_BYTES", 2000)
     monkeypatch.setattr(sources, "_PART_ROWS", 20)
     monkeypatch.setattr(tasks, "_NUM_JOBS_ALONE", 2)
-    monkeypatch.setattr(tasks.Workers, "_start", start)
+    monkeypatch.setattr(tasks.Workers, "_are_ready", wait_until_ready)
 
 
 def write_many(directory: Path, kind: str, number: int = 300) -> Path:

@@ -8,13 +8,14 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
 from conftest import MODELS
-from data_helpers import contents
+from data_helpers import contents, write_jsonl
 from training_cases import NO_DROPOUT, RUINED, losses
 
 from benchmarks.ray_cluster import Cluster, missing, nodes
@@ -73,12 +74,16 @@ run_stage("download", *sys.argv[1:])
 """
 
 
+def long_records(number: int) -> list[dict[str, Any]]:
+    text = " ".join(f"word{place}" for place in range(60))
+    return [{"title": f"Question {i}?", "answers.text": [f"{text} {i}"]} for i in range(number)]
+
+
 @pytest.mark.parametrize("name", [pytest.param("a.jsonl", marks=pytest.mark.slow), "a.jsonl.gz"])
 def test_download_on_a_cluster_writes_the_bytes_of_one_machine(cluster: Cluster, tmp_path: Path, name: str) -> None:
-    text = " ".join(f"word{number}" for number in range(60))
-    records = [{"title": f"Question {i}?", "answers.text": [f"{text} {i}"]} for i in range(300)]
-    raw = "".join(json.dumps(record) + "\n" for record in records).encode()
-    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    file = write_jsonl(tmp_path / "a.jsonl", long_records(300))
+    if name.endswith("gz"):
+        (tmp_path / name).write_bytes(gzip.compress(file.read_bytes()))
     for place in (HERE, "ray"):
         command = ["data=files", f"data.path={tmp_path / name}", "source=x", f"out={tmp_path}/raw-{place}"]
         code, printed = cluster.run("-c", SMALL_PARTS, *command, LM_REPRO_PREPROCESSING=place)
@@ -90,9 +95,7 @@ def test_download_on_a_cluster_writes_the_bytes_of_one_machine(cluster: Cluster,
 def test_download_on_a_cluster_that_loses_workers_writes_the_bytes_of_one_machine(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    text = " ".join(f"word{number}" for number in range(60))
-    records = [{"title": f"Question {i}?", "answers.text": [f"{text} {i}"]} for i in range(9000)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_jsonl(tmp_path / "a.jsonl", long_records(9000))
     command = ["-c", SMALL_PARTS, "data=files", f"data.path={tmp_path}/a.jsonl", "source=x"]
     code, printed = cluster.run(*command, f"out={tmp_path}/raw", LM_REPRO_PREPROCESSING=HERE)
     assert code == 0, printed

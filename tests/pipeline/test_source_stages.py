@@ -1,9 +1,9 @@
 """Several sources in the pipeline: a changed file reads that source again, changed weights tokenize nothing."""
 
-import json
 from pathlib import Path
 
 import pytest
+from data_helpers import write_jsonl
 from dvc_project import edit, run, stages_run
 
 from stages.core.artifacts import read_json
@@ -13,14 +13,8 @@ LIKELIER = {"first": 0.2, "second": 0.3, "third": 0.5}
 
 
 def write_source(file: Path, number: int) -> None:
-    file.write_text(
-        "".join(
-            json.dumps({"title": f"{file.stem} {index}?", "answers.text": [f"{file.stem} answers {index}. " * 9]})
-            + "\n"
-            for index in range(number)
-        ),
-        encoding="utf-8",
-    )
+    texts = [f"{file.stem} answers {index}. " * 9 for index in range(number)]
+    write_jsonl(file, [{"title": f"{file.stem} {i}?", "answers.text": [text]} for i, text in enumerate(texts)])
 
 
 @pytest.mark.slow
