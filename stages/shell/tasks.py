@@ -80,7 +80,7 @@ def _run_piece(function: Callable[[Any], Any], job: Any, directory: str) -> Any:
     return function(job)
 
 
-_NUM_JOBS_ALONE = 2  # that this process does by itself before it starts others
+_NUM_JOBS_ALONE = 4  # that this process does by itself before it starts others, which takes as long
 _JOBS_AHEAD = 2  # for each process, so that none waits for the next, and no more are in memory
 
 
