@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--guide-documents", type=int, default=50_000)
     parser.add_argument("--tokenizer", type=Path, help="directory of a byte-level BPE with an end-of-sequence token")
     parser.add_argument("--rounds", type=int, default=3, help="of ours; theirs runs once")
-    parser.add_argument("--before", type=Path, help="another checkout, whose download is measured as well")
+    parser.add_argument("--before", type=Path, help="a checkout after `make env`, whose download is measured as well")
     parser.add_argument("--files-only", action="store_true", help="from the file to blocks, and no more")
     arguments = parser.parse_args()
     os.environ["PYTHONPATH"] = str(ROOT)
@@ -276,7 +276,8 @@ def watched(stage: str, *overrides: str, root: Path) -> tuple[float, int]:
     peak = 0
     started = time.perf_counter()
     environment = os.environ | {"PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", f"stages.{stage}", *overrides]
+    python = sys.executable if root == ROOT else str(root.resolve() / ".venv/bin/python")
+    command = [python, "-m", f"stages.{stage}", *overrides]
     process = psutil.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         with contextlib.suppress(psutil.Error):

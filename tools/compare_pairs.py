@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 from dvc.repo import Repo
 from rich import box
@@ -16,8 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stages.core.artifacts import to_numpy
-from stages.core.errors import printable
+from stages.core.errors import StageError, printable
 from stages.figures.scores import Scores, scores_in
 from tools.compare import Row, draw, full_split, width_of
 from tools.outs import Outs
@@ -32,11 +32,12 @@ class Evaluation(NamedTuple):
 
     name: str
     """Of the revision."""
+    rev: str
     seed: str
     family: str
     """All parameters of the task but the seed, as JSON."""
-    records: npt.NDArray[np.int64]
-    """[num_documents]"""
+    table: pa.Table
+    """Of the documents' scores, as evaluate wrote it."""
     scores: Scores
     context: Any
     """evaluate.context."""
@@ -48,12 +49,19 @@ class Evaluation(NamedTuple):
 class Line(NamedTuple):
     """A comparison of an experiment, trained with one seed or several, with the baseline."""
 
-    names: list[str]
+    evaluations: list[Evaluation]
+    """Of the experiment, one for each seed."""
+    others: list[Evaluation]
+    """What they are compared with, one for each seed."""
     difference: Difference | None
     reason: str
     """Why there is no difference; empty where there is one."""
     is_seed: bool
     """Whether only the seed is another."""
+
+    @property
+    def names(self) -> list[str]:
+        return [evaluation.name for evaluation in self.evaluations]
 
 
 def read_evaluation(row: Row, task: str, split: str, outs: Outs) -> Evaluation | None:
@@ -72,9 +80,10 @@ def read_evaluation(row: Row, task: str, split: str, outs: Outs) -> Evaluation |
     seed = params.pop("seed", "")
     return Evaluation(
         name=row.name,
+        rev=row.rev,
         seed=seed,
         family=json.dumps(params, sort_keys=True),
-        records=to_numpy(table.column("record").combine_chunks()),
+        table=table,
         scores=scores_in(table, "bits_after"),
         context=params.get(f"{task}: evaluate.context"),
         num_lossy=int(json.loads(ledger).get("documents_lossy", 0)),
@@ -84,10 +93,8 @@ def read_evaluation(row: Row, task: str, split: str, outs: Outs) -> Evaluation |
 
 def find_obstacle(ours: Evaluation, other: Evaluation) -> str:
     """Why the figures of two evaluations do not compare; empty where they do."""
-    same_documents = np.array_equal(ours.records, other.records) and np.array_equal(
-        ours.scores.num_bytes, other.scores.num_bytes
-    )
-    if not same_documents:
+    columns = (evaluation.table.select(["record", "bytes"]) for evaluation in (ours, other))
+    if not next(columns).equals(next(columns)):
         return "other documents"
     if ours.context != other.context:
         return f"evaluate.context {ours.context}, not {other.context}"
@@ -106,45 +113,59 @@ def compare_with(baseline: Evaluation, evaluations: list[Evaluation]) -> list[Li
     lines = []
     for evaluation in evaluations:
         if reason := find_obstacle(evaluation, baseline):
-            lines.append(Line([evaluation.name], None, reason, False))
+            lines.append(Line([evaluation], [baseline], None, reason, False))
         else:
             families[evaluation.family].setdefault(evaluation.seed, evaluation)
     own = families.pop(baseline.family)
-    others = [Line([item.name for item in of.values()], _difference(of, own), "", False) for of in families.values()]
+    others = [_compare(family, own, is_seed=False) for family in families.values()]
     seeds = [
-        Line([item.name], _difference({seed: item}, {baseline.seed: baseline}), "", True)
-        for seed, item in own.items()
-        if item is not baseline
+        _compare({seed: evaluation}, {baseline.seed: baseline}, is_seed=True)
+        for seed, evaluation in own.items()
+        if evaluation is not baseline
     ]
     return [*others, *seeds, *lines]
 
 
-def _difference(ours: Mapping[str, Evaluation], others: Mapping[str, Evaluation]) -> Difference:
+def _compare(ours: Mapping[str, Evaluation], others: Mapping[str, Evaluation], is_seed: bool) -> Line:
     num_bytes = next(iter(ours.values())).scores.num_bytes
-    return compare_models(_bits_by_seed(ours), _bits_by_seed(others), num_bytes)
+    difference = compare_models(_bits_by_seed(ours), _bits_by_seed(others), num_bytes)
+    return Line(list(ours.values()), list(others.values()), difference, "", is_seed)
 
 
 def _bits_by_seed(model: Mapping[str, Evaluation]) -> dict[str, npt.NDArray[np.float64]]:
     return {seed: evaluation.scores.bits for seed, evaluation in model.items()}
 
 
-def make_pairs_table(lines: Sequence[Line]) -> Table:
-    """A row for each comparison."""
+def judge_all(lines: Sequence[Line]) -> list[tuple[str, str]]:
+    """The verdict of each comparison, corrected for their number, and what would decide one that is not decided."""
     tested = [line.difference for line in lines if line.difference is not None and not line.difference.is_none]
     corrected = iter(correct_p_values([difference.p_value for difference in tested]))
-    with_seeds = any(difference.num_seeds != (1, 1) for difference in tested)
+    verdicts = []
+    for line in lines:
+        difference = line.difference
+        if difference is None:
+            verdicts.append(("not comparable", ""))
+            continue
+        verdict = judge(difference, 1.0 if difference.is_none else next(corrected))
+        undecided = verdict == "not decided"
+        verdicts.append((verdict, say_what_would_decide(difference, len(tested)) if undecided else ""))
+    return verdicts
+
+
+def make_pairs_table(lines: Sequence[Line]) -> Table:
+    """A row for each comparison."""
+    with_seeds = any(line.difference is not None and line.difference.num_seeds != (1, 1) for line in lines)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("experiment", no_wrap=True)
     for heading in ("difference", "95 % interval", "documents\nbetter", *(["seeds"] if with_seeds else [])):
         table.add_column(heading, no_wrap=True, justify="right")
     for heading in ("verdict", "to decide: more"):
         table.add_column(heading, no_wrap=True)
-    for line in lines:
+    for line, (verdict, to_decide) in zip(lines, judge_all(lines), strict=True):
         name, difference = Text("\n".join(line.names) + (SEED_ONLY if line.is_seed else "")), line.difference
         if difference is None:
             table.add_row(name, *["-"] * (4 if with_seeds else 3), Text(printable(line.reason)), "")
             continue
-        verdict = judge(difference, 1.0 if difference.is_none else next(corrected))
         table.add_row(
             name,
             f"{difference.value:+.4f}",
@@ -152,7 +173,7 @@ def make_pairs_table(lines: Sequence[Line]) -> Table:
             f"{difference.share_better:.0%}",
             *([" and ".join(map(str, difference.num_seeds))] if with_seeds else []),
             verdict,
-            say_what_would_decide(difference, len(tested)) if verdict == "not decided" else "",
+            to_decide,
         )
     return table
 
@@ -210,19 +231,34 @@ def task_of(column: str) -> str:
     return column.partition(" ")[0]
 
 
-def compare_pairs(
-    rows: list[Row], found: list[dict[str, Any]], split: str, against: str | None, console: Console
-) -> list[Row]:
-    """Print the table of metrics and, below it, how the experiments compare with the baseline; the rows shown."""
-    with Repo() as repo:
-        outs = Outs(repo)
-    shown, rows = rows, leave_out_stale_metrics(rows, found, outs)
+class Comparison(NamedTuple):
+    """How the experiments compare with a baseline."""
+
+    rows: list[Row]
+    """Those with figures of their own."""
+    baseline: str
+    """Its name."""
+    lines: dict[str, list[Line]]
+    """By task."""
+    unread: list[str]
+    """Experiments and tasks of which the scores of documents are in no cache."""
+
+
+def compare_rows(
+    rows: list[Row], found: list[dict[str, Any]], split: str, against: str | None, outs: Outs
+) -> Comparison:
+    """Compare the experiments of `rows` with the baseline, each task of its own.
+
+    Raises:
+        StageError: if no figures are of their own parameters, or if there is no baseline.
+    """
+    rows = leave_out_stale_metrics(rows, found, outs)
     if not rows:
-        sys.exit("compare: all figures are of other parameters than the present ones: run `dvc repro`")
+        raise StageError("all figures are of other parameters than the present ones: run `dvc repro`")
     baseline = find_baseline(rows, against)
     if baseline is None:
         names = printable(", ".join(row.name for row in rows), 2000)
-        sys.exit(f"compare: --against {printable(against)}: no experiment and no commit shown; there are {names}")
+        raise StageError(f"--against {printable(against)}: no experiment and no commit shown; there are {names}")
     lines: dict[str, list[Line]] = {}
     unread: list[str] = []
     for task in dict.fromkeys(task_of(column) for row in rows for column in row.metrics):
@@ -231,11 +267,24 @@ def compare_pairs(
         unread += [f"{name} ({task})" for name, evaluation in evaluations.items() if evaluation is None]
         if (of_baseline := evaluations.get(baseline.name)) is not None:
             lines[task] = compare_with(of_baseline, [item for item in evaluations.values() if item is not None])
+    return Comparison(rows, baseline.name, lines, unread)
+
+
+def compare_pairs(
+    rows: list[Row], found: list[dict[str, Any]], split: str, against: str | None, console: Console
+) -> list[Row]:
+    """Print the table of metrics and, below it, how the experiments compare with the baseline; the rows shown."""
+    try:
+        with Repo() as repo:
+            comparison = compare_rows(rows, found, split, against, Outs(repo))
+    except StageError as error:
+        sys.exit(f"compare: {error}")
+    shown, (rows, baseline, lines, unread) = rows, comparison
     draw(rows, console, {(name, task) for task in lines for line in lines[task] if line.reason for name in line.names})
     for task, of_task in lines.items():
         if of_task:
             table = make_pairs_table(of_task)
-            print(f"\n{describe_table(task, of_task, baseline.name, split)}")
+            print(f"\n{describe_table(task, of_task, baseline, split)}")
             Console(highlight=False, width=max(console.width, width_of(table, console))).print(table)
     for said in describe_verdicts([line for of_task in lines.values() for line in of_task]):
         print(said)

@@ -12,10 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from stages.core.artifacts import write_json
 from tools.report_data import read_files, read_runs
 from tools.report_page import render
+from tools.report_pairs import plot_points, read_compared
 
 OUT = Path("reports/report.html")
+PLOTS = Path("reports/compare")
+"""Where the differences between experiments are, a file a task, for `dvc plots`."""
 
 
 def main() -> None:
@@ -27,11 +31,15 @@ def main() -> None:
     shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if shown.returncode:  # DVC has said why
         sys.exit("report: `dvc exp show` failed")
-    runs = read_runs(json.loads(shown.stdout), read_files)
+    revisions = json.loads(shown.stdout)
+    runs = read_runs(revisions, read_files)
     if not any(run.metrics for run in runs):
         sys.exit("report: no results yet: run `dvc repro` first")
-    page = render(runs)
-    OUT.parent.mkdir(parents=True, exist_ok=True)
+    compared = read_compared(revisions)
+    page = render(runs, compared)
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    for task in compared:
+        write_json(PLOTS / f"{task.task}.json", plot_points(task))
     aside = OUT.with_name(f".tmp-{OUT.name}")
     aside.write_text(page, encoding="utf-8")
     aside.replace(OUT)

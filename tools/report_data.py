@@ -11,7 +11,7 @@ from dvc.exceptions import DvcException
 from dvc_data.index import DataIndexDirError
 
 from stages.core.config import flat as flatten
-from stages.figures.names import SHORT_SPLITS, full_names
+from stages.figures.names import SHORT_SPLITS, TOKENS, full_names
 from tools.compare import flat, name_of, revisions
 
 SPLITS = ("train", "validation", "test")
@@ -158,6 +158,14 @@ def split_ledger(task: str, split: str) -> str:
 
 def scores_file(task: str, split: str) -> str:
     return f"reports/evaluate/{task}/{split}.parquet"
+
+
+def token_bits_file(task: str, split: str) -> str:
+    return f"reports/evaluate/{task}/{TOKENS}/{split}.parquet"
+
+
+def tokenizer_file(task: str) -> str:
+    return f"data/tokens/{task}/tokenizer/tokenizer.json"
 
 
 def curve_file(task: str, split: str) -> str:

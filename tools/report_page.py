@@ -9,7 +9,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from plotly.offline import get_plotlyjs
 from stages.core.errors import printable
 from stages.score.accuracy import SCORES
 from tools.report_data import Run, alike, curve, curve_file, flow, samples_file, score_file, tasks
+from tools.report_pairs import ComparedTask, compared_parts
+from tools.report_parts import Cell, Figure, GroupTable, axis, number_cell, shortened, shown
 
 HERE = Path(__file__).parent
 NUM_COLORS = 8  # of report_page.css
@@ -34,35 +36,6 @@ COMPARES = {
 }
 
 
-class Figure(NamedTuple):
-    title: str
-    spec: dict[str, Any]
-    """What plotly draws; a color that begins with -- is a variable of report_page.css."""
-    alt: str
-    height: int
-    """In pixels."""
-
-
-class Cell(NamedTuple):
-    text: str
-    value: str
-    """What to sort by, as JSON; empty where there is nothing."""
-
-
-class GroupTable(NamedTuple):
-    """A metric of the values of a group, or of the sources that are only evaluated."""
-
-    caption: str
-    opened: bool
-    """Whether it is shown at first."""
-    heading: str
-    """What the rows are."""
-    counts: tuple[str, ...]
-    runs: list[str]
-    rows: list[tuple[str, list[Cell]]]
-    """Each value with its counts, and the metric of each run."""
-
-
 class Column(NamedTuple):
     key: str
     group: str
@@ -71,8 +44,12 @@ class Column(NamedTuple):
     """Whether it is hidden at first."""
 
 
-def render(runs: list[Run]) -> str:
-    """The page."""
+def render(runs: list[Run], compared: Sequence[ComparedTask] = ()) -> str:
+    """The page.
+
+    Args:
+        compared: how the runs compare, by task; none where there is nothing to compare.
+    """
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -92,6 +69,7 @@ def render(runs: list[Run]) -> str:
         rows=[(run, [cell(run, key) for key in [*params, *(column.key for column in columns)]]) for run in runs],
         curves={task: curves_of(task, drawn) for task in named},
         bars=[(bars_of(key, drawn), COMPARES[key.rpartition(".")[2]]) for key in chosen_metrics(columns)],
+        pairs=[compared_parts(task) for task in compared],
         groups={task: tables for task in named if (tables := group_tables(task, drawn))},
         scores={task: tables for task in named if (tables := score_tables(task, drawn))},
         samples={task: samples_of(task, drawn) for task in named},
@@ -157,10 +135,6 @@ def cell(run: Run, key: str) -> Cell:
     return Cell("", "")
 
 
-def shown(number: float) -> str:
-    return f"{number:,}" if isinstance(number, int) else f"{number:.4f}"
-
-
 def label(members: list[Run]) -> str:
     return ", ".join(run.name for run in members)
 
@@ -223,16 +197,6 @@ def curves_of(task: str, runs: list[Run]) -> Curves | None:
     buttons = [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]]
     config = {"modeBarButtons": buttons, "toImageButtonOptions": {"filename": f"loss-{task}"}}
     return Curves(Figure(f"Loss of {task}", {"data": traces, "layout": layout, "config": config}, alt, 420), rows)
-
-
-def axis(title: str, **more: Any) -> dict[str, Any]:
-    return {
-        "title": {"text": title, "standoff": 8},
-        "gridcolor": "--rule",
-        "zerolinecolor": "--rule",
-        "automargin": True,
-        **more,
-    }
 
 
 def bars_of(key: str, runs: list[Run]) -> Figure:
@@ -383,20 +347,12 @@ def share_cell(shares: dict[str, Any]) -> Cell:
     return Cell(text, json.dumps(shares["share"]))
 
 
-def number_cell(number: float) -> Cell:
-    return Cell(shown(number), json.dumps(number))
-
-
 def group_cell(figures: dict[str, Any], metric: str) -> Cell:
     """A figure with its standard error, and that before training."""
     if metric not in figures:
         return Cell("", "")
     error = f" ± {shown(figures[error_name])}" if (error_name := f"{metric}_se") in figures else ""
     return Cell(f"{shown(figures[metric])}{error} ({shown(figures[f'base_{metric}'])})", json.dumps(figures[metric]))
-
-
-def shortened(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def samples_of(task: str, runs: list[Run]) -> list[tuple[str, Markup]]:

@@ -96,7 +96,7 @@ def main(config: BaselineConfig) -> None:
         records = choose_documents(len(texts), evaluate.max_documents)
         described = describe_records(_record_files(config, name), records)
         at_once = config.hardware.evaluate_batch_tokens
-        scores = score_documents(model, objective, texts, records, evaluate.context, at_once)
+        scores, _ = score_documents(model, objective, texts, records, evaluate.context, at_once)
         tables[name], figures[name] = add_scores(described, scores, "bits_before"), document_figures(metric, scores)
         log.info("%s %s before training: %.4f", name, metric, figures[name][metric])
     samples = make_samples(

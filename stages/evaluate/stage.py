@@ -5,7 +5,8 @@ Reads   models/TASK/, data/tokens/TASK/, data/blocks/TASK/{validation,test}/, re
 Writes  metrics/TASK.json ({"TASK": {"val": {...}, "test": {...}}}: the headline metrics under short names),
         reports/evaluate/TASK/metrics.json ({"TASK": {"validation": {...}, "test": {...}, "texts": {"NAME": {...}}}}:
         all metrics, also by source and group), reports/evaluate/TASK/{validation,test,texts-NAME}.parquet (baseline's
-        tables of scores, with those after training), reports/samples/TASK.md
+        tables of scores, with those after training), reports/evaluate/TASK/tokens/ (the same files: the bits of each
+        token after training), reports/samples/TASK.md
 Command python -m stages.evaluate task=causal
 """
 
@@ -22,9 +23,9 @@ from stages.core.artifacts import Blocks, check_out, read_json, staged, to_numpy
 from stages.core.config import part
 from stages.core.errors import StageError
 from stages.figures.groups import document_figures, figures_by_group
-from stages.figures.names import EVALUATED, SAMPLES, headline, with_texts_apart
+from stages.figures.names import EVALUATED, SAMPLES, TOKENS, headline, with_texts_apart
 from stages.figures.schema import Evaluate, Samples, check_prompts
-from stages.figures.scores import add_scores, read_scores, scores_in, write_scores
+from stages.figures.scores import TokenBits, add_scores, read_scores, scores_in, write_scores, write_token_bits
 from stages.figures.texts import Texts, open_texts
 from stages.hub.files import usable_positions
 from stages.launch.torchrun import run_in_processes
@@ -102,35 +103,41 @@ def evaluate(config: EvaluateConfig) -> None:
         )
     objective = make_objective(name, vocabulary, config.objective, model)
     documents = open_texts(config.evaluate.texts, Path(config.sources), config.data.flatten, tokens)
-    tables = {key: _score(config, key, texts, model, objective) for key, texts in documents.items()}
-    metrics = {key: _figures(config, key, table, model, objective) for key, table in tables.items()}
+    scored = {key: _score(config, key, texts, model, objective) for key, texts in documents.items()}
+    metrics = {key: _figures(config, key, table, model, objective) for key, (table, _) in scored.items()}
     if not rank():
         samples = make_samples(config.samples, name, model, positions, tokens / "tokenizer", vocabulary)
         before = read_json(Path(config.baseline) / SAMPLES)
         check_samples(before, samples, Path(config.baseline) / SAMPLES)
         with staged(config.report, ["metrics.json"]) as directory:
             write_json(directory / "metrics.json", {config.task: with_texts_apart(metrics)})
-            for key, table in tables.items():
+            (directory / TOKENS).mkdir()
+            for key, (table, bits) in scored.items():
                 write_scores(directory / f"{key}.parquet", table)
+                records = to_numpy(table.column("record").combine_chunks())
+                ids = [text.ids for text in documents[key].read(records)]
+                write_token_bits(directory / TOKENS / f"{key}.parquet", records, ids, bits)
         write_text(config.samples_out, write_page(name, before, samples))
         write_json(config.out, {config.task: headline(metrics)})
     wait_for_all()
     log.info("-> %s, %s, %s", config.out, config.report, config.samples_out)
 
 
-def _score(config: EvaluateConfig, name: str, texts: Texts, model: Any, objective: Any) -> pa.Table:
-    """Baseline's table of the documents called `name`, with their bits after training."""
+def _score(
+    config: EvaluateConfig, name: str, texts: Texts, model: Any, objective: Any
+) -> tuple[pa.Table, list[TokenBits]]:
+    """Baseline's table of the documents called `name`, with their bits after training, and those of their tokens."""
     from stages.figures.metrics import choose_documents, score_documents
 
     file = Path(config.baseline) / f"{name}.parquet"
     table, records = read_scores(file), choose_documents(len(texts), config.evaluate.max_documents)
     at_once = config.hardware.evaluate_batch_tokens
-    scores = score_documents(model, objective, texts, records, config.evaluate.context, at_once)
+    scores, token_bits = score_documents(model, objective, texts, records, config.evaluate.context, at_once)
     before, numbers = scores_in(table, "bits_before"), to_numpy(table.column("record").combine_chunks())
     pairs = ((numbers, records), (before.num_bytes, scores.num_bytes), (before.num_tokens, scores.num_tokens))
     if not all(np.array_equal(one, other) for one, other in pairs):
         raise StageError(f"{file} is of other documents than these: run `dvc repro baseline@{config.task}`")
-    return add_scores(table, scores, "bits_after")
+    return add_scores(table, scores, "bits_after"), token_bits
 
 
 def _figures(config: EvaluateConfig, name: str, table: pa.Table, model: Any, objective: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ neither with the other. The loss over blocks and its perplexity belong to the ru
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,34 +14,44 @@ import numpy.typing as npt
 import torch
 
 from stages.core.artifacts import TokenIds
-from stages.figures.scores import Scores
+from stages.figures.scores import Scores, TokenBits
 from stages.figures.texts import Texts
 from stages.model.block_loss import row_sums
 from stages.model.loss import TokenLoss
 from stages.model.objectives import Objective, Window
 from stages.model.precision import full_precision
-from stages.model.processes import rank, summed, world_size
+from stages.model.processes import of_all, rank, summed, world_size
 
 _WINDOWS_AT_ONCE = 8192  # sorted by length together, so that batches hold windows of like length
 
 
 def score_documents(
     model: Any, objective: Objective, texts: Texts, records: npt.NDArray[np.int64], context: int, batch_tokens: int
-) -> Scores:
-    """The scores of the documents numbered `records`, in windows of at most `context` tokens."""
+) -> tuple[Scores, list[TokenBits]]:
+    """The scores of the documents numbered `records`, in windows of at most `context` tokens, and each token's bits."""
     mine = slice(rank(), None, world_size())  # of several processes, each takes its share
     num_bytes: list[int] = []
+    token_nats: list[TokenBits] = []
 
     def ids() -> Iterator[TokenIds]:
         for text in texts.read(records[mine]):
             num_bytes.append(text.num_bytes)
+            token_nats.append(np.zeros(len(text.ids), np.float32))
             yield text.ids
 
+    def keep(window: Window, nats: npt.NDArray[np.float64]) -> None:
+        token_nats[window.document][window.places] = nats
+
     columns = np.zeros((3, len(records)))  # bytes, tokens, nats
-    nats, num_tokens = document_nats(model, objective.windows(ids(), context), len(records[mine]), batch_tokens)
+    windows = objective.windows(ids(), context)
+    nats, num_tokens = document_nats(model, windows, len(records[mine]), batch_tokens, keep)
     columns[:, mine] = num_bytes, num_tokens, nats
     columns = summed(columns)
-    return Scores(columns[0].astype(np.int64), columns[1].astype(np.int64), columns[2] / math.log(2))
+    scores = Scores(columns[0].astype(np.int64), columns[1].astype(np.int64), columns[2] / math.log(2))
+    shares = of_all(token_nats)
+    # The documents go round the processes, as `mine` says.
+    token_bits = [shares[number % len(shares)][number // len(shares)] / math.log(2) for number in range(len(records))]
+    return scores, token_bits
 
 
 def choose_documents(total: int, most: int | None) -> npt.NDArray[np.int64]:
@@ -51,17 +61,29 @@ def choose_documents(total: int, most: int | None) -> npt.NDArray[np.int64]:
 
 
 def document_nats(
-    model: Any, windows: Iterator[Window], num_documents: int, batch_tokens: int
+    model: Any,
+    windows: Iterator[Window],
+    num_documents: int,
+    batch_tokens: int,
+    keep: Callable[[Window, npt.NDArray[np.float64]], None] | None = None,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Sum of -ln p over the tokens of each document, and their number; each [num_documents]."""
+    """Sum of -ln p over the tokens of each document, and their number; each [num_documents].
+
+    Args:
+        keep: called for each window with -ln p of its targets, [num_predicted].
+    """
     nats, num_tokens = np.zeros(num_documents), np.zeros(num_documents, np.int64)
     loss = TokenLoss(model)
     with full_precision(model), loss.hidden_outputs():
         for batch in length_batches(windows, batch_tokens):
-            sums = window_nats(model, loss, batch)
+            counts = [len(window.targets) for window in batch]
+            of_targets = window_nats(model, loss, batch)
             documents = [window.document for window in batch]
-            np.add.at(nats, documents, sums)
-            np.add.at(num_tokens, documents, [len(window.targets) for window in batch])
+            np.add.at(nats, documents, row_sums(of_targets, np.repeat(np.arange(len(batch)), counts), len(batch)))
+            np.add.at(num_tokens, documents, counts)
+            if keep is not None:
+                for window, own in zip(batch, np.split(of_targets, np.cumsum(counts)[:-1]), strict=True):
+                    keep(window, own)
     return nats, num_tokens
 
 
@@ -80,7 +102,7 @@ def length_batches(windows: Iterator[Window], batch_tokens: int) -> Iterator[lis
 
 
 def window_nats(model: Any, loss: TokenLoss, windows: Sequence[Window]) -> npt.NDArray[np.float64]:
-    """Sum of -ln p over the targets of each window, [len(windows)] float64, from within loss.hidden_outputs()."""
+    """-ln p of the targets of all windows, one window after the other, from within loss.hidden_outputs()."""
     longest = max(len(window.input_ids) for window in windows)
     padding = getattr(model.config, "pad_token_id", None) or 0
     input_ids = torch.full((len(windows), longest), padding, dtype=torch.int64)
@@ -95,4 +117,4 @@ def window_nats(model: Any, loss: TokenLoss, windows: Sequence[Window]) -> npt.N
     positions = np.concatenate([window.positions for window in windows])
     targets = torch.from_numpy(np.concatenate([window.targets for window in windows])).to(device)
     selected = outputs[torch.from_numpy(rows).to(device), torch.from_numpy(positions).to(device)]
-    return row_sums(loss.each(selected, targets), rows, len(windows))
+    return loss.each(selected, targets).double().cpu().numpy()

@@ -10,6 +10,8 @@ EVALUATED_FILES = [f"{split}.parquet" for split in EVALUATED]
 """Files of their documents' scores."""
 SAMPLES = "samples.json"
 """What baseline's model says to the prompts."""
+TOKENS = "tokens"
+"""Directory of the bits of their documents' tokens."""
 TEXTS = "texts-"
 """What the name of a source begins with, in files of scores, that is only evaluated."""
 SHORT_SPLITS = {"validation": "val", "test": "test"}

@@ -4,6 +4,7 @@ Every figure of documents is computed from such a table, so that one may compute
 models document by document, or figures by any property of the documents.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.core.artifacts import damaged, to_arrow, to_numpy
+from stages.core.artifacts import TokenIds, damaged, to_arrow, to_numpy
 from stages.tokens.texts import named_damage
+
+TokenBits = npt.NDArray[np.float32]
+"""[num_tokens] -log2 p of each token of a document's text."""
+
+_ROW_GROUP = 1024  # documents: who looks at a few of them reads few of the others
 
 
 class Scores(NamedTuple):
@@ -67,6 +73,29 @@ def scores_in(table: pa.Table, name: str) -> Scores:
 def write_scores(file: Path, table: pa.Table) -> None:
     """Write `table` to `file`: the same bytes for the same table."""
     pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+
+
+def write_token_bits(
+    file: Path, records: npt.NDArray[np.int64], ids: Sequence[TokenIds], bits: Sequence[TokenBits]
+) -> None:
+    """Write the tokens of each document's text and their bits, a row a document: the same bytes for the same values.
+
+    Columns: record int64, input_ids large_list<uint16 or uint32>, bits large_list<float>.
+    """
+    offsets = to_arrow(np.cumsum([0, *map(len, ids)], dtype=np.int64))
+    columns = {
+        "record": to_arrow(records),
+        "input_ids": pa.LargeListArray.from_arrays(offsets, to_arrow(np.concatenate(ids))),
+        "bits": pa.LargeListArray.from_arrays(offsets, to_arrow(np.concatenate(bits))),
+    }
+    pq.write_table(
+        pa.table(columns),
+        file,
+        row_group_size=_ROW_GROUP,
+        compression="zstd",
+        use_dictionary=["input_ids.list.element"],
+        write_page_checksum=True,
+    )
 
 
 def read_scores(file: Path) -> pa.Table:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from stages.core.artifacts import Blocks
 from stages.core.errors import StageError
@@ -16,9 +15,9 @@ from stages.model.precision import full_precision
 from stages.model.processes import rank, summed, world_size
 
 
-def row_sums(nats: torch.Tensor, rows: npt.NDArray[np.int64], num_rows: int) -> npt.NDArray[np.float64]:
+def row_sums(nats: npt.NDArray[np.float64], rows: npt.NDArray[np.int64], num_rows: int) -> npt.NDArray[np.float64]:
     """Sums of `nats` [num_tokens] by row, [num_rows] float64; `rows` [num_tokens] says to which each belongs."""
-    return np.bincount(rows, weights=nats.double().cpu().numpy(), minlength=num_rows).astype(np.float64)
+    return np.bincount(rows, weights=nats, minlength=num_rows).astype(np.float64)
 
 
 def block_loss(model: Any, objective: Objective, blocks: Blocks, batch_tokens: int) -> float:
@@ -42,7 +41,7 @@ def block_loss(model: Any, objective: Objective, blocks: Blocks, batch_tokens: i
             }
             targets = objective.targets(batch.pop("labels"))
             predicted = targets != IGNORED
-            nats = loss.each(model(**batch).logits[predicted], targets[predicted])
+            nats = loss.each(model(**batch).logits[predicted], targets[predicted]).double().cpu().numpy()
             row = predicted.nonzero()[:, 0].cpu().numpy()
             # Block by block, so that the sum does not depend on how they are batched beyond the last digits.
             sums[batch_index] = math.fsum(row_sums(nats, row, len(indices)))

@@ -33,6 +33,8 @@ class Window:
     """[num_predicted] where in the window the model's output predicts a token."""
     targets: npt.NDArray[np.int64]
     """[num_predicted] the tokens predicted."""
+    places: npt.NDArray[np.int64]
+    """[num_predicted] where in the document they are."""
 
 
 class Objective(Protocol):
@@ -115,7 +117,8 @@ class Causal:
                 targets = stream[predicted:end]
                 positions = np.arange(predicted, end) - start - 1
                 # The window's last token predicts nothing in it, and under causal attention nothing sees it.
-                yield Window(document, stream[start : end - 1], positions, targets)
+                places = np.arange(predicted, end) - 1
+                yield Window(document, stream[start : end - 1], positions, targets, places)
                 predicted = end
 
 
@@ -170,7 +173,7 @@ class Masked:
                         masked = text.copy()
                         masked[chosen] = self._mask
                         input_ids = np.concatenate([prefix, masked, suffix]).astype(np.int64)
-                        yield Window(document, input_ids, chosen + len(prefix), text[chosen])
+                        yield Window(document, input_ids, chosen + len(prefix), text[chosen], chosen + start)
 
 
 def _additive(apart: torch.Tensor) -> torch.Tensor:

@@ -130,7 +130,8 @@ def _causal_windows(choices: Sequence[EncodedChoice], vocabulary: Vocabulary, co
 
 def _from_prediction(window: Window, first: int) -> Window:
     """`window` with its predictions from the one numbered `first` on."""
-    return Window(window.document, window.input_ids, window.positions[first:], window.targets[first:])
+    kept = (column[first:] for column in (window.positions, window.targets, window.places))
+    return Window(window.document, window.input_ids, *kept)
 
 
 def _masked_windows(choices: Sequence[EncodedChoice], vocabulary: Vocabulary, context: int) -> Iterator[Window]:
@@ -145,4 +146,5 @@ def _masked_windows(choices: Sequence[EncodedChoice], vocabulary: Vocabulary, co
             at = place - begin
             text[at:][words[at:] == words[at]] = mask
             input_ids = np.concatenate([prefix, text, suffix]).astype(np.int64)
-            yield Window(number, input_ids, np.array([at + len(prefix)]), choice.ids[place : place + 1])
+            target = choice.ids[place : place + 1]
+            yield Window(number, input_ids, np.array([at + len(prefix)]), target, np.array([place]))

@@ -145,7 +145,7 @@ def test_evaluate_at_another_batch_size_gives_equal_figures(trained, run_toy, tm
 def test_evaluate_gives_the_document_metric_of_the_saved_model(trained, corpus, task):
     tokens, vocabulary = corpus / "tokens" / task, Vocabulary.read(corpus / "tokens" / task)
     model, texts = load_trained(task, trained[task] / "model"), SplitTexts(Documents(tokens / "test"), vocabulary)
-    scores = score_documents(model, make_objective(task, vocabulary), texts, np.arange(len(texts)), 16, 4096)
+    scores, _ = score_documents(model, make_objective(task, vocabulary), texts, np.arange(len(texts)), 16, 4096)
     figure = ratio_with_error(scores.bits, scores.num_bytes)[0]
     assert figure == metrics_of(trained[task], task)["test"][METRIC[task]]
 
@@ -243,7 +243,7 @@ def test_evaluate_texts_are_encoded_as_tokenize_does(with_texts, corpus, trained
     encode = Tokenizers(load_tokenizer(corpus / "tokens" / task / "tokenizer"))
     tokenize_split(file, encode, vocabulary, tmp_path / "split", decoder=None)
     model, texts = load_trained(task, trained[task] / "model"), SplitTexts(Documents(tmp_path / "split"), vocabulary)
-    scores = score_documents(model, make_objective(task, vocabulary), texts, np.arange(len(texts)), 16, 4096)
+    scores, _ = score_documents(model, make_objective(task, vocabulary), texts, np.arange(len(texts)), 16, 4096)
     found = scores_in(read_scores(root / "evaluation/texts-held_out.parquet"), "bits_after")
     assert all(np.array_equal(one, other) for one, other in zip(scores, found, strict=True))
 

@@ -63,7 +63,7 @@ def metrics_of(model, task, documents, context=8, batch_tokens=4096, max_documen
 
 def figures_of(model, objective, texts, context, batch_tokens=4096, max_documents=None):
     records = choose_documents(len(texts), max_documents)
-    scores = score_documents(model, objective, texts, records, context, batch_tokens)
+    scores, _ = score_documents(model, objective, texts, records, context, batch_tokens)
     return document_figures(objective.document_metric, scores)
 
 
