@@ -105,7 +105,8 @@ def test_evaluate_run_twice_gives_the_same_bytes(trained, run_toy, tmp_path, tas
     assert (tmp_path / "metrics.json").read_bytes() == (root / "metrics.json").read_bytes()
     assert (tmp_path / "samples.md").read_bytes() == (root / "samples.md").read_bytes()
     assert contents(tmp_path / "evaluation") == contents(root / "evaluation")
-    assert contents(tmp_path / "evaluation").keys() == {"metrics.json", "validation.parquet", "test.parquet"}
+    files = {f"{directory}{split}.parquet" for directory in ("", "tokens/") for split in SPLITS}
+    assert contents(tmp_path / "evaluation").keys() == {"metrics.json", *files}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -174,6 +175,17 @@ def test_evaluate_scores_have_a_row_a_document_from_which_the_metrics_follow(tra
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_evaluate_keeps_the_bits_of_tokens_which_add_up_to_the_scores(trained, corpus, task):
+    vocabulary, documents = Vocabulary.read(corpus / "tokens" / task), Documents(corpus / "tokens" / task / "test")
+    table = read_scores(trained[task] / "evaluation/test.parquet")
+    tokens = pq.read_table(trained[task] / "evaluation/tokens/test.parquet")
+    assert tokens.column("record") == table.column("record")
+    for row, (ids, bits) in enumerate(zip(*(tokens.column(name) for name in ("input_ids", "bits")), strict=True)):
+        assert ids.as_py() == vocabulary.text_tokens(documents[row]).tolist()
+        assert math.fsum(bits.as_py()) == pytest.approx(table.column("bits_after")[row].as_py(), rel=1e-6)
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_evaluate_groups_have_the_figures_of_their_documents_alone(trained, task):
     for split in SPLITS:
         whole = metrics_of(trained[task], task)[split]
@@ -224,6 +236,13 @@ def test_evaluate_texts_have_figures_of_their_own_and_change_no_other(with_texts
         assert LOSS[task] not in figures
     assert list(metrics["texts"]["split"]["groups"]["kind"]) == ["train", "validation", "test"]  # by size
     assert read_json(root / "baseline.json")[task]["texts"].keys() == {"held_out", "split"}
+
+
+def test_evaluate_texts_have_the_bits_of_their_tokens_too(with_texts):
+    _, root = with_texts
+    table = read_scores(root / "evaluation/texts-held_out.parquet")
+    bits = pq.read_table(root / "evaluation/tokens/texts-held_out.parquet").column("bits")
+    np.testing.assert_allclose([math.fsum(row.as_py()) for row in bits], table.column("bits_after"), rtol=1e-6)
 
 
 def test_evaluate_texts_in_one_file_and_in_three_give_the_same_scores(with_texts):

@@ -71,11 +71,11 @@ def figures_of(model, objective, texts, context, batch_tokens=4096, max_document
 
 
 def brute_force_causal(model, texts, context, end=END):
-    """Bits of each document: every token in the first window that holds it, its prefix there fed token by token."""
+    """Bits of each token of each document, in the first window that holds it, its prefix there fed token by token."""
     exact = copy.deepcopy(model).double()
     bits = []
     for text in texts:
-        stream, total = [end, *text], 0.0
+        stream, tokens = [end, *text], []
         for position in range(1, len(stream)):
             start = 0
             while position >= start + context:
@@ -85,17 +85,17 @@ def brute_force_causal(model, texts, context, end=END):
                 for token in stream[start:position]:
                     outputs = exact(torch.tensor([[token]]), past_key_values=past, use_cache=True)
                     past = outputs.past_key_values
-            total -= float(outputs.logits[0, -1].log_softmax(-1)[stream[position]]) / math.log(2)
-        bits.append(total)
-    return np.array(bits)
+            tokens.append(-float(outputs.logits[0, -1].log_softmax(-1)[stream[position]]) / math.log(2))
+        bits.append(tokens)
+    return bits
 
 
 def brute_force_masked(model, texts, context):
-    """Bits of each document: seven passes over each of its pieces, one at a time."""
+    """Bits of each token of each document: seven passes over each of its pieces, one at a time."""
     exact = copy.deepcopy(model).double()
     size, bits = context - 2, []
     for text in texts:
-        total, num_masked = 0.0, [0] * len(text)
+        tokens, num_masked = [0.0] * len(text), [0] * len(text)
         for number in range(7):
             for start in range(0, len(text), size):
                 chosen = [index for index in range(start, min(start + size, len(text))) if index % 7 == number]
@@ -106,17 +106,35 @@ def brute_force_masked(model, texts, context):
                     shares = exact(torch.tensor([[CLS, *piece, SEP]])).logits[0].log_softmax(-1)
                 for index in chosen:
                     num_masked[index] += 1
-                    total -= float(shares[1 + index - start, text[index]]) / math.log(2)
+                    tokens[index] = -float(shares[1 + index - start, text[index]]) / math.log(2)
         assert num_masked == [1] * len(text)
-        bits.append(total)
-    return np.array(bits)
+        bits.append(tokens)
+    return bits
+
+
+def summed(bits):
+    """Bits of each document, of those of its tokens."""
+    return np.array([sum(tokens) for tokens in bits])
+
+
+@pytest.mark.parametrize("context", [4, 8, 13, 64])
+@pytest.mark.parametrize("model_type", ["gpt2", "roberta"])
+def test_bits_of_tokens_are_those_of_each_token_in_the_order_of_the_text(texts, documents, model_type, context):
+    model, task = toy_model(model_type), TASK[model_type]
+    split, records = SplitTexts(documents[task], VOCABULARY[task]), np.array([1, 5, 7])
+    _, found = score_documents(model, make_objective(task, VOCABULARY[task]), split, records, context, 64)
+    brute_force = {"causal": brute_force_causal, "mlm": brute_force_masked}[task]
+    expected = brute_force(model, [texts[record] for record in records], context)
+    assert [bits.dtype for bits in found] == [np.float32] * 3
+    for bits, tokens in zip(found, expected, strict=True):
+        np.testing.assert_allclose(bits, tokens, rtol=1e-5)
 
 
 @pytest.mark.parametrize("context", [4, 7, 8, 13, 64])
 def test_bits_per_byte_equals_feeding_every_prefix_token_by_token(texts, documents, context):
     model = toy_model("gpt2")
     found = metrics_of(model, "causal", documents["causal"], context)
-    bits = brute_force_causal(model, texts, context)
+    bits = summed(brute_force_causal(model, texts, context))
     assert found["bits_per_byte"] == pytest.approx(bits.sum() / sum(NUM_BYTES), rel=1e-6)
     assert found["bits_per_byte_se"] == pytest.approx(ratio_with_error(bits, np.array(NUM_BYTES))[1], rel=1e-5)
     assert {key: found[key] for key in ("documents", "tokens", "bytes")} == {
@@ -131,7 +149,7 @@ def test_bits_per_byte_equals_feeding_every_prefix_token_by_token(texts, documen
 def test_pseudo_bits_per_byte_equals_masking_piece_by_piece(texts, documents, model_type, context):
     model = toy_model(model_type)
     found = metrics_of(model, "mlm", documents["mlm"], context)
-    bits = brute_force_masked(model, texts, context)
+    bits = summed(brute_force_masked(model, texts, context))
     assert found["pseudo_bits_per_byte"] == pytest.approx(bits.sum() / sum(NUM_BYTES), rel=1e-6)
     assert found["tokens"] == sum(LENGTHS)
 
@@ -149,7 +167,7 @@ def test_bits_per_byte_of_real_text_divides_by_its_utf8_bytes(tmp_path):
     objective = make_objective("causal", vocabulary)
     found = figures_of(model, objective, SplitTexts(Documents(tmp_path / "split"), vocabulary), 16)
     ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    bits = brute_force_causal(model, ids, 16, vocabulary.special["eos_token"])
+    bits = summed(brute_force_causal(model, ids, 16, vocabulary.special["eos_token"]))
     num_bytes = sum(len(text.encode("utf-8")) for text in texts)
     assert num_bytes > sum(map(len, texts))
     assert found["bytes"] == num_bytes
@@ -236,7 +254,7 @@ def test_window_nats_of_padded_windows_equal_those_of_each_window_alone(texts, m
 )
 def test_length_batches_hold_each_window_once_within_the_bound(lengths, batch_tokens):
     none = np.zeros(0, np.int64)
-    windows = [Window(index, np.zeros(length, np.int64), none, none) for index, length in enumerate(lengths)]
+    windows = [Window(index, np.zeros(length, np.int64), none, none, none) for index, length in enumerate(lengths)]
     batches = list(length_batches(iter(windows), batch_tokens))
     assert sorted(window.document for batch in batches for window in batch) == list(range(len(lengths)))
     padded = [len(batch) * max(len(window.input_ids) for window in batch) for batch in batches]

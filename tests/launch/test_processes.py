@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -69,6 +70,11 @@ def test_evaluate_in_two_processes_writes_the_metrics_of_one(run_toy, one, tmp_p
     )
     assert found.keys() == expected.keys()
     assert dict(flat(found)) == pytest.approx(dict(flat(expected)), rel=1e-6)
+    for split in ("validation", "test"):  # each process has scored every other document
+        ours, others = (pq.read_table(root / f"evaluation/tokens/{split}.parquet") for root in (tmp_path, one[task]))
+        assert ours.drop_columns("bits") == others.drop_columns("bits")
+        bits = (np.concatenate(table.column("bits").to_pylist()) for table in (ours, others))
+        np.testing.assert_allclose(*bits, rtol=1e-4, atol=1e-5)
     assert (tmp_path / "samples.md").read_text() == (one[task] / "samples.md").read_text()
 
 
