@@ -4,6 +4,7 @@ Standard errors of two models' figures say nothing about their difference: a doc
 the other. So the difference is taken document by document.
 """
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
@@ -16,6 +17,8 @@ from scipy.special import stdtr, stdtrit
 _Bits = npt.NDArray[np.float64]
 
 CONFIDENCE, POWER = 0.95, 0.8
+_MOST_DOCUMENTS = 10**12
+"""More than anyone has."""
 
 
 class Difference(NamedTuple):
@@ -27,8 +30,10 @@ class Difference(NamedTuple):
     """Standard error over documents."""
     error_of_seeds: float
     """Standard error over seeds; 0 where both models were trained with a single one, which tells nothing of it."""
-    freedom: float
-    """Degrees of freedom of the two together."""
+    freedom_of_documents: float
+    """Degrees of freedom of the first."""
+    freedom_of_seeds: int
+    """Degrees of freedom of the second, 0 where there is a single seed on both sides."""
     share_better: float
     """Share of the documents that take fewer bits."""
     num_documents: int
@@ -44,6 +49,18 @@ class Difference(NamedTuple):
     def error(self) -> float:
         """Standard error, over documents and seeds."""
         return math.hypot(self.error_of_documents, self.error_of_seeds)
+
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of the two errors together."""
+        return _degrees_of_freedom(self._variances(1.0))
+
+    def _variances(self, times: float) -> list[tuple[float, float]]:
+        """Each variance and its degrees of freedom, with so many times the documents."""
+        return [
+            (self.error_of_documents**2 / times, self.freedom_of_documents * times),
+            (self.error_of_seeds**2, self.freedom_of_seeds),
+        ]
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -68,10 +85,17 @@ class Difference(NamedTuple):
         Args:
             num_comparisons: how many differences are looked for at once.
         """
-        normal = NormalDist()
-        reach = normal.inv_cdf(1 - (1 - CONFIDENCE) / 2 / num_comparisons) + normal.inv_cdf(POWER)
-        left = (self.value / reach) ** 2 - self.error_of_seeds**2
-        return math.ceil(self.num_documents * self.error_of_documents**2 / left) if left > 0 else None
+        level = 1 - (1 - CONFIDENCE) / 2 / num_comparisons
+
+        def is_found(number: int) -> bool:
+            variances = self._variances(number / self.num_documents)
+            error = math.sqrt(sum(variance for variance, _ in variances))
+            freedom = _degrees_of_freedom(variances)
+            return abs(self.value) >= (float(stdtrit(freedom, level)) + NormalDist().inv_cdf(POWER)) * error
+
+        if self.num_documents < 2 or not self.value or not is_found(_MOST_DOCUMENTS):
+            return None
+        return bisect.bisect_left(range(_MOST_DOCUMENTS), True, lo=2, key=is_found)
 
 
 def compare_models(
@@ -97,12 +121,12 @@ def compare_models(
     else:
         figures = [[found.sum() / total for found in model.values()] for model in (ours, others)]
     variance_of_seeds, freedom_of_seeds = _pool_variance(figures)
-    parts = [(error_of_documents**2, freedom), (variance_of_seeds, freedom_of_seeds)]
     return Difference(
         value=value,
         error_of_documents=error_of_documents,
         error_of_seeds=math.sqrt(variance_of_seeds),
-        freedom=_degrees_of_freedom(parts),
+        freedom_of_documents=freedom,
+        freedom_of_seeds=freedom_of_seeds,
         share_better=float((bits < 0).mean()),
         num_documents=len(num_bytes),
         num_seeds=(len(ours), len(others)),
@@ -165,8 +189,6 @@ def say_what_would_decide(difference: Difference, num_comparisons: int) -> str:
     if difference.num_documents < 2:
         return "more documents"
     needed = difference.documents_needed(num_comparisons)
-    of_documents = difference._replace(error_of_seeds=0.0)
-    seeds_hide_it = of_documents.p_value * num_comparisons <= 1 - CONFIDENCE or needed is None
-    if difference.error_of_seeds and seeds_hide_it:
-        return "more seeds"
-    return "" if needed is None else f"{max(1, needed - difference.num_documents):,} documents"
+    if needed is None:
+        return "more seeds" if difference.value and difference.error_of_seeds else ""
+    return f"{max(1, needed - difference.num_documents):,} documents"

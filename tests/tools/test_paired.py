@@ -111,7 +111,7 @@ def test_difference_of_two_documents_by_hand():
         ([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], "worse", ""),
         ([2.0], [1.0], "not decided", "more documents"),
         ([2.0, 2.0], [1.0, 3.0], "not decided", ""),
-        ([2.0, 2.0, 1.0], [1.0, 3.0, 0.5], "not decided", "281 documents"),  # 284 in all
+        ([2.0, 2.0, 1.0], [1.0, 3.0, 0.5], "not decided", "285 documents"),  # 288 in all
     ],
 )
 def test_verdict_of_small_cases(ours, others, verdict, would_decide):
@@ -122,9 +122,12 @@ def test_verdict_of_small_cases(ours, others, verdict, would_decide):
         assert say_what_would_decide(difference, 1) == would_decide
 
 
-@pytest.mark.parametrize("error_of_seeds", [0.02, 0.0035])
-def test_difference_that_seeds_hide_asks_for_seeds(error_of_seeds):
-    difference = Difference(0.01, 0.001, error_of_seeds, 3.0, 0.6, 100, (3, 3))
+@pytest.mark.parametrize(
+    ("value", "error_of_seeds", "num_seeds"),
+    [(0.01, 0.02, 3), (0.01, 0.0035, 3), (0.0626, 0.0063, 2)],  # two seeds: ten errors are few with one degree
+)
+def test_difference_that_seeds_hide_asks_for_seeds(value, error_of_seeds, num_seeds):
+    difference = Difference(value, 0.001, error_of_seeds, 40.0, num_seeds - 1, 0.6, 100, (num_seeds, num_seeds))
     assert judge(difference, difference.p_value) == "not decided"
     assert say_what_would_decide(difference, 1) == "more seeds"
 
