@@ -62,7 +62,7 @@ def save_experiment(clone: Path, number: int) -> None:
         file = clone / f"reports/evaluate/causal/{split}.parquet"
         table = pq.read_table(file)
         bits = np.array(table.column("bits_after"))
-        bits *= 1 + chance.normal(0.001 * (number - 10), 0.01, len(bits))
+        bits = bits * (1 + chance.normal(0.001 * (number - 10), 0.01, len(bits)))
         place = table.schema.get_field_index("bits_after")
         file.unlink()  # a link into the cache stays as it is
         pq.write_table(table.set_column(place, "bits_after", pa.array(bits)), file)

@@ -4,7 +4,15 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
+from stages.figures.scores import Scores
+from tools.compare_pairs import Evaluation, Line
+from tools.moved import Excerpt, Moved, MovedDocument, MovedGroup, Segment
+from tools.paired import Difference
 from tools.report_data import Run, read_runs
+from tools.report_pairs import Compared, ComparedTask
 
 HOSTILE = "<img/src=x/onerror=alert(1)>"
 SAID = "# Samples\n\n> **Why** </script><script>alert(1)</script> ![p](http://example.org/p.png) [l](javascript:x)\n"
@@ -131,6 +139,29 @@ def read_grouped(rev: str, paths: list[str]) -> Iterator[str | None]:
     bits = {"b": 2.25, "c": 2.75}.get(rev[0], 2.5)
     for path, text in zip(paths, read(rev, paths), strict=True):
         yield json.dumps(grouped_figures(bits)) if path == "reports/evaluate/causal/metrics.json" else text
+
+
+def compared_tasks() -> list[ComparedTask]:
+    """Comparisons of the causal task: one that is better, one of another seed, and one that does not compare."""
+
+    def line(name: str, difference: Difference | None, reason: str = "", is_seed: bool = False) -> Line:
+        item = Evaluation(name, name, "1", "", pa.table({}), Scores(*[np.zeros(0)] * 3), 128, 0, False)
+        return Line([item], [item], difference, reason, is_seed)
+
+    difference = Difference(-0.05, 0.01, 0.0, 20.0, 0, 0.75, 26, (1, 1))
+    pieces = [Segment("Why ", 0.1), Segment(HOSTILE, -1.5), Segment(" </script>\u202e\x1b[31m", 3.0)]
+    documents = [
+        MovedDocument(3, HOSTILE, 900, -21.0, Excerpt(pieces, True, True)),
+        MovedDocument(7, "toy", 90, 5.0, None),
+    ]
+    moved = Moved(documents[:1], documents[1:], [MovedGroup("topic", HOSTILE, -20.0, difference)])
+    single = Difference(0.02, float("inf"), 0.0, 1.0, 0, 0.0, 1, (1, 1))
+    lines = [
+        Compared(line("wide", difference), "better", "", moved),
+        Compared(line("other", single, is_seed=True), "not decided", "more documents", Moved([], [], [])),
+        Compared(line(HOSTILE, None, "other documents"), "not comparable", "", None),
+    ]
+    return [ComparedTask("causal", "causal: difference from main in bits per byte", ["A note."], lines)]
 
 
 def runs() -> list[Run]:

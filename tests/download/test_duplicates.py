@@ -115,9 +115,9 @@ def test_near_duplicates_that_are_planted_are_found_and_few_others() -> None:
     assert (numbers == held_out).all()  # no pair but the planted ones
     found, near = np.zeros(len(texts), np.bool_), similarities >= 0.8
     found[numbers] = True
-    # By datasketch, which was here before: recall 0.78, precision 0.97.
+    # No worse than datasketch, which was here before, on the same pairs: recall 0.775, precision 0.966.
     assert (found & near).sum() / near.sum() > 0.9
-    assert (found & near).sum() / found.sum() > 0.94
+    assert (found & near).sum() / found.sum() >= 0.966
     assert found[similarities >= 0.9].all()
     assert not found[similarities < 0.7].any()
 

@@ -2,9 +2,11 @@
 
 import getpass
 import json
+import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +61,15 @@ def test_experiments_are_compared_applied_and_branched(clean: Path) -> None:
     assert "learning_rate" in run(clean, "env", "COLUMNS=900", "dvc", "exp", "show", "--no-pager", "--only-changed")
     page = run(clean, "dvc", "plots", "diff", "main", "other", "--out", "plots").strip()
     assert "causal: training loss" in Path(page.removeprefix("file://")).read_text(encoding="utf-8")
+    shutil.rmtree(clean / "plots")
+    run(clean, sys.executable, "-m", "tools.report")
+    report = (clean / "reports/report.html").read_text(encoding="utf-8")
+    pieces = re.findall(r'<span class="(better|worse)-[1-4]" title="([+-])[0-9.]+ bits">', report)
+    assert pieces and all((kind == "better") == (sign == "-") for kind, sign in pieces)
+    drawing = ("reports/compare/causal.json", "--template", "difference", "--out", "plots")
+    plot = run(clean, "dvc", "plots", "show", *drawing).strip()
+    drawn = Path(plot.removeprefix("file://")).read_text(encoding="utf-8")
+    assert '"experiment": "other"' in drawn and "bits per byte more than the baseline" in drawn
     shutil.rmtree(clean / "plots")
     run(clean, "dvc", "exp", "apply", "other")
     assert "0.02" in (clean / "params.yaml").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from dvc_project import ROOT, environment, run
-from report_cases import HOSTILE, figures, grouped_runs, read, runs, shown
+from report_cases import HOSTILE, compared_tasks, figures, grouped_runs, read, runs, shown
 
 from tools.report_data import Run, alike, curve, curve_file, flow, read_runs
 from tools.report_page import (
@@ -25,6 +25,7 @@ from tools.report_page import (
     samples_of,
     score_tables,
 )
+from tools.report_pairs import compared_parts, plot_points
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -246,12 +247,56 @@ def test_score_tables_of_a_task_without_pairs_in_params_are_not_shown() -> None:
     assert score_tables("mlm", runs()) == []
 
 
+def test_comparisons_show_the_difference_the_verdict_and_why_there_is_none() -> None:
+    (task,) = compared_tasks()
+    parts = compared_parts(task)
+    rows = {name: [cell.text for cell in cells] for name, cells in parts.table.rows}
+    assert rows["wide"] == ["-0.0500", "-0.0709 to -0.0291", "75%", "better", ""]
+    assert rows["other (another seed)"][3:] == ["not decided", "more documents"]
+    assert rows[HOSTILE] == ["", "", "", "other documents", ""]
+    assert parts.figure is not None
+    assert [trace["x"] for trace in parts.figure.spec["data"]] == [[-0.05], [0.02]]
+    assert parts.figure.spec["data"][1]["error_x"]["array"] == [0]  # of a document alone, without ends
+    assert "wide -0.0500, better" in parts.figure.alt
+    (moved,) = parts.moved  # where nothing moved, there is nothing to open
+    assert [cell.text for cell in moved.groups[0].rows[0][1]] == ["26", "-0.0500", "-0.0709 to -0.0291", "-20.0"]
+
+
+def test_comparisons_color_the_text_of_a_document_by_what_changed_and_escape_its_controls() -> None:
+    (moved,) = compared_parts(compared_tasks()[0]).moved
+    (sentence, pieces), (_, nothing) = moved.documents
+    assert sentence == f"Record 3 ({HOSTILE}, 900 bytes): 21.0 bits fewer (-0.0233 a byte)"
+    assert pieces == [
+        ("… ", "", ""),
+        ("Why ", "", ""),
+        (HOSTILE, "better-3", "-1.50 bits"),
+        (" </script>\\u202e\\x1b[31m", "worse-4", "+3.00 bits"),
+        (" …", "", ""),
+    ]
+    assert nothing == []
+
+
+def test_comparisons_are_points_that_dvc_plots() -> None:
+    points = plot_points(compared_tasks()[0])
+    assert [(point["experiment"], point["verdict"]) for point in points] == [
+        ("wide", "better"),
+        ("other (another seed)", "not decided"),
+    ]
+    assert points[0]["low"] < points[0]["difference"] < points[0]["high"]
+    assert points[1]["low"] is points[1]["high"] is None
+
+
+def test_page_without_comparisons_is_without_their_section() -> None:
+    assert 'id="comparisons"' not in render(runs())
+    assert 'id="comparisons"' in render(runs(), compared_tasks())
+
+
 def test_page_is_the_same_for_the_same_runs() -> None:
     assert render(runs()) == render(runs())
 
 
 def test_page_holds_no_hostile_name_as_markup() -> None:
-    page = render(grouped_runs())
+    page = render(grouped_runs(), compared_tasks())
     body = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     assert "<img" not in body and HOSTILE not in body
 
@@ -319,10 +364,10 @@ def test_page_shows_table_and_plots_and_is_no_wider_than_the_window(page: Any) -
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (400, "light")])
-def test_page_with_groups_opens_sorts_and_is_no_wider_than_the_window(
+def test_page_with_groups_and_comparisons_opens_sorts_and_is_no_wider_than_the_window(
     browser: Any, tmp_path: Path, width: int, scheme: str
 ) -> None:
-    (tmp_path / "report.html").write_text(render(grouped_runs()), encoding="utf-8")
+    (tmp_path / "report.html").write_text(render(grouped_runs(), compared_tasks()), encoding="utf-8")
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
@@ -337,6 +382,16 @@ def test_page_with_groups_opens_sorts_and_is_no_wider_than_the_window(
     topic = tables.nth(1)
     topic.locator("th button").nth(3).click()
     assert topic.locator("tbody th").all_inner_texts() == [HOSTILE, "why", "rare"]
+    text = page.locator("#comparisons blockquote")
+    assert not text.is_visible()
+    page.locator("#comparisons summary").nth(1).click()
+    assert text.is_visible() and HOSTILE in text.inner_text()
+    colors = [
+        text.locator(f"[class|={kind}]").evaluate("piece => getComputedStyle(piece).backgroundColor")
+        for kind in ("better", "worse")
+    ]
+    assert len({*colors, "rgba(0, 0, 0, 0)"}) == 3
+    assert page.locator("#comparisons .plot .main-svg").count() > 0
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.close()
     assert complaints == []
