@@ -17,9 +17,9 @@ from stages.download.shingles import hash_shingles
 # Near duplicates share at least 0.8 of their word 5-grams (Jaccard similarity), estimated from 128 permutations: the
 # setting of Lee et al. 2022, "Deduplicating training data makes language models better", appendix A.
 NUM_PERMUTATIONS = 128
-# Numbers of two signatures that are equal in near duplicates. The fewest that estimate 0.8 are 103; with one more, fewer
-# pairs below it are found: precision 0.970 instead of 0.959, recall 0.915 instead of 0.937 (planted pairs of similarity
-# 0.5 to 1: tests/download/test_duplicates.py).
+# Numbers of two signatures that are equal in near duplicates. The fewest that estimate 0.8 are 103; with one more,
+# fewer pairs below it are found: precision 0.970 instead of 0.959, recall 0.915 instead of 0.937, on planted pairs of
+# similarity 0.5 to 1 (tests/download/test_duplicates.py).
 _LEAST_EQUAL = 104
 _SEED = 1
 
