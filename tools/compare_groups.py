@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from dvc.repo import Repo
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +16,8 @@ from rich.text import Text
 from stages.core.errors import printable
 from stages.figures.names import SHORT_NAMES
 from tools.compare import HEADING_WIDTH, full_split, is_unfinished, metric_cell, name_of, read_rows, width_of
-from tools.report_data import all_metrics, metrics_file, metrics_of, read_files
+from tools.outs import Outs
+from tools.report_data import all_metrics, metrics_file, metrics_of
 
 
 class ByGroup(NamedTuple):
@@ -32,7 +34,8 @@ class ByGroup(NamedTuple):
 
 def compare_groups(found: list[dict[str, Any]], group: str, split: str, console: Console) -> None:
     """Print the tables of all tasks; exit with an error if no experiment has figures by `group`."""
-    tasks, without = read_groups(found, split)
+    with Repo() as repo:
+        tasks, without = read_groups(found, split, Outs(repo))
     if not tasks:
         sys.exit("compare: no figures by group: run `make`, or `dvc pull` if reports/evaluate was pushed")
     known = dict.fromkeys(name for rows in tasks.values() for _, groups in rows for name in groups)
@@ -47,7 +50,7 @@ def compare_groups(found: list[dict[str, Any]], group: str, split: str, console:
 
 
 def read_groups(
-    found: list[dict[str, Any]], split: str
+    found: list[dict[str, Any]], split: str, outs: Outs
 ) -> tuple[dict[str, list[tuple[str, dict[str, Any]]]], list[str]]:
     """Task to names of experiments with their figures of a split by group; and the names of those that have none."""
     shown = {row.name for row in read_rows(found, split)}
@@ -58,7 +61,7 @@ def read_groups(
         if name not in shown or is_unfinished(revision):
             continue
         paths = [metrics_file(task) for task, _ in metrics_of(files)]
-        metrics = all_metrics(files, dict(zip(paths, read_files(revision["rev"], paths), strict=True)))
+        metrics = all_metrics(files, dict(zip(paths, outs.read_texts(revision["rev"], paths), strict=True)))
         groups = {task: splits[full]["groups"] for task, splits in metrics if "groups" in splits.get(full, {})}
         for task, by_group in groups.items():
             tasks[task].append((name, by_group))

@@ -6,16 +6,20 @@ experiments, so that it is asked only for what the cache lacks.
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dvc.api import DVCFileSystem
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from dvc_data.index import DataIndexDirError
 
 from stages.core.config import MISSING, find
 from tools.compare import WORKSPACE
 from tools.lock_history import load_mapping, read_lock, read_lock_at
-from tools.report_data import read_bytes
+
+_DIRECTORY = ".dir"  # how the hash of a directory ends
 
 
 class Outs:
@@ -25,6 +29,7 @@ class Outs:
         self._cache = repo.cache.local
         self.read_lock = functools.cache(self._read_lock)
         self._list_files = functools.cache(self._read_directory)
+        self._open_revision = functools.cache(lambda rev: DVCFileSystem(rev=None if rev == WORKSPACE else rev))
 
     def _read_lock(self, rev: str) -> dict[str, Any]:
         """What dvc.lock says of each stage; nothing where there is no lock or it cannot be read."""
@@ -32,18 +37,27 @@ class Outs:
         return stages if isinstance(stages, dict) else {}
 
     def read(self, rev: str, path: str) -> bytes | None:
-        """The file `path` in an out that is a directory; None where there is none, or no cache and no remote has it."""
+        """The content of an out, or of a file in one; None where there is none, or no cache and no remote has it."""
         if rev == WORKSPACE and Path(path).is_file():
             return Path(path).read_bytes()
-        directory, md5 = next(((out, md5) for out, md5 in self._outs(rev) if path.startswith(f"{out}/")), ("", ""))
-        files = self._list_files(md5)
-        if files is not None:
-            found = files.get(path.removeprefix(f"{directory}/"))
-            if found is None:
-                return None
-            if (file := self._file(found)).is_file():
-                return file.read_bytes()
-        return next(iter(read_bytes(rev, [path]))) if md5 else None
+        out, md5 = next(((out, md5) for out, md5 in self._outs(rev) if f"{path}/".startswith(f"{out}/")), ("", ""))
+        if out != path and (files := self._list_files(md5)) is not None:
+            md5 = files.get(path.removeprefix(f"{out}/"), "")
+        if not md5:
+            return None
+        if not md5.endswith(_DIRECTORY) and (file := self._file(md5)).is_file():
+            return file.read_bytes()
+        try:
+            content: bytes = self._open_revision(rev).read_bytes(path)
+        except (OSError, DvcException, DataIndexDirError):
+            return None
+        return content
+
+    def read_texts(self, rev: str, paths: Sequence[str]) -> Iterator[str | None]:
+        """The text of each path; None as in `read`."""
+        for path in paths:
+            content = self.read(rev, path)
+            yield None if content is None else content.decode()
 
     def stale_stages(self, rev: str, params: dict[str, Any]) -> set[str]:
         """Stages whose outs at a revision are not what its parameters and its other outs would give.
@@ -82,7 +96,7 @@ class Outs:
     def _read_directory(self, md5: str) -> dict[str, str] | None:
         """Relative path to hash of the files in the directory that DVC keeps as `md5`; None where it is not there."""
         file = self._file(md5)
-        if not md5.endswith(".dir") or not file.is_file():
+        if not md5.endswith(_DIRECTORY) or not file.is_file():
             return None
         return {entry["relpath"]: entry["md5"] for entry in json.loads(file.read_bytes())}
 

@@ -12,8 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dvc.repo import Repo
+
 from stages.core.artifacts import write_json
-from tools.report_data import read_files, read_runs
+from tools.outs import Outs
+from tools.report_data import read_runs
 from tools.report_page import render
 from tools.report_pairs import plot_points, read_compared
 
@@ -32,10 +35,12 @@ def main() -> None:
     if shown.returncode:  # DVC has said why
         sys.exit("report: `dvc exp show` failed")
     revisions = json.loads(shown.stdout)
-    runs = read_runs(revisions, read_files)
+    with Repo() as repo:
+        outs = Outs(repo)
+        runs = read_runs(revisions, outs.read_texts)
+        compared = read_compared(revisions, outs)
     if not any(run.metrics for run in runs):
         sys.exit("report: no results yet: run `dvc repro` first")
-    compared = read_compared(revisions)
     page = render(runs, compared)
     PLOTS.mkdir(parents=True, exist_ok=True)
     for task in compared:

@@ -6,10 +6,6 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from dvc.api import DVCFileSystem
-from dvc.exceptions import DvcException
-from dvc_data.index import DataIndexDirError
-
 from stages.core.config import flat as flatten
 from stages.figures.names import SHORT_SPLITS, TOKENS, full_names
 from tools.compare import flat, name_of, revisions
@@ -187,25 +183,6 @@ def score_file(task: str) -> str:
 def out_of(path: str) -> str:
     """The out of dvc.yaml that holds `path`."""
     return path if path.endswith(".md") else "/".join(path.split("/")[: 2 if path.startswith("data/raw/") else 3])
-
-
-def read_files(rev: str, paths: list[str]) -> Iterator[str | None]:
-    """The text of each path at a revision; None where it is in neither DVC's cache nor its remote."""
-    for content in read_bytes(rev, paths):
-        yield None if content is None else content.decode()
-
-
-def read_bytes(rev: str, paths: list[str]) -> Iterator[bytes | None]:
-    """The content of each path at a revision, from DVC's cache or its remote; None where it is in neither.
-
-    The revision `workspace` is the files as they stand there, and what DVC knows of those that do not.
-    """
-    files = DVCFileSystem(rev=None if rev == "workspace" else rev)
-    for path in paths:
-        try:
-            yield files.read_bytes(path)
-        except (OSError, DvcException, DataIndexDirError):
-            yield None
 
 
 def curve(text: str) -> list[tuple[int, float]]:

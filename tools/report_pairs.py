@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from dvc.repo import Repo
-
 from stages.core.errors import StageError, printable, without_controls
 from tools.compare import full_split, read_rows, revisions
 from tools.compare_pairs import Line, compare_rows, describe_table, describe_verdicts, judge_all
@@ -38,27 +36,25 @@ class ComparedTask(NamedTuple):
     lines: list[Compared]
 
 
-def read_compared(shown: list[dict[str, Any]]) -> list[ComparedTask]:
+def read_compared(shown: list[dict[str, Any]], outs: Outs) -> list[ComparedTask]:
     """How the experiments of `dvc exp show --json` compare with the last commit, for each task that several have."""
     found = list(revisions(shown))
     rows, full = read_rows(found, SPLIT), full_split(SPLIT)
     if len(rows) < 2:
         return []
-    with Repo() as repo:
-        outs = Outs(repo)
-        try:
-            comparison = compare_rows(rows, found, SPLIT, None, outs)
-        except StageError:  # no run has figures of its own
-            return []
-        tasks = []
-        for task, lines in comparison.lines.items():
-            if lines:
-                compared = [
-                    Compared(line, *verdict, None if line.difference is None else find_moved(line, task, full, outs))
-                    for line, verdict in zip(lines, judge_all(lines), strict=True)
-                ]
-                caption = describe_table(task, lines, comparison.baseline, full)
-                tasks.append(ComparedTask(task, caption, list(describe_verdicts(lines)), compared))
+    try:
+        comparison = compare_rows(rows, found, SPLIT, None, outs)
+    except StageError:  # no run has figures of its own
+        return []
+    tasks = []
+    for task, lines in comparison.lines.items():
+        if lines:
+            compared = [
+                Compared(line, *verdict, None if line.difference is None else find_moved(line, task, full, outs))
+                for line, verdict in zip(lines, judge_all(lines), strict=True)
+            ]
+            caption = describe_table(task, lines, comparison.baseline, full)
+            tasks.append(ComparedTask(task, caption, list(describe_verdicts(lines)), compared))
     return tasks
 
 

@@ -2,13 +2,14 @@
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from tools import compare_groups
+from tools.outs import Outs
 
 
 def figures(bits: float, num_bytes: int) -> dict[str, Any]:
@@ -38,12 +39,13 @@ def compared(
     split: str = "val",
     width: int = 80,
 ) -> str:
-    def read(rev: str, paths: list[str]) -> Iterator[str | None]:
-        (row,) = (row for row in found if row["rev"] == rev)
-        assert paths == ["reports/evaluate/causal/metrics.json"]
-        yield row["report"]
+    class Reports(Outs):
+        def read_texts(self, rev: str, paths: Sequence[str]) -> Iterator[str | None]:
+            (row,) = (row for row in found if row["rev"] == rev)
+            assert paths == ["reports/evaluate/causal/metrics.json"]
+            yield row["report"]
 
-    monkeypatch.setattr(compare_groups, "read_files", read)
+    monkeypatch.setattr(compare_groups, "Outs", Reports)
     console = Console(width=width, highlight=False, file=io.StringIO())
     compare_groups.compare_groups(list(found), group, split, console)
     return capsys.readouterr().out
