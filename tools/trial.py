@@ -17,6 +17,7 @@ from typing import Any
 
 from stages.core.artifacts import write_json
 from stages.core.compose import compose, load, stage_of
+from stages.figures.scores import Scores
 from stages.shell.app import run
 
 TRIAL_STEPS = 10
@@ -82,8 +83,8 @@ def time_calls(calls: list[Call]) -> Iterator[None]:
     from stages.figures import metrics
     from stages.model import block_loss
 
-    def documents(arguments: tuple[Any, ...], scores: Any) -> tuple[str, int, int, int]:
-        return "documents", int(scores.num_tokens.sum()), len(arguments[3]), len(arguments[2])
+    def documents(arguments: tuple[Any, ...], scored: tuple[Scores, Any]) -> tuple[str, int, int, int]:
+        return "documents", int(scored[0].num_tokens.sum()), len(arguments[3]), len(arguments[2])
 
     def blocks(arguments: tuple[Any, ...], _: float) -> tuple[str, int, int, int]:
         return "blocks", len(arguments[2]), 0, 0
