@@ -2,8 +2,8 @@
 
 Command python -m benchmarks.scale [--documents N] [--shards N ...] [--shard-bytes N]
 
-The documents are those of benchmarks/preprocessing.py. Disk is what a stage writes; memory is the peak of its process,
-files mapped into it included. DVC's part is a repository of its own with random shards: `dvc add` hashes and copies
+The documents are those of benchmarks/preprocessing.py; near duplicates are counted, as by default. Disk is what a stage
+writes; memory is the most that its processes hold together, files mapped into them included. DVC's part is a repository of its own with random shards: `dvc add` hashes and copies
 them to its cache, `dvc status` looks whether they changed. The last line printed is one JSON object.
 """
 
@@ -11,13 +11,12 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.preprocessing import ROOT, choices, download, own_tokenizer
+from benchmarks.preprocessing import ROOT, choices, download, own_tokenizer, watched, write_documents
 
 MIB = 2**20
 
@@ -42,23 +41,16 @@ def main() -> None:
 def of_stages(place: Path, number: int) -> dict[str, dict[str, float]]:
     """Seconds, bytes written and peak memory in bytes of each data stage on `number` documents."""
     tokenizer = own_tokenizer(None, place / "tokenizer")
-    told = {"download": download(place, number, "raw"), **choices(place, tokenizer)}
+    write_documents(place / "raw.jsonl", number)
+    told = {"download": [*download(place, "raw", count=True), "source=files"], **choices(place, tokenizer)}
     outs = {"download": "raw", "tokenize": "tokens", "group_texts": "blocks"}
     figures = {}
     for stage, overrides in told.items():
-        started = time.perf_counter()
-        process = subprocess.Popen([sys.executable, "-m", f"stages.{stage}", *overrides], stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0, stage
-        seconds = time.perf_counter() - started
-        figures[stage] = {
-            "seconds": round(seconds, 1),
-            "bytes": size_of(place / outs[stage]),
-            "peak_rss": 1024 * usage.ru_maxrss,
-        }
+        seconds, peak = watched(stage, *overrides, root=ROOT)
+        figures[stage] = {"seconds": round(seconds, 1), "bytes": size_of(place / outs[stage]), "peak_bytes": peak}
         print(
             f"{stage:12} {seconds:8.1f} s {figures[stage]['bytes'] / MIB:10,.0f} MiB written"
-            f" {figures[stage]['peak_rss'] / MIB:8,.0f} MiB of memory at most",
+            f" {figures[stage]['peak_bytes'] / MIB:8,.0f} MiB of memory at most",
             flush=True,
         )
     ledgers = [json.loads(file.read_text()) for file in (place / "tokens").glob("*/stats.json")]
