@@ -3,8 +3,9 @@
 Command python -m benchmarks.scale [--documents N] [--shards N ...] [--shard-bytes N]
 
 The documents are those of benchmarks/preprocessing.py; near duplicates are counted, as by default. Disk is what a stage
-writes; memory is the most that its processes hold together, files mapped into them included. DVC's part is a repository of its own with random shards: `dvc add` hashes and copies
-them to its cache, `dvc status` looks whether they changed. The last line printed is one JSON object.
+writes; memory is the most that its processes hold together, files mapped into them included. DVC's part is a repository
+of its own with random shards: `dvc add` hashes and copies them to its cache, `dvc status` looks whether they changed.
+The last line printed is one JSON object.
 """
 
 import argparse
