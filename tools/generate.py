@@ -1,7 +1,7 @@
 """Let a trained model speak: complete a prompt, or fill a mask in it, whichever the model is for.
 
 Command python -m tools.generate models/causal "The sky is blue because" [--max-new-tokens 60] [--temperature 0.8]
-                                 [--top-k 50] [--seed 0]
+                                 [--top-k 50] [--seed 0] [--num-samples 3] [--past-end]
         python -m tools.generate models/mlm "The sky is {mask} because air scatters light." [--top-k 5]
 """
 
@@ -31,8 +31,10 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
     parser.add_argument("--top-k", type=int, help="sampled from, or shown for a mask (defaults: 50, 5)")
     parser.add_argument("--seed", type=int, default=0, help="another one draws another text (default: 0)")
+    parser.add_argument("--num-samples", type=int, default=1, help="texts, with seeds from --seed on (default: 1)")
+    parser.add_argument("--past-end", action="store_true", help="go on with another document where one ends")
     arguments = parser.parse_args()
-    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
+    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("seed", 0), ("num_samples", 1)):
         value = getattr(arguments, name)
         if value is not None and not least <= value < 2**32:
             parser.error(f"--{name.replace('_', '-')} {value}: it must be {least} or above")
@@ -69,11 +71,14 @@ def speak(arguments: argparse.Namespace) -> None:
     tokenizer = transformers_tokenizer(arguments.directory)
     check_embeddings(model, max(tokenizer.get_vocab().values()) + 1)
     top_k = min(arguments.top_k or TOP_K[task], len(tokenizer))
-    transformers.set_seed(arguments.seed)
-    if task == "causal":
-        complete(model, tokenizer, arguments.prompt, arguments.max_new_tokens, arguments.temperature, top_k)
-    else:
+    if task == "mlm":
         fill(model, tokenizer, arguments.prompt, top_k)
+        return
+    for number in range(arguments.num_samples):
+        if number:
+            print("\n---\n")
+        transformers.set_seed(arguments.seed + number)
+        complete(model, tokenizer, arguments, top_k)
 
 
 def task_in(directory: Path) -> str:
@@ -94,33 +99,46 @@ def task_in(directory: Path) -> str:
     return task_of(read_object(directory / "config.json"), directory)
 
 
-def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, top_k: int) -> None:
-    """Print `prompt` and its continuation, word by word as it comes, up to the end of the document at most."""
+def complete(model: Any, tokenizer: Any, arguments: argparse.Namespace, top_k: int) -> None:
+    """Print the prompt and its continuation, word by word as it comes, up to the end of the document.
+
+    With `past_end`, another document follows behind an empty line, as documents follow each other in training.
+    """
     import torch
     from transformers import GenerationConfig, TextStreamer
-
-    class Printed(TextStreamer):  # type: ignore[misc]
-        """What the model says, without the control characters with which it would steer the terminal."""
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            super().on_finalized_text(without_controls(text), stream_end)
 
     end = tokenizer.eos_token_id
     if end is None:
         raise StageError("the tokenizer has no eos_token, with which a document begins and ends")
+
+    class Printer(TextStreamer):  # type: ignore[misc]
+        """Prints the text without the control characters with which it would steer the terminal."""
+
+        def put(self, value: Any) -> None:
+            if arguments.past_end and not self.next_tokens_are_prompt and value.tolist() == [end]:
+                self.end()
+                print(flush=True)
+            else:
+                super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(without_controls(text), stream_end)
+
     # As in training, the end-of-sequence token stands before a document.
     with rust_errors("the tokenizer cannot encode the prompt"):
-        ids = torch.tensor([[end, *tokenizer.encode(prompt, add_special_tokens=False)]])
+        ids = torch.tensor([[end, *tokenizer.encode(arguments.prompt, add_special_tokens=False)]])
     # The last new token is not read again, so that it needs no position.
     room = check_length(model, ids.shape[1]) + 1 - ids.shape[1]
+    temperature = arguments.temperature
     drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature > 0 else {}
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)  # not what a checkpoint came with
-    print(without_controls(prompt), end="", flush=True)
+    # Not what a checkpoint came with.
+    model.generation_config = GenerationConfig(eos_token_id=None if arguments.past_end else end, pad_token_id=end)
+    print(without_controls(arguments.prompt), end="", flush=True)
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=min(max_new_tokens, room),
-        streamer=Printed(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        max_new_tokens=min(arguments.max_new_tokens, room),
+        streamer=Printer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **drawn,
     )
 
