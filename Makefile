@@ -42,8 +42,9 @@ ray: .venv/ray
 check: env
 	@python -m tools.check
 
+# TASK=causal: the stages of this task, up to its evaluation.
 repro: check
-	dvc repro
+	dvc repro $(if $(TASK),'evaluate@$(TASK)')
 
 # STAGE=train@causal: of this stage and those that it depends on.
 why: env

@@ -117,6 +117,7 @@ def complete(model: Any, tokenizer: Any, arguments: argparse.Namespace, top_k: i
         def put(self, value: Any) -> None:
             if arguments.past_end and not self.next_tokens_are_prompt and value.tolist() == [end]:
                 self.end()
+                self.next_tokens_are_prompt = False  # which `end` sets
                 print(flush=True)
             else:
                 super().put(value)

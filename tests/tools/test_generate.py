@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from data_helpers import CAUSAL_TOKENS, MLM_TOKENS, REPOSITORY, write_bpe
 from safetensors.torch import load_file, save_file
 from toys import ARCHITECTURES
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from tools import generate
 
@@ -66,6 +67,42 @@ def test_generate_stops_where_the_model_has_no_positions(models: Path, capsys: A
         said, error = say(capsys, monkeypatch, models / "models/causal", prompt, "--max-new-tokens", most)
         assert error == "" and said.startswith(prompt)
     assert say(capsys, monkeypatch, models / "models/causal", "x" * 63, "--max-new-tokens", "5")[1] == ""
+
+
+def test_generate_draws_several_texts_each_as_its_seed_alone_does(models: Path, capsys: Any, monkeypatch: Any) -> None:
+    given = [models / "models/causal", PROMPTS["causal"], "--max-new-tokens", "12"]
+    alone = [say(capsys, monkeypatch, *given, "--seed", str(seed))[0] for seed in (5, 6, 7)]
+    together, error = say(capsys, monkeypatch, *given, "--seed", "5", "--num-samples", "3")
+    assert error == "" and together == "\n---\n\n".join(alone)
+    assert len(set(alone)) == 3
+
+
+@pytest.mark.parametrize("past_end", [False, True])
+def test_generate_past_the_end_of_a_document_begins_another_behind_an_empty_line(
+    models: Path, tmp_path: Path, capsys: Any, monkeypatch: Any, past_end: bool
+) -> None:
+    directory = shutil.copytree(models / "models/causal", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(config)
+    make_follow(model, tokenizer.convert_tokens_to_ids([tokenizer.eos_token, "a", "b"]))
+    model.save_pretrained(directory)
+    more = ["--past-end"] if past_end else []
+    said, error = say(capsys, monkeypatch, directory, "a", "--max-new-tokens", "7", "--temperature", "0", *more)
+    assert (said, error) == ("ab\n\nab\n\nab\n" if past_end else "ab\n", "")
+
+
+def make_follow(model: Any, cycle: list[int]) -> None:
+    """Set the weights of a GPT-2 so that each token of `cycle` is followed by the next, and the last by the first."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()  # so that the layers add nothing to what they are given
+        model.transformer.ln_f.weight.fill_(1.0)
+        for number, token in enumerate(cycle):
+            vector = torch.zeros(model.config.n_embd)
+            vector[2 * number], vector[2 * number + 1] = 1.0, -1.0  # of mean 0, which the last LayerNorm keeps
+            model.transformer.wte.weight[token] = vector
+            model.lm_head.weight[cycle[(number + 1) % len(cycle)]] = vector
 
 
 @pytest.mark.parametrize("top_k", [1, 5])
