@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -78,7 +79,20 @@ def copy_working_tree(directory: Path) -> None:
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the working tree, shrunk, with one `dvc repro` behind it and committed."""
-    directory = tmp_path_factory.mktemp("project")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return make_project(tmp_path_factory.mktemp("project"))
+    # Of several test processes, the first that needs it makes it; the others take copies.
+    made = tmp_path_factory.getbasetemp().parent / "project"
+    with FileLock(made.with_name("project.lock")):
+        if not made.exists():
+            make_project(aside := made.with_name("project-unfinished"))
+            aside.rename(made)
+    return shutil.copytree(made, tmp_path_factory.mktemp("copy") / "project", symlinks=True)
+
+
+def make_project(directory: Path) -> Path:
+    """Make the project of the tests in `directory`, which may be there, and empty."""
+    directory.mkdir(exist_ok=True)
     copy_working_tree(directory)
     edit(directory / "conf/data/sample.yaml", max_records=80)
     for task in TASKS:
