@@ -151,8 +151,8 @@ def compared_tasks() -> list[ComparedTask]:
     difference = Difference(-0.05, 0.01, 0.0, 20.0, 0, 0.75, 26, (1, 1))
     pieces = [Segment("Why ", 0.1), Segment(HOSTILE, -1.5), Segment(" </script>\u202e\x1b[31m", 3.0)]
     documents = [
-        MovedDocument(3, HOSTILE, 900, -21.0, Excerpt(pieces, True, True)),
-        MovedDocument(7, "toy", 90, 5.0, None),
+        MovedDocument(3, "q7", HOSTILE, 900, -21.0, Excerpt(pieces, True, True)),
+        MovedDocument(7, "", "toy", 90, 5.0, None),
     ]
     moved = Moved(documents[:1], documents[1:], [MovedGroup("topic", HOSTILE, -20.0, difference)])
     single = Difference(0.02, float("inf"), 0.0, 1.0, 0, 0.0, 1, (1, 1))

@@ -47,6 +47,8 @@ class Excerpt(NamedTuple):
 class MovedDocument(NamedTuple):
     record: int
     """Its number in the split."""
+    q_id: str
+    """Empty where records have none."""
     source: str
     num_bytes: int
     bits: float
@@ -94,8 +96,9 @@ def _mean_bits(evaluations: Sequence[Evaluation]) -> npt.NDArray[np.float64]:
 
 def _describe(line: Line, row: int, bits: float, excerpt: Excerpt | None) -> MovedDocument:
     table = line.others[0].table
-    record, source, num_bytes = (table.column(name)[row].as_py() for name in ("record", "source", "bytes"))
-    return MovedDocument(record, source, num_bytes, bits, excerpt)
+    values = table.slice(row, 1).to_pylist()[0]
+    q_id = values.get("q_id") or ""
+    return MovedDocument(values["record"], q_id, values["source"], values["bytes"], bits, excerpt)
 
 
 def find_moved_groups(line: Line) -> list[MovedGroup]:

@@ -120,17 +120,18 @@ def _table_of(compared: ComparedTask) -> GroupTable:
     for line, verdict, to_decide, _ in compared.lines:
         difference = line.difference
         if difference is None:
-            cells = [Cell("", "")] * 3 + [Cell(printable(line.reason), json.dumps(verdict)), Cell("", "")]
+            cells = [Cell("", "")] * 4 + [Cell(printable(line.reason), json.dumps(verdict)), Cell("", "")]
         else:
             cells = [
                 _signed_cell(difference.value),
                 Cell(" to ".join(f"{bound:+.4f}" for bound in difference.interval), ""),
                 Cell(f"{difference.share_better:.0%}", json.dumps(difference.share_better)),
+                Cell(" and ".join(map(str, difference.num_seeds)), json.dumps(sum(difference.num_seeds))),
                 Cell(verdict, json.dumps(verdict)),
                 Cell(to_decide, ""),
             ]
         rows.append((_name_of(line), cells))
-    headings = ["difference", "95 % interval", "documents better", "verdict", "to decide: more"]
+    headings = ["difference", "95 % interval", "documents better", "seeds", "verdict", "to decide: more"]
     return GroupTable(compared.caption, True, "experiment", (), headings, rows)
 
 
@@ -211,7 +212,8 @@ def _group_table(name: str, groups: Sequence[MovedGroup]) -> GroupTable:
 def _document_parts(document: MovedDocument) -> tuple[str, list[tuple[str, str, str]]]:
     change = f"{abs(document.bits):,.1f} bits {'fewer' if document.bits < 0 else 'more'}"
     share = f"{document.bits / document.num_bytes:+.4f} a byte"
-    where = f"Record {document.record:,} ({printable(document.source)}, {document.num_bytes:,} bytes)"
+    known = [printable(known) for known in (document.q_id, document.source) if known]
+    where = f"Record {document.record:,} ({', '.join(known)}, {document.num_bytes:,} bytes)"
     return f"{where}: {change} ({share})", list(_pieces_of(document.excerpt)) if document.excerpt else []
 
 

@@ -251,9 +251,9 @@ def test_comparisons_show_the_difference_the_verdict_and_why_there_is_none() -> 
     (task,) = compared_tasks()
     parts = compared_parts(task)
     rows = {name: [cell.text for cell in cells] for name, cells in parts.table.rows}
-    assert rows["wide"] == ["-0.0500", "-0.0709 to -0.0291", "75%", "better", ""]
-    assert rows["other (another seed)"][3:] == ["not decided", "more documents"]
-    assert rows[HOSTILE] == ["", "", "", "other documents", ""]
+    assert rows["wide"] == ["-0.0500", "-0.0709 to -0.0291", "75%", "1 and 1", "better", ""]
+    assert rows["other (another seed)"][4:] == ["not decided", "more documents"]
+    assert rows[HOSTILE] == ["", "", "", "", "other documents", ""]
     assert parts.figure is not None
     assert [trace["x"] for trace in parts.figure.spec["data"]] == [[-0.05], [0.02]]
     assert parts.figure.spec["data"][1]["error_x"]["array"] == [0]  # of a document alone, without ends
@@ -265,7 +265,7 @@ def test_comparisons_show_the_difference_the_verdict_and_why_there_is_none() -> 
 def test_comparisons_color_the_text_of_a_document_by_what_changed_and_escape_its_controls() -> None:
     (moved,) = compared_parts(compared_tasks()[0]).moved
     (sentence, pieces), (_, nothing) = moved.documents
-    assert sentence == f"Record 3 ({HOSTILE}, 900 bytes): 21.0 bits fewer (-0.0233 a byte)"
+    assert sentence == f"Record 3 (q7, {HOSTILE}, 900 bytes): 21.0 bits fewer (-0.0233 a byte)"
     assert pieces == [
         ("… ", "", ""),
         ("Why ", "", ""),
