@@ -114,6 +114,8 @@ def complete(model: Any, tokenizer: Any, arguments: argparse.Namespace, top_k: i
     class Printer(TextStreamer):  # type: ignore[misc]
         """Prints the text without the control characters with which it would steer the terminal."""
 
+        next_tokens_are_prompt: bool
+
         def put(self, value: Any) -> None:
             if arguments.past_end and not self.next_tokens_are_prompt and value.tolist() == [end]:
                 self.end()
