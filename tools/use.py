@@ -187,7 +187,7 @@ def reads_files(preset: Preset) -> bool:
     name = find_path(preset.files, (PARAMS, "data", "name"))
     if not isinstance(name, str) or name not in choices("data"):
         return False
-    return find_path(read_yaml(CONF / "data" / f"{name}.yaml"), ("source",)) == "files"
+    return bool(find_path(read_yaml(CONF / "data" / f"{name}.yaml"), ("source",)) == "files")
 
 
 def edited_files(preset: Preset) -> tuple[dict[str, str], dict[str, str]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from stages.core.config import MISSING
 from stages.core.errors import StageError, printable
@@ -28,10 +29,14 @@ def edit_yaml(text: str, values: Mapping[str, Any], where: str) -> str:
     expected = merge(load(text), values)
     newline = "\r\n" if "\r\n" in text else "\n"
     edited = text.replace("\r\n", "\n")
-    for path, value in leaves(values):
-        if not same(find_path(load(edited), path), value):
-            edited = set_value(edited, path, value)
-    if not same(load(edited), expected):
+    try:
+        for path, value in leaves(values):
+            if not same(find_path(load(edited), path), value):
+                edited = set_value(edited, path, value)
+        understood = same(load(edited), expected)
+    except (yaml.YAMLError, OmegaConfBaseException):
+        understood = False
+    if not understood:
         raise StageError(f"{where}: its form is not understood: set {printable(', '.join(values))} by hand")
     return edited.replace("\n", newline)
 
@@ -80,12 +85,14 @@ def set_value(text: str, path: tuple[str, ...], value: Any) -> str:
     if not isinstance(node, yaml.MappingNode) or node.flow_style:
         return text  # edit_yaml then says so
     for depth, key in enumerate(path):
-        child = next((child for name, child in node.value if name.value == key), None)
-        if child is None:
+        name, child = next(((name, child) for name, child in node.value if name.value == key), (None, None))
+        if name is None or child is None:
             return insert(text, node, path[depth:], value)
         if depth + 1 == len(path) or not isinstance(child, yaml.MappingNode) or child.flow_style:
             if rest := path[depth + 1 :]:
                 value = merge(find_path(load(text), path[: depth + 1]), nest(rest, value))
+            if isinstance(child, yaml.CollectionNode) and not child.flow_style:
+                return replace_block(text, text.index(":", name.end_mark.index) + 1, end_of(text, child), flow(value))
             return replace(text, child.start_mark.index, end_of(text, child), flow(value))
         node = child
     return text
@@ -116,6 +123,12 @@ def replace(text: str, start: int, end: int, new: str) -> str:
         column = end + len(comment[1]) - (text.rfind("\n", 0, end) + 1)
         tail = " " * max(1, column - (len(head) - line_start)) + tail[len(comment[1]) :]
     return head + tail
+
+
+def replace_block(text: str, start: int, end: int, new: str) -> str:
+    """`text` with the lines of a block, which begins after its key and colon, replaced by a value in one line."""
+    comment = text[start : text.index("\n", start)].strip()
+    return f"{text[:start]} {new}{'  ' if comment else ''}{comment}{text[end:]}"
 
 
 def insert(text: str, node: yaml.MappingNode, path: tuple[str, ...], value: Any) -> str:
