@@ -61,7 +61,11 @@ def show_presets() -> None:
     names = preset_names()
     width = max(map(len, names), default=0)
     for name in names:
-        print(f"{name.ljust(width)}  {printable(read_preset(name).head[0])}")
+        try:
+            line = printable(read_preset(name).head[0])
+        except ConfigError as error:  # of one preset, which is no reason not to list the others
+            line = f"(wrong: {printable(error.problems[0])})"
+        print(f"{name.ljust(width)}  {line}")
     print("\nTo see what one would change: python -m tools.use NAME --dry-run")
 
 

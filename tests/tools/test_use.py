@@ -122,20 +122,15 @@ def test_use_preset_gives_the_same_configuration_after_any_other(workplace: Path
         each = [(stage, task) for stage in STAGES for task in tasks_of(name)]
         return [compose(stage, item=task).values for stage, task in [("download", None), *each]]
 
-    def without_unread_path(values: list[Any]) -> list[Any]:
-        if "path" not in use.read_preset(name).files["params.yaml"]["data"]:  # data of the Hub
-            del values[0]["data"]["path"]
-        return values
-
     start = {file: file.read_text() for file in [workplace / "params.yaml", *(workplace / "conf").rglob("*.yaml")]}
     apply(name)
-    alone = without_unread_path(configs())
+    alone = configs()
     for other in PRESETS:
         for file, text in start.items():
             file.write_text(text)
         apply(other)
         apply(name)
-        assert without_unread_path(configs()) == alone, other
+        assert configs() == alone, other
 
 
 def test_use_modernbert_masks_the_share_of_its_own_training(workplace: Path) -> None:
@@ -173,6 +168,13 @@ def test_use_preset_says_whom_it_is_for_and_what_it_needs(name: str) -> None:
 def test_use_without_a_name_lists_every_preset(tool: Callable[..., str]) -> None:
     lines = tool().splitlines()
     assert [line.split()[0] for line in lines[: len(PRESETS)]] == PRESETS
+
+
+def test_use_lists_a_wrong_preset_with_the_others(tool: Callable[..., str]) -> None:
+    preset("# x\nblok_size: 1\n")
+    lines = tool().splitlines()
+    assert any(line.startswith("mine ") and "blok_size is no key" in line for line in lines)
+    assert all(any(line.startswith(name) for line in lines) for name in PRESETS)
 
 
 def test_use_shows_the_difference_and_keeps_comments(tool: Callable[..., str]) -> None:
