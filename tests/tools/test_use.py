@@ -119,7 +119,7 @@ def test_use_preset_composes_in_every_stage(workplace: Path, name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_use_preset_gives_the_same_configuration_after_any_other(workplace: Path, name: str) -> None:
     def configs() -> list[Any]:
-        each = [(stage, task) for stage in STAGES for task in tasks_of(name)]
+        each = [(stage, task) for stage in ("tokenize", "train") for task in tasks_of(name)]
         return [compose(stage, item=task).values for stage, task in [("download", None), *each]]
 
     start = {file: file.read_text() for file in [workplace / "params.yaml", *(workplace / "conf").rglob("*.yaml")]}
