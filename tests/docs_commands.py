@@ -43,7 +43,7 @@ GROUPS = {
     "tasks.TASK.model": "model",
     "tasks.TASK.adapter": "adapter",
 }
-OWN = ("benchmarks", "conf", "docs", "stages", "tests", "tools")  # directories all of whose files are in git
+OWN = ("benchmarks", "conf", "docs", "presets", "stages", "tests", "tools")  # directories all of whose files are in git
 
 
 class Command(NamedTuple):

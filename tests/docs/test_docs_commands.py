@@ -45,7 +45,6 @@ REDUCTIONS = {
     r"^make test(-all)?$": r"PYTEST_ADDOPTS='-k packing' make test\1",
     r"s3://bucket/path": r"$OUTSIDE/remote",
     r"^git clone URL && cd lm-repro && make env": r"cd $OUTSIDE && git clone -q $ORIGIN elsewhere && cd elsewhere",
-    r"num_train_epochs=3\b": "num_train_epochs=0.05",
     r"OWNER/NAME": r"dany0407/eli5_category",
     r"=COMMIT$": rf"={COMMIT}",
     r"^(python -m tools.publish \w+)$": r"HF_ENDPOINT=$UPLOAD_HUB HF_TOKEN=hf_none \1",
