@@ -15,8 +15,8 @@ from pathlib import Path
 from dvc.repo import Repo
 
 from stages.core.artifacts import write_json
-from tools.outs import Outs
 from stages.train.watchers import is_running
+from tools.outs import Outs
 from tools.report_data import live_runs, read_runs
 from tools.report_page import render
 from tools.report_pairs import plot_points, read_compared

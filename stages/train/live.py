@@ -23,6 +23,10 @@ _COLUMNS = {"train": {"loss": "loss", "learning_rate": "learning_rate"}, "valida
 """File to the columns after `step`: name in the log history to heading."""
 
 
+_handles: dict[Path, int] = {}
+"""Of the locked directories: a training that ended by an error has not released its own."""
+
+
 def live_directory(report: str | Path) -> Path:
     """The directory of the live curves of a training that writes its report to `report`."""
     return Path(report).with_name(f".live-{Path(report).name}")
@@ -37,13 +41,13 @@ class LiveCurves(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, report: str | Path) -> None:
         self._directory = live_directory(report)
-        self._handle: int | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(self._directory, os.O_RDONLY)
-            lock(self._handle)
+            self._release()
+            _handles[self._directory] = os.open(self._directory, os.O_RDONLY)
+            lock(_handles[self._directory])
             for name, columns in _COLUMNS.items():
                 heading = "\t".join(["step", *columns.values()]) + "\n"
                 aside = self._directory / f".tmp-{name}"
@@ -53,7 +57,7 @@ class LiveCurves(TrainerCallback):  # type: ignore[misc]
             self._give_up(error)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._handle is None:
+        if self._directory not in _handles:
             return
         try:
             for name in _COLUMNS:
@@ -71,9 +75,8 @@ class LiveCurves(TrainerCallback):  # type: ignore[misc]
         self._release()
 
     def _release(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        if (handle := _handles.pop(self._directory, None)) is not None:
+            os.close(handle)
 
 
 def _lines(name: str, history: Iterable[dict[str, Any]]) -> str:
