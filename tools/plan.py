@@ -293,7 +293,7 @@ def run_trial(stage: str, task: str, file: Path, overrides: Sequence[str]) -> Tr
     Raises:
         StageError: if it fails, in its own words.
     """
-    environment = {**os.environ, "DVC_STAGE": f"{stage}@{task}"}
+    environment = {**os.environ, "DVC_STAGE": f"{stage}@{task}", "LM_REPRO_TRACK": ""}  # a trial is no run to follow
     command = [sys.executable, "-m", "tools.trial", stage, str(file), *overrides]
     started = time.monotonic()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -15,12 +15,15 @@ from pathlib import Path
 from dvc.repo import Repo
 
 from stages.core.artifacts import write_json
+from stages.train.watchers import is_running
 from tools.outs import Outs
-from tools.report_data import read_runs
+from tools.report_data import live_runs, read_runs
 from tools.report_page import render
 from tools.report_pairs import plot_points, read_compared
 
 OUT = Path("reports/report.html")
+LIVE = Path("reports/train")
+"""Where the live curves of trainings are."""
 PLOTS = Path("reports/compare")
 """Where the differences between experiments are, a file a task, for `dvc plots`."""
 
@@ -39,9 +42,10 @@ def main() -> None:
         outs = Outs(repo)
         runs = read_runs(revisions, outs.read_texts)
         compared = read_compared(revisions, outs)
-    if not any(run.metrics for run in runs):
+    live = live_runs(LIVE, is_running)
+    if not live and not any(run.metrics for run in runs):
         sys.exit("report: no results yet: run `dvc repro` first")
-    page = render(runs, compared)
+    page = render(runs, compared, live)
     PLOTS.mkdir(parents=True, exist_ok=True)
     for task in compared:
         write_json(PLOTS / f"{task.task}.json", plot_points(task))

@@ -1,9 +1,11 @@
 """What the report shows, read from DVC: each revision's params, metrics, curves, samples and ledgers."""
 
+import contextlib
 import csv
 import io
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.core.config import flat as flatten
@@ -18,7 +20,7 @@ class Run(NamedTuple):
 
     name: str
     kind: str
-    """workspace, commit or experiment."""
+    """workspace, commit, experiment, or live of a training whose curves are not in its out yet."""
     state: str
     """Why there are no results: "queued", say, or DVC's words on what failed; empty where there are."""
     created: str
@@ -166,6 +168,21 @@ def tokenizer_file(task: str) -> str:
 
 def curve_file(task: str, split: str) -> str:
     return f"reports/train/{task}/plots/metrics/{split}/loss.tsv"
+
+
+def live_runs(reports: Path, is_running: Callable[[Path], bool]) -> dict[str, Run]:
+    """Task to a run with the live curves of its training below `reports`, which runs or was interrupted."""
+    found = {}
+    for directory in sorted(reports.glob(".live-*")):
+        task, files = directory.name.removeprefix(".live-"), {}
+        for split in SPLITS[:2]:
+            with contextlib.suppress(OSError, ValueError):
+                text = (directory / f"{split}.tsv").read_text(encoding="utf-8")
+                files[curve_file(task, split)] = text[: text.rfind("\n") + 1]  # the last line may be half written
+        if files:
+            state = "running" if is_running(directory) else "interrupted"
+            found[task] = Run(f"{task} ({state})", "live", state, "", {}, {}, {}, files, [])
+    return found
 
 
 def metrics_file(task: str) -> str:

@@ -9,8 +9,9 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -44,11 +45,14 @@ class Column(NamedTuple):
     """Whether it is hidden at first."""
 
 
-def render(runs: list[Run], compared: Sequence[ComparedTask] = ()) -> str:
+def render(
+    runs: list[Run], compared: Sequence[ComparedTask] = (), live: Mapping[str, Run] = MappingProxyType({})
+) -> str:
     """The page.
 
     Args:
         compared: how the runs compare, by task; none where there is nothing to compare.
+        live: task to a training whose curves are shown with the others'.
     """
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -67,7 +71,10 @@ def render(runs: list[Run], compared: Sequence[ComparedTask] = ()) -> str:
         params=[split_name(param) for param in params],
         columns=columns,
         rows=[(run, [cell(run, key) for key in [*params, *(column.key for column in columns)]]) for run in runs],
-        curves={task: curves_of(task, drawn) for task in named},
+        curves={
+            task: curves_of(task, [*drawn, live[task]] if task in live else drawn)
+            for task in dict.fromkeys([*named, *live])
+        },
         bars=[(bars_of(key, drawn), COMPARES[key.rpartition(".")[2]]) for key in chosen_metrics(columns)],
         pairs=[compared_parts(task) for task in compared],
         groups={task: tables for task in named if (tables := group_tables(task, drawn))},

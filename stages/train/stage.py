@@ -32,6 +32,7 @@ from stages.train.plan import log_against_plan
 from stages.train.saving import add_adapter, probe_loss, save_model, saved_files, verify_saved
 from stages.train.schema import CheckpointSettings, EarlyStopping
 from stages.train.trainer_arguments import problems
+from stages.train.watchers import chosen_trackers
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -169,6 +170,7 @@ def _sharding_problems(trainer: dict[str, Any], hardware: Hardware | None, adapt
 def main(config: TrainConfig) -> None:
     check_out(config.out, saved_files(config.adapter))  # now rather than after hours
     check_out(config.report, ["stats.json"])
+    chosen_trackers()
     run_in_processes("train", train, config, _checkpoint_name)
 
 
@@ -178,6 +180,7 @@ def train(config: TrainConfig) -> None:
     from stages.model.models import build_model, prepare_torch
     from stages.model.objectives import make_objective
     from stages.model.processes import rank, wait_for_all
+    from stages.train.live import remove_live_curves
 
     framework = _framework_of(config)
     framework.prepare(config)
@@ -202,6 +205,7 @@ def train(config: TrainConfig) -> None:
             model, state = framework.fit(config, model, objective, training, validation, directory, request)
         if not rank():
             write(config, model, state, len(training), use_cache, objective, validation)
+            remove_live_curves(config.report)
         wait_for_all()
     log.info("%d steps -> %s", state.global_step, config.out)
     if not rank() and not resumes:

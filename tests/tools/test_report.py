@@ -14,7 +14,7 @@ import pytest
 from dvc_project import ROOT, environment, run
 from report_cases import HOSTILE, compared_tasks, figures, grouped_runs, read, runs, shown
 
-from tools.report_data import Run, alike, curve, curve_file, flow, read_runs
+from tools.report_data import Run, alike, curve, curve_file, flow, live_runs, read_runs
 from tools.report_page import (
     bars_of,
     chosen_metrics,
@@ -492,3 +492,19 @@ def test_report_without_the_cache_shows_what_the_workspace_holds_and_says_what_i
     (missing,) = re.findall(r"<li>(.*?): (.*?)</li>", page)
     assert missing[0] == "main" and "reports/train/causal" in missing[1] and "data/raw" in missing[1]
     assert set(re.findall(r'"name": "(.*?)"', page)) >= {"workspace"}
+
+
+@pytest.mark.parametrize(("runs_now", "name"), [(True, "causal (running)"), (False, "causal (interrupted)")])
+def test_live_curves_are_drawn_after_those_of_the_runs(tmp_path: Path, runs_now: bool, name: str) -> None:
+    directory = tmp_path / ".live-causal"
+    directory.mkdir()
+    (directory / "train.tsv").write_text("step\tloss\tlearning_rate\n10\t3.5\t0.1\n20\t3.25\t0.1\n30\t3.")
+    live = live_runs(tmp_path, lambda _: runs_now)
+    found = curves_of("causal", [*runs(), live["causal"]])
+    assert found is not None and found.rows[-1] == (name, "20", "3.2500", "")  # without the half-written line
+    assert name in render([], live=live)
+
+
+def test_directory_without_live_curves_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / ".live-mlm").mkdir()
+    assert live_runs(tmp_path, lambda _: False) == {}

@@ -25,6 +25,7 @@ from stages.shell.interruption import Request
 from stages.train.checkpoints import Checkpoints
 from stages.train.trainer_arguments import resolve
 from stages.train.training import EpochSampler, Saving, TrainingBlocks, TrainingProgress
+from stages.train.watchers import watchers
 
 if TYPE_CHECKING:
     from stages.train.stage import TrainConfig
@@ -83,6 +84,7 @@ class Training:
         callbacks = [
             DefaultFlowCallback(),
             TrainingProgress(config.batch_size * config.block_size),
+            *watchers(config, str(directory)),
             Saving(request, 60.0 * config.checkpoints.minutes),
         ]
         self.handler = CallbackHandler(callbacks, model, None, None, None)

@@ -16,6 +16,7 @@ from stages.shell.interruption import Request
 from stages.train.batches import batches
 from stages.train.trainer_arguments import resolve
 from stages.train.training import BlockTrainer, TrainingProgress
+from stages.train.watchers import watchers
 
 if TYPE_CHECKING:
     from stages.train.stage import TrainConfig
@@ -76,7 +77,7 @@ def make_trainer(
         at_once, accumulation = batches(config.batch_size, config.hardware, world_size())
     except ValueError as error:
         raise StageError(str(error)) from None
-    callbacks: list[Any] = [TrainingProgress(config.batch_size * config.block_size)]
+    callbacks: list[Any] = [TrainingProgress(config.batch_size * config.block_size), *watchers(config, directory)]
     if config.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.threshold))
     given = resolve(config.trainer)
