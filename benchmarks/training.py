@@ -5,8 +5,9 @@ Command python benchmarks/training.py --shape distilgpt2 --hardware cpu_bf16 --s
 
 Both sides train the same fresh model on the same blocks, each in a process of its own, and take turns of a second, so
 that a machine whose speed varies is the same for both. The guide's side is its script: Trainer, its TrainingArguments
-and DataCollatorForLanguageModeling, in fp32. `--against plain` puts a bare loop around the pipeline's own model,
-batches and loss in its place, to show what the Trainer costs; `--against keras` trains with framework: keras.
+and DataCollatorForLanguageModeling, in fp32; `--against guide_bf16` sets bf16=True there. `--against plain` puts a bare
+loop around the pipeline's own model, batches and loss in its place, to show what the Trainer costs; `--against keras`
+trains with framework: keras.
 
 tokens/s is that of the median step after the first WARM_UP ones; compile_seconds is what these took beyond such a step.
 Inductor's cache stays in the cache directory: with LM_REPRO_CACHE=$(mktemp -d) it is cold. The last line printed is one
@@ -25,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python benchmarks/training.py, too
 
@@ -52,9 +53,11 @@ SHAPES: dict[str, tuple[str, int, int, dict[str, float]]] = {
     "tiny-gpt2": ("causal", 4, 1024, {}),
     "tiny-roberta": ("mlm", 4, 1024, {}),
     "distilgpt2": ("causal", 8, 50257, GPT2),
+    "gpt2": ("causal", 16, 50257, GPT2 | {"n_layer": 12}),
     "distilroberta": ("mlm", 8, 50265, ROBERTA),
 }
 TINY = {"causal": "tiny-gpt2", "mlm": "tiny-roberta"}
+SIDES = ("ours", "guide", "guide_bf16", "plain", "keras")
 
 
 def main() -> None:
@@ -89,11 +92,11 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hardware", default="cpu")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--against", choices=("guide", "plain", "keras"), default="guide")
+    parser.add_argument("--against", choices=SIDES[1:], default="guide")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--side", choices=("ours", "guide", "plain", "keras"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
     arguments = parser.parse_args(given)
     if arguments.against == "keras" and (
@@ -137,9 +140,13 @@ def seconds_to(goal: float, found: dict[str, Any]) -> float:
 # -- the text ----------------------------------------------------------------------------------------------------------
 
 
-def write_blocks(arguments: argparse.Namespace, directory: Path) -> None:
+def write_blocks(arguments: argparse.Namespace, directory: Path, num_blocks: int | None = None) -> None:
     """Blocks of the embedded sample, its words as ids by their frequency; without document ends, which the guide has
-    not."""
+    not.
+
+    Args:
+        num_blocks: of both splits together, the sample repeated if it has fewer; None: those of the sample.
+    """
     import pyarrow as pa
 
     records = (ROOT / "data/sample/askscience.jsonl").read_text(encoding="utf-8").splitlines()
@@ -147,9 +154,7 @@ def write_blocks(arguments: argparse.Namespace, directory: Path) -> None:
     ranks = {word: rank for rank, (word, _) in enumerate(Counter(words).most_common())}
     ids = np.array([min(SPECIAL + ranks[word], arguments.vocab_size - 1) for word in words])
     size = arguments.block_size
-    blocks = np.resize(ids[: len(ids) // size * size], (len(ids) // size, size)).astype(
-        token_dtype(arguments.vocab_size)
-    )
+    blocks = np.resize(ids, (num_blocks or len(ids) // size, size)).astype(token_dtype(arguments.vocab_size))
     schema = pa.schema([("input_ids", pa.list_(pa.from_numpy_dtype(blocks.dtype), size))])
     held_out = min(VALIDATION_BLOCKS, len(blocks) // 4)
     for split, rows in {"train": blocks[:-held_out], "validation": blocks[-held_out:]}.items():
@@ -170,10 +175,15 @@ def vocabulary_of(arguments: argparse.Namespace) -> Vocabulary:
 
 
 class Clock:
-    """The seconds of each step and, at EVALUATIONS of them, the validation loss, the time for which does not count."""
+    """The seconds of each step and, at EVALUATIONS of them, the validation loss, the time for which does not count.
+
+    A GPU works behind the program: there, the clock waits for it at the end of the warm-up, before each evaluation and
+    at the end, and only sums of steps between these mean anything.
+    """
 
     def __init__(self, model: Any, objective: Any, validation: Blocks, num_steps: int) -> None:
         self._model, self._objective, self._validation, self._num_steps = model, objective, validation, num_steps
+        self._on_gpu = model.device.type == "cuda"
         self._steps: list[float] = []
         self._evaluation_seconds: list[float] = []
         self.refresh: Callable[[], None] = lambda: None  # has `model` hold the weights that are trained
@@ -183,8 +193,14 @@ class Clock:
     def step(self) -> None:
         """To be called at the end of each step."""
 
+        number = len(self._steps) + 1
+        evaluates = number % max(1, self._num_steps // EVALUATIONS) == 0
+        if self._on_gpu and (evaluates or number in (WARM_UP, self._num_steps)):
+            import torch
+
+            torch.cuda.synchronize()
         self._steps.append(time.perf_counter() - self._started)
-        if len(self._steps) % max(1, self._num_steps // EVALUATIONS) == 0:
+        if evaluates:
             self._seconds.append(sum(self._steps))
             self._losses.append(self._evaluate())
         if time.perf_counter() - self._turn > TURN_SECONDS:
@@ -203,7 +219,7 @@ class Clock:
         return loss
 
     def report(self, tokens_per_step: int) -> dict[str, Any]:
-        usual = statistics.median(self._steps[WARM_UP:] or self._steps)
+        usual = (statistics.mean if self._on_gpu else statistics.median)(self._steps[WARM_UP:] or self._steps)
         return {
             "tokens_per_second": tokens_per_step / usual,
             "evaluation_tokens_per_second": self._validation.block_size
@@ -213,41 +229,90 @@ class Clock:
             "seconds": self._seconds,
             "losses": self._losses,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_gpu_bytes": self._peak_gpu_bytes(),
+            "sizes": model_sizes(self._model),
         }
+
+    def _peak_gpu_bytes(self) -> int | None:
+        """The most memory of the GPU that tensors took; None where the model is not on one."""
+        if not self._on_gpu:
+            return None
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+
+
+def model_sizes(model: Any) -> dict[str, int]:
+    """What the floating-point operations of a model follow from: numbers of parameters, layers and its width."""
+    import torch
+
+    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    return {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "embedding_parameters": sum(weight.numel() for weight in embeddings),
+        "word_embedding_parameters": model.get_input_embeddings().weight.numel(),
+        "layers": model.config.num_hidden_layers,
+        "width": model.config.hidden_size,
+    }
+
+
+class Built(NamedTuple):
+    """What a side trains with."""
+
+    config: Any
+    model: Any
+    """On the device of `config`."""
+    objective: Any
+    train: Blocks
+    validation: Blocks
+
+
+def build(arguments: argparse.Namespace, config: Any) -> Built:
+    """The shape's fresh model, and the blocks of arguments.scratch."""
+    from stages.model.models import build_model
+    from stages.model.objectives import make_objective
+
+    vocabulary, scratch = vocabulary_of(arguments), Path(arguments.scratch)
+    model = build_model(config.model, vocabulary, config.seed).to(config.hardware.device)
+    objective = make_objective(config.objective.name, vocabulary, config.objective, model)
+    return Built(config, model, objective, Blocks(scratch / "train"), Blocks(scratch / "validation"))
 
 
 def train_side(arguments: argparse.Namespace) -> None:
     import torch
 
-    from stages.model.models import build_model, prepare_torch
-    from stages.model.objectives import make_objective
+    from stages.model.models import prepare_torch
 
     input()
     config = training_config(arguments)
-    if arguments.side == "guide":  # its script has threads as torch sets them, and memory as the C library does
+    if arguments.side.startswith("guide"):  # its script leaves memory to the C library
         torch.set_num_threads(config.hardware.num_threads)
     else:
         prepare_torch(config.hardware)
-    vocabulary, scratch = vocabulary_of(arguments), Path(arguments.scratch)
-    model = build_model(config.model, vocabulary, config.seed)
-    objective = make_objective(config.objective.name, vocabulary, config.objective, model)
-    train, validation = Blocks(scratch / "train"), Blocks(scratch / "validation")
-    clock = Clock(model, objective, validation, arguments.steps)
-    sides = {"ours": train_ours, "guide": train_as_the_guide, "plain": train_plainly, "keras": train_with_keras}
-    sides[arguments.side](arguments, config, model, objective, train, validation, clock)
+    built = build(arguments, config)
+    clock = Clock(built.model, built.objective, built.validation, arguments.steps)
+    sides = {"ours": train_ours, "plain": train_plainly, "keras": train_with_keras}
+    sides |= {"guide": train_as_the_guide, "guide_bf16": train_as_the_guide}
+    sides[arguments.side](arguments, *built, clock)
     print(REPORT + json.dumps(clock.report(arguments.batch_size * arguments.block_size)))
 
 
-def training_config(arguments: argparse.Namespace) -> Any:
-    """The task's default configuration with the shape's model, for a number of steps without validation."""
+def training_config(arguments: argparse.Namespace, *more: str) -> Any:
+    """The task's default configuration with the shape's model, for a number of steps without validation.
+
+    Args:
+        more: further overrides.
+    """
     from stages.core.compose import compose, load
     from stages.train.stage import TrainConfig
 
     sizes = [f"block_size={arguments.block_size}", f"batch_size={arguments.batch_size}"]
-    values = [*sizes, "seed=42", f"learning_rate={LEARNING_RATE}", "num_train_epochs=1"]
+    values = [*sizes, "seed=42", f"learning_rate={LEARNING_RATE}", "num_train_epochs=null"]
     switches = {"torch_compile": arguments.compile, "activation_checkpointing": arguments.gradient_checkpointing}
     trainer = [f"++trainer.{name}={value}" for name, value in {**switches, "max_steps": arguments.steps}.items()]
     shape = [f"++model.config.{key}={value}" for key, value in arguments.model.items()]
+    if "n_positions" in arguments.model:
+        shape.append(f"model.max_positions={arguments.model['n_positions']}")
     places = ["trainer.eval_strategy='no'", "tokens=-", "blocks=-", "out=-", "report=-"]
     groups = [
         f"task={arguments.task}",
@@ -256,7 +321,7 @@ def training_config(arguments: argparse.Namespace) -> Any:
         "framework=trainer",
         f"hardware={arguments.hardware}",
     ]
-    return load(TrainConfig, compose("train", [*groups, *values, *trainer, *shape, *places]))
+    return load(TrainConfig, compose("train", [*groups, *values, *trainer, *shape, *places, *more]))
 
 
 def clock_callback(clock: Clock) -> Any:
@@ -353,6 +418,7 @@ def train_as_the_guide(
         disable_tqdm=True,
         save_strategy="no",
         use_cpu=config.hardware.device == "cpu",
+        bf16=arguments.side == "guide_bf16",
     )
     trainer = Trainer(
         model=model,
