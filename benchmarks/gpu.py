@@ -435,8 +435,8 @@ def evaluate_on_both(arguments: argparse.Namespace, own: argparse.Namespace) -> 
     del trainer
     validation, found = built.validation, {}
     documents = [validation[[index]][0] for index in range(len(validation))]
+    torch.set_num_threads(os.cpu_count() or 1)
     for device in dict.fromkeys((built.config.hardware.device, "cpu")):
-        torch.set_num_threads(os.cpu_count() or 1)
         model = load_trained(arguments.task, own.directory).to(device)
         windows = built.objective.windows(iter(documents), arguments.block_size // 2)
         nats, num_tokens = document_nats(model, windows, len(documents), 8192)
@@ -495,6 +495,7 @@ def train_sharded(arguments: argparse.Namespace, file: Path, config: Any) -> Non
     prepare_torch(config.hardware)
     built = training.build(arguments, config)
     before = block_loss(built.model, built.objective, built.validation, 8192)
+    built.model.to("cpu")  # where the stage `train` leaves it until it is sharded
     trained, state = fit(*built, str(file.parent), Request())  # which refuses to go on if a weight is not sharded
     on_gpu = config.hardware.device == "cuda"
     after = block_loss(trained.to(config.hardware.device), built.objective, built.validation, 8192)
