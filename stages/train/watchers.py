@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from stages.train.stage import TrainConfig
 
 TRACKERS = ("trackio", "tensorboard", "wandb", "mlflow")
-_VARIABLE = "LM_REPRO_TRACK"
 
 
 def chosen_trackers() -> list[str]:
@@ -24,12 +23,14 @@ def chosen_trackers() -> list[str]:
     Raises:
         StageError: if one is unknown or not installed.
     """
-    names = list(dict.fromkeys(name.strip() for name in os.environ.get(_VARIABLE, "").split(",") if name.strip()))
+    names = list(
+        dict.fromkeys(name.strip() for name in os.environ.get("LM_REPRO_TRACK", "").split(",") if name.strip())
+    )
     for name in names:
         if name not in TRACKERS:
-            raise StageError(f"{_VARIABLE}={printable(name)}: it should be one or more of {', '.join(TRACKERS)}")
+            raise StageError(f"LM_REPRO_TRACK={printable(name)}: it should be one or more of {', '.join(TRACKERS)}")
         if importlib.util.find_spec(name) is None:
-            raise StageError(f"{_VARIABLE}={name}: the package {name} is not installed: run `pip install {name}`")
+            raise StageError(f"LM_REPRO_TRACK={name}: the package {name} is not installed: run `uv pip install {name}`")
     return names
 
 

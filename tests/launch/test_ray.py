@@ -46,6 +46,7 @@ def cluster(cache: Path) -> Cluster:
         yield cluster
 
 
+@pytest.mark.slow
 def test_preprocessing_on_a_cluster_writes_the_bytes_of_one_machine(
     cluster: Cluster, corpus: Path, tmp_path: Path
 ) -> None:

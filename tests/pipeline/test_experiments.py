@@ -157,6 +157,7 @@ def ssh_server(tmp_path: Path) -> Iterator[tuple[int, Path]]:
         server.wait()
 
 
+@pytest.mark.slow
 def test_experiments_pushed_over_ssh_and_pulled_elsewhere_run_nothing(
     clean: Path, tmp_path: Path, ssh_server: tuple[int, Path]
 ) -> None:

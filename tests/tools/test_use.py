@@ -265,6 +265,7 @@ def test_use_without_git_says_how_to_proceed(tool: Callable[..., str], monkeypat
     assert "use --force" in refused(tool, "guide")
 
 
+@pytest.mark.slow
 def test_use_uncommitted_edits_are_kept_unless_forced(committed: Path) -> None:
     params = committed / "params.yaml"
     edited = params.read_text().replace("seed: 42", "seed: 43")
@@ -292,6 +293,7 @@ def test_use_result_that_fails_the_check_is_undone(committed: Path, text: str, m
     assert run(committed, "git", "status", "--porcelain", "params.yaml", "conf") == ""
 
 
+@pytest.mark.slow
 def test_use_own_text_passes_the_check(committed: Path) -> None:
     (committed / "book.txt").write_text("One.\n\nTwo.\n")
     assert "is in order" in run(committed, sys.executable, "-m", "tools.use", "novel", "--path", "book.txt")

@@ -239,7 +239,7 @@ def test_tracker_that_is_not_installed_is_an_error_before_training(run_toy, tmp_
     monkeypatch.setitem(sys.modules, "mlflow", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("LM_REPRO_TRACK", " mlflow ,")
-    with pytest.raises(StageError, match="the package mlflow is not installed: run `pip install mlflow`"):
+    with pytest.raises(StageError, match="the package mlflow is not installed: run `uv pip install mlflow`"):
         run_toy("train", "causal", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
