@@ -61,6 +61,7 @@ def tokens_per_second(config: TrainConfig) -> float:
     objective = make_objective(config.objective.name, vocabulary, config.objective, model)
     train, validation = Blocks(blocks / "train"), Blocks(blocks / "validation")
     with tempfile.TemporaryDirectory() as scratch:
+        config = dataclasses.replace(config, report=f"{scratch}/report")  # where the curves of a running training are
         trainer = make_trainer(config, model, objective, train, validation, scratch)
         started = time.monotonic()
         trainer.train()

@@ -313,7 +313,7 @@ def training_config(arguments: argparse.Namespace, *more: str) -> Any:
     shape = [f"++model.config.{key}={value}" for key, value in arguments.model.items()]
     if "n_positions" in arguments.model:
         shape.append(f"model.max_positions={arguments.model['n_positions']}")
-    places = ["trainer.eval_strategy='no'", "tokens=-", "blocks=-", "out=-", "report=-"]
+    places = ["trainer.eval_strategy='no'", "tokens=-", "blocks=-", "out=-", f"report={arguments.scratch}/report"]
     groups = [
         f"task={arguments.task}",
         f"model={TINY[arguments.task]}",
