@@ -76,6 +76,14 @@ def copy_working_tree(directory: Path) -> None:
             shutil.copyfile(ROOT / name, directory / name)
 
 
+def commit_working_tree(directory: Path) -> None:
+    """Make `directory` a git repository of which the working tree is the only commit."""
+    copy_working_tree(directory)
+    run(directory, "git", "init", "-q", "-b", "main")
+    run(directory, "git", "add", "-A")
+    run(directory, "git", "commit", "-q", "-m", "all")
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the working tree, shrunk, with one `dvc repro` behind it and committed."""

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from dvc_project import copy_working_tree, run
+from dvc_project import commit_working_tree, run
 
 pytestmark = pytest.mark.slow  # each check takes seconds
 
@@ -15,10 +15,7 @@ MARKED = ("params.yaml", "dvc.yaml", "conf/train.yaml", "conf/model/tiny-gpt2.ya
 def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working tree as the only commit of a repository."""
     directory = tmp_path_factory.mktemp("repository")
-    copy_working_tree(directory)
-    run(directory, "git", "init", "-q", "-b", "main")
-    run(directory, "git", "add", "-A")
-    run(directory, "git", "commit", "-q", "-m", "all")
+    commit_working_tree(directory)
     return directory
 
 

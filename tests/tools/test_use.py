@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from dvc_project import ROOT, copy_working_tree, run
+from dvc_project import ROOT, commit_working_tree, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,10 +63,7 @@ def tool(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the working tree as a commit."""
     directory = tmp_path_factory.mktemp("clone")
-    copy_working_tree(directory)
-    run(directory, "git", "init", "-q", "-b", "main")
-    run(directory, "git", "add", "-A")
-    run(directory, "git", "commit", "-q", "-m", "all")
+    commit_working_tree(directory)
     return directory
 
 
