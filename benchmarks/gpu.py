@@ -426,6 +426,7 @@ def evaluate_on_both(arguments: argparse.Namespace, own: argparse.Namespace) -> 
     from stages.figures.metrics import document_nats
     from stages.frameworks.trainer import make_trainer
     from stages.model.block_loss import block_loss
+    from stages.model.objectives import Text
     from stages.model.trained import load_trained
 
     built = prepared(arguments)
@@ -438,7 +439,8 @@ def evaluate_on_both(arguments: argparse.Namespace, own: argparse.Namespace) -> 
     torch.set_num_threads(os.cpu_count() or 1)
     for device in dict.fromkeys((built.config.hardware.device, "cpu")):
         model = load_trained(arguments.task, own.directory).to(device)
-        windows = built.objective.windows(iter(documents), arguments.block_size // 2)
+        texts = (Text(ids, 0) for ids in documents)
+        windows = built.objective.windows(texts, arguments.block_size // 2)
         nats, num_tokens = document_nats(model, windows, len(documents), 8192)
         found[device] = {
             "loss": block_loss(model, built.objective, validation, 8192),

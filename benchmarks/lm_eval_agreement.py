@@ -29,7 +29,7 @@ from stages.download.schema import Columns
 from stages.download.sources import read_rows
 from stages.figures.groups import ratio_with_error
 from stages.figures.metrics import document_nats
-from stages.model.objectives import make_objective
+from stages.model.objectives import Text, make_objective
 from stages.model.trained import load_trained
 from stages.tokens.encoding import Tokenizers
 from stages.tokens.vocabulary import load_tokenizer, vocabulary_of
@@ -48,7 +48,7 @@ def main() -> None:
     encoded = Tokenizers(tokenizer)(texts)
     ids = np.split(encoded.ids, encoded.offsets[1:-1])
     model = load_trained("causal", arguments.model)
-    windows = make_objective("causal", vocabulary).windows(iter(ids), arguments.context)
+    windows = make_objective("causal", vocabulary).windows((Text(own, 0) for own in ids), arguments.context)
     ours, _ = document_nats(model, windows, len(ids), batch_tokens=4096)
     theirs = lm_eval_nats(model, arguments, texts, vocabulary.special["eos_token"])
     num_bytes = np.array([len(text.encode()) for text in texts])

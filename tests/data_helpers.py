@@ -164,6 +164,44 @@ def write_unigram(directory: Path) -> Path:
     return directory
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""ChatML, without the blocks in which transformers' templates mark answers."""
+
+
+def write_chat_bpe(directory: Path, template: str = CHAT_TEMPLATE) -> Path:
+    """The directory, with a byte-level BPE and a chat template, whose end of a message is the end of a sequence."""
+    write_bpe(directory, {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"})
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return directory
+
+
+def write_conversations(file: Path, conversations: Sequence[Sequence[tuple[str, str]]], rows: int = 1000) -> Path:
+    """A Parquet file of download: conversations of (role, content) pairs."""
+    records = [
+        {"title": "", "selftext": "", "source": "toy", "answers": {"text": texts, "role": roles}}
+        for roles, texts in ([list(column) for column in zip(*pairs, strict=True)] for pairs in conversations)
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(records), file, row_group_size=rows)
+    return file
+
+
+def write_questions(file: Path, records: Sequence[tuple[str, str, Sequence[str]]], rows: int = 1000) -> Path:
+    """A Parquet file of download: records of a title, a text below it and answers."""
+    table = pa.Table.from_pylist(
+        [
+            {"title": title, "selftext": selftext, "answers": {"text": list(texts)}, "source": "toy"}
+            for title, selftext, texts in records
+        ]
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, file, row_group_size=rows)
+    return file
+
+
 def hashes(directory: Path) -> dict[str, str]:
     """File name to hash of the files in `directory`: a pin."""
     return {file.name: sha256(file) for file in sorted(directory.iterdir())}

@@ -1,6 +1,6 @@
 """Toy vocabularies, models, documents and blocks of the model side's tests."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from data_helpers import record_batch, write_shards
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, TrainingArguments
 
 from stages.core.artifacts import Blocks, Documents, to_arrow
-from stages.model.objectives import Objective, make_objective
+from stages.model.objectives import Objective, Text, make_objective
 from stages.model.schema import ObjectiveConfig
 from stages.tokens.vocabulary import Vocabulary
 from stages.train.schema import CheckpointSettings
@@ -141,6 +141,11 @@ def wrapped(task: str, *texts: Sequence[int]) -> list[int]:
     return [*vocabulary.lead, *(token for text in texts for token in (*vocabulary.prefix, *text, *vocabulary.suffix))]
 
 
+def as_texts(documents: Iterable[Sequence[int]]) -> Iterator[Text]:
+    """Documents of which all tokens are predicted."""
+    return (Text(np.asarray(ids), 0) for ids in documents)
+
+
 def save_documents(directory: Path, task: str, texts: Iterable[Sequence[int]], num_bytes: Sequence[int]) -> Documents:
     """A split of tokens as tokenize writes it, and read."""
     vocabulary = VOCABULARY[task]
@@ -150,11 +155,15 @@ def save_documents(directory: Path, task: str, texts: Iterable[Sequence[int]], n
     return Documents(write_shards(directory, schema, [record_batch(rows, list(num_bytes), schema)]))
 
 
-def save_blocks(directory: Path, ids: np.ndarray) -> Blocks:
-    """A split of blocks as group_texts writes it, and read; `ids` is [num_blocks, block_size]."""
-    schema = pa.schema([("input_ids", pa.list_(pa.uint16(), ids.shape[1]))])
-    column = pa.FixedSizeListArray.from_arrays(to_arrow(ids.astype(np.uint16).reshape(-1)), ids.shape[1])
-    return Blocks(write_shards(directory, schema, [pa.record_batch([column], schema=schema)]))
+def save_blocks(directory: Path, ids: np.ndarray, marks: np.ndarray | None = None) -> Blocks:
+    """A split of blocks as group_texts writes it, and read; `ids` and `marks` are [num_blocks, block_size]."""
+    values = {"input_ids": ids.astype(np.uint16)} | ({} if marks is None else {"marks": marks.astype(np.uint8)})
+    columns = {
+        name: pa.FixedSizeListArray.from_arrays(to_arrow(rows.reshape(-1)), ids.shape[1])
+        for name, rows in values.items()
+    }
+    batch = pa.record_batch(columns)
+    return Blocks(write_shards(directory, batch.schema, [batch]))
 
 
 def toy_blocks(directory: Path, task: str, num_blocks: int, block_size: int, seed: int = 0) -> Blocks:

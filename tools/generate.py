@@ -17,6 +17,7 @@ from stages.core.errors import StageError, is_error, printable, without_controls
 from stages.hub.files import CONVERT, only_pickles, usable_positions
 from stages.model.schema import BASE
 from stages.shell.app import describe_error
+from stages.tokens.prompts import TRAINED_FORM
 from stages.tokens.vocabulary import rust_errors, transformers_tokenizer
 from tools.pin_model import task_of
 
@@ -127,16 +128,22 @@ def complete(model: Any, tokenizer: Any, arguments: argparse.Namespace, top_k: i
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             super().on_finalized_text(without_controls(text), stream_end)
 
-    # As in training, the end-of-sequence token stands before a document.
+    # As in training: an end-of-sequence token before a document, or a prompt in its own form.
+    has_form = (tokenizer.chat_template or "").startswith(TRAINED_FORM)
     with rust_errors("the tokenizer cannot encode the prompt"):
-        ids = torch.tensor([[end, *tokenizer.encode(arguments.prompt, add_special_tokens=False)]])
+        if has_form:
+            messages = [{"role": "user", "content": arguments.prompt}]
+            given = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        else:
+            given = [end, *tokenizer.encode(arguments.prompt, add_special_tokens=False)]
+    ids = torch.tensor([given])
     # The last new token is not read again, so that it needs no position.
     room = check_length(model, ids.shape[1]) + 1 - ids.shape[1]
     temperature = arguments.temperature
     drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature > 0 else {}
     # Not what a checkpoint came with.
     model.generation_config = GenerationConfig(eos_token_id=None if arguments.past_end else end, pad_token_id=end)
-    print(without_controls(arguments.prompt), end="", flush=True)
+    print(without_controls(arguments.prompt), end="\n\n" if has_form else "", flush=True)
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -21,7 +21,7 @@ from stages.figures.scores import add_scores, describe_records, write_scores
 from stages.figures.texts import open_texts, source_files
 from stages.model.hardware import Hardware
 from stages.model.schema import Model, ObjectiveName, check_task
-from stages.tokens.texts import FlattenData
+from stages.tokens.texts import Flatten, FlattenData, choose_flatten
 from stages.tokens.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ class BaselineConfig:
     task: str
     """Name of the task, under which the metrics stand."""
     data: FlattenData
+    flatten: Flatten | None = None
+    """The task's own way to make documents of records; null: that of conf/data."""
     model: Model
     objective: ObjectiveName
     hardware: Hardware
@@ -87,7 +89,8 @@ def main(config: BaselineConfig) -> None:
 
     prepare_torch(config.hardware)
     evaluate, tokens = config.evaluate, Path(config.tokens)
-    documents = open_texts(evaluate.texts, Path(config.sources), config.data.flatten, tokens)
+    flatten = choose_flatten(config.flatten, config.data)
+    documents = open_texts(evaluate, Path(config.sources), flatten, tokens)
     vocabulary = Vocabulary.read(tokens)
     model = build_model(config.model, vocabulary, config.seed).to(config.hardware.device)
     objective = make_objective(config.objective.name, vocabulary)
@@ -99,9 +102,8 @@ def main(config: BaselineConfig) -> None:
         scores, _ = score_documents(model, objective, texts, records, evaluate.context, at_once)
         tables[name], figures[name] = add_scores(described, scores, "bits_before"), document_figures(metric, scores)
         log.info("%s %s before training: %.4f", name, metric, figures[name][metric])
-    samples = make_samples(
-        config.samples, config.objective.name, model, config.model.max_positions, tokens / "tokenizer", vocabulary
-    )
+    positions, tokenizer = config.model.max_positions, tokens / "tokenizer"
+    samples = make_samples(config.samples, config.objective.name, model, positions, tokenizer, vocabulary, flatten)
     with staged(config.report, EVALUATED_FILES) as directory:
         write_json(directory / SAMPLES, samples)
         for name, table in tables.items():

@@ -24,6 +24,15 @@ from stages.core.errors import StageError, printable
 
 SPLITS = ("train", "validation", "test")
 TokenIds = npt.NDArray[Any]  # uint16 or uint32, as token_dtype says
+Marks = npt.NDArray[np.uint8]
+"""What is known of each token beside its id, as a sum of COUNTED, SEGMENT_START and TEMPLATE."""
+
+COUNTED = 1
+"""The token counts: it is predicted in training and, unless it is a control token, in evaluation."""
+SEGMENT_START = 2
+"""A segment begins here: with isolated documents, attention and positions restart."""
+TEMPLATE = 4
+"""A control token that a chat template puts into a document."""
 
 # Of a shard, about: where it ends is decided by the data alone, so that the same text gives the same files whatever
 # wrote them. Small enough that a cluster has work for many, large enough that DVC sees few files.
@@ -302,19 +311,41 @@ class Documents:
         self._values = [to_numpy(column.values) for column in columns]
         self._offsets = [to_numpy(column.offsets) for column in columns]
         self._first = np.cumsum([0, *(len(column) for column in columns)])
-        self.num_bytes: npt.NDArray[np.int64] = np.concatenate(
-            [to_numpy(batch.column("num_bytes")).astype(np.int64) for batch in batches]
-        )
+        self._marks = [to_numpy(batch.column("marks").values) for batch in batches] if has_marks(batches) else None
+        self.num_bytes = _concatenate(batches, "num_bytes")
+        """[num_documents] int64, of all text in UTF-8."""
+        self.num_counted_bytes = self.num_bytes if self._marks is None else _concatenate(batches, "num_counted_bytes")
+        """[num_documents] int64, of the text that counts."""
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def __getitem__(self, index: int) -> TokenIds:
+        batch, tokens = self._find(index)
+        ids: TokenIds = self._values[batch][tokens]
+        return ids
+
+    def marks(self, index: int) -> Marks | None:
+        """The marks of the tokens of document `index`; None where all of its tokens count."""
+        batch, tokens = self._find(index)
+        return None if self._marks is None else self._marks[batch][tokens]
+
+    def _find(self, index: int) -> tuple[int, slice]:
+        """The batch that holds document `index`, and its tokens there."""
         batch = int(np.searchsorted(self._first, index, side="right")) - 1
         row = index - int(self._first[batch])
-        start, end = self._offsets[batch][row : row + 2]
-        ids: TokenIds = self._values[batch][start:end]
-        return ids
+        start, end = self._offsets[batch][row : row + 2].tolist()
+        return batch, slice(start, end)
+
+
+def has_marks(batches: Sequence[pa.RecordBatch]) -> bool:
+    """Whether tokens or blocks carry marks."""
+    return "marks" in batches[0].schema.names
+
+
+def _concatenate(batches: Sequence[pa.RecordBatch], name: str) -> npt.NDArray[np.int64]:
+    """A column of integers over all batches."""
+    return np.concatenate([to_numpy(batch.column(name)).astype(np.int64) for batch in batches])
 
 
 class Blocks:
@@ -328,18 +359,27 @@ class Blocks:
             raise StageError(f"{directory} holds no blocks: fewer tokens than block_size")
         self.block_size = int(columns[0].type.list_size)
         self._values = [to_numpy(column.values).reshape(-1, self.block_size) for column in columns]
+        self._marks: list[Marks] | None = None
+        if has_marks(batches):
+            self._marks = [to_numpy(batch.column("marks").values).reshape(-1, self.block_size) for batch in batches]
         self._first = np.cumsum([0, *(len(column) for column in columns)])
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def __getitem__(self, indices: list[int] | range) -> TokenIds:
-        rows: list[Any] = []
+    def __getitem__(self, indices: Sequence[int]) -> TokenIds:
+        return self._rows(self._values, indices)
+
+    def marks(self, indices: Sequence[int]) -> Marks | None:
+        """The marks of the tokens of some blocks, [num_blocks, block_size]; None where all tokens count."""
+        return None if self._marks is None else self._rows(self._marks, indices)
+
+    def _rows(self, batches: Sequence[npt.NDArray[Any]], indices: Sequence[int]) -> npt.NDArray[Any]:
+        rows = []
         for index in indices:
             batch = int(np.searchsorted(self._first, index, side="right")) - 1
-            rows.append(self._values[batch][index - self._first[batch]])
-        stacked: TokenIds = np.stack(rows)
-        return stacked
+            rows.append(batches[batch][index - self._first[batch]])
+        return np.stack(rows)
 
 
 def free_copy(source: Path, target: Path, leave: Sequence[str] = ()) -> None:

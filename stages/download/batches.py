@@ -234,7 +234,7 @@ def _batch_of(rules: Rules, own_split: str | None, judged: list[_Judged]) -> Bat
         own_split,
         np.array([item.verdict for item in judged], np.uint8),
         np.array([item.num_dropped for item in judged], np.int64),
-        pa.Table.from_pylist(records, schema=record_schema(rules.data.groups)),
+        pa.Table.from_pylist(records, schema=record_schema(rules.data.groups, rules.data.columns.roles is not None)),
         points,
         digest_documents(" ".join(record["answers"]["text"]).encode() for record in records),
         np.array([sum(map(len, [*record["answers"]["text"], record["selftext"]])) for record in records], np.int64),

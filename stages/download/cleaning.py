@@ -27,7 +27,7 @@ from stages.download.cleaning_schema import (
 )
 from stages.download.files import PATH_LIMIT, format_of
 from stages.download.masks import mask
-from stages.download.records import BadRecordError, Record, normalise
+from stages.download.records import BadRecordError, Record, kept_messages, normalise
 from stages.download.repetition import why_repetitive, words_of
 from stages.download.sources import read_rows
 
@@ -89,8 +89,10 @@ class Cleaner:
         answers = record["answers"]
         cleaned = [self.clean(text) for text in answers["text"]]
         kept = [index for index, (text, _) in enumerate(cleaned) if text is not None]
+        if "role" in answers:
+            kept = kept_messages(answers["role"], kept)
         answers |= {name: [values[index] for index in kept] for name, values in answers.items()}
-        answers["text"] = [text for text, _ in cleaned if text is not None]
+        answers["text"] = [cleaned[index][0] for index in kept]
         return [event for _, events in cleaned for event in events]
 
 

@@ -103,6 +103,8 @@ def read_regular(data: SourceData, source: str | None, columns: SourceColumns) -
     Raises:
         IrregularError: if a column that is used is absent or of another type than those of regular sources.
     """
+    if data.columns.roles is not None:
+        raise IrregularError("conversations")
     reader = _Reader(columns)
     passes = reader.passes(data.filter or {})
     title = reader.titles(data.columns.title)

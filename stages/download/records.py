@@ -35,9 +35,18 @@ ELI5 = pa.schema(
 )
 
 
-def record_schema(groups: Sequence[str]) -> pa.Schema:
-    """ELI5's schema with the name of each record's source and, where columns are kept as `groups`, their values."""
-    schema = ELI5.append(pa.field("source", pa.string()))
+def record_schema(groups: Sequence[str], has_roles: bool = False) -> pa.Schema:
+    """ELI5's schema with the name of each record's source and, where columns are kept as `groups`, their values.
+
+    Args:
+        has_roles: records are conversations, with the role of each text in `answers.role`.
+    """
+    schema = ELI5
+    if has_roles:
+        index = schema.get_field_index("answers")
+        answers = schema.field(index).type
+        schema = schema.set(index, pa.field("answers", pa.struct([*answers, pa.field("role", TEXTS)])))
+    schema = schema.append(pa.field("source", pa.string()))
     names = kept_groups(groups)
     return schema.append(pa.field("groups", pa.struct([(name, pa.string()) for name in names]))) if names else schema
 
@@ -149,7 +158,7 @@ def mismatch(row: Any, allowed: Mapping[str, Sequence[Any]]) -> str | None:
 
 def required_columns(data: SourceData) -> list[str]:
     """The names of the columns that every record of `data` must have."""
-    title = [] if data.columns.title is None else [data.columns.title]
+    title = [name for name in (data.columns.title, data.columns.roles) if name is not None]
     groups, keys = kept_groups(data.groups), [name for name in key_names(data.split) if name != TITLE]
     return list(dict.fromkeys([*(data.filter or {}), *title, *data.columns.texts, *groups, *keys]))
 
@@ -170,7 +179,10 @@ def to_record(row: Any, columns: Columns) -> tuple[Record, int]:
     title = "" if columns.title is None else _text(lookup(row, columns.title), columns.title)
     texts = [text for name in columns.texts for text in _texts(lookup(row, name), name)]
     kept = [index for index, text in enumerate(texts) if text.strip() not in REMOVED]
-    record = {
+    roles = None if columns.roles is None else _roles(lookup(row, columns.roles), columns.roles, len(texts))
+    if roles is not None:
+        kept = kept_messages(roles, kept)
+    record: Record = {
         "title": title,
         **{name: _optional(row, name) for name in OPTIONAL_TEXTS},
         "answers": {
@@ -180,7 +192,41 @@ def to_record(row: Any, columns: Columns) -> tuple[Record, int]:
         },
         **{name: {"url": _urls(row, f"{name}.url")} for name in URL_FIELDS},
     }
+    if roles is not None:
+        record["answers"]["role"] = [roles[index] for index in kept]
     return record, len(texts) - len(kept)
+
+
+# Roles as other formats call them, to those of chat templates.
+_ROLES = {
+    **{name: name for name in ("system", "user", "assistant")},
+    "developer": "system",
+    "human": "user",
+    "gpt": "assistant",
+}
+
+
+def _roles(value: Any, name: str, num_texts: int) -> list[str]:
+    """Who wrote each message."""
+    roles = _texts(value, name)
+    if len(roles) != num_texts:
+        raise BadRecordError(f"column {_quoted(name)} holds {len(roles)} roles, for {num_texts} messages")
+    for role in roles:
+        if role not in _ROLES:
+            raise BadRecordError(f"column {_quoted(name)} holds the role {_quoted(role)}, none of {_listed(_ROLES)}")
+    return [_ROLES[role] for role in roles]
+
+
+def kept_messages(roles: Sequence[str], kept: Sequence[int]) -> list[int]:
+    """Of a conversation of which the messages `kept` are there, those up to the first that is missing.
+
+    What follows a missing message answers nothing; a system message may be left out. Nothing is left where the
+    assistant says nothing.
+    """
+    missing = [index for index in sorted(set(range(len(roles))) - set(kept)) if roles[index] != "system"]
+    end = missing[0] if missing else len(roles)
+    found = [index for index in kept if index < end]
+    return found if any(roles[index] == "assistant" for index in found) else []
 
 
 def _text(value: Any, name: str) -> str:

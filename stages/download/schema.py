@@ -19,6 +19,17 @@ class Columns:
     """Column of the title that decides a record's split; null where records have none."""
     texts: Annotated[list[str], Field(min_length=1)]
     """Columns that hold a text or a list of texts; a dotted name goes into a nested field."""
+    roles: str | None = None
+    """Column of the roles beside the texts, which are then the messages of a conversation; null: they have none."""
+
+    @model_validator(mode="after")
+    def _belongs_to_one(self) -> "Columns":
+        if self.roles is not None and len(self.texts) > 1:
+            raise ValueError(
+                f"columns.roles={printable(self.roles)}: name one column of messages in columns.texts, not"
+                f" {len(self.texts)}"
+            )
+        return self
 
 
 @whole

@@ -69,7 +69,7 @@ def main(config: DownloadConfig) -> None:
         ExitStack() as stack,
     ):
         batches = workers.map(functools.partial(read_part, rules), parts)
-        schema = record_schema(data.groups)
+        schema = record_schema(data.groups, data.columns.roles is not None)
         writers = {split: SplitWriter(directory / f"{split}.parquet", schema) for split in splits}
         signatures = {split: SignatureFile(stack.enter_context(TemporaryFile(dir=directory))) for split in splits}
         for batch in _distinct(_first_records(batches, data, ledger), data, ledger):

@@ -31,7 +31,7 @@ from stages.hub.files import usable_positions
 from stages.launch.torchrun import run_in_processes
 from stages.model.hardware import Hardware
 from stages.model.schema import ObjectiveConfig
-from stages.tokens.texts import FlattenData
+from stages.tokens.texts import Flatten, FlattenData, choose_flatten
 from stages.tokens.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ class EvaluateConfig:
     task: str
     """Name of the task, under which the metrics stand."""
     data: FlattenData
+    flatten: Flatten | None = None
+    """The task's own way to make documents of records; null: that of conf/data."""
     objective: ObjectiveConfig
     hardware: Hardware
     evaluate: Evaluate
@@ -102,21 +104,21 @@ def evaluate(config: EvaluateConfig) -> None:
             block_size,
         )
     objective = make_objective(name, vocabulary, config.objective, model)
-    documents = open_texts(config.evaluate.texts, Path(config.sources), config.data.flatten, tokens)
+    flatten = choose_flatten(config.flatten, config.data)
+    documents = open_texts(config.evaluate, Path(config.sources), flatten, tokens)
     scored = {key: _score(config, key, texts, model, objective) for key, texts in documents.items()}
     metrics = {key: _figures(config, key, table, model, objective) for key, (table, _) in scored.items()}
     if not rank():
-        samples = make_samples(config.samples, name, model, positions, tokens / "tokenizer", vocabulary)
+        samples = make_samples(config.samples, name, model, positions, tokens / "tokenizer", vocabulary, flatten)
         before = read_json(Path(config.baseline) / SAMPLES)
         check_samples(before, samples, Path(config.baseline) / SAMPLES)
         with staged(config.report, ["metrics.json"]) as directory:
             write_json(directory / "metrics.json", {config.task: with_texts_apart(metrics)})
             (directory / TOKENS).mkdir()
-            for key, (table, bits) in scored.items():
+            for key, (table, tokens_scored) in scored.items():
                 write_scores(directory / f"{key}.parquet", table)
                 records = to_numpy(table.column("record").combine_chunks())
-                ids = [text.ids for text in documents[key].read(records)]
-                write_token_bits(directory / TOKENS / f"{key}.parquet", records, ids, bits)
+                write_token_bits(directory / TOKENS / f"{key}.parquet", records, tokens_scored)
         write_text(config.samples_out, write_page(name, before, samples))
         write_json(config.out, {config.task: headline(metrics)})
     wait_for_all()

@@ -13,12 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stages.core.artifacts import TokenIds
 from stages.figures.scores import Scores, TokenBits
 from stages.figures.texts import Texts
 from stages.model.block_loss import row_sums
 from stages.model.loss import TokenLoss
-from stages.model.objectives import Objective, Window
+from stages.model.objectives import Objective, Text, Window
 from stages.model.precision import full_precision
 from stages.model.processes import of_all, rank, summed, world_size
 
@@ -28,30 +27,29 @@ _WINDOWS_AT_ONCE = 8192  # sorted by length together, so that batches hold windo
 def score_documents(
     model: Any, objective: Objective, texts: Texts, records: npt.NDArray[np.int64], context: int, batch_tokens: int
 ) -> tuple[Scores, list[TokenBits]]:
-    """The scores of the documents numbered `records`, in windows of at most `context` tokens, and each token's bits."""
+    """The scores of the documents numbered `records`, in windows of at most `context` tokens, and their tokens'."""
     mine = slice(rank(), None, world_size())  # of several processes, each takes its share
     num_bytes: list[int] = []
-    token_nats: list[TokenBits] = []
+    tokens: list[TokenBits] = []
 
-    def ids() -> Iterator[TokenIds]:
+    def read() -> Iterator[Text]:
         for text in texts.read(records[mine]):
             num_bytes.append(text.num_bytes)
-            token_nats.append(np.zeros(len(text.ids), np.float32))
-            yield text.ids
+            tokens.append(TokenBits(text.ids, np.zeros(len(text.ids), np.float32)))
+            yield text
 
     def keep(window: Window, nats: npt.NDArray[np.float64]) -> None:
-        token_nats[window.document][window.places] = nats
+        tokens[window.document].bits[window.places] = nats / math.log(2)
 
     columns = np.zeros((3, len(records)))  # bytes, tokens, nats
-    windows = objective.windows(ids(), context)
+    windows = objective.windows(read(), context)
     nats, num_tokens = document_nats(model, windows, len(records[mine]), batch_tokens, keep)
     columns[:, mine] = num_bytes, num_tokens, nats
     columns = summed(columns)
     scores = Scores(columns[0].astype(np.int64), columns[1].astype(np.int64), columns[2] / math.log(2))
-    shares = of_all(token_nats)
+    shares = of_all(tokens)
     # The documents go round the processes, as `mine` says.
-    token_bits = [shares[number % len(shares)][number // len(shares)] / math.log(2) for number in range(len(records))]
-    return scores, token_bits
+    return scores, [shares[number % len(shares)][number // len(shares)] for number in range(len(records))]
 
 
 def choose_documents(total: int, most: int | None) -> npt.NDArray[np.int64]:

@@ -11,11 +11,20 @@ from stages.core.artifacts import damaged
 from stages.core.errors import without_controls
 from stages.figures.schema import Samples
 from stages.model.precision import full_precision
+from stages.tokens.chat import read_chat_template
+from stages.tokens.prompts import PromptEncoder
+from stages.tokens.texts import Flatten
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 
 
 def make_samples(
-    config: Samples, name: str, model: Any, positions: int | None, tokenizer_directory: Path, vocabulary: Vocabulary
+    config: Samples,
+    name: str,
+    model: Any,
+    positions: int | None,
+    tokenizer_directory: Path,
+    vocabulary: Vocabulary,
+    flatten: Flatten,
 ) -> list[dict[str, Any]]:
     """What `model` says to each of config.prompts, the same for the same model and config.
 
@@ -24,16 +33,22 @@ def make_samples(
 
     Args:
         positions: tokens that the model can attend to, where a completion ends at the latest; None: any number.
+        flatten: how documents are made, which a prompt of a causal model begins as.
     """
     tokenizer = load_tokenizer(tokenizer_directory)
-    tokenizer.encode_special_tokens = False  # prompts are ours, and hold the mask token
+    begin = None
+    if name == "causal":
+        template = read_chat_template(tokenizer_directory, tokenizer, vocabulary.special) if flatten.messages else None
+        begin = PromptEncoder(tokenizer, vocabulary.lead, flatten, template)
+    else:
+        tokenizer.encode_special_tokens = False  # prompts are ours, and hold the mask token
     most = math.inf if positions is None else positions
     with full_precision(model):
         return [
             {"prompt": prompt}
             | (
-                _complete(config, model, most, tokenizer, vocabulary, prompt)
-                if name == "causal"
+                _complete(config, model, most, tokenizer, vocabulary, begin, prompt)
+                if begin is not None
                 else _fill(config, model, tokenizer, vocabulary, prompt)
             )
             for prompt in config.prompts
@@ -56,12 +71,18 @@ def check_samples(before: Any, after: list[dict[str, Any]], file: Path) -> None:
 
 
 def _complete(
-    config: Samples, model: Any, positions: float, tokenizer: Any, vocabulary: Vocabulary, prompt: str
+    config: Samples,
+    model: Any,
+    positions: float,
+    tokenizer: Any,
+    vocabulary: Vocabulary,
+    begin: PromptEncoder,
+    prompt: str,
 ) -> dict[str, Any]:
-    """The completion of `prompt`, drawn with config.seed."""
+    """The completion of `prompt`, drawn with config.seed, behind what separates the two."""
     assert config.max_new_tokens is not None and config.temperature is not None
-    end = vocabulary.special["eos_token"]
-    ids = [end, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    end, given_ids = vocabulary.special["eos_token"], begin(prompt)
+    ids = list(given_ids)
     generator = torch.Generator().manual_seed(config.seed)
     past, given = None, torch.tensor([ids])
     for _ in range(config.max_new_tokens):
@@ -74,7 +95,10 @@ def _complete(
             break
         ids.append(token)
         past, given = outputs.past_key_values, torch.tensor([[token]])
-    return {"completion": tokenizer.decode(ids[1:], skip_special_tokens=True).removeprefix(prompt)}
+    # Decoded together, since what a token stands for may depend on the one before it.
+    known = tokenizer.decode(given_ids, skip_special_tokens=True)
+    completion = tokenizer.decode(ids, skip_special_tokens=True).removeprefix(known)
+    return {"completion": begin.separator + completion}
 
 
 def _fill(config: Samples, model: Any, tokenizer: Any, vocabulary: Vocabulary, prompt: str) -> dict[str, Any]:

@@ -24,6 +24,8 @@ class Evaluate:
     """Documents evaluated, evenly spaced over the split; null: all."""
     texts: Annotated[list[Name], AfterValidator(_check_once)]
     """Sources of params.yaml, all of whose records are evaluated as well, before and after training."""
+    include_prompts: bool = False
+    """Metrics of documents are over all text, prompts included; false: over the text that counts."""
 
 
 @whole

@@ -17,8 +17,15 @@ import pyarrow.parquet as pq
 from stages.core.artifacts import TokenIds, damaged, to_arrow, to_numpy
 from stages.tokens.texts import named_damage
 
-TokenBits = npt.NDArray[np.float32]
-"""[num_tokens] -log2 p of each token of a document's text."""
+
+class TokenBits(NamedTuple):
+    """The tokens of a document's text."""
+
+    ids: TokenIds
+    """[num_tokens]"""
+    bits: npt.NDArray[np.float32]
+    """[num_tokens] -log2 p of each; 0 for one that is not predicted."""
+
 
 _ROW_GROUP = 1024  # documents: who looks at a few of them reads few of the others
 
@@ -75,18 +82,17 @@ def write_scores(file: Path, table: pa.Table) -> None:
     pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 
-def write_token_bits(
-    file: Path, records: npt.NDArray[np.int64], ids: Sequence[TokenIds], bits: Sequence[TokenBits]
-) -> None:
+def write_token_bits(file: Path, records: npt.NDArray[np.int64], documents: Sequence[TokenBits]) -> None:
     """Write the tokens of each document's text and their bits, a row a document: the same bytes for the same values.
 
     Columns: record int64, input_ids large_list<uint16 or uint32>, bits large_list<float>.
     """
-    offsets = to_arrow(np.cumsum([0, *map(len, ids)], dtype=np.int64))
+    offsets = to_arrow(np.cumsum([0, *(len(document.ids) for document in documents)], dtype=np.int64))
+    ids, bits = (np.concatenate(values) for values in zip(*documents, strict=True))
     columns = {
         "record": to_arrow(records),
-        "input_ids": pa.LargeListArray.from_arrays(offsets, to_arrow(np.concatenate(ids))),
-        "bits": pa.LargeListArray.from_arrays(offsets, to_arrow(np.concatenate(bits))),
+        "input_ids": pa.LargeListArray.from_arrays(offsets, to_arrow(ids)),
+        "bits": pa.LargeListArray.from_arrays(offsets, to_arrow(bits)),
     }
     pq.write_table(
         pa.table(columns),

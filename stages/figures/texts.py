@@ -3,46 +3,41 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from stages.core.artifacts import SPLITS, Documents, TokenIds, to_arrow, to_numpy
+from stages.core.artifacts import COUNTED, SPLITS, TEMPLATE, Documents, Marks, to_numpy
 from stages.core.compose import PARAMS
 from stages.core.config import find, read_yaml
 from stages.core.errors import StageError, printable
 from stages.figures.names import EVALUATED, TEXTS
-from stages.tokens.encoding import Decoder, choose_engine, refuse_control_tokens
+from stages.figures.schema import Evaluate
+from stages.model.objectives import Text
+from stages.tokens.chat import read_chat_template
+from stages.tokens.encoding import Decoder, choose_engine, join_segments, refuse_control_tokens
 from stages.tokens.texts import Flatten, TextFile, sample_texts
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 
 log = logging.getLogger(__name__)
 
 
-def open_texts(sources: list[str], directory: Path, flatten: Flatten, tokens: Path) -> dict[str, "Texts"]:
+def open_texts(config: Evaluate, directory: Path, flatten: Flatten, tokens: Path) -> dict[str, "Texts"]:
     """The documents to score: validation, test, and texts-NAME for each of the sources that are only evaluated.
 
     Args:
+        config: what of them is scored.
         directory: of the sources.
         flatten: what makes a document of a source's record.
         tokens: tokenize's directory.
     """
-    vocabulary = Vocabulary.read(tokens)
-    found: dict[str, Texts] = {split: SplitTexts(Documents(tokens / split), vocabulary) for split in EVALUATED}
-    for name in sources:
-        found[f"{TEXTS}{name}"] = SourceTexts(name, source_files(directory, name), flatten, tokens)
+    vocabulary, prompts = Vocabulary.read(tokens), config.include_prompts
+    found: dict[str, Texts] = {split: SplitTexts(Documents(tokens / split), vocabulary, prompts) for split in EVALUATED}
+    for name in config.texts:
+        found[f"{TEXTS}{name}"] = SourceTexts(name, source_files(directory, name), flatten, tokens, prompts)
     return found
-
-
-class Text(NamedTuple):
-    """The text of a document."""
-
-    ids: TokenIds
-    """[num_tokens] without control tokens."""
-    num_bytes: int
-    """In UTF-8."""
 
 
 class Texts(Protocol):
@@ -57,31 +52,46 @@ class Texts(Protocol):
 class SplitTexts:
     """The documents of a split of tokens."""
 
-    def __init__(self, documents: Documents, vocabulary: Vocabulary) -> None:
-        self._documents, self._vocabulary = documents, vocabulary
+    def __init__(self, documents: Documents, vocabulary: Vocabulary, include_prompts: bool = False) -> None:
+        self._documents, self._vocabulary, self._include_prompts = documents, vocabulary, include_prompts
+        self._num_bytes = documents.num_bytes if include_prompts else documents.num_counted_bytes
 
     def __len__(self) -> int:
         return len(self._documents)
 
     def read(self, numbers: npt.NDArray[np.int64]) -> Iterator[Text]:
         for number in numbers.tolist():
-            ids = self._vocabulary.text_tokens(self._documents[number])
-            yield Text(ids, int(self._documents.num_bytes[number]))
+            ids, marks = self._documents[number], self._documents.marks(number)
+            is_text = self._vocabulary.is_text(ids)
+            is_predicted = None if marks is None else _is_predicted(marks[is_text], self._include_prompts)
+            yield Text(ids[is_text], int(self._num_bytes[number]), is_predicted)
+
+
+def _is_predicted(marks: Marks, include_prompts: bool) -> npt.NDArray[np.bool_]:
+    """Which tokens of a document with `marks` are predicted: of text, and either all or those that count."""
+    is_predicted: npt.NDArray[np.bool_] = (marks & TEMPLATE) == 0
+    return is_predicted if include_prompts else is_predicted & ((marks & COUNTED) > 0)
 
 
 class SourceTexts:
     """The documents of a source, flattened and encoded as tokenize does."""
 
-    def __init__(self, name: str, files: list[Path], flatten: Flatten, tokens: Path) -> None:
+    def __init__(
+        self, name: str, files: list[Path], flatten: Flatten, tokens: Path, include_prompts: bool = False
+    ) -> None:
         """
         Args:
             files: download's Parquet files, whose records are counted through.
             tokens: tokenize's directory, with the tokenizer.
         """
-        self._name, self._files = name, [TextFile(file, flatten) for file in files]
-        self._starts = np.cumsum([0, *(file.num_documents for file in self._files)])
         tokenizer = load_tokenizer(tokens / "tokenizer")
         self._vocabulary, self._decoder = Vocabulary.read(tokens), Decoder(tokenizer)
+        self._name, self._include_prompts = name, include_prompts
+        template = None
+        if flatten.messages:
+            template = read_chat_template(tokens / "tokenizer", tokenizer, self._vocabulary.special)
+        self._files = [TextFile(file, flatten, template) for file in files]
+        self._starts = np.cumsum([0, *(file.num_documents for file in self._files)])
         _, self._encode = choose_engine(tokenizer, sample_texts(self._files))
 
     def __len__(self) -> int:
@@ -93,14 +103,24 @@ class SourceTexts:
             rows = numbers[(numbers >= start) & (numbers < start + file.num_documents)] - start
             groups = np.searchsorted(file.group_starts, rows, side="right") - 1  # row group of each row
             chosen = np.unique(groups)
-            for group, texts in zip(chosen, file.groups(chosen.tolist()), strict=True):
+            for group, segments in zip(chosen, file.groups(chosen.tolist()), strict=True):
                 own = rows[groups == group]
-                texts = texts.take(to_arrow(own - file.group_starts[group]))
-                encoded = self._encode(texts.to_pylist())
-                refuse_control_tokens(encoded, self._vocabulary, f"{self._name} record", (own + start).tolist())
-                num_lossy += self._decoder.num_lossy(texts, encoded)
-                ids = np.split(encoded.ids.astype(self._vocabulary.dtype), encoded.offsets[1:-1])
-                yield from map(Text, ids, to_numpy(pc.binary_length(texts)).tolist())
+                segments = segments.take(own - file.group_starts[group])
+                encoded = self._encode(segments.texts.to_pylist())
+                records = (own + start)[segments.owners()].tolist()
+                refuse_control_tokens(encoded, self._vocabulary, f"{self._name} record", records)
+                is_lossy = segments.sum_by_document(self._decoder.find_lossy(segments.texts, encoded)) > 0
+                num_lossy += int(is_lossy.sum())
+                documents = join_segments(encoded, segments, self._vocabulary, file.counts_all)
+                num_bytes = to_numpy(pc.binary_length(segments.texts))
+                if not self._include_prompts:
+                    num_bytes = num_bytes * segments.is_counted
+                ends = documents.offsets[1:-1]
+                marks = [None] * len(own) if documents.marks is None else np.split(documents.marks, ends)
+                is_predicted = [None if own is None else _is_predicted(own, self._include_prompts) for own in marks]
+                yield from map(
+                    Text, np.split(documents.ids, ends), segments.sum_by_document(num_bytes).tolist(), is_predicted
+                )
         if num_lossy:
             log.warning(
                 "%s: %d documents do not survive the tokenizer: compare no bits per byte across tokenizers",

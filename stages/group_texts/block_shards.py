@@ -9,9 +9,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stages.core.artifacts import (
+    SEGMENT_START,
     SHARD_BYTES,
     TokenIds,
     check_shard,
+    has_marks,
     read_shard,
     shard_name,
     to_arrow,
@@ -90,33 +92,38 @@ def pieces(runs: Sequence[Run], block_size: int, item_bytes: int, directory: Pat
 
 
 def write_blocks(piece: _Piece, block_size: int, ids_type: pa.DataType) -> str:
-    """Write a shard of blocks and return its checksum."""
-    schema = pa.schema([("input_ids", pa.list_(ids_type, block_size))])
+    """Write a shard of blocks, with the marks of their tokens if these have any, and return its checksum."""
+    types = {"input_ids": ids_type}
+    if any(has_marks(list(read_shard(run.file))) for run in piece.runs[:1]):
+        types["marks"] = pa.uint8()
+    schema = pa.schema([(name, pa.list_(kind, block_size)) for name, kind in types.items()])
 
-    def stream() -> Iterator[TokenIds]:
+    def stream(column: str) -> Iterator[TokenIds]:
         skipped, left = piece.skipped, piece.num_blocks * block_size
         for run in piece.runs:
-            for held in _read_run(run):
-                ids = held[skipped:][:left]
-                skipped, left = max(0, skipped - len(held)), left - len(ids)
-                yield ids
+            for held in _read_run(run, column):
+                values = held[skipped:][:left]
+                skipped, left = max(0, skipped - len(held)), left - len(values)
+                yield values
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for blocks in pack(stream(), block_size, piece.at_once):
-            input_ids = pa.FixedSizeListArray.from_arrays(to_arrow(blocks.reshape(-1)), block_size)
-            yield pa.record_batch([input_ids], schema=schema)
+        packed = (pack(stream(column), block_size, piece.at_once) for column in types)
+        for columns in zip(*packed, strict=True):
+            lists = [pa.FixedSizeListArray.from_arrays(to_arrow(rows.reshape(-1)), block_size) for rows in columns]
+            yield pa.record_batch(lists, schema=schema)
 
     return write_shard(piece.file, schema, batches())
 
 
-def _read_run(run: Run) -> Iterator[TokenIds]:
-    """The tokens of a run."""
-    columns = [batch.column("input_ids") for batch in read_shard(run.file)]
+def _read_run(run: Run, column: str) -> Iterator[TokenIds]:
+    """The values that `column`, input_ids or marks, has for the tokens of a run."""
+    columns = [batch.column(column) for batch in read_shard(run.file)]
     if run.rows is None:
         yield from (to_numpy(column.flatten()) for column in columns)
         return
     if run.lead:
-        yield np.array(run.lead, to_numpy(columns[0].values).dtype)
+        lead = run.lead if column == "input_ids" else [SEGMENT_START, *[0] * len(run.lead[1:])]
+        yield np.array(lead, to_numpy(columns[0].values).dtype)
     values = [to_numpy(column.values) for column in columns]
     offsets = [to_numpy(column.offsets) for column in columns]
     ends = np.cumsum([len(column) for column in columns])

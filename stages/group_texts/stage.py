@@ -1,7 +1,8 @@
 """Stage `group_texts@TASK`: documents of token ids -> blocks of block_size tokens.
 
 Reads   data/tokens/TASK/SPLIT/, the sources of the records in data/raw/train.parquet
-Writes  data/blocks/TASK/SPLIT/shard-*.arrow (input_ids: fixed_size_list<uint16 or uint32>[block_size]), a ledger each
+Writes  data/blocks/TASK/SPLIT/shard-*.arrow (input_ids: fixed_size_list<uint16 or uint32>[block_size]; marks, the same
+        of uint8, where the tokens have them), a ledger each
 Command python -m stages.group_texts task=causal
 """
 

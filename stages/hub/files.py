@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "config.json",
+    "chat_template.jinja",
 )  # fmt: skip
 VOCABULARY_FILES = (
     "tokenizer.json",

@@ -35,10 +35,7 @@ def block_loss(model: Any, objective: Objective, blocks: Blocks, batch_tokens: i
             batch_index = min(first + rank(), len(starts) - 1)  # again where they are fewer: shards need all at once
             start = starts[batch_index]
             indices = range(start, min(start + rows, len(blocks)))
-            batch = {
-                key: value.to(model.device)
-                for key, value in evaluation_batch(objective, blocks[indices], indices).items()
-            }
+            batch = {key: value.to(model.device) for key, value in evaluation_batch(objective, blocks, indices).items()}
             targets = objective.targets(batch.pop("labels"))
             predicted = targets != IGNORED
             nats = loss.each(model(**batch).logits[predicted], targets[predicted]).double().cpu().numpy()
@@ -53,7 +50,7 @@ def block_loss(model: Any, objective: Objective, blocks: Blocks, batch_tokens: i
 def check_predictions(objective: Objective, blocks: Blocks) -> None:
     """Raise StageError if evaluation's masks leave nothing to predict in `blocks`."""
     for index in range(len(blocks)):
-        labels = evaluation_batch(objective, blocks[[index]], [index])["labels"]
+        labels = evaluation_batch(objective, blocks, [index])["labels"]
         if (objective.targets(labels) != IGNORED).any():
             return
     raise StageError(

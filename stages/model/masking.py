@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stages.core.artifacts import TokenIds
+from stages.core.artifacts import COUNTED, Marks, TokenIds
 from stages.core.random_numbers import Uint64, random_uint64
 from stages.model.schema import ObjectiveConfig
 from stages.tokens.vocabulary import Vocabulary
@@ -23,7 +23,13 @@ IGNORED = -100  # label of a position that is not predicted, as torch's cross_en
 
 
 def mask_blocks(
-    blocks: TokenIds, indices: npt.ArrayLike, vocabulary: Vocabulary, config: ObjectiveConfig, seed: int, epoch: int
+    blocks: TokenIds,
+    indices: npt.ArrayLike,
+    vocabulary: Vocabulary,
+    config: ObjectiveConfig,
+    seed: int,
+    epoch: int,
+    marks: Marks | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Model inputs and labels for `blocks` of token ids.
 
@@ -34,6 +40,7 @@ def mask_blocks(
     Args:
         blocks: [num_blocks, block_size] token ids.
         indices: [num_blocks] the blocks' numbers in the split.
+        marks: [num_blocks, block_size]; a token that does not count is never chosen. None: all count.
 
     Returns:
         input_ids and labels, both [num_blocks, block_size] int64; labels hold IGNORED where nothing is predicted.
@@ -48,6 +55,8 @@ def mask_blocks(
     draws = random_uint64(seed, epoch, indices, 3 * blocks.shape[1])
     choose, replace, token = (_uniform(draws[:, part::3]) for part in range(3))
     chosen = (choose < choice) & ~np.isin(blocks, vocabulary.control)
+    if marks is not None:
+        chosen &= (marks & COUNTED) > 0
     labels = np.where(chosen, input_ids, IGNORED)
     masked = chosen & (replace < mask)
     randomised = chosen & ~masked & (replace < mask + random)

@@ -3,16 +3,16 @@
 All that tells causal from masked language modeling apart in code stands here, behind one interface.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from stages.core.artifacts import TokenIds
+from stages.core.artifacts import COUNTED, SEGMENT_START, Blocks, Marks, TokenIds
 from stages.core.errors import StageError
 from stages.model.masking import EVALUATION_EPOCH, EVALUATION_SEED, IGNORED, mask_blocks
 from stages.model.schema import ObjectiveConfig, check_isolation
@@ -37,6 +37,17 @@ class Window:
     """[num_predicted] where in the document they are."""
 
 
+class Text(NamedTuple):
+    """The text of a document."""
+
+    ids: TokenIds
+    """[num_tokens], without the tokens that wrap a document."""
+    num_bytes: int
+    """In UTF-8, of the tokens that are predicted."""
+    is_predicted: npt.NDArray[np.bool_] | None = None
+    """[num_tokens]; None: all are."""
+
+
 class Objective(Protocol):
     """What stages ask of a training objective."""
 
@@ -45,14 +56,21 @@ class Objective(Protocol):
     loss_metrics: tuple[str, str]
     """Names of the loss per block and its perplexity."""
 
-    def batch(self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int) -> dict[str, Any]:
-        """Inputs and labels [num_blocks, block_size] int64 for the blocks numbered `indices`, with the masks needed."""
+    def batch(
+        self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int, marks: Marks | None = None
+    ) -> dict[str, Any]:
+        """Inputs and labels [num_blocks, block_size] int64 for the blocks numbered `indices`, with the masks needed.
+
+        Args:
+            blocks: [num_blocks, block_size] token ids.
+            marks: [num_blocks, block_size]; labels are IGNORED where a token does not count. None: all count.
+        """
 
     def targets(self, labels: torch.Tensor) -> torch.Tensor:
         """The token that the model's output at each position predicts, or IGNORED, of labels [..., block_size]."""
 
-    def windows(self, documents: Iterator[TokenIds], context: int) -> Iterator[Window]:
-        """Windows of at most `context` tokens in which every text token of every document is predicted once."""
+    def windows(self, documents: Iterable[Text], context: int) -> Iterator[Window]:
+        """Windows of at most `context` tokens in which every token that is to be predicted is predicted once."""
 
 
 def make_objective(
@@ -76,6 +94,12 @@ def make_objective(
     return Causal(vocabulary, config) if name == "causal" else Masked(vocabulary, config, model)
 
 
+def segment_starts(blocks: TokenIds, start_token: int, marks: Marks | None) -> npt.NDArray[np.bool_]:
+    """Where segments begin in `blocks` [..., block_size]: where marks say so, without them at each `start_token`."""
+    starts: npt.NDArray[np.bool_] = blocks == start_token if marks is None else (marks & SEGMENT_START) > 0
+    return starts
+
+
 def segment_positions(starts: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """Position of each token in its segment, [..., block_size], where a segment begins at each true of `starts`."""
     index = np.arange(starts.shape[-1])
@@ -90,35 +114,43 @@ class Causal:
 
     def __init__(self, vocabulary: Vocabulary, config: ObjectiveConfig | None) -> None:
         self._isolate = config is not None and config.isolate_documents
-        self._end = vocabulary.special["eos_token"]
+        self._end, self._lead = vocabulary.special["eos_token"], vocabulary.lead
 
-    def batch(self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int) -> dict[str, Any]:
+    def batch(
+        self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int, marks: Marks | None = None
+    ) -> dict[str, Any]:
         input_ids = torch.from_numpy(blocks.astype(np.int64))
         labels = input_ids.clone()
+        if marks is not None:
+            labels[torch.from_numpy((marks & COUNTED) == 0)] = IGNORED
         labels[:, 0] = IGNORED  # nothing stands before it; so counted, the labels are the tokens predicted
         batch = {"input_ids": input_ids, "labels": labels}
         if self._isolate:
-            batch["position_ids"] = torch.from_numpy(segment_positions(blocks == self._end))
+            batch["position_ids"] = torch.from_numpy(segment_positions(segment_starts(blocks, self._end, marks)))
         return batch
 
     def targets(self, labels: torch.Tensor) -> torch.Tensor:
         return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
 
-    def windows(self, documents: Iterator[TokenIds], context: int) -> Iterator[Window]:
+    def windows(self, documents: Iterable[Text], context: int) -> Iterator[Window]:
         step = context // 2
-        for document, ids in enumerate(documents):
-            # The end-of-sequence token stands before the document, so that its first token is predicted too.
-            stream = np.concatenate([[self._end], ids]).astype(np.int64)
-            predicted = 1  # tokens of the stream predicted, the end-of-sequence token not being asked for
+        for document, text in enumerate(documents):
+            # The end-of-sequence token stands before the document, so that its first token is predicted too. (A chat
+            # template puts its own tokens there.)
+            lead = self._lead
+            stream = np.concatenate([lead, text.ids]).astype(np.int64)
+            predicted = 1  # tokens of the stream predicted; nothing stands before the first
             for start in range(0, len(stream), step):
-                if predicted == len(stream):
+                if predicted >= len(stream):
                     break
                 end = min(start + context, len(stream))
-                targets = stream[predicted:end]
-                positions = np.arange(predicted, end) - start - 1
-                # The window's last token predicts nothing in it, and under causal attention nothing sees it.
-                places = np.arange(predicted, end) - 1
-                yield Window(document, stream[start : end - 1], positions, targets, places)
+                places = np.arange(predicted, end) - len(lead)
+                if text.is_predicted is not None:
+                    places = places[text.is_predicted[places]]
+                if len(places):
+                    # The window's last token predicts nothing in it, and under causal attention nothing sees it.
+                    window = stream[start : end - 1]
+                    yield Window(document, window, places + len(lead) - start - 1, stream[places + len(lead)], places)
                 predicted = end
 
 
@@ -138,13 +170,15 @@ class Masked:
         modernbert = model is not None and model.config.model_type == "modernbert"
         self._window = model.config.sliding_window if modernbert else None
 
-    def batch(self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int) -> dict[str, Any]:
+    def batch(
+        self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int, marks: Marks | None = None
+    ) -> dict[str, Any]:
         config = self._config
         assert config is not None  # stages that make batches give one
-        input_ids, labels = mask_blocks(blocks, indices, self._vocabulary, config, seed, epoch)
+        input_ids, labels = mask_blocks(blocks, indices, self._vocabulary, config, seed, epoch, marks)
         batch: dict[str, Any] = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
         if config.isolate_documents:
-            starts = blocks == self._vocabulary.prefix[0]
+            starts = segment_starts(blocks, self._vocabulary.prefix[0], marks)
             batch["position_ids"] = torch.from_numpy(segment_positions(starts) + self._first_position)
             segments = torch.from_numpy(starts.cumsum(axis=-1))
             apart = segments[:, None, :, None] != segments[:, None, None, :]
@@ -161,19 +195,21 @@ class Masked:
     def targets(self, labels: torch.Tensor) -> torch.Tensor:
         return labels
 
-    def windows(self, documents: Iterator[TokenIds], context: int) -> Iterator[Window]:
+    def windows(self, documents: Iterable[Text], context: int) -> Iterator[Window]:
         prefix, suffix = self._vocabulary.prefix, self._vocabulary.suffix
         size = context - len(prefix) - len(suffix)
-        for document, ids in enumerate(documents):
-            for start in range(0, len(ids), size):
-                text = ids[start : start + size].astype(np.int64)
+        for document, text in enumerate(documents):
+            for start in range(0, len(text.ids), size):
+                tokens = text.ids[start : start + size].astype(np.int64)
                 for number in range(NUM_PASSES):
-                    chosen = np.arange((number - start) % NUM_PASSES, len(text), NUM_PASSES)
+                    chosen = np.arange((number - start) % NUM_PASSES, len(tokens), NUM_PASSES)
+                    if text.is_predicted is not None:
+                        chosen = chosen[text.is_predicted[start + chosen]]
                     if len(chosen):
-                        masked = text.copy()
+                        masked = tokens.copy()
                         masked[chosen] = self._mask
                         input_ids = np.concatenate([prefix, masked, suffix]).astype(np.int64)
-                        yield Window(document, input_ids, chosen + len(prefix), text[chosen], chosen + start)
+                        yield Window(document, input_ids, chosen + len(prefix), tokens[chosen], chosen + start)
 
 
 def _additive(apart: torch.Tensor) -> torch.Tensor:
@@ -181,6 +217,6 @@ def _additive(apart: torch.Tensor) -> torch.Tensor:
     return torch.zeros(apart.shape).masked_fill_(apart, torch.finfo(torch.float32).min)
 
 
-def evaluation_batch(objective: Objective, blocks: TokenIds, indices: Sequence[int]) -> dict[str, Any]:
-    """A batch with the masks that are the same in every evaluation."""
-    return objective.batch(blocks, indices, EVALUATION_SEED, EVALUATION_EPOCH)
+def evaluation_batch(objective: Objective, blocks: Blocks, indices: Sequence[int]) -> dict[str, Any]:
+    """A batch of the blocks numbered `indices`, with the masks that are the same in every evaluation."""
+    return objective.batch(blocks[indices], indices, EVALUATION_SEED, EVALUATION_EPOCH, blocks.marks(indices))

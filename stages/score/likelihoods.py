@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from stages.core.errors import StageError, printable
 from stages.figures.metrics import document_nats
-from stages.model.objectives import Window, make_objective
+from stages.model.objectives import Text, Window, make_objective
 from stages.score.items import Item
 from stages.tokens.encoding import Encoded, refuse_control_tokens
 from stages.tokens.vocabulary import Vocabulary, rust_errors
@@ -117,21 +117,8 @@ def score_choices(
 
 def _causal_windows(choices: Sequence[EncodedChoice], vocabulary: Vocabulary, context: int) -> Iterator[Window]:
     """The windows of bits_per_byte, in which the tokens of a choice are predicted, and none of its prompt."""
-    documents = (choice.ids for choice in choices)
-    number, predicted = -1, 0  # of a text, and how many of its tokens the windows before predict
-    for window in make_objective("causal", vocabulary).windows(documents, context):
-        if window.document != number:
-            number, predicted = window.document, 0
-        skipped = max(0, choices[number].start - predicted)
-        predicted += len(window.targets)
-        if skipped < len(window.targets):
-            yield _from_prediction(window, skipped)
-
-
-def _from_prediction(window: Window, first: int) -> Window:
-    """`window` with its predictions from the one numbered `first` on."""
-    kept = (column[first:] for column in (window.positions, window.targets, window.places))
-    return Window(window.document, window.input_ids, *kept)
+    texts = (Text(choice.ids, 0, np.arange(len(choice.ids)) >= choice.start) for choice in choices)
+    return make_objective("causal", vocabulary).windows(texts, context)
 
 
 def _masked_windows(choices: Sequence[EncodedChoice], vocabulary: Vocabulary, context: int) -> Iterator[Window]:

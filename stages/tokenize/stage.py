@@ -2,7 +2,8 @@
 
 Reads   data/raw/SPLIT.parquet
 Writes  data/tokens/TASK/SPLIT/shard-*.arrow (input_ids: large_list<uint16 or uint32>, num_bytes: int32) with a ledger
-        each, data/tokens/TASK/tokenizer/ (its files, verbatim), data/tokens/TASK/stats.json (the vocabulary)
+        each, data/tokens/TASK/tokenizer/ (its files, verbatim), data/tokens/TASK/stats.json (the vocabulary); where
+        not all text counts, the columns marks: large_list<uint8> and num_counted_bytes: int32 as well
 Command python -m stages.tokenize task=causal
 """
 
@@ -30,10 +31,12 @@ from stages.hub.files import TOKENIZER_FILES, VOCABULARY_FILES, pinned_files
 from stages.shell.progress import Progress
 from stages.shell.tasks import are_spread, connect_workers, run_pieces
 from stages.tokenize.schema import Tokenize
-from stages.tokenize.token_shards import Shard, TokenShards
+from stages.tokenize.token_shards import COUNTS, Shard, TokenShards
+from stages.tokens.chat import read_chat_template
 from stages.tokens.encoding import Decoder, Engine, choose_engine
+from stages.tokens.prompts import prompt_template
 from stages.tokens.schema import ModelTokenizer, TokenizerSource
-from stages.tokens.texts import FlattenData, TextFile, sample_texts
+from stages.tokens.texts import Flatten, FlattenData, TextFile, choose_flatten, sample_texts
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer, train_tokenizer, vocabulary_of
 
 log = logging.getLogger(__name__)
@@ -43,13 +46,23 @@ log = logging.getLogger(__name__)
 class TokenizeConfig:
     data: FlattenData
     model: ModelTokenizer
+    flatten: Flatten | None = None
+    """The task's own way to make documents of records; null: that of conf/data."""
     tokenize: Tokenize
 
     @field_validator("tokenize")
     @classmethod
     def _has_its_tokens(cls, tokenize: Tokenize, info: ValidationInfo) -> Tokenize:
-        model = info.data.get("model")
+        model, data = info.data.get("model"), info.data.get("data")
         train = model.tokenizer.train if model is not None else None
+        if data is not None and "flatten" in info.data and choose_flatten(info.data["flatten"], data).messages:
+            if tokenize.wrap != "end_of_sequence":
+                raise ValueError("flatten.messages=true: conversations are for causal tasks (tokenize.wrap)")
+            if train is not None:
+                raise ValueError(
+                    "flatten.messages=true: a tokenizer that is trained here (tokenizer.train) has no chat template:"
+                    " set flatten.prompt and flatten.completion, or choose a model with one"
+                )
         if train is not None:
             needed = [*tokenize.requires, *(["eos_token"] if tokenize.wrap == "end_of_sequence" else [])]
             if missing := [role for role in dict.fromkeys(needed) if role not in train.special_tokens]:
@@ -66,16 +79,18 @@ class TokenizeConfig:
 
 def main(config: TokenizeConfig) -> None:
     connect_workers()  # before a tokenizer is trained in vain
-    flatten = config.data.flatten
-    files = {split: TextFile(Path(config.raw) / f"{split}.parquet", flatten) for split in SPLITS}
+    flatten, raw = choose_flatten(config.flatten, config.data), Path(config.raw)
     with staged(config.out, ["stats.json", "tokenizer", *SPLITS]) as directory:
         copy = directory / "tokenizer"
-        _prepare_tokenizer(config.model.tokenizer, files["train"], copy)
+        _prepare_tokenizer(config.model.tokenizer, raw / "train.parquet", flatten, copy)
         try:
             tokenizer = load_tokenizer(copy)
-            vocabulary = vocabulary_of(tokenizer, copy, config.tokenize.wrap, config.tokenize.requires)
+            wrap = "none" if flatten.messages else config.tokenize.wrap
+            vocabulary = vocabulary_of(tokenizer, copy, wrap, config.tokenize.requires)
+            template = read_chat_template(copy, tokenizer, vocabulary.special) if flatten.messages else None
         except StageError as error:  # in words for its source: the copy vanishes with this run
             raise StageError(str(error).replace(str(copy), str(config.model.tokenizer.path))) from None
+        files = {split: TextFile(raw / f"{split}.parquet", flatten, template) for split in SPLITS}
         engine_name, engine = choose_engine(tokenizer, sample_texts(list(files.values())))
         log.info("vocabulary of %d tokens, encoded by %s", vocabulary.size, engine_name)
         decoder = Decoder(tokenizer)
@@ -88,21 +103,23 @@ def main(config: TokenizeConfig) -> None:
                 split,
                 *(ledger[key] for key in ("documents", "tokens", "bytes")),
             )
+        form = prompt_template(flatten, template)
         ledger = {
             "tokenizer": pinned_origin(config.model.tokenizer),  # null: trained here
             "vocabulary": asdict(vocabulary),
             "engine": engine_name,
             "versions": versions("fastokens", "numpy", "pyarrow", "tokenizers"),
         }
-        write_json(directory / "stats.json", ledger)
+        write_json(directory / "stats.json", ledger | ({"chat_template": form} if form else {}))
     log.info("-> %s", config.out)
 
 
-def _prepare_tokenizer(source: TokenizerSource, training: TextFile, directory: Path) -> None:
-    """Put the tokenizer's files into `directory`: trained on `training`, or copied from where they are pinned."""
+def _prepare_tokenizer(source: TokenizerSource, training: Path, flatten: Flatten, directory: Path) -> None:
+    """Put the tokenizer's files into `directory`: trained on the records in `training`, or copied from their pin."""
     if source.train is not None:
         log.info("training a byte-level BPE of %d tokens", source.train.vocab_size)
-        train_tokenizer(source.train, (texts.to_pylist() for texts in training), directory)
+        groups = TextFile(training, flatten)
+        train_tokenizer(source.train, (segments.texts.to_pylist() for segments in groups), directory)
         return
     assert source.path is not None  # the schema's rule
     files = pinned_files(
@@ -122,7 +139,7 @@ def tokenize_split(
         decoder: counts the documents that decoding does not give back, whose bits per byte compare with no other
             tokenizer's; None: they are not counted.
     """
-    ledger = {"documents": 0, "tokens": 0, "text_tokens": 0, "bytes": 0, "documents_lossy": 0}
+    ledger = dict.fromkeys(COUNTS, 0)
     shards = [
         Shard(directory / shard_name(number), documents) for number, documents in enumerate(texts.shards(SHARD_BYTES))
     ]
@@ -135,7 +152,11 @@ def tokenize_split(
             progress.update(ledger["documents"])
     write_checksums(directory, checksums)
     wrapped = ledger["documents"] * len(vocabulary.prefix + vocabulary.suffix) + len(vocabulary.lead)
-    assert ledger["tokens"] == ledger["text_tokens"] + wrapped * (ledger["documents"] > 0)
+    expected = ledger["text_tokens"] + wrapped * (ledger["documents"] > 0)
+    # A chat template adds control tokens of its own.
+    assert ledger["tokens"] >= expected if texts.is_rendered else ledger["tokens"] == expected
     if decoder is None:
         del ledger["documents_lossy"]
+    if texts.counts_all:
+        del ledger["counted_tokens"], ledger["counted_bytes"]
     return ledger

@@ -1,6 +1,6 @@
 """A shard of token ids from some documents: what tokenize does piece by piece, on one machine or on many."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,10 +9,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.core.artifacts import TokenIds, to_arrow, write_shard
-from stages.tokens.encoding import Decoder, Encoded, Engine, refuse_control_tokens
+from stages.core.artifacts import COUNTED, SEGMENT_START, Marks, TokenIds, to_arrow, to_numpy, write_shard
+from stages.tokens.encoding import Decoder, EncodedDocuments, Engine, join_segments, refuse_control_tokens
 from stages.tokens.texts import Rows, TextFile, prefetch
 from stages.tokens.vocabulary import Vocabulary
+
+COUNTS = ("documents", "tokens", "text_tokens", "bytes", "documents_lossy", "counted_tokens", "counted_bytes")
+"""What is counted in a shard."""
 
 
 class Shard(NamedTuple):
@@ -43,46 +46,73 @@ class TokenShards:
 
     def __call__(self, shard: Shard) -> tuple[str, dict[str, int]]:
         """Write `shard`, a batch a row group, and return its checksum and its counts."""
-        counts = {"documents": 0, "tokens": 0, "text_tokens": 0, "bytes": 0, "documents_lossy": 0}
-        schema = pa.schema(
-            [("input_ids", pa.large_list(pa.from_numpy_dtype(self._vocabulary.dtype))), ("num_bytes", pa.int32())]
-        )
+        counts = dict.fromkeys(COUNTS, 0)
+        fields = [("input_ids", pa.large_list(pa.from_numpy_dtype(self._vocabulary.dtype))), ("num_bytes", pa.int32())]
+        if not self._texts.counts_all:
+            fields += [("marks", pa.large_list(pa.uint8())), ("num_counted_bytes", pa.int32())]
+        schema = pa.schema(fields)
 
         def batches() -> Iterator[pa.RecordBatch]:
             # Reading, encoding and writing are a thread each: pyarrow, numpy and the engines all work without the lock.
-            read = prefetch((texts, texts.to_pylist()) for texts in self._texts.groups(shard.documents.groups))
-            for texts, encoded in prefetch((texts, self._encode(strings)) for texts, strings in read):
+            groups = self._texts.groups(shard.documents.groups)
+            read = prefetch((segments, segments.texts.to_pylist()) for segments in groups)
+            for segments, encoded in prefetch((segments, self._encode(strings)) for segments, strings in read):
                 first = shard.documents.first + counts["documents"]
-                numbers = range(first, first + len(texts))
-                refuse_control_tokens(encoded, self._vocabulary, f"{shard.file.parent.name} document", numbers)
-                ids, offsets = wrap(encoded, self._vocabulary, first=first == 0)
-                num_bytes = pc.binary_length(texts)
-                counts["documents"] += len(texts)
+                where = f"{shard.file.parent.name} document"
+                refuse_control_tokens(encoded, self._vocabulary, where, (first + segments.owners()).tolist())
+                documents = join_segments(encoded, segments, self._vocabulary, self._texts.counts_all)
+                ids, offsets, marks = wrap(documents, self._vocabulary, first=first == 0)
+                segment_bytes = to_numpy(pc.binary_length(segments.texts))
+                num_bytes = segments.sum_by_document(segment_bytes)
+                num_documents = len(num_bytes)
+                counts["documents"] += num_documents
                 counts["tokens"] += len(ids)
                 counts["text_tokens"] += len(encoded.ids)
-                counts["bytes"] += pc.sum(num_bytes, min_count=0).as_py()
+                counts["bytes"] += int(num_bytes.sum())
                 if self._decoder is not None:
-                    counts["documents_lossy"] += self._decoder.num_lossy(texts, encoded)
-                input_ids = pa.LargeListArray.from_arrays(to_arrow(offsets), to_arrow(ids))
-                yield pa.record_batch([input_ids, num_bytes], schema=schema)
+                    is_lossy = segments.sum_by_document(self._decoder.find_lossy(segments.texts, encoded)) > 0
+                    counts["documents_lossy"] += int(is_lossy.sum())
+                columns = [_as_lists(offsets, ids), to_arrow(num_bytes.astype(np.int32))]
+                if marks is not None:
+                    num_counted = segments.sum_by_document(segment_bytes * segments.is_counted)
+                    counts["counted_tokens"] += int((marks & COUNTED).sum())
+                    counts["counted_bytes"] += int(num_counted.sum())
+                    columns += [_as_lists(offsets, marks), to_arrow(num_counted.astype(np.int32))]
+                yield pa.record_batch(columns, schema=schema)
                 if self._progress is not None:
-                    self._progress(first + len(texts))
+                    self._progress(first + num_documents)
 
         return write_shard(shard.file, schema, batches()), counts
 
 
-def wrap(encoded: Encoded, vocabulary: Vocabulary, first: bool) -> tuple[TokenIds, npt.NDArray[np.int64]]:
-    """Each document with its control tokens, the split's lead before the first: ids and where the documents begin."""
+def wrap(documents: EncodedDocuments, vocabulary: Vocabulary, first: bool) -> EncodedDocuments:
+    """Each document with its control tokens, the split's lead before the first."""
     prefix, suffix = vocabulary.prefix, vocabulary.suffix
-    lead = vocabulary.lead if first and len(encoded.offsets) > 1 else []
-    num_documents = len(encoded.offsets) - 1
+    num_documents = len(documents.offsets) - 1
+    lead = vocabulary.lead if first and num_documents else []
     # Of each document: where its prefix goes, where its suffix goes.
-    ends = np.stack([encoded.offsets[:-1], encoded.offsets[1:]], axis=1).ravel()
+    ends = np.stack([documents.offsets[:-1], documents.offsets[1:]], axis=1).ravel()
     places = np.repeat(ends, [len(prefix), len(suffix)] * num_documents)
-    ids = encoded.ids.astype(vocabulary.dtype)
-    ids = np.insert(
-        ids, np.concatenate([np.zeros(len(lead), np.int64), places]), [*lead, *(prefix + suffix) * num_documents]
-    )
-    offsets = encoded.offsets + np.arange(num_documents + 1) * len(prefix + suffix) + len(lead)
+    places = np.concatenate([np.zeros(len(lead), np.int64), places])
+    ids = np.insert(documents.ids, places, [*lead, *(prefix + suffix) * num_documents])
+    offsets = documents.offsets + np.arange(num_documents + 1) * len(prefix + suffix) + len(lead)
     offsets[0] = 0
-    return ids, offsets
+    marks = documents.marks
+    if marks is not None:
+        marks = np.insert(marks, places, [*_wrap_marks(lead), *_wrap_marks(prefix, suffix) * num_documents])
+    return EncodedDocuments(ids, offsets, marks)
+
+
+def _wrap_marks(prefix: list[int], suffix: Sequence[int] = ()) -> list[int]:
+    """The marks of the control tokens that wrap a document, or of a split's lead as `prefix`.
+
+    A segment begins at the prefix or, where documents have none, at the suffix of the document before. The end of a
+    document is to be learned, so that the suffix counts.
+    """
+    starts = [SEGMENT_START] * len(prefix[:1]) + [0] * len(prefix[1:])
+    return starts + [COUNTED if prefix else COUNTED | SEGMENT_START] * len(suffix)
+
+
+def _as_lists(offsets: npt.NDArray[np.int64], values: TokenIds | Marks) -> pa.LargeListArray:
+    """The values of each document."""
+    return pa.LargeListArray.from_arrays(to_arrow(offsets), to_arrow(values))

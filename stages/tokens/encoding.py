@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer, decoders, models, processors
 from tokenizers.pre_tokenizers import ByteLevel
 
-from stages.core.artifacts import to_arrow
+from stages.core.artifacts import COUNTED, SEGMENT_START, TEMPLATE, Marks, TokenIds, to_arrow, to_numpy
 from stages.core.errors import StageError
+from stages.tokens.texts import Segments
 from stages.tokens.vocabulary import Vocabulary, rust_errors
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,36 @@ class Encoded(NamedTuple):
 
 
 Engine = Callable[[list[str]], Encoded]
+
+
+class EncodedDocuments(NamedTuple):
+    """The token ids of some documents, one after the other."""
+
+    ids: TokenIds
+    """[num_tokens]"""
+    offsets: npt.NDArray[np.int64]
+    """[num_documents + 1] where each document begins in `ids`, and their end."""
+    marks: Marks | None
+    """[num_tokens]; None: all tokens count."""
+
+
+def join_segments(encoded: Encoded, segments: Segments, vocabulary: Vocabulary, counts_all: bool) -> EncodedDocuments:
+    """The documents of `segments`, whose texts were encoded to `encoded`, without the tokens that wrap them."""
+    offsets, ids = encoded.offsets, encoded.ids.astype(vocabulary.dtype)
+    if counts_all:
+        return EncodedDocuments(ids, offsets[segments.offsets], None)
+    counted = segments.is_counted * np.uint8(COUNTED)
+    marks = np.repeat(counted, np.diff(offsets))
+    if segments.control is not None:
+        is_control = segments.control >= 0
+        # A control token goes to where its segment, which has no text, begins and ends.
+        ids = np.insert(ids, offsets[:-1][is_control], segments.control[is_control])
+        marks = np.insert(marks, offsets[:-1][is_control], counted[is_control] + np.uint8(TEMPLATE))
+        offsets = offsets + np.concatenate([[0], np.cumsum(is_control)])
+    offsets = offsets[segments.offsets]
+    if not vocabulary.control.size:  # nothing wraps documents, so that their own first tokens begin segments
+        marks[offsets[:-1][np.diff(offsets) > 0]] |= np.uint8(SEGMENT_START)
+    return EncodedDocuments(ids, offsets, marks)
 
 
 def choose_engine(tokenizer: Tokenizer, sample: list[str]) -> tuple[str, Engine]:
@@ -143,24 +174,25 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
 
 
 class Decoder:
-    """Tells how many of some texts their ids do not give back."""
+    """Finds the texts that their ids do not give back."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._spellings = token_bytes(tokenizer) if _is_byte_level(tokenizer) else None
 
-    def num_lossy(self, texts: pa.Array, encoded: Encoded) -> int:
-        """How many of `texts`, an array of strings, are not what decoding their ids gives."""
+    def find_lossy(self, texts: pa.Array, encoded: Encoded) -> npt.NDArray[np.bool_]:
+        """Which of `texts`, an array of strings, are not what decoding their ids gives: [num_texts]."""
         if self._spellings is None:
             rows = [ids.tolist() for ids in np.split(encoded.ids, encoded.offsets[1:-1])]
             with rust_errors("the tokenizer cannot decode its own tokens"):
                 decoded = self._tokenizer.decode_batch(rows, skip_special_tokens=False)
-            return sum(text != back for text, back in zip(texts.to_pylist(), decoded, strict=True))
+            return np.array([text != back for text, back in zip(texts.to_pylist(), decoded, strict=True)], np.bool_)
         # The tokens' bytes lie one after the other: cut anew at the texts' ends, they are the texts decoded.
         _, ends, data = self._spellings.take(to_arrow(encoded.ids)).buffers()
         ends = np.frombuffer(ends, np.int64)[encoded.offsets] if len(encoded.ids) else encoded.offsets
         decoded = pa.Array.from_buffers(pa.large_binary(), len(texts), [None, pa.py_buffer(ends), data])
-        return int(pc.sum(pc.not_equal(texts.cast(pa.large_binary()), decoded), min_count=0).as_py())
+        differ = pc.not_equal(texts.cast(pa.large_binary()), decoded)
+        return to_numpy(differ.cast(pa.uint8())).astype(np.bool_)
 
 
 def token_bytes(tokenizer: Tokenizer) -> pa.Array:

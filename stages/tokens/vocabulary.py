@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from stages.core.artifacts import TokenIds, damaged, free_copy, read_json, read_object, token_dtype
 from stages.core.errors import StageError, is_error, printable
+from stages.tokens.chat import CHAT_TEMPLATE_FILE
 from stages.tokens.schema import TrainedTokenizer
 
 log = logging.getLogger(__name__)
@@ -58,9 +60,13 @@ class Vocabulary:
         special = [*self.special.values(), *self.control.tolist()]
         return np.setdiff1d(np.arange(self.size, dtype=self.dtype), np.array(special, dtype=self.dtype))
 
+    def is_text(self, ids: TokenIds) -> npt.NDArray[np.bool_]:
+        """Which of `ids` are no control tokens, which text never produces."""
+        return np.isin(ids, self.control, invert=True)
+
     def text_tokens(self, ids: TokenIds) -> TokenIds:
-        """`ids` without control tokens, which text never produces."""
-        return ids[~np.isin(ids, self.control)]
+        """`ids` without control tokens."""
+        return ids[self.is_text(ids)]
 
     @classmethod
     def read(cls, tokens: str | Path) -> "Vocabulary":
@@ -80,6 +86,9 @@ class Vocabulary:
 def vocabulary_of(tokenizer: Tokenizer, directory: Path, wrap: str, requires: Iterable[str]) -> Vocabulary:
     """The vocabulary of `tokenizer`, whose files are in `directory`, for documents wrapped as `wrap` says.
 
+    Args:
+        wrap: as in conf/task, or `none`: a chat template has already put all control tokens into a document.
+
     Raises:
         StageError: if the tokenizer lacks a token that the task needs.
     """
@@ -92,7 +101,7 @@ def vocabulary_of(tokenizer: Tokenizer, directory: Path, wrap: str, requires: It
     for role in sorted(needs - set(special)):
         raise StageError(f"the tokenizer has no {role}, which the task needs: choose another model for this task")
     end = [special["eos_token"]] if wrap == "end_of_sequence" else []
-    prefix, suffix = ([], end) if end else _template(tokenizer)
+    prefix, suffix = _template(tokenizer) if wrap == "template" else ([], end)
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     if outside := sorted(number for number in [*special.values(), *prefix, *suffix] if number >= size):
         raise StageError(f"the tokenizer has {size} tokens, and gives a special token the id {outside[0]}")
@@ -228,11 +237,16 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def export_tokenizer(source: Path, directory: Path, special: dict[str, int], max_length: int) -> None:
+def export_tokenizer(
+    source: Path, directory: Path, special: dict[str, int], max_length: int, chat_template: str | None = None
+) -> None:
     """Write the tokenizer in `source` beside a model in `directory`, which takes `max_length` tokens.
 
     Its files are copied, but tokenizer_config.json also says what transformers would otherwise take from the model's
     configuration or from its own code: the class, the `special` tokens and how many tokens to truncate to.
+
+    Args:
+        chat_template: takes the place of the tokenizer's own; None: it stays.
     """
     free_copy(source, directory, leave=["config.json", _SETTINGS])
     settings, tokenizer, own = _object(source / _SETTINGS), load_tokenizer(source), _from_file(source)
@@ -250,6 +264,9 @@ def export_tokenizer(source: Path, directory: Path, special: dict[str, int], max
         if not isinstance(_content(settings.get(role)), str):
             settings[role] = tokenizer.id_to_token(number)
     settings["model_max_length"] = max_length
+    if chat_template is not None:
+        settings.pop("chat_template", None)
+        (directory / CHAT_TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
     (directory / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

@@ -116,7 +116,7 @@ def probe_loss(model: Any, objective: "Objective", blocks: Blocks) -> float:
     nats, count = 0.0, 0
     with full_precision(model):
         for index in range(min(_VERIFIED_BLOCKS, len(blocks))):
-            batch = evaluation_batch(objective, blocks[[index]], [index])
+            batch = evaluation_batch(objective, blocks, [index])
             targets = objective.targets(batch.pop("labels"))
             predicted = targets != IGNORED
             logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits.cpu()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationInfo, field_validator
 
-from stages.core.artifacts import Blocks, check_out, staged, versions, write_json
+from stages.core.artifacts import Blocks, check_out, read_json, staged, versions, write_json
 from stages.core.config import Positive, Seed, part
 from stages.core.environment import settings_of_collectives
 from stages.core.errors import StageError
@@ -273,8 +273,9 @@ def write(
     with staged(config.out, saved_files(config.adapter)) as directory:
         save_model(model, config.adapter, config.model, directory)
         verify_saved(directory, config.model.task, loss, objective, validation)
-        special = Vocabulary.read(config.tokens).special
-        export_tokenizer(Path(config.tokens) / "tokenizer", directory, special, config.model.max_positions)
+        tokens, special = Path(config.tokens), Vocabulary.read(config.tokens).special
+        chat_template = read_json(tokens / "stats.json").get("chat_template")  # only of documents with prompts
+        export_tokenizer(tokens / "tokenizer", directory, special, config.model.max_positions, chat_template)
     with staged(config.report, ["stats.json"]) as directory:
         _write_curves(state.log_history, directory)
         write_json(directory / "stats.json", ledger(config, state, num_blocks))

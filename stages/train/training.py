@@ -75,7 +75,7 @@ class TrainingBlocks(Dataset[_Batch]):
         real = [max(key, ~key) for key in keys]
         epoch = real[0] // len(self)  # a batch never spans epochs
         indices = [key % len(self) for key in real]
-        batch = self._objective.batch(self._blocks[indices], indices, self._seed, epoch)
+        batch = self._objective.batch(self._blocks[indices], indices, self._seed, epoch, self._blocks.marks(indices))
         batch["labels"][torch.tensor(keys) < 0] = IGNORED
         return batch
 

@@ -30,6 +30,7 @@ from stages.tokens.texts import Flatten, TextFile
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 
 TASKS = ("causal", "mlm")
+FLATTEN = Flatten(columns=["answers.text"])
 SPLITS = ("validation", "test")
 METRIC = {"causal": "bits_per_byte", "mlm": "pseudo_bits_per_byte"}
 LOSS = {"causal": "loss", "mlm": "masked_loss"}
@@ -258,7 +259,7 @@ def test_evaluate_texts_are_encoded_as_tokenize_does(with_texts, corpus, trained
     """What tokenize makes of the same records, as a split, has the same scores to the last digit."""
     task, root = with_texts
     vocabulary = Vocabulary.read(corpus / "tokens" / task)
-    file = TextFile(corpus / "sources/held_out/all.parquet", Flatten(columns=["answers.text"], joiner=" "))
+    file = TextFile(corpus / "sources/held_out/all.parquet", FLATTEN)
     encode = Tokenizers(load_tokenizer(corpus / "tokens" / task / "tokenizer"))
     tokenize_split(file, encode, vocabulary, tmp_path / "split", decoder=None)
     model, texts = load_trained(task, trained[task] / "model"), SplitTexts(Documents(tmp_path / "split"), vocabulary)
@@ -346,7 +347,7 @@ def said(trained, corpus, task, **settings):
     tokens = corpus / "tokens" / task
     model = load_trained(task, trained[task] / "model")
     config = Samples(**{**defaults[task], **settings})
-    return make_samples(config, task, model, 64, tokens / "tokenizer", Vocabulary.read(tokens))
+    return make_samples(config, task, model, 64, tokens / "tokenizer", Vocabulary.read(tokens), FLATTEN)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -17,6 +17,7 @@ from toys import (
     SIZE,
     TASK,
     VOCABULARY,
+    as_texts,
     save_documents,
     text_ids,
     toy_model,
@@ -125,9 +126,10 @@ def test_bits_of_tokens_are_those_of_each_token_in_the_order_of_the_text(texts, 
     _, found = score_documents(model, make_objective(task, VOCABULARY[task]), split, records, context, 64)
     brute_force = {"causal": brute_force_causal, "mlm": brute_force_masked}[task]
     expected = brute_force(model, [texts[record] for record in records], context)
-    assert [bits.dtype for bits in found] == [np.float32] * 3
-    for bits, tokens in zip(found, expected, strict=True):
-        np.testing.assert_allclose(bits, tokens, rtol=1e-5)
+    assert [tokens.bits.dtype for tokens in found] == [np.float32] * 3
+    assert [tokens.ids.tolist() for tokens in found] == [list(texts[record]) for record in records]
+    for tokens, bits in zip(found, expected, strict=True):
+        np.testing.assert_allclose(tokens.bits, bits, rtol=1e-5)
 
 
 @pytest.mark.parametrize("context", [4, 7, 8, 13, 64])
@@ -239,7 +241,7 @@ def test_document_metric_of_a_model_in_training_mode_draws_no_dropout_and_leaves
 @pytest.mark.parametrize("model_type", MODELS)
 def test_window_nats_of_padded_windows_equal_those_of_each_window_alone(texts, model_type):
     model, task = toy_model(model_type), TASK[model_type]
-    windows = list(make_objective(task, VOCABULARY[task]).windows((np.array(text) for text in texts), 20))
+    windows = list(make_objective(task, VOCABULARY[task]).windows(as_texts(texts), 20))
     assert len({len(window.input_ids) for window in windows}) > 3
     loss = TokenLoss(model)
     with full_precision(model), loss.hidden_outputs():
@@ -326,7 +328,8 @@ def test_ratio_with_error_of_documents_without_a_byte_is_an_error():
 
 
 def test_document_nats_of_empty_documents_are_zero():
-    windows = make_objective("causal", VOCABULARY["causal"]).windows(iter([text_ids(0), text_ids(5), text_ids(0)]), 8)
+    texts = as_texts([text_ids(0), text_ids(5), text_ids(0)])
+    windows = make_objective("causal", VOCABULARY["causal"]).windows(texts, 8)
     nats, num_tokens = document_nats(toy_model("gpt2"), windows, 3, 4096)
     assert nats[[0, 2]].tolist() == [0.0, 0.0]
     assert nats[1] > 1.0

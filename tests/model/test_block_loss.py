@@ -22,7 +22,7 @@ def test_block_loss_of_uneven_blocks_is_the_mean_over_tokens(tmp_path, model_typ
     objective = objective_for(model)
     total, counts = 0.0, []
     for index in range(len(blocks)):
-        batch = evaluation_batch(objective, blocks[[index]], [index])
+        batch = evaluation_batch(objective, blocks, [index])
         labels = batch.pop("labels")
         if TASK[model_type] == "causal":
             labels = torch.cat([labels[:, 1:], torch.full((1, 1), IGNORED)], dim=1)

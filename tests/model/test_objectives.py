@@ -19,7 +19,9 @@ from toys import (
     SEP,
     TASK,
     VOCABULARY,
+    as_texts,
     objective_config,
+    save_blocks,
     text_ids,
     toy_model,
     wrapped,
@@ -46,7 +48,7 @@ def documents(lengths):
 def test_causal_windows_of_any_documents_predict_each_token_once_in_order(lengths, context):
     texts = documents(lengths)
     predicted = defaultdict(list)
-    for window in make_objective("causal", CAUSAL).windows(iter(texts), context):
+    for window in make_objective("causal", CAUSAL).windows(as_texts(texts), context):
         predicted[window.document] += window.targets.tolist()
     assert [predicted[index] for index in range(len(texts))] == [text.tolist() for text in texts]
 
@@ -55,7 +57,7 @@ def test_causal_windows_of_any_documents_predict_each_token_once_in_order(length
 def test_causal_windows_of_any_documents_are_pieces_of_at_most_context_tokens_half_a_window_apart(lengths, context):
     texts = documents(lengths)
     starts = defaultdict(list)
-    for window in make_objective("causal", CAUSAL).windows(iter(texts), context):
+    for window in make_objective("causal", CAUSAL).windows(as_texts(texts), context):
         stream = np.array([END, *texts[window.document]])
         start = len(starts[window.document]) * (context // 2)
         starts[window.document].append(start)
@@ -70,12 +72,12 @@ def test_causal_windows_of_any_documents_are_pieces_of_at_most_context_tokens_ha
 
 def test_causal_windows_of_a_document_of_exactly_the_context_are_one():
     # With the end-of-sequence token before it, a document of 7 tokens fills a window of 8.
-    windows = list(make_objective("causal", CAUSAL).windows(iter(documents([7])), 8))
+    windows = list(make_objective("causal", CAUSAL).windows(as_texts(documents([7])), 8))
     assert [len(window.targets) for window in windows] == [7]
 
 
 def test_causal_windows_of_one_token_more_than_the_context_are_two():
-    windows = list(make_objective("causal", CAUSAL).windows(iter(documents([8])), 8))
+    windows = list(make_objective("causal", CAUSAL).windows(as_texts(documents([8])), 8))
     assert [len(window.targets) for window in windows] == [7, 1]
     assert len(windows[1].input_ids) == 4
 
@@ -85,7 +87,7 @@ def test_masked_windows_of_any_documents_predict_each_text_token_once(lengths, c
     texts = documents(lengths)
     tokens = [[] for _ in texts]
     num_pieces = 0
-    for window in make_objective("mlm", MASKED).windows(iter(texts), context):
+    for window in make_objective("mlm", MASKED).windows(as_texts(texts), context):
         assert len(window.input_ids) <= context
         assert (window.input_ids[[0, -1]] == [CLS, SEP]).all()
         assert (window.input_ids[window.positions] == MASK).all()
@@ -101,7 +103,7 @@ def test_masked_windows_of_any_documents_predict_each_text_token_once(lengths, c
 def test_masked_windows_unmasked_by_their_targets_are_the_consecutive_pieces_of_the_document(length, context):
     text = np.arange(5, 5 + length).astype(np.uint16)  # each token says where it stands
     passes = defaultdict(int)
-    for window in make_objective("mlm", MASKED).windows(iter([text]), context):
+    for window in make_objective("mlm", MASKED).windows(as_texts([text]), context):
         unmasked = window.input_ids.copy()
         unmasked[window.positions] = window.targets
         passes[tuple(unmasked.tolist())] += len(window.targets)
@@ -146,10 +148,10 @@ def test_batch_of_a_uint16_block_is_int64_and_leaves_the_block(task):
     assert (blocks == before).all()
 
 
-def test_evaluation_batch_of_masked_blocks_in_any_company_is_the_same():
-    blocks = np.stack([text_ids(40, seed) for seed in range(6)])
+def test_evaluation_batch_of_masked_blocks_in_any_company_is_the_same(tmp_path):
+    blocks = save_blocks(tmp_path, np.stack([text_ids(40, seed) for seed in range(6)]))
     objective = make_objective("mlm", MASKED, objective_config("mlm"))
-    whole, part = evaluation_batch(objective, blocks, range(6)), evaluation_batch(objective, blocks[4:], [4, 5])
+    whole, part = evaluation_batch(objective, blocks, range(6)), evaluation_batch(objective, blocks, [4, 5])
     assert (whole["labels"] != IGNORED).any()
     assert (whole["labels"][4:] == part["labels"]).all()
     assert (whole["input_ids"][4:] == part["input_ids"]).all()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import CAUSAL_TOKENS, MLM_TOKENS, write_bpe, write_unigram, write_word_piece
-from toys import MASK, TASK, VOCABULARY, text_ids, toy_model
+from toys import MASK, TASK, VOCABULARY, as_texts, text_ids, toy_model
 
 from stages.core.errors import StageError
 from stages.figures.metrics import document_nats
@@ -62,7 +62,7 @@ def test_causal_scores_are_those_that_lm_eval_defines(model_type):
 def test_causal_scores_of_a_text_longer_than_a_window_are_those_of_bits_per_byte():
     model, vocabulary = toy_model("gpt2"), VOCABULARY["causal"]
     texts = [choice(length, 0, length) for length in (7, 8, 9, 30)]
-    windows = make_objective("causal", vocabulary).windows((item.ids for item in texts), 8)
+    windows = make_objective("causal", vocabulary).windows(as_texts(item.ids for item in texts), 8)
     expected, _ = document_nats(model, windows, len(texts), 4096)
     np.testing.assert_array_equal(score(model, texts, context=8)[0], -expected)
 

@@ -20,7 +20,7 @@ ROWS = [
 
 
 def texts(file: TextFile) -> list[str]:
-    return [text for group in file for text in group.to_pylist()]
+    return [text for group in file for text in group.texts.to_pylist()]
 
 
 def write(file: Path, rows: list[dict[str, Any]], row_group_size: int = 1000) -> Path:
@@ -48,7 +48,7 @@ def test_texts_of_chosen_columns_join_what_is_not_empty(
 
 def test_texts_of_chosen_row_groups_come_in_their_order(tmp_path: Path) -> None:
     file = TextFile(write(tmp_path / "a.parquet", ROWS, 1), ANSWERS)
-    assert [group.to_pylist() for group in file.groups([2, 0])] == [["three"], ["one two"]]
+    assert [group.texts.to_pylist() for group in file.groups([2, 0])] == [["three"], ["one two"]]
     assert list(file.groups([])) == []
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from stages.figures.scores import Scores, write_token_bits
+from stages.figures.scores import Scores, TokenBits, write_token_bits
 from tools.compare_pairs import Evaluation, Line, compare_with
 from tools.moved import Excerpt, Segment, Spelt, align, cut, find_moved, find_moved_groups, read_excerpts
 
@@ -46,7 +46,8 @@ class Files:
             return tokenizer.to_str().encode()
         assert path == f"reports/evaluate/causal/tokens/{SPLIT}.parquet"
         ids = [np.array(tokenizer.encode(text).ids, np.uint16) for text in TEXTS]
-        write_token_bits(self._file, np.arange(len(TEXTS)), ids, [of.astype(np.float32) for of in bits])
+        tokens = [TokenBits(*row) for row in zip(ids, [of.astype(np.float32) for of in bits], strict=True)]
+        write_token_bits(self._file, np.arange(len(TEXTS)), tokens)
         return self._file.read_bytes()
 
 
@@ -190,7 +191,7 @@ def test_token_bits_are_written_the_same_for_the_same_values_and_read_by_row_gro
     ids = [np.arange(number % 5, dtype=np.uint16) for number in range(3000)]
     bits = [of.astype(np.float32) for of in ids]
     for name in ("one", "two"):
-        write_token_bits(tmp_path / name, np.arange(3000), ids, bits)
+        write_token_bits(tmp_path / name, np.arange(3000), [TokenBits(*row) for row in zip(ids, bits, strict=True)])
     content = (tmp_path / "one").read_bytes()
     assert content == (tmp_path / "two").read_bytes()
     assert pq.ParquetFile(BytesIO(content)).num_row_groups == 3
