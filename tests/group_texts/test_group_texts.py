@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import contents, read_stats, steady, write_tokens
+from data_helpers import contents, read_stats, steady, write_shards, write_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.core.artifacts import SPLITS, Blocks, Documents, shard_files
+from stages.core.artifacts import SEGMENT_START, SPLITS, Blocks, Documents, shard_files, to_arrow
 from stages.core.errors import StageError
 from stages.group_texts import block_shards
 from stages.group_texts.schema import WeightedData
@@ -292,3 +292,70 @@ def test_group_texts_of_records_other_than_its_documents_is_an_error(mixed: Path
     write_sources(tmp_path / "raw", ["a", "b"])
     with pytest.raises(StageError, match=r"train.parquet is damaged.*2 records, where .* has 380 documents"):
         run(mixed, tmp_path / "blocks", weights={"a": 0.5, "b": 0.5})
+
+
+# -- marks -------------------------------------------------------------------------------------------------------------
+
+
+def marks_of(ids: list[int]) -> list[int]:
+    """A mark for each token that follows from its id, so that the two can be told to belong together."""
+    return [token % 3 for token in ids]
+
+
+def write_marked(directory: Path, per_shard: int | None = None) -> Path:
+    """The tokens of DOCUMENTS with the marks of `marks_of`."""
+    write_tokens(directory, DOCUMENTS, rows=1)
+    for split in SPLITS:
+        batches = []
+        for document in DOCUMENTS[split]:
+            lists = [
+                pa.LargeListArray.from_arrays(to_arrow(np.array([0, len(values)])), to_arrow(np.array(values, dtype)))
+                for values, dtype in ((document, np.uint16), (marks_of(document), np.uint8))
+            ]
+            num_bytes = pa.array([len(document)], pa.int32())
+            names = ["input_ids", "marks", "num_bytes", "num_counted_bytes"]
+            batches.append(pa.record_batch([*lists, num_bytes, num_bytes], names=names))
+        for shard in (directory / split).glob("shard-*.arrow"):
+            shard.unlink()
+        write_shards(directory / split, batches[0].schema, batches, per_shard)
+    return directory
+
+
+@pytest.mark.parametrize("per_shard", [1, 2, None])
+@pytest.mark.parametrize("block_size", [2, 3, 4])
+def test_group_texts_gives_each_token_of_a_block_its_mark(
+    tmp_path: Path, block_size: int, per_shard: int | None
+) -> None:
+    out = run(write_marked(tmp_path / "tokens", per_shard), tmp_path / "blocks", block_size)
+    for split in SPLITS:
+        blocks = Blocks(out / split)
+        marks = blocks.marks(range(len(blocks)))
+        assert marks is not None
+        assert marks.dtype == np.uint8
+        assert blocks_of(out / split) == blocks_of_plain(tmp_path, block_size)[split]
+        assert marks.tolist() == [marks_of(block) for block in blocks_of(out / split)]
+
+
+def blocks_of_plain(tmp_path: Path, block_size: int) -> dict[str, list[list[int]]]:
+    """The blocks of the same tokens without marks."""
+    plain = tmp_path / "plain"
+    if not plain.exists():
+        run(write_tokens(plain / "tokens", DOCUMENTS), plain / "blocks", block_size)
+    return {split: blocks_of(plain / "blocks" / split) for split in SPLITS}
+
+
+def test_group_texts_of_weighted_sources_gives_each_token_its_mark(tmp_path: Path) -> None:
+    tokens = write_marked(tmp_path / "tokens", 2)
+    write_sources(tmp_path / "raw", ["one", "two", "one", "two"])
+    out = run(tokens, tmp_path / "blocks", 2, weights={"one": 0.5, "two": 0.5})
+    blocks = Blocks(out / "train")
+    marks, ids = blocks.marks(range(len(blocks))), blocks_of(out / "train")
+    assert marks is not None
+    # The token that is put before the first document begins a segment.
+    assert marks[0][0] == SEGMENT_START
+    assert marks.ravel().tolist()[1:] == [mark for block in ids for mark in marks_of(block)][1:]
+
+
+def test_blocks_of_tokens_without_marks_have_none(tmp_path: Path) -> None:
+    out = run(write_tokens(tmp_path / "tokens", DOCUMENTS), tmp_path / "blocks")
+    assert Blocks(out / "train").marks([0]) is None
