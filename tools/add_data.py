@@ -48,6 +48,7 @@ from tools.data_config import (
 
 NUM_RECORDS = 1000
 TITLE_NAMES = ("title", "subject", "question", "headline", "heading")
+ROLE_NAMES = {"content": "role", "value": "from"}  # of the text of a message, and of who wrote it
 FEW_KEYS = 30  # different keys, with fewer of which a split may stay empty
 FEW_GROUPS = 20  # values of a column that is proposed as a group
 SIMILAR_LENGTH = 0.3  # of the best column's score: others that are proposed with it
@@ -62,6 +63,8 @@ def main() -> None:
     parser.add_argument("--title", metavar="COLUMN", help="column of the title (default: one called so; '': none)")
     parser.add_argument("--key", **columns, help="columns whose values stay in one split (default: the title)")
     parser.add_argument("--groups", **columns, help="columns by whose values figures are reported as well")
+    parser.add_argument("--answers-only", action="store_true", help="train on the texts, given the title as a prompt")
+    parser.add_argument("--roles", metavar="COLUMN", help="column of who wrote each text: texts are messages")
     parser.add_argument("--text-record", choices=("file", "paragraph", "line"), help="what a record of plain text is")
     parser.add_argument("--name", help="name of the configuration (default: the file's)")
     parser.add_argument("--records", type=int, default=NUM_RECORDS, help=f"records to look at ({NUM_RECORDS:,})")
@@ -98,11 +101,19 @@ def add_data(arguments: argparse.Namespace) -> None:
         print(f"Warning: {warning}")
     before = target.read_text(encoding="utf-8") if target.exists() else None
     write_text(target, configuration(path, choice))
-    if problems := check(name, path, choice):
+    problems = check(name, path, choice)
+    can_use = [task for task in problems if not problems[task]]
+    # Conversations are not for all tasks.
+    if not can_use or (choice.roles is None and len(can_use) < len(problems)):
         target.unlink() if before is None else write_text(target, before)
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problem for found in problems.values() for problem in found)))
+    targets = [f"evaluate@{task}" for task in can_use] if len(can_use) < len(problems) else []
+    for task, found in problems.items():
+        if found:
+            print(f"Warning: the task {task} cannot use this data: {'; '.join(found)}")
     print(f"\nWrote conf/data/{name}.yaml, and checked it. Next, an experiment on this data:")
-    print(f"  {command('dvc', 'exp', 'run', '-S', f'data.name={name}', '-S', f'data.path={hydra_value(path)}')}")
+    values = ["-S", f"data.name={name}", "-S", f"data.path={hydra_value(path)}"]
+    print(f"  {command('dvc', 'exp', 'run', *values, *targets)}")
     print("To keep it as the data of all experiments, set in params.yaml:")
     print(f"  data:\n    name: {name}\n    path: {yaml_value(path)}")
 
@@ -164,7 +175,8 @@ def show_documents(look: Look, choice: Choice) -> None:
     if look.is_plain_text:
         documents = [text_excerpt(look, choice.text_record)]
     else:
-        columns = validate(Columns, {"title": choice.title, "texts": choice.texts}, "data")
+        chosen = {"title": choice.title, "texts": choice.texts, "roles": choice.roles}
+        columns = validate(Columns, chosen, "data")
         documents = [text for row in look.rows if (text := document_of(row.value, columns))]
         print(f"Records with text: {len(documents):,} of {len(look.rows):,} looked at")
     if documents:
@@ -211,7 +223,11 @@ def propose(arguments: argparse.Namespace, name: str, look: Look, columns: dict[
             print(f"  {mark} {printable(column.name, 60)}: {shown}")
         for hint in hints(columns, texts, len(look.rows)):
             print(hint)
-        words += [*options("--texts", texts), *title_option(columns, texts)]
+        if (roles := guess_roles(columns, ranked)) is not None:
+            print(f"Messages of conversations: {roles[0]}, written by {roles[1]}")
+            words += [*options("--texts", [roles[0]]), *options("--roles", [roles[1]])]
+        else:
+            words += [*options("--texts", texts), *title_option(columns, texts)]
     name_option = ["--name", name] if arguments.name else []
     print(f"\nTo write conf/data/{name}.yaml:\n  {command(*words, *name_option)}")
 
@@ -249,6 +265,16 @@ def title_option(columns: dict[str, Column], texts: list[str]) -> list[str]:
     return [] if (title := guess_title(columns, texts)) is None else options("--title", [title])
 
 
+def guess_roles(columns: dict[str, Column], ranked: Sequence[Column]) -> tuple[str, str] | None:
+    """The columns of messages and of who wrote them, if they are called as in a common format of conversations."""
+    for column in ranked:
+        parent, _, name = column.name.rpartition(".")
+        role = f"{parent}.{ROLE_NAMES[name]}" if parent and name in ROLE_NAMES else ""
+        if role in columns and column.holds("list of texts") and columns[role].holds("list of texts"):
+            return column.name, role
+    return None
+
+
 def guess_title(columns: dict[str, Column], texts: list[str]) -> str | None:
     """The column that is called as titles are, if there is one with text in most records."""
     for column in columns.values():
@@ -260,7 +286,8 @@ def guess_title(columns: dict[str, Column], texts: list[str]) -> str | None:
 
 def choose_plain_text(arguments: argparse.Namespace) -> Choice:
     """The choice for plain text, which has no columns."""
-    given = [f"--{name}" for name in ("texts", "title", "key", "groups") if getattr(arguments, name)]
+    names = ("texts", "title", "key", "groups", "roles", "answers_only")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]
     if given:
         raise StageError(f"plain text has no columns: leave out {' and '.join(given)}")
     return Choice(["answers.text"], "title", [], [], arguments.text_record)
@@ -283,11 +310,20 @@ def choose_columns(arguments: argparse.Namespace, columns: dict[str, Column]) ->
         ("groups", arguments.groups),
     ):
         problems += [problem for name in names for problem in wrong_column(option, name, columns)]
+    if arguments.roles is not None:
+        problems += wrong_column("roles", arguments.roles, columns)
+        if len(texts) > 1:
+            problems.append(f"--roles {printable(arguments.roles)}: give one column of messages to --texts")
+        if arguments.answers_only:
+            problems.append("--answers-only: what the assistant says in a conversation counts anyway: leave it out")
+    elif arguments.answers_only and title is None:
+        problems.append("--answers-only: the title is the prompt: name its column with --title")
     if "title" in arguments.key and title != "title":
         problems.append("--key title: in split.key this word means the record's title: use --title title as well")
     if problems:
         raise StageError("\n  ".join(["columns that cannot be used:", *dict.fromkeys(problems)]))
-    return Choice(texts, title, list(dict.fromkeys(arguments.key)), list(dict.fromkeys(arguments.groups)), "file")
+    key, groups = list(dict.fromkeys(arguments.key)), list(dict.fromkeys(arguments.groups))
+    return Choice(texts, title, key, groups, "file", arguments.roles, arguments.answers_only)
 
 
 def wrong_column(option: str, name: str, columns: dict[str, Column]) -> Iterator[str]:
@@ -304,7 +340,7 @@ def wrong_column(option: str, name: str, columns: dict[str, Column]) -> Iterator
     else:
         column = columns[name]
         kinds = ", ".join(column.kinds)
-        if option == "texts" and not column.is_text:
+        if option in ("texts", "roles") and not column.is_text:
             yield f"{shown}: holds {kinds}, not text"
         elif option == "title" and not (column.is_text and column.is_scalar):
             yield f"{shown}: holds {kinds}, not one text"

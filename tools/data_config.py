@@ -12,6 +12,17 @@ from stages.core.errors import ConfigError, printable
 from tools.check import missing_packages, schema_of
 
 TEMPLATE = "files"  # the configuration that is copied
+# In place of its last section: what a document is made of.
+MESSAGES = """\
+flatten:
+  messages: true            # a document is a conversation; what the assistant says counts
+"""
+ANSWERS = r"""flatten:
+  prompt: [title, selftext] # given, and does not count
+  completion: [answers.text]
+  joiner: " "
+  separator: "\\n\\n"         # between the two
+"""  # escaped as a replacement of re.sub
 
 
 class Choice(NamedTuple):
@@ -23,12 +34,18 @@ class Choice(NamedTuple):
     """Columns that decide the split; none: the title, or the text where there is no title."""
     groups: list[str]
     text_record: str
+    roles: str | None = None
+    """Column of the roles beside the texts, which are then messages."""
+    answers_only: bool = False
+    """The title is a prompt, and the texts are the completion that counts."""
 
 
 def configuration(path: str, choice: Choice) -> str:
     """The text of conf/data/NAME.yaml: the template's, with the values chosen."""
     text = (CONF / "data" / f"{TEMPLATE}.yaml").read_text(encoding="utf-8")
     body = re.sub(r"\A(#.*\n)*", "", text)
+    if choice.roles is not None or choice.answers_only:
+        body = re.sub(r"^flatten:(.|\n)*", MESSAGES if choice.roles is not None else ANSWERS, body, flags=re.MULTILINE)
     header = f"# {printable(path)}, as `python -m tools.add_data` found it.\n"
     return header + set_values(body, changed_values(choice))
 
@@ -36,7 +53,7 @@ def configuration(path: str, choice: Choice) -> str:
 def changed_values(choice: Choice) -> dict[str, Any]:
     """Dotted key to value of what differs from the template."""
     values: dict[str, Any] = {"columns.title": choice.title, "columns.texts": choice.texts}
-    values |= {"text_record": choice.text_record, "groups": choice.groups}
+    values |= {"text_record": choice.text_record, "groups": choice.groups, "columns.roles": choice.roles}
     if choice.key:
         values["split.key"] = choice.key[0] if len(choice.key) == 1 else choice.key
     return values
@@ -76,20 +93,25 @@ def yaml_value(value: Any) -> str:
     return str(quoted).strip()
 
 
-def check(name: str, path: str, choice: Choice) -> list[str]:
-    """What is wrong with the configuration `name`, as tools.check would find it with data.name and data.path set."""
-    problems: list[str] = []
+def check(name: str, path: str, choice: Choice) -> dict[str, list[str]]:
+    """What is wrong with the configuration `name`, as tools.check would find it with data.name and data.path set.
+
+    Returns:
+        name of each task to the problems that it has with the data; to those of the data by itself in each.
+    """
+    written = read_yaml(CONF / "data" / f"{name}.yaml")
+    assert all(find(written, key) == value for key, value in changed_values(choice).items()), "YAML reads otherwise"
+    of_data = _problems_of("download", [f"data={name}", f"data.path={hydra_value(path)}"], None)
+    tasks = list(read_yaml(PARAMS).get("tasks") or {})
+    found = {task: [*of_data, *_problems_of("tokenize", [f"data={name}"], task)] for task in tasks}
+    return {task: list(dict.fromkeys(problems)) for task, problems in found.items()}
+
+
+def _problems_of(stage: str, overrides: list[str], task: str | None) -> list[str]:
     try:
-        written = read_yaml(CONF / "data" / f"{name}.yaml")
-        assert all(find(written, key) == value for key, value in changed_values(choice).items()), "YAML reads otherwise"
-        tasks = list(read_yaml(PARAMS).get("tasks") or {})
-        overrides = [f"data={name}", f"data.path={hydra_value(path)}"]
-        for stage, task in [("download", None), *(("tokenize", task) for task in tasks)]:
-            composition = compose(stage, overrides if stage == "download" else overrides[:1], item=task)
-            problems += missing_packages(load(schema_of(stage), composition))
+        return list(missing_packages(load(schema_of(stage), compose(stage, overrides, item=task))))
     except ConfigError as error:
-        problems += error.problems
-    return list(dict.fromkeys(problems))
+        return error.problems
 
 
 # -- commands to type --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The keys of a config dataclass, each with what it may be in words, for help and documentation."""
 
 import functools
+import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -70,6 +71,8 @@ def shown(value: Any) -> str:
     """A value as YAML writes it in a line; `{...}` for a long one."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000, sort_keys=False)
     text = text.removesuffix("\n").removesuffix("\n...")
+    if "\n" in text:  # YAML folds line breaks in a text, unless it escapes them
+        text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[0] + "..." + text[-1]
 
 

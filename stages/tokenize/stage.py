@@ -7,6 +7,7 @@ Writes  data/tokens/TASK/SPLIT/shard-*.arrow (input_ids: large_list<uint16 or ui
 Command python -m stages.tokenize task=causal
 """
 
+import copy
 import logging
 from contextlib import closing
 from dataclasses import asdict
@@ -58,10 +59,10 @@ class TokenizeConfig:
         if data is not None and "flatten" in info.data and choose_flatten(info.data["flatten"], data).messages:
             if tokenize.wrap != "end_of_sequence":
                 raise ValueError("flatten.messages=true: conversations are for causal tasks (tokenize.wrap)")
-            if train is not None:
+            if train is not None and train.chat_template is None:
                 raise ValueError(
-                    "flatten.messages=true: a tokenizer that is trained here (tokenizer.train) has no chat template:"
-                    " set flatten.prompt and flatten.completion, or choose a model with one"
+                    "flatten.messages=true: the tokenizer that is trained here has no chat template: set"
+                    " tokenizer.train.chat_template (conf/model), or choose a model with one"
                 )
         if train is not None:
             needed = [*tokenize.requires, *(["eos_token"] if tokenize.wrap == "end_of_sequence" else [])]
@@ -118,6 +119,9 @@ def _prepare_tokenizer(source: TokenizerSource, training: Path, flatten: Flatten
     """Put the tokenizer's files into `directory`: trained on the records in `training`, or copied from their pin."""
     if source.train is not None:
         log.info("training a byte-level BPE of %d tokens", source.train.vocab_size)
+        if flatten.messages:  # which are rendered with the tokenizer
+            flatten = copy.copy(flatten)
+            flatten.messages, flatten.columns = False, ["answers.text"]
         groups = TextFile(training, flatten)
         train_tokenizer(source.train, (segments.texts.to_pylist() for segments in groups), directory)
         return

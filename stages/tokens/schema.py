@@ -16,6 +16,8 @@ class TrainedTokenizer:
     """Tokens, the 256 bytes and the special tokens included."""
     special_tokens: dict[str, str]
     """Role (eos_token, mask_token, ...) to token; ids follow this order from 0. cls and sep wrap a document."""
+    chat_template: str | None = None
+    """How conversations are rendered, in Jinja as transformers runs it; null: there are none."""
 
     @model_validator(mode="after")
     def _known_roles(self) -> "TrainedTokenizer":

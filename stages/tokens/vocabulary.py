@@ -299,3 +299,5 @@ def train_tokenizer(config: TrainedTokenizer, texts: Iterator[list[str]], direct
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles}
     (directory / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if config.chat_template is not None:
+        (directory / CHAT_TEMPLATE_FILE).write_text(config.chat_template, encoding="utf-8")

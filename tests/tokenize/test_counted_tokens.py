@@ -165,7 +165,7 @@ def test_conversation_that_the_template_refuses_names_the_record(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("task", "problem"),
-    [("causal", "tokenizer that is trained here .* has no chat template"), ("mlm", "conversations are for causal")],
+    [("causal", "tokenizer that is trained here has no chat template"), ("mlm", "conversations are for causal")],
 )
 def test_conversations_where_there_is_no_template_for_them_are_refused(tmp_path: Path, task: str, problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):

@@ -102,7 +102,7 @@ def config_of(name: str) -> Any:
 def test_add_data_writes_the_template_with_the_chosen_values_only(tool: Callable[..., str]) -> None:
     tool(tickets(), "--texts", "body", "agent_reply", "--key", "customer", "--groups", "lang")
     template, written = config_of("files"), config_of("tickets")
-    changed = {"columns": {"title": "subject", "texts": ["body", "agent_reply"]}, "groups": ["lang"]}
+    changed = {"columns": {"title": "subject", "texts": ["body", "agent_reply"], "roles": None}, "groups": ["lang"]}
     assert written == template | changed | {"split": template["split"] | {"key": "customer"}}
     comments = [re.findall(r"#.*", line) for line in Path("conf/data/files.yaml").read_text().splitlines()[2:]]
     assert [
@@ -172,7 +172,7 @@ def test_add_data_name_that_is_not_plain_is_made_so(tool: Callable[..., str]) ->
 def test_add_data_hostile_column_is_written_and_read_back(tool: Callable[..., str], name: str) -> None:
     jsonl("h.jsonl", [{name: f"text {number}", "k": number} for number in range(60)])
     said = tool("h.jsonl", f"--texts={name}", "--key", "k", "--title", "")
-    assert config_of("h")["columns"] == {"title": None, "texts": [name]}
+    assert config_of("h")["columns"] == {"title": None, "texts": [name], "roles": None}
     assert yaml.safe_load(Path("conf/data/h.yaml").read_text())["columns"]["texts"] == [name]
     assert "\x1b" not in said and "\u2028" not in said
 
@@ -191,7 +191,7 @@ def test_set_values_any_names_are_the_same_to_every_reader(names: list[str], tit
     choice = Choice(names, title, names, names, "file")
     text = set_values(template, changed_values(choice))
     for values in (yaml.safe_load(text), stages.core.config._parse_yaml("x", text)):
-        assert (values["columns"], values["groups"]) == ({"title": title, "texts": names}, names)
+        assert (values["columns"], values["groups"]) == ({"title": title, "texts": names, "roles": None}, names)
         assert values["split"]["key"] == (names[0] if len(names) == 1 else names)
 
 
@@ -235,7 +235,7 @@ def test_add_data_without_texts_proposes_and_writes_nothing(tool: Callable[..., 
     assert proposed(said) == ["tickets.csv", "--texts", "body", "agent_reply", "--title", "subject"]
     assert "Possible --key: customer, 40 values" in said and "Possible --groups: lang, 2 values" in said
     tool(*proposed(said))
-    assert config_of("tickets")["columns"] == {"title": "subject", "texts": ["body", "agent_reply"]}
+    assert config_of("tickets")["columns"] == {"title": "subject", "texts": ["body", "agent_reply"], "roles": None}
 
 
 def test_add_data_table_shows_kind_empties_and_example_of_each_column(tool: Callable[..., str]) -> None:
@@ -418,3 +418,53 @@ def test_download_missing_column_names_the_command(tool: Callable[..., str]) -> 
     config = load(DownloadConfig, compose("download", ["data=files", "data.path=tickets.csv", "out=out"]))
     with pytest.raises(StageError, match=r"no column 'title'.*python -m tools\.add_data"):
         main(config)
+
+
+# -- answers only ------------------------------------------------------------------------------------------------------
+
+
+def conversations(file: str = "chat.jsonl") -> str:
+    rows = [
+        {"messages": [{"role": "user", "content": f"Q {number}?"}, {"role": "assistant", "content": f"A {number}."}]}
+        for number in range(60)
+    ]
+    return jsonl(file, rows)
+
+
+def test_add_data_answers_only_makes_the_title_a_prompt(tool: Callable[..., str]) -> None:
+    tool(tickets(), "--texts", "agent_reply", "--answers-only")
+    assert config_of("tickets")["flatten"] == {
+        "prompt": ["title", "selftext"],
+        "completion": ["answers.text"],
+        "joiner": " ",
+        "separator": "\n\n",
+    }
+
+
+def test_add_data_proposes_the_roles_of_messages(tool: Callable[..., str]) -> None:
+    said = tool(conversations())
+    assert "--texts messages.content --roles messages.role" in said
+
+
+def test_add_data_of_conversations_names_the_tasks_that_cannot_use_them(tool: Callable[..., str]) -> None:
+    said = tool(conversations(), "--texts", "messages.content", "--roles", "messages.role")
+    written = config_of("chat")
+    assert written["columns"] == {"title": None, "texts": ["messages.content"], "roles": "messages.role"}
+    assert written["flatten"] == {"messages": True}
+    assert "Warning: the task mlm cannot use this data: flatten.messages=true: conversations are for causal" in said
+    assert "dvc exp run -S data.name=chat -S data.path=chat.jsonl evaluate@causal" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--texts", "agent_reply", "--answers-only", "--title", ""], "the title is the prompt: name its column"),
+        (["--texts", "body", "agent_reply", "--roles", "subject"], "--roles subject: give one column of messages"),
+        (["--texts", "body", "--roles", "nobody"], "--roles 'nobody': no such column"),
+        (["--texts", "body", "--roles", "subject", "--answers-only"], "counts anyway: leave it out"),
+    ],
+)
+def test_add_data_answers_only_that_cannot_be_is_refused(
+    tool: Callable[..., str], options: list[str], message: str
+) -> None:
+    assert message in refused(tool, tickets(), *options)

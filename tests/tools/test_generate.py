@@ -14,8 +14,10 @@ import torch
 from data_helpers import CAUSAL_TOKENS, MLM_TOKENS, REPOSITORY, write_bpe
 from safetensors.torch import load_file, save_file
 from toys import ARCHITECTURES
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, GPT2LMHeadModel
 
+from stages.tokens.prompts import prompt_template
+from stages.tokens.texts import Flatten
 from tools import generate
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -243,3 +245,25 @@ def test_generate_readme_code_loads_both_models_as_they_are(
     exec(code[1], {})
     said = capsys.readouterr().out
     assert said.startswith(PROMPTS["causal"]) and len(said.splitlines()) >= 2
+
+
+def test_generate_gives_a_model_of_answers_its_prompt_as_in_training(
+    models: Path, capsys: Any, monkeypatch: Any, tmp_path: Path
+) -> None:
+    directory = tmp_path / "answers"
+    shutil.copytree(models / "models/causal", directory)
+    form = prompt_template(Flatten(prompt=["title"], completion=["answers.text"], separator="\nA: "), None)
+    assert form is not None
+    (directory / "chat_template.jinja").write_text(form, encoding="utf-8")
+    seen: list[list[int]] = []
+    original = GPT2LMHeadModel.generate
+
+    def record(self: Any, ids: Any, **named: Any) -> Any:
+        seen.append(ids[0].tolist())
+        return original(self, ids, **named)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "generate", record)
+    said, error = say(capsys, monkeypatch, directory, "Why?", "--max-new-tokens", "3")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert (error, tokenizer.decode(seen[0])) == ("", f"{tokenizer.eos_token}Why?\nA: ")
+    assert said.startswith("Why?\n\n")
