@@ -377,6 +377,7 @@ def train_plainly(
     """What a step needs at least, on the batches of the pipeline."""
     import torch
 
+    from stages.model.isolation import isolate_segments
     from stages.model.loss import TokenLoss
     from stages.model.masking import IGNORED
     from stages.train.attention import use_fast_kernels
@@ -391,7 +392,7 @@ def train_plainly(
         labels = batch.pop("labels")
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.trainer["bf16"]):
             with loss.hidden_outputs():
-                outputs = model(**batch).logits
+                outputs = model(**isolate_segments(batch, model)).logits
             nats = loss.sum(outputs, objective.targets(labels))
         (nats / (labels != IGNORED).sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

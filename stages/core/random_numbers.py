@@ -24,7 +24,12 @@ def mix(values: Uint64) -> Uint64:
 
 def random_uint64(seed: int, stream: int, counters: npt.ArrayLike, num_draws: int) -> Uint64:
     """Random numbers [len(counters), num_draws]; row i depends only on (seed, stream, counters[i])."""
-    key = mix(mix(np.array([seed], np.uint64)) + np.array([stream], np.uint64))
-    keys = mix(key + _GAMMA + np.asarray(counters, np.uint64))
+    return random_uint64_at(seed, stream, np.asarray(counters, np.uint64)[:, None], np.arange(num_draws))
+
+
+def random_uint64_at(seed: int, stream: int, counters: npt.ArrayLike, draws: npt.ArrayLike) -> Uint64:
+    """Those of the numbers of `random_uint64` in the rows of `counters` and the columns `draws`, broadcast together."""
+    key = mix(mix(np.array(seed, np.uint64)) + np.array(stream, np.uint64))
     with np.errstate(over="ignore"):
-        return mix(keys[:, None] + _GAMMA * np.arange(1, num_draws + 1, dtype=np.uint64))
+        keys = mix(key + _GAMMA + np.asarray(counters, np.uint64))
+        return mix(keys + _GAMMA * (np.asarray(draws, np.uint64) + np.uint64(1)))

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from stages.core.artifacts import Blocks
 from stages.core.errors import StageError
+from stages.model.isolation import isolate_segments
 from stages.model.loss import TokenLoss
 from stages.model.masking import IGNORED
 from stages.model.objectives import Objective, evaluation_batch
@@ -38,7 +39,8 @@ def block_loss(model: Any, objective: Objective, blocks: Blocks, batch_tokens: i
             batch = {key: value.to(model.device) for key, value in evaluation_batch(objective, blocks, indices).items()}
             targets = objective.targets(batch.pop("labels"))
             predicted = targets != IGNORED
-            nats = loss.each(model(**batch).logits[predicted], targets[predicted]).double().cpu().numpy()
+            outputs = model(**isolate_segments(batch, model)).logits
+            nats = loss.each(outputs[predicted], targets[predicted]).double().cpu().numpy()
             row = predicted.nonzero()[:, 0].cpu().numpy()
             # Block by block, so that the sum does not depend on how they are batched beyond the last digits.
             sums[batch_index] = math.fsum(row_sums(nats, row, len(indices)))

@@ -4,13 +4,11 @@ A counter-based generator gives each position its own random numbers, so that ma
 workers, processes or restarts, as they do with a generator that advances.
 """
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
 from stages.core.artifacts import COUNTED, Marks, TokenIds
-from stages.core.random_numbers import Uint64, random_uint64
+from stages.core.random_numbers import Uint64, random_uint64_at
 from stages.model.schema import ObjectiveConfig
 from stages.tokens.vocabulary import Vocabulary
 
@@ -52,21 +50,27 @@ def mask_blocks(
         assert config.random_replace_prob is not None
         choice, mask, random = config.mlm_probability, config.mask_replace_prob, config.random_replace_prob
     input_ids = blocks.astype(np.int64)
-    draws = random_uint64(seed, epoch, indices, 3 * blocks.shape[1])
-    choose, replace, token = (_uniform(draws[:, part::3]) for part in range(3))
-    chosen = (choose < choice) & ~np.isin(blocks, vocabulary.control)
+    numbers = np.asarray(indices, np.uint64)
+    # A position has three draws, of which the second and the third only matter if the first one chooses it.
+    choose = random_uint64_at(seed, epoch, numbers[:, None], 3 * np.arange(blocks.shape[1]))
+    rows, columns = np.nonzero(_uniform(choose) < choice)  # [num_chosen] each
+    may_be_chosen = ~np.isin(blocks[rows, columns], vocabulary.control)
     if marks is not None:
-        chosen &= (marks & COUNTED) > 0
-    labels = np.where(chosen, input_ids, IGNORED)
-    masked = chosen & (replace < mask)
-    randomised = chosen & ~masked & (replace < mask + random)
-    input_ids[masked] = vocabulary.special["mask_token"]
+        may_be_chosen &= (marks[rows, columns] & COUNTED) > 0
+    rows, columns = rows[may_be_chosen], columns[may_be_chosen]
+    labels = np.full_like(input_ids, IGNORED)
+    labels[rows, columns] = input_ids[rows, columns]
+    replace, token = (_uniform(random_uint64_at(seed, epoch, numbers[rows], 3 * columns + part)) for part in (1, 2))
+    masked = replace < mask
+    randomised = ~masked & (replace < mask + random)
+    input_ids[rows[masked], columns[masked]] = vocabulary.special["mask_token"]
     # Not a special token, unlike the stock collator: a random <pad> would shift RoBERTa's later positions.
     ordinary = vocabulary.ordinary
-    input_ids[randomised] = ordinary[(token[randomised] * len(ordinary)).astype(np.int64)]
+    replacements = ordinary[(token[randomised] * len(ordinary)).astype(np.int64)]
+    input_ids[rows[randomised], columns[randomised]] = replacements
     return input_ids, labels
 
 
-def _uniform(draws: Uint64) -> npt.NDArray[Any]:
+def _uniform(draws: Uint64) -> npt.NDArray[np.float64]:
     """Uniform numbers in [0, 1), the upper 53 bits of each draw."""
     return (draws >> np.uint64(11)).astype(np.float64) * 2.0**-53

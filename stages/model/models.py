@@ -27,6 +27,7 @@ from stages.hub.files import (
     usable_positions,
     weights_files,
 )  # fmt: skip
+from stages.model.attention import use_parts_on_cpu
 from stages.model.hardware import Hardware, find_device
 from stages.model.memory import keep_freed_memory
 from stages.model.schema import Model
@@ -50,7 +51,7 @@ _MOST_ANY = 2**53  # of any other integer
 
 
 def prepare_torch(hardware: Hardware) -> None:
-    """Set threads, keep a CPU's freed memory, quiet libraries, and refuse a device that is not there.
+    """Set threads and what saves a CPU memory and time, quiet libraries, and refuse a device that is not there.
 
     Raises:
         StageError: if hardware.device is not available.
@@ -63,6 +64,7 @@ def prepare_torch(hardware: Hardware) -> None:
     torch.set_num_threads(hardware.num_threads)
     if hardware.device == "cpu":
         keep_freed_memory()
+        use_parts_on_cpu()
     find_device(hardware)
 
 

@@ -59,7 +59,9 @@ class Objective(Protocol):
     def batch(
         self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int, marks: Marks | None = None
     ) -> dict[str, Any]:
-        """Inputs and labels [num_blocks, block_size] int64 for the blocks numbered `indices`, with the masks needed.
+        """Inputs and labels, both [num_blocks, block_size] int64, for the blocks numbered `indices`.
+
+        Where documents are isolated also segment_ids, int32 of the same shape, for `stages.model.isolation`.
 
         Args:
             blocks: [num_blocks, block_size] token ids.
@@ -91,19 +93,16 @@ def make_objective(
             "objective.isolate_documents=true: the tokenizer puts no token before a document (cls_token), so that its"
             " beginning is lost in a block: set isolate_documents: false in conf/task/mlm.yaml"
         )
-    return Causal(vocabulary, config) if name == "causal" else Masked(vocabulary, config, model)
+    return Causal(vocabulary, config) if name == "causal" else Masked(vocabulary, config)
 
 
-def segment_starts(blocks: TokenIds, start_token: int, marks: Marks | None) -> npt.NDArray[np.bool_]:
-    """Where segments begin in `blocks` [..., block_size]: where marks say so, without them at each `start_token`."""
-    starts: npt.NDArray[np.bool_] = blocks == start_token if marks is None else (marks & SEGMENT_START) > 0
-    return starts
+def number_segments(blocks: TokenIds, first: int, marks: Marks | None) -> torch.Tensor:
+    """Number of each token's segment in its block, int32 [num_blocks, block_size].
 
-
-def segment_positions(starts: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Position of each token in its segment, [..., block_size], where a segment begins at each true of `starts`."""
-    index = np.arange(starts.shape[-1])
-    return index - np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
+    A segment begins where `marks` say so; without marks, at each token `first`.
+    """
+    starts = blocks == first if marks is None else (marks & SEGMENT_START) > 0
+    return torch.from_numpy(starts.cumsum(axis=-1, dtype=np.int32))
 
 
 class Causal:
@@ -126,7 +125,7 @@ class Causal:
         labels[:, 0] = IGNORED  # nothing stands before it; so counted, the labels are the tokens predicted
         batch = {"input_ids": input_ids, "labels": labels}
         if self._isolate:
-            batch["position_ids"] = torch.from_numpy(segment_positions(segment_starts(blocks, self._end, marks)))
+            batch["segment_ids"] = number_segments(blocks, self._end, marks)
         return batch
 
     def targets(self, labels: torch.Tensor) -> torch.Tensor:
@@ -160,15 +159,9 @@ class Masked:
     document_metric = "pseudo_bits_per_byte"
     loss_metrics = ("masked_loss", "masked_perplexity")
 
-    def __init__(self, vocabulary: Vocabulary, config: ObjectiveConfig | None, model: Any) -> None:
+    def __init__(self, vocabulary: Vocabulary, config: ObjectiveConfig | None) -> None:
         self._vocabulary, self._config = vocabulary, config
         self._mask = vocabulary.special["mask_token"]
-        # RoBERTa numbers positions from pad_token_id + 1 on.
-        roberta = model is not None and model.config.model_type == "roberta"
-        self._first_position = model.config.pad_token_id + 1 if roberta else 0
-        # ModernBERT's local layers see so many tokens to either side; a mask of ours takes the place of theirs.
-        modernbert = model is not None and model.config.model_type == "modernbert"
-        self._window = model.config.sliding_window if modernbert else None
 
     def batch(
         self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int, marks: Marks | None = None
@@ -178,18 +171,7 @@ class Masked:
         input_ids, labels = mask_blocks(blocks, indices, self._vocabulary, config, seed, epoch, marks)
         batch: dict[str, Any] = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
         if config.isolate_documents:
-            starts = segment_starts(blocks, self._vocabulary.prefix[0], marks)
-            batch["position_ids"] = torch.from_numpy(segment_positions(starts) + self._first_position)
-            segments = torch.from_numpy(starts.cumsum(axis=-1))
-            apart = segments[:, None, :, None] != segments[:, None, None, :]
-            batch["attention_mask"] = _additive(apart)
-            if self._window is not None:
-                index = torch.arange(apart.shape[-1])
-                far = (index[:, None] - index).abs() > self._window
-                batch["attention_mask"] = {
-                    "full_attention": _additive(apart),
-                    "sliding_attention": _additive(apart | far),
-                }
+            batch["segment_ids"] = number_segments(blocks, self._vocabulary.prefix[0], marks)
         return batch
 
     def targets(self, labels: torch.Tensor) -> torch.Tensor:
@@ -210,11 +192,6 @@ class Masked:
                         masked[chosen] = self._mask
                         input_ids = np.concatenate([prefix, masked, suffix]).astype(np.int64)
                         yield Window(document, input_ids, chosen + len(prefix), tokens[chosen], chosen + start)
-
-
-def _additive(apart: torch.Tensor) -> torch.Tensor:
-    """What attention scores gain where they are not `apart`: boolean masks of this shape fail on eager attention."""
-    return torch.zeros(apart.shape).masked_fill_(apart, torch.finfo(torch.float32).min)
 
 
 def evaluation_batch(objective: Objective, blocks: Blocks, indices: Sequence[int]) -> dict[str, Any]:

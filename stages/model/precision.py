@@ -45,12 +45,16 @@ def full_precision(model: Any) -> Iterator[None]:
     use_cache = getattr(model.config, "use_cache", None)
     # A Trainer in bf16 wraps `forward` in an autocast of its own, which none around it turns off.
     forward, original = model.forward, getattr(model, "_original_forward", None)
+    # FlashAttention has no fp32.
+    attention = getattr(model.config, "_attn_implementation", None)
     model.eval()
     _BACKENDS.fp32_precision = "ieee"  # not TF32; the older functions refuse to work beside this one
     if original is not None:
         model.forward = original
     if use_cache is not None:
         model.config.use_cache = False
+    if attention is not None and "flash" in attention:
+        model.config._attn_implementation = "sdpa"
     # What a sharded model gathers in inference mode could not be trained with afterwards, and what it has gathered
     # without gradients stays in the place of its parameters.
     shards = [module for module in model.modules() if hasattr(module, "unshard")]
@@ -65,5 +69,7 @@ def full_precision(model: Any) -> Iterator[None]:
             model.forward = forward
         if use_cache is not None:
             model.config.use_cache = use_cache
+        if attention is not None:
+            model.config._attn_implementation = attention
         model.train(training)
         _BACKENDS.fp32_precision = fp32_precision

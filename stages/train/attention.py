@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import NewGELUActivation
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
+
+from stages.model.attention import sdpa_in_parts
 
 _NAME = "sdpa_on_cpu"
 
@@ -50,11 +52,10 @@ def attend(
     """
     with torch.autocast("cpu", enabled=False):
         if dropout == 0.0 or others.get("position_bias") is not None:
-            full = (tensor.float() for tensor in (query, key, value))
-            output, _ = sdpa_attention_forward(
-                module, *full, attention_mask, dropout=dropout, scaling=scaling, **others
-            )
-            return output.to(query.dtype), None
+            dtype = query.dtype
+            query, key, value = (tensor.float() for tensor in (query, key, value))
+            output, _ = sdpa_in_parts(module, query, key, value, attention_mask, dropout, scaling=scaling, **others)
+            return output.to(dtype), None
         groups = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         is_causal = others.get("is_causal")

@@ -109,6 +109,7 @@ def probe_loss(model: Any, objective: "Objective", blocks: Blocks) -> float:
     """The loss of `model` over the first few blocks, in nats per predicted token, in this process alone."""
     import torch.nn.functional as F
 
+    from stages.model.isolation import isolate_segments
     from stages.model.masking import IGNORED
     from stages.model.objectives import evaluation_batch
     from stages.model.precision import full_precision
@@ -119,7 +120,8 @@ def probe_loss(model: Any, objective: "Objective", blocks: Blocks) -> float:
             batch = evaluation_batch(objective, blocks, [index])
             targets = objective.targets(batch.pop("labels"))
             predicted = targets != IGNORED
-            logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits.cpu()
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            logits = model(**isolate_segments(batch, model)).logits.cpu()
             nats += float(F.cross_entropy(logits[predicted].float(), targets[predicted], reduction="sum"))
             count += int(predicted.sum())
     return nats / max(count, 1)

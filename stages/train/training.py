@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from stages.core.artifacts import Blocks
 from stages.core.errors import StageError
 from stages.model.block_loss import block_loss
+from stages.model.isolation import isolate_segments
 from stages.model.loss import TokenLoss
 from stages.model.masking import IGNORED
 from stages.model.objectives import Objective
@@ -133,10 +134,10 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         self._sampler = EpochSampler(len(self.train_dataset), self.args.seed, at_once)
         return self._sampler
 
-    def compute_loss(self, *arguments: Any, **named: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: _Batch, *arguments: Any, **named: Any) -> Any:
         # The Trainer's own autocast ends with the model's forward pass; the output embedding is part of the loss here.
         with self.accelerator.autocast(), self._loss.hidden_outputs():
-            return super().compute_loss(*arguments, **named)
+            return super().compute_loss(model, isolate_segments(inputs, self.model), *arguments, **named)
 
     def train_on(self, request: Request) -> None:
         """Train to the end, from the newest checkpoint if there is one.

@@ -17,6 +17,7 @@ from toys import TASK, objective_for, toy_blocks, toy_model, toy_trainer
 
 from stages.core.artifacts import sha256
 from stages.core.errors import ConfigError, StageError
+from stages.model.isolation import isolate_segments
 from stages.model.masking import IGNORED
 from stages.model.models import load_directory
 from stages.model.precision import full_precision
@@ -86,7 +87,8 @@ def logits(models, model, batch):
     ours = np.array(models.build(model)(inputs))[weights > 0]
     assert sorted(wanted[weights > 0]) == sorted(targets[targets != IGNORED].tolist())
     with full_precision(model):  # without the cache, with which GPT-2 does not isolate documents
-        theirs = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        theirs = model(**isolate_segments(inputs, model)).logits
     return ours, theirs[targets != IGNORED].numpy()
 
 

@@ -9,6 +9,7 @@ from toys import TASK, VOCABULARY, objective_for, save_blocks, text_ids, toy_blo
 
 from stages.core.errors import StageError
 from stages.model.block_loss import block_loss, check_predictions
+from stages.model.isolation import isolate_segments
 from stages.model.masking import IGNORED
 from stages.model.objectives import evaluation_batch
 
@@ -27,9 +28,8 @@ def test_block_loss_of_uneven_blocks_is_the_mean_over_tokens(tmp_path, model_typ
         if TASK[model_type] == "causal":
             labels = torch.cat([labels[:, 1:], torch.full((1, 1), IGNORED)], dim=1)
         with torch.no_grad():
-            # The mask too: torch's attention takes a mask of another type, and gives wrong numbers for it.
-            batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
-            shares = copy.deepcopy(model).double()(**batch, use_cache=False).logits[0].log_softmax(-1)
+            exact = copy.deepcopy(model).double()
+            shares = exact(**isolate_segments(batch, exact), use_cache=False).logits[0].log_softmax(-1)
         kept = labels[0] != IGNORED
         total -= float(shares[kept].gather(-1, labels[0, kept][:, None]).sum())
         counts.append(int(kept.sum()))

@@ -88,8 +88,8 @@ def test_segments_begin_where_marks_say_so_and_not_at_each_end_of_a_message():
     objective = objective_for(model, isolate_documents=True)
     ids = np.array([[5, END, 7, 8, END, 9]], np.uint16)
     marks = np.array([[0, 0, 0, SEGMENT_START, 0, 0]], np.uint8)
-    assert objective.batch(ids, [0], 0, 0, marks)["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2]]
-    assert objective.batch(ids, [0], 0, 0)["position_ids"].tolist() == [[0, 0, 1, 2, 0, 1]]
+    assert objective.batch(ids, [0], 0, 0, marks)["segment_ids"].tolist() == [[0, 0, 0, 1, 1, 1]]
+    assert objective.batch(ids, [0], 0, 0)["segment_ids"].tolist() == [[0, 1, 1, 1, 2, 2]]
 
 
 def some_texts(lengths, seed):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import CLS, MASK, MASKED, SEP, SIZE, objective_config
 
-from stages.core.random_numbers import mix, random_uint64
+from stages.core.random_numbers import mix, random_uint64, random_uint64_at
 from stages.model.masking import EVALUATION_EPOCH, EVALUATION_SEED, IGNORED, mask_blocks
 
 NUM_BLOCKS, BLOCK_SIZE, TOKEN = 400, 128, 7
@@ -78,6 +78,26 @@ def test_random_uint64_of_blocks_in_any_company_is_that_of_each_alone(seed, epoc
 
 def test_random_uint64_of_a_longer_row_begins_like_a_shorter_one():
     assert (random_uint64(1, 2, [3, 4], 30)[:, :9] == random_uint64(1, 2, [3, 4], 9)).all()
+
+
+def test_random_uint64_at_places_is_what_stands_there_in_the_rows():
+    rows, columns = [2, 0, 0, 1], [5, 0, 11, 5]
+    numbers = random_uint64(1, 2, [30, 40, 2**40], 12)[rows, columns]
+    assert (random_uint64_at(1, 2, np.array([30, 40, 2**40])[rows], columns) == numbers).all()
+
+
+@pytest.mark.parametrize("epoch", [3, EVALUATION_EPOCH])
+def test_mask_blocks_takes_three_draws_a_position_for_choice_replacement_and_token(epoch):
+    # Another assignment would be as random, and would move the masks of everybody's experiments.
+    blocks, indices = np.random.default_rng(2).integers(0, SIZE, (5, 40)), [7, 3, 0, 9, 2]
+    choose, replace, token = (random_uint64(42, epoch, indices, 3 * 40)[:, part::3] / 2**64 for part in range(3))
+    chosen = (choose < 0.15) & ~np.isin(blocks, MASKED.control)
+    words = MASKED.ordinary[(token * len(MASKED.ordinary)).astype(int)]
+    expected = np.where(replace < 0.8, MASK, np.where(replace < 0.9, words, blocks))
+    input_ids, labels = masked(blocks.astype(np.uint16), indices, 42, epoch)
+    assert chosen.sum() > 10
+    assert (input_ids == np.where(chosen, expected, blocks)).all()
+    assert (labels == np.where(chosen, blocks, IGNORED)).all()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from stages.core.artifacts import Blocks
 from stages.core.errors import StageError
 from stages.launch.torchrun import run_in_processes
 from stages.model.block_loss import block_loss
+from stages.model.isolation import isolate_segments
 from stages.model.loss import TokenLoss
 from stages.model.processes import rank, world_size
 from stages.train.sharding import check_sharded, gathered, layers_of, without_twins
@@ -50,7 +51,8 @@ def steps(model, objective, blocks):
         number = (targets >= 0).sum()
         mine = slice(rank(), None, world_size())
         with loss.hidden_outputs():
-            outputs = model(**{key: value[mine] for key, value in batch.items()}).logits
+            share = {key: value[mine] for key, value in batch.items()}
+            outputs = model(**isolate_segments(share, model)).logits
             nats = loss.sum(outputs, targets[mine]) / number
         (nats * world_size()).backward()  # the gradients of processes are averaged
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

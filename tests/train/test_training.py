@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 from stages.figures.metrics import full_precision
 from stages.model.block_loss import block_loss
+from stages.model.isolation import isolate_segments
 from stages.model.masking import IGNORED
 
 NUM_BLOCKS, BLOCK_SIZE = 16, 24
@@ -104,7 +105,7 @@ def test_step_has_the_gradient_and_loss_of_the_plain_mean_over_tokens(whole_step
     objective = objective_for(model)
     batch = objective.batch(blocks[range(NUM_BLOCKS)], range(NUM_BLOCKS), 3, 0)
     labels = batch.pop("labels")
-    logits = model(**batch).logits
+    logits = model(**isolate_segments(batch, model)).logits
     if TASK[model_type] == "causal":
         logits, labels = logits[:, :-1], batch["input_ids"][:, 1:]
     else:

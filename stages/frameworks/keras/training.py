@@ -19,6 +19,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from stages.core.artifacts import Blocks
 from stages.frameworks.keras.models import build, decays, to_torch
 from stages.model.block_loss import block_loss
+from stages.model.isolation import first_position, segment_positions
 from stages.model.masking import IGNORED
 from stages.model.objectives import Objective
 from stages.shell.interruption import Request
@@ -177,17 +178,12 @@ def arrays(
     Args:
         config: of transformers' model.
     """
-    ids, wanted = batch["input_ids"].numpy(), targets.numpy()
-    length = ids.shape[1]
-    if "position_ids" in batch:
-        positions = batch["position_ids"].numpy()
-    else:
-        first = config.pad_token_id + 1 if config.model_type == "roberta" else 0
-        positions = np.broadcast_to(first + np.arange(length), ids.shape)
-    # A segment begins where positions begin anew.
-    inputs = {"input_ids": ids, "position_ids": positions, "segments": (positions == positions[:, :1]).cumsum(axis=1)}
+    ids, wanted = batch["input_ids"], targets.numpy()
+    segments = batch.get("segment_ids", torch.zeros_like(ids))
+    positions = segment_positions(segments) + first_position(config)
+    inputs = {"input_ids": ids.numpy(), "position_ids": positions.numpy(), "segments": segments.numpy()}
     if config.model_type != "gpt2":
-        most = int((wanted != IGNORED).sum(axis=1).max())
+        length, most = ids.shape[1], int((wanted != IGNORED).sum(axis=1).max())
         step = -(-length // _POSITION_STEPS[keras.backend.backend()])
         chosen = np.argsort(wanted == IGNORED, axis=1, kind="stable")[:, : max(1, -(-most // step)) * step]
         inputs["mask_positions"], wanted = chosen, np.take_along_axis(wanted, chosen, axis=1)
