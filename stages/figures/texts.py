@@ -53,6 +53,9 @@ class Texts(Protocol):
     def read(self, numbers: npt.NDArray[np.int64]) -> Iterator[Text]:
         """The documents with these numbers, which ascend."""
 
+    def records(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Numbers of their records in download's files, which are counted through."""
+
 
 class SplitTexts:
     """The documents of a split of tokens."""
@@ -67,6 +70,9 @@ class SplitTexts:
         for number in numbers.tolist():
             ids = self._vocabulary.text_tokens(self._documents[number])
             yield Text(ids, int(self._documents.num_bytes[number]))
+
+    def records(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return self._documents.records[numbers]
 
 
 class SourceTexts:
@@ -107,6 +113,9 @@ class SourceTexts:
                 self._name,
                 num_lossy,
             )
+
+    def records(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return numbers
 
 
 def source_files(sources: Path, name: str) -> list[Path]:

@@ -1,8 +1,9 @@
 """Stage `tokenize@TASK`: records -> token ids, a row a document, nothing truncated.
 
-Reads   data/raw/SPLIT.parquet
-Writes  data/tokens/TASK/SPLIT/shard-*.arrow (input_ids: large_list<uint16 or uint32>, num_bytes: int32) with a ledger
-        each, data/tokens/TASK/tokenizer/ (its files, verbatim), data/tokens/TASK/stats.json (the vocabulary)
+Reads   data/raw/SPLIT.parquet, data/tokens/START/tokenizer/ where the task starts from another one
+Writes  data/tokens/TASK/SPLIT/shard-*.arrow (input_ids: large_list<uint16 or uint32>, num_bytes: int32; of a task with
+        chosen sources also record: int64, the number of the document's record in data/raw) with a ledger each,
+        data/tokens/TASK/tokenizer/ (its files, verbatim), data/tokens/TASK/stats.json (the vocabulary)
 Command python -m stages.tokenize task=causal
 """
 
@@ -10,13 +11,14 @@ import logging
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from stages.core.artifacts import (
     SHARD_BYTES,
     SPLITS,
+    free_copy,
     shard_name,
     staged,
     versions,
@@ -24,16 +26,16 @@ from stages.core.artifacts import (
     write_json,
 )
 from stages.core.config import part
-from stages.core.errors import StageError
+from stages.core.errors import StageError, printable
 from stages.core.pins import pinned_origin
-from stages.hub.files import TOKENIZER_FILES, VOCABULARY_FILES, pinned_files
+from stages.hub.files import TOKENIZER_FILES, VOCABULARY_FILES, source_files
 from stages.shell.progress import Progress
 from stages.shell.tasks import are_spread, connect_workers, run_pieces
 from stages.tokenize.schema import Tokenize
 from stages.tokenize.token_shards import Shard, TokenShards
 from stages.tokens.encoding import Decoder, Engine, choose_engine
 from stages.tokens.schema import ModelTokenizer, TokenizerSource
-from stages.tokens.texts import FlattenData, TextFile, sample_texts
+from stages.tokens.texts import FlattenData, TextFile, read_sources, sample_texts
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer, train_tokenizer, vocabulary_of
 
 log = logging.getLogger(__name__)
@@ -58,8 +60,12 @@ class TokenizeConfig:
                 )
         return tokenize
 
+    sources: Annotated[list[str], Field(min_length=1)] | None
+    """Names of the sources whose records are tokenized; null: all."""
     raw: str
     """Directory of download's Parquet files."""
+    start: str | None
+    """Directory of the tokenizer of the task that this one starts from; null: the model's own tokenizer."""
     out: str
     """Directory to write."""
 
@@ -67,15 +73,21 @@ class TokenizeConfig:
 def main(config: TokenizeConfig) -> None:
     connect_workers()  # before a tokenizer is trained in vain
     flatten = config.data.flatten
-    files = {split: TextFile(Path(config.raw) / f"{split}.parquet", flatten) for split in SPLITS}
+    files = {split: TextFile(Path(config.raw) / f"{split}.parquet", flatten, config.sources) for split in SPLITS}
+    if config.sources is not None:
+        _check_sources(config.sources, Path(config.raw), files)
     with staged(config.out, ["stats.json", "tokenizer", *SPLITS]) as directory:
         copy = directory / "tokenizer"
-        _prepare_tokenizer(config.model.tokenizer, files["train"], copy)
+        if config.start is None:
+            _prepare_tokenizer(config.model.tokenizer, files["train"], copy)
+        else:
+            copy.mkdir()
+            free_copy(Path(config.start), copy)
         try:
             tokenizer = load_tokenizer(copy)
             vocabulary = vocabulary_of(tokenizer, copy, config.tokenize.wrap, config.tokenize.requires)
         except StageError as error:  # in words for its source: the copy vanishes with this run
-            raise StageError(str(error).replace(str(copy), str(config.model.tokenizer.path))) from None
+            raise StageError(str(error).replace(str(copy), _named(config))) from None
         engine_name, engine = choose_engine(tokenizer, sample_texts(list(files.values())))
         log.info("vocabulary of %d tokens, encoded by %s", vocabulary.size, engine_name)
         decoder = Decoder(tokenizer)
@@ -89,7 +101,11 @@ def main(config: TokenizeConfig) -> None:
                 *(ledger[key] for key in ("documents", "tokens", "bytes")),
             )
         ledger = {
-            "tokenizer": pinned_origin(config.model.tokenizer),  # null: trained here
+            # null: trained here
+            "tokenizer": {"task": Path(config.start).parent.name}
+            if config.start
+            else pinned_origin(config.model.tokenizer),
+            "sources": config.sources,
             "vocabulary": asdict(vocabulary),
             "engine": engine_name,
             "versions": versions("fastokens", "numpy", "pyarrow", "tokenizers"),
@@ -98,16 +114,38 @@ def main(config: TokenizeConfig) -> None:
     log.info("-> %s", config.out)
 
 
+def _named(config: TokenizeConfig) -> str:
+    """Where the tokenizer is from, for messages."""
+    source = config.model.tokenizer
+    return config.start or (str(source.path) if source.from_ is None else source.from_.place)
+
+
+def _check_sources(sources: list[str], raw: Path, files: dict[str, TextFile]) -> None:
+    """Raise StageError unless each of `sources` has records, and each split has some of theirs."""
+    there = {split: read_sources(raw / f"{split}.parquet")[0] for split in files}
+    known = sorted(set().union(*there.values()))
+    if unknown := [name for name in sources if name not in known]:
+        names = ", ".join(map(printable, unknown))
+        raise StageError(
+            f"sources names {names}, of which {raw} has no records: it has {', '.join(map(printable, known))}"
+            " (params.yaml: tasks.TASK.sources)"
+        )
+    for split, file in files.items():
+        if not file.num_documents:
+            raise StageError(
+                f"sources={printable(sources)}: the {split} split has no record of theirs, only of"
+                f" {', '.join(map(printable, there[split]))}: choose further sources (params.yaml: tasks.TASK.sources),"
+                " or a configuration of that source that puts records there (conf/data: split)"
+            )
+
+
 def _prepare_tokenizer(source: TokenizerSource, training: TextFile, directory: Path) -> None:
     """Put the tokenizer's files into `directory`: trained on `training`, or copied from where they are pinned."""
     if source.train is not None:
         log.info("training a byte-level BPE of %d tokens", source.train.vocab_size)
         train_tokenizer(source.train, (texts.to_pylist() for texts in training), directory)
         return
-    assert source.path is not None  # the schema's rule
-    files = pinned_files(
-        "model.tokenizer", source.path, source.revision, source.files, TOKENIZER_FILES, VOCABULARY_FILES
-    )
+    files = source_files("model.tokenizer", source, TOKENIZER_FILES, VOCABULARY_FILES)
     directory.mkdir(parents=True)
     for name, file in files.items():
         (directory / name).write_bytes(file.read_bytes())

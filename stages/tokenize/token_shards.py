@@ -44,9 +44,9 @@ class TokenShards:
     def __call__(self, shard: Shard) -> tuple[str, dict[str, int]]:
         """Write `shard`, a batch a row group, and return its checksum and its counts."""
         counts = {"documents": 0, "tokens": 0, "text_tokens": 0, "bytes": 0, "documents_lossy": 0}
-        schema = pa.schema(
-            [("input_ids", pa.large_list(pa.from_numpy_dtype(self._vocabulary.dtype))), ("num_bytes", pa.int32())]
-        )
+        ids_type, records = pa.from_numpy_dtype(self._vocabulary.dtype), self._texts.records
+        fields = [("input_ids", pa.large_list(ids_type)), ("num_bytes", pa.int32())]
+        schema = pa.schema([*fields, *([] if records is None else [("record", pa.int64())])])
 
         def batches() -> Iterator[pa.RecordBatch]:
             # Reading, encoding and writing are a thread each: pyarrow, numpy and the engines all work without the lock.
@@ -64,7 +64,8 @@ class TokenShards:
                 if self._decoder is not None:
                     counts["documents_lossy"] += self._decoder.num_lossy(texts, encoded)
                 input_ids = pa.LargeListArray.from_arrays(to_arrow(offsets), to_arrow(ids))
-                yield pa.record_batch([input_ids, num_bytes], schema=schema)
+                record = [] if records is None else [to_arrow(records[first : first + len(texts)])]
+                yield pa.record_batch([input_ids, num_bytes, *record], schema=schema)
                 if self._progress is not None:
                     self._progress(first + len(texts))
 

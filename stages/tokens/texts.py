@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -53,22 +54,33 @@ class TextFile:
     records alone.
     """
 
-    def __init__(self, path: Path, flatten: Flatten) -> None:
+    def __init__(self, path: Path, flatten: Flatten, sources: list[str] | None = None) -> None:
+        """
+        Args:
+            sources: names of those whose records are documents; None: all. A row group without any is left out.
+        """
         self._path, self._flatten = path, flatten
         metadata = _metadata_of(path)
         texts = {column.path for column in metadata.schema if str(column.logical_type) == "String"}
         for name in flatten.columns:
             if _path(name) not in texts:
                 raise damaged(path, f"no column {name} of text, as download writes it")
-        self.num_documents: int = metadata.num_rows
-        self.num_groups: int = metadata.num_row_groups
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        self._record_starts = np.cumsum([0, *(group.num_rows for group in groups)], dtype=np.int64)
+        self.records: npt.NDArray[np.int64] | None = None if sources is None else find_records(path, sources)
+        """[num_documents] number of each document's record; None: document i is record i."""
+        ends = self._record_starts if self.records is None else np.searchsorted(self.records, self._record_starts)
+        self._groups = np.flatnonzero(np.diff(ends))  # those with documents, of which the others know nothing
+        self.num_groups: int = len(self._groups)
         paths = {_path(name) for name in flatten.columns}
         columns = [index for index, column in enumerate(metadata.schema) if column.path in paths]
         # The bytes of the texts of each row group.
-        self._sizes = [sum(group.column(index).total_uncompressed_size for index in columns) for group in groups]
-        self.group_starts = np.cumsum([0, *(group.num_rows for group in groups)], dtype=np.int64)
+        self._sizes = [
+            sum(groups[group].column(index).total_uncompressed_size for index in columns) for group in self._groups
+        ]
+        self.group_starts = np.concatenate([ends[self._groups], ends[-1:]]).astype(np.int64)
         """[num_groups + 1] number of the first document of each row group, and the number of documents."""
+        self.num_documents: int = int(ends[-1])
 
     def shards(self, size: int) -> list["Rows"]:
         """Runs of row groups, each of at least `size` bytes but the last; of no documents, one without groups."""
@@ -96,8 +108,11 @@ class TextFile:
                 yield self._read(file, number)
 
     def _read(self, file: pq.ParquetFile, number: int) -> pa.Array:
-        names = list(self._flatten.columns)
-        table = file.read_row_group(number, columns=names, use_threads=False)
+        names, group = list(self._flatten.columns), int(self._groups[number])
+        table = file.read_row_group(group, columns=names, use_threads=False)
+        if self.records is not None:
+            chosen = self.records[self.group_starts[number] : self.group_starts[number + 1]]
+            table = table.take(to_arrow(chosen - self._record_starts[group]))
         columns = []
         for name in names:
             values = table.column(name.partition(".")[0]).combine_chunks()
@@ -112,6 +127,25 @@ class TextFile:
         ends = np.arange(len(table) + 1) * len(names)
         values = pa.concat_arrays(columns).take(to_arrow(rows.ravel()))
         return join(pa.LargeListArray.from_arrays(to_arrow(ends), values), self._flatten.joiner)
+
+
+def read_sources(file: Path) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """The names of the sources in a Parquet file of download, sorted, and the index of each record's: [num_records]."""
+    with named_damage(file), pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        if "source" not in parquet.schema_arrow.names:
+            raise damaged(file, "no column source, as download writes it")
+        column = parquet.read(columns=["source"]).column("source").combine_chunks().dictionary_encode()
+    if column.null_count:
+        raise damaged(file, "a record without a source")
+    names = column.dictionary.to_pylist()
+    rank = np.argsort(np.argsort(np.array(names, dtype=object)))
+    return sorted(names), rank[to_numpy(column.indices)].astype(np.int64)
+
+
+def find_records(file: Path, sources: list[str]) -> npt.NDArray[np.int64]:
+    """Numbers of the records of `sources` in a Parquet file of download, ascending."""
+    names, indices = read_sources(file)
+    return np.flatnonzero(np.isin(indices, [number for number, name in enumerate(names) if name in sources]))
 
 
 def _metadata_of(path: Path) -> pq.FileMetaData:
