@@ -82,4 +82,5 @@ requirements: pyproject.toml
 	  -o requirements-$$extra.txt; done
 
 clean:
-	rm -rf .venv .dvc/cache .dvc/tmp data/raw data/tokens data/blocks models reports metrics/baseline
+	rm -rf .venv .dvc/cache .dvc/tmp data/raw data/blocks reports metrics/baseline
+	find data/tokens models -mindepth 1 -maxdepth 1 ! -name none -exec rm -rf {} +

@@ -18,8 +18,11 @@ from safetensors import safe_open
 from stages.core.artifacts import read_json
 from stages.core.compose import PARAMS
 from stages.core.errors import printable
+from stages.core.starts import NO_START
 from stages.download.schema import without_credentials
 from stages.figures.names import SHORT_NAMES
+from tools.chain import describe_chain, read_chain
+from tools.lock_history import read_lock
 
 SPLITS = ("train", "validation", "test")
 MOST_VALUES = 20  # of a group, that are all shown
@@ -69,6 +72,12 @@ class RecordedRun(NamedTuple):
         return values
 
     @property
+    def start(self) -> str | None:
+        """The task that this one started from; None: from no other."""
+        start = self.params["tasks"][self.task]["start"]
+        return None if start == NO_START else str(start)
+
+    @property
     def objective(self) -> str:
         """causal or mlm."""
         return str(locked_params(self)[f"conf/task/{self.task}.yaml"]["objective"]["name"])
@@ -109,7 +118,7 @@ def make_card(run: RecordedRun, repository: str | None, license: str | None, lan
 def base_model(run: RecordedRun) -> str | None:
     """The Hub repository of the checkpoint that training started from; None from scratch or from a local directory."""
     model = run.model
-    return model["path"] if not model["from_scratch"] and model["revision"] else None
+    return model["path"] if run.start is None and not model["from_scratch"] and model["revision"] else None
 
 
 def results(objective: str, metrics: dict[str, Any], source: dict[str, Any]) -> list[EvalResult]:
@@ -134,7 +143,9 @@ def results(objective: str, metrics: dict[str, Any], source: dict[str, Any]) -> 
 
 def introduction(run: RecordedRun, config: dict[str, Any], source: dict[str, Any]) -> str:
     start = f"fine-tuned from `{base}`" if (base := base_model(run)) else "trained from scratch"
-    if not base and not run.model["from_scratch"]:
+    if len(links := read_chain(read_lock(), run.task)) > 1:
+        start = f"trained further from {code_span(links[1].task)}, a model of this repository"
+    elif not base and not run.model["from_scratch"]:
         start = "fine-tuned from a local checkpoint, pinned by the hashes under Parameters"
     size = sum(math.prod(shape) for shape in shapes(Path(f"models/{run.task}"))) / 1e6
     return (
@@ -175,7 +186,7 @@ def usage(run: RecordedRun, repository: str) -> str:
 
 
 def data_section(run: RecordedRun, data: dict[str, Any]) -> str:
-    name = run.params["data"]["name"]
+    name, chosen = run.params["data"]["name"], run.params["tasks"][run.task]["sources"]
     sample = ": lm-repro's embedded sample of science questions and answers, CC0" if name == "sample" else ""
     revision = f" (revision `{data['source']['revision']}`)" if "hub" in data["source"] else ""
     rows = []
@@ -193,6 +204,7 @@ def data_section(run: RecordedRun, data: dict[str, Any]) -> str:
             f"{data['records_in']:,} records were read ({', '.join(dropped) or 'none'} left out),"
             f" {data['answers_out']:,} of {data['answers_in']:,} answers kept. Held-out documents"
             f" with a near duplicate in train: {near}.",
+            *([f"This task uses the sources {', '.join(map(code_span, chosen))}."] if chosen else []),
             "",
             "| split | records | documents | tokens | bytes |\n|---|---|---|---|---|",
             *rows,
@@ -357,8 +369,10 @@ def lineage(run: RecordedRun) -> str:
         return "```\n" + "\n".join(f"{md5:36}  {printable(local_name(path))}" for path, md5 in files.items()) + "\n```"
 
     repository = f" of {run.remote}" if run.remote else ""
+    chain = list(describe_chain(read_chain(read_lock(), run.task)))
     return "\n\n".join(
         [
+            "\n".join(f"{number}. {line}" for number, line in enumerate(chain, 1)),
             f"Git commit `{run.commit}`{repository}, whose `dvc.lock` holds these md5 sums (`.dir`: of a directory's"
             " listing).",
             f"Outputs, in the order of the stages:\n\n{table(outs)}",

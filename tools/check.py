@@ -28,21 +28,25 @@ from dvc.scm import SCMError
 
 from stages.core.artifacts import sha256, versions
 from stages.core.compose import GLOBAL_GROUPS, PARAMS, Composition, Params, compose, load, package_of, read_root
-from stages.core.config import CONF, conflict_line, find, flat, nearest, read_yaml
+from stages.core.config import CONF, MISSING, conflict_line, find, flat, key_of, nearest, read_yaml
 from stages.core.errors import ConfigError, StageError, printable, printable_lines
 from stages.core.source_code import hash_behaviour, hashed_names
+from stages.core.starts import NO_START, wrong_start
 from stages.download.cleaning import unmet
 from stages.download.files import PATH_LIMIT, find_files
 from stages.score.items import read_items
 from stages.shell.cache import cache_directory
 from stages.train.checkpoints import LIBRARIES
 from tools.architectures import config_keys, model_types
+from tools.lock_history import read_lock_at, resolve_revision, trained_md5
 
 ROOT = CONF.parent
 # Unlike `git restore`, it also works during a merge or rebase.
 RESTORE_LOCK = "run `git checkout HEAD -- dvc.lock`, then `dvc repro`; what finished stages made comes from DVC's cache"
 SOURCES = "data/sources"  # where the stages source@NAME put their records
 _GIVEN_PATHS = {"download": "data.path", "score": "pairs.path"}  # of a user's own files, by the package that reads them
+# What dvc.yaml names for a task that starts from no other.
+START_FILES = (f"models/{NO_START}", f"data/tokens/{NO_START}/tokenizer")
 WHOLE_FILE = ""  # the key of a params file that dvc.yaml declares as a whole
 
 
@@ -75,6 +79,7 @@ def main() -> None:
     problems += found
     for check in (
         missing_source,
+        wrong_task_sources,
         wrong_pairs,
         unread_params,
         unread_keys,
@@ -86,6 +91,7 @@ def main() -> None:
     for stage, composition in composed:
         if not composition.problems and not composition.missing:
             problems += undeclared(stage, composition)
+    problems += wrong_start_files()
     problems += filter(None, [damaged_rwlock()])
     for warning in other_versions():
         print(printable_lines(f"check: warning: {warning}"), file=sys.stderr)
@@ -97,6 +103,9 @@ def main() -> None:
 
 def dvc_problem(error: DvcException) -> str:
     """What DVC's `error` means, and what to do about it."""
+    with contextlib.suppress(ConfigError):
+        if problems := list(wrong_starts()):  # which DVC calls a cycle, or items defined as a dependency and an output
+            return "\n  ".join(problems)
     for name, remedy in (("dvc.yaml", "keep one of the two sides"), ("dvc.lock", RESTORE_LOCK)):
         file = ROOT / name
         if file.is_file() and (line := conflict_line(file.read_text(encoding="utf-8", errors="replace"))):
@@ -112,6 +121,24 @@ def dvc_problem(error: DvcException) -> str:
     if isinstance(error, DvcConfigError):
         return f".dvc/config: {error}"
     return f"params.yaml and dvc.yaml do not fit together: {error}"
+
+
+def wrong_starts() -> Iterator[str]:
+    """What keeps tasks from starting from those that they name."""
+    tasks = Params().tasks
+    for task, section in tasks.items():
+        start, model = find(section, "start"), find(section, "model")
+        if start is not MISSING:
+            yield from wrong_start(tasks, str(task), start, model if isinstance(model, str) else None)
+
+
+def wrong_start_files() -> Iterator[str]:
+    """What keeps dvc.yaml from naming a file for a task that starts from no other."""
+    if NO_START in Params().tasks:
+        yield f"params.yaml: tasks.{NO_START}: `start: {NO_START}` would not name this task: give it another name"
+    for file in START_FILES:
+        if not (ROOT / file).is_file():
+            yield f"{file} is missing, which dvc.yaml names for `start: {NO_START}`: `git checkout HEAD -- {file}`"
 
 
 def damaged_rwlock() -> str | None:
@@ -174,6 +201,9 @@ def undeclared(stage: Declared, composition: Composition) -> Iterator[str]:
         for key in sorted(needed - declared):
             yield f"dvc.yaml: {stage.name} uses {key} of {file}, and params does not declare it"
         for key in sorted(declared - needed):
+            if find(read_yaml(ROOT / file), key) is MISSING:
+                yield f"{file}: no key {key}, which dvc.yaml tracks for {stage.name}: add it ({key}: null)"
+                continue
             yield f"dvc.yaml: {stage.name} declares {key} of {file}, and does not use it"
     paths, outs = used_paths(composition), stage.outs
     for path in sorted(paths - stage.deps - outs):
@@ -199,10 +229,10 @@ def used_keys(schema: Any, values: dict[str, Any], group: str) -> set[str]:
         schema = next(field.type for field in dataclasses.fields(schema) if field.name == group)
     used: set[str] = set()
     for field in dataclasses.fields(schema):
-        if field.name in values:
+        if (name := key_of(field)) in values:
             kind: Any = field.type
             partial = dataclasses.is_dataclass(kind) and kind.__pydantic_config__["extra"] == "ignore"  # type: ignore[union-attr]
-            keys = [f"{field.name}.{part.name}" for part in dataclasses.fields(kind)] if partial else [field.name]
+            keys = [f"{name}.{key_of(part)}" for part in dataclasses.fields(kind)] if partial else [name]
             used.update(keys)
     return used
 
@@ -214,7 +244,12 @@ def used_paths(composition: Composition) -> set[str]:
         return {"stages", "conf/code.yaml", str(composition.values["out"])}
     names = {package, *(f"{package}-{name}" for name in composition.chosen.values())}
     code = {f"code/{name}.json" for name in names.intersection(hashed_names(package))}
-    paths = {str(find(composition.values, key)) for key, path in read_root(stage).paths.items() if "/" in path}
+    paths = {
+        # Without a start, what stands for none in dvc.yaml.
+        path.replace("{start}", NO_START) if (value := find(composition.values, key)) is None else str(value)
+        for key, path in read_root(stage).paths.items()
+        if "/" in path
+    }
     given = {str(find(composition.values, _GIVEN_PATHS[package]))} if package in _GIVEN_PATHS else set()
     return {*code, *paths, *given, f"conf/{stage}.yaml"}
 
@@ -269,7 +304,7 @@ def unread_keys(compositions: list[Composition]) -> Iterator[str]:
         for field in dataclasses.fields(schema_of(stage)):
             read.setdefault("", set()).add(field.name)
             if dataclasses.is_dataclass(field.type):
-                read.setdefault(field.name, set()).update(part.name for part in dataclasses.fields(field.type))
+                read.setdefault(field.name, set()).update(key_of(part) for part in dataclasses.fields(field.type))
     chosen = {choice for composition in compositions for choice in composition.chosen.items()}
     for group, name in sorted(chosen):
         known = read[""] if group in GLOBAL_GROUPS else read[group]
@@ -339,6 +374,8 @@ def refused_trainings(compositions: list[Composition]) -> Iterator[str]:
 def changed_pins(compositions: list[Composition]) -> Iterator[str]:
     """Local files that are not what their pin says. Weights are hashed anew only if newer than the pin."""
     for file, model in chosen_models(compositions):
+        origins = [source.get("from") for source in (model, model.get("tokenizer") or {})]
+        yield from wrong_origins(where(file), *origins)
         for source in (model, model.get("tokenizer") or {}):
             for name, pinned in (source.get("files") or {}).items():
                 path = Path(str(source.get("path"))).expanduser() / name
@@ -349,6 +386,28 @@ def changed_pins(compositions: list[Composition]) -> Iterator[str]:
                 if newer and sha256(path) != pinned:
                     shown = printable(path)
                     yield f"{where(file)}: {shown} changed since its pin (python -m tools.pin_model pins it anew)"
+
+
+def wrong_origins(file: str, model: Any, tokenizer: Any) -> Iterator[str]:
+    """Trained models that are not what their pin says, where git knows their revision, and a tokenizer of another."""
+    valid = [origin for origin in (model, tokenizer) if isinstance(origin, dict) and origin.get("md5")]
+    if len(valid) == 2 and model["md5"] != tokenizer["md5"]:
+        whose = [f"models/{origin.get('task')} of {printable(origin.get('rev'))}" for origin in valid]
+        yield f"{file}: from is {whose[0]}, tokenizer.from {whose[1]}: a model goes on with its own tokenizer"
+    for origin in valid[:1]:
+        try:
+            with Repo() as repo:
+                lock = read_lock_at(resolve_revision(repo, str(origin.get("rev"))))
+        except (ValueError, DvcException):
+            continue  # a clone without the experiment: the md5 decides
+        md5, task = trained_md5(lock, str(origin.get("task"))), printable(origin.get("task"))
+        if md5 != origin["md5"]:
+            name = Path(file).stem
+            yield (
+                f"{file}: models/{task} of {printable(origin.get('rev'))} has the md5 {md5}, and from.md5 is"
+                f" {printable(origin['md5'])}: python -m tools.pin_model models/{task} --rev"
+                f" {printable(origin.get('rev'))} --name {name} --force pins what it is now"
+            )
 
 
 def where(file: Path) -> str:
@@ -391,6 +450,21 @@ def wrong_sources(composition: Composition) -> Iterator[str]:
         if directory.name not in known:
             remedy = f"remove it (rm -r {shlex.quote(str(directory))})"
             yield f"{printable(directory)} belongs to no source of params.yaml: {remedy}"
+
+
+def wrong_task_sources(compositions: list[Composition]) -> Iterator[str]:
+    """Sources that a task chooses and the data set does not have."""
+    for composition in compositions:
+        chosen, data = find(composition.values, "sources"), composition.chosen.get("data")
+        if composition.stage != "tokenize" or not isinstance(chosen, list) or data is None:
+            continue
+        values = read_yaml(CONF / "data" / f"{data}.yaml")
+        known = [str(name) for name in values.get("sources") or []] if values.get("source") == "sources" else [data]
+        for name in chosen:
+            if name not in known:
+                key = f"tasks.{composition.item}.sources"
+                has = f"conf/data/{data}.yaml has no such source; {nearest(str(name), known)}"
+                yield f"{key} names {printable(name)}: {has}"
 
 
 def wrong_pairs(compositions: list[Composition]) -> Iterator[str]:

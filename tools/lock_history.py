@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from dvc.repo.experiments.utils import resolve_name
+from dvc.scm import resolve_rev
 
 from stages.core.config import MISSING
+from stages.core.errors import printable
 
 LOCK = "dvc.lock"
 _MOST = 100  # revisions of each kind that are looked through, newest first
@@ -57,6 +62,31 @@ def load_mapping(text: str) -> dict[str, Any]:
 def read_lock_at(rev: str) -> str:
     """The text of dvc.lock at a revision; empty if there is none."""
     return _git("show", f"{rev}:{LOCK}")
+
+
+def resolve_revision(repo: Repo, rev: str) -> str:
+    """The commit of a revision or of an experiment.
+
+    Raises:
+        ValueError: if git knows neither.
+    """
+    try:
+        return str(resolve_rev(repo.scm, rev))
+    except DvcException:
+        raise ValueError(
+            f"git knows no commit and no experiment {printable(rev)} (`dvc exp list --all-commits`); one of another"
+            " repository comes with `dvc exp pull REMOTE NAME`"
+        ) from None
+
+
+def is_experiment(repo: Repo, rev: str) -> bool:
+    """Whether `rev` is the name of an experiment."""
+    return bool(resolve_name(repo.scm, rev).get(rev))
+
+
+def trained_md5(lock: str, task: str) -> str | None:
+    """The md5 of models/TASK in the text of a dvc.lock; None if it has none."""
+    return hashes_in(parse_entry(lock, f"train@{task}"), "outs").get(f"models/{task}")
 
 
 def read_lock() -> str:

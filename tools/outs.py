@@ -5,7 +5,6 @@ experiments, so that it is asked only for what the cache lacks.
 """
 
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,18 @@ from dvc.repo import Repo
 from dvc_data.index import DataIndexDirError
 
 from stages.core.config import MISSING, find
+from stages.core.dvc_cache import DvcCache, is_directory
 from tools.compare import WORKSPACE
 from tools.lock_history import load_mapping, read_lock, read_lock_at
-
-_DIRECTORY = ".dir"  # how the hash of a directory ends
 
 
 class Outs:
     """Locks and outs of revisions, of which `workspace` is one."""
 
     def __init__(self, repo: Repo) -> None:
-        self._cache = repo.cache.local
+        self._cache = DvcCache(repo)
         self.read_lock = functools.cache(self._read_lock)
-        self._list_files = functools.cache(self._read_directory)
+        self._list_files = functools.cache(self._cache.list_files)
         self._open_revision = functools.cache(lambda rev: DVCFileSystem(rev=None if rev == WORKSPACE else rev))
 
     def _read_lock(self, rev: str) -> dict[str, Any]:
@@ -45,7 +43,7 @@ class Outs:
             md5 = files.get(path.removeprefix(f"{out}/"), "")
         if not md5:
             return None
-        if not md5.endswith(_DIRECTORY) and (file := self._file(md5)).is_file():
+        if not is_directory(md5) and (file := self._cache.file(md5)).is_file():
             return file.read_bytes()
         try:
             content: bytes = self._open_revision(rev).read_bytes(path)
@@ -92,17 +90,6 @@ class Outs:
         """Path and hash of each out of a revision."""
         for stage in self.read_lock(rev).values():
             yield from ((out["path"], out.get("md5", "")) for out in stage.get("outs", []))
-
-    def _read_directory(self, md5: str) -> dict[str, str] | None:
-        """Relative path to hash of the files in the directory that DVC keeps as `md5`; None where it is not there."""
-        file = self._file(md5)
-        if not md5.endswith(_DIRECTORY) or not file.is_file():
-            return None
-        return {entry["relpath"]: entry["md5"] for entry in json.loads(file.read_bytes())}
-
-    def _file(self, md5: str) -> Path:
-        """Where the cache keeps `md5`."""
-        return Path(self._cache.oid_to_path(md5))
 
 
 def _differs(params: dict[str, Any], file: str, locked: dict[str, Any]) -> bool:

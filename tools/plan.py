@@ -254,6 +254,9 @@ class _Trials:
 
     def _run(self, stage: str, places: dict[str, str], overrides: list[str]) -> Trial:
         outs = [f"{key}={_quoted(self._scratch / name)}" for key, name in places.items()]
+        start = self._config.start
+        if stage != "evaluate" and start is not None and not Path(start).is_dir():
+            overrides = [*overrides, "start=null"]  # not trained yet: fresh weights of its shape take as long
         return run_trial(stage, self._task, self._scratch / f"{stage}-report.json", [*outs, *overrides])
 
     def _seconds(self, trial: Trial) -> float:

@@ -259,7 +259,7 @@ def steps(task: str, files: dict[str, str]) -> tuple[Step | None, ...]:
     raw, tokens, blocks = files.get("data/raw/stats.json"), ledgers("tokens"), ledgers("blocks")
     return (
         record_step(json.loads(raw)) if raw else None,
-        document_step(tokens) if tokens else None,
+        document_step(tokens, json.loads(raw) if raw else None) if tokens else None,
         token_step(tokens) if tokens else None,
         block_step(blocks) if blocks else None,
     )
@@ -276,8 +276,9 @@ def record_step(raw: dict[str, Any]) -> Step:
     return Step("records", tuple(raw["records_out"].items()), notes)
 
 
-def document_step(tokens: Ledgers) -> Step:
-    note = f"one of each record, {total(tokens, 'bytes'):,} bytes of text"
+def document_step(tokens: Ledgers, raw: dict[str, Any] | None) -> Step:
+    fewer = raw is not None and total(tokens, "documents") < sum(raw["records_out"].values())
+    note = f"one of each record{' of the chosen sources' if fewer else ''}, {total(tokens, 'bytes'):,} bytes of text"
     return Step("documents", by_split(tokens, "documents"), (note,))
 
 

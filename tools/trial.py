@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from stages.core.artifacts import write_json
@@ -69,12 +70,16 @@ def observe(stage: str, work: Callable[[Any], None], file: str, config: Any) -> 
     write_json(file, dataclasses.asdict(report))
 
 
-def fingerprint() -> str:
-    """The name of the training of which this one is a trial: that of params.yaml, without overrides."""
+def fingerprint() -> str | None:
+    """The name of the training of which this one is a trial: that of params.yaml, without overrides.
+
+    None where the model that it will go on from is not trained yet.
+    """
     from stages.train.stage import TrainConfig, name_of
 
     name, item = stage_of("train", os.environ.get("DVC_STAGE", ""), [])
-    return name_of(load(TrainConfig, compose(name, [], item)))
+    config = load(TrainConfig, compose(name, [], item))
+    return name_of(config) if config.start is None or Path(config.start).is_dir() else None
 
 
 @contextlib.contextmanager

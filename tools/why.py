@@ -18,6 +18,7 @@ from dvc.repo import Repo
 from stages.core.config import CONF, MISSING, nearest, read_yaml
 from stages.core.errors import ConfigError, printable, printable_lines
 from stages.shell.keys import shown
+from tools.chain import describe_chain, read_chain
 from tools.code_changes import CodeChange
 from tools.forecast import CODE, Change, Forecast, ParamChange, Verdict, forecast, list_names
 from tools.lock_history import Entry, Revision, hashes_in, parse_entry, read_lock, read_revisions, value_in
@@ -39,7 +40,16 @@ def main() -> None:
     runs = {found.name for found in forecasts if found.verdict is not Verdict.UNCHANGED}
     if CODE in runs and not any(isinstance(change, CodeChange) for found in forecasts for change in found.changes):
         lines += ["", "Only comments, docstrings or messages of the code changed: no other stage runs for that."]
-    print(printable_lines("\n".join([summarize(forecasts, target), *lines])))
+    print(printable_lines("\n".join([summarize(forecasts, target), *lines, *describe_chains(forecasts)])))
+
+
+def describe_chains(forecasts: list[Forecast]) -> Iterator[str]:
+    """What the models that were trained last go back to, of those that did not begin with one of conf/model."""
+    for name, task in (found.name.split("@") for found in forecasts if found.name.startswith("train@")):
+        if len(links := read_chain(read_lock(), task)) > 1:
+            yield f"\nThe last run of {name}@{task}:"
+            for line in describe_chain(links):
+                yield from _wrap(line, "  ", "      ")
 
 
 def read_forecast(command: str, target: str | None) -> list[Forecast]:

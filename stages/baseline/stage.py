@@ -1,7 +1,8 @@
 """Stage `baseline@TASK`: the model's block-independent figures before training, untrained or pretrained.
 
 Reads   data/tokens/TASK/, the columns source, groups and q_id of data/raw/{validation,test}.parquet, the sources that
-        evaluate.texts names in data/sources/NAME/, the model's pinned checkpoint if it has one
+        evaluate.texts names in data/sources/NAME/, the model's pinned checkpoint if it has one, models/START/ where the
+        task starts from another one
 Writes  metrics/baseline/TASK.json, reports/baseline/TASK/{validation,test,texts-NAME}.parquet (the scores of each
         document: stages/figures/scores.py) and samples.json
 Command python -m stages.baseline task=causal
@@ -41,6 +42,8 @@ class BaselineConfig:
     """Of the initial weights."""
     evaluate: Evaluate
     samples: Samples
+    start: str | None
+    """Directory of the trained model that training goes on from; null: it begins with `model`."""
     tokens: str
     """Directory of tokenize's shards."""
     raw: str
@@ -84,22 +87,23 @@ def main(config: BaselineConfig) -> None:
     check_out(config.report, EVALUATED_FILES)
     from stages.figures.metrics import choose_documents, score_documents
     from stages.figures.samples import make_samples
-    from stages.model.models import build_model, prepare_torch
+    from stages.model.models import prepare_torch
     from stages.model.objectives import make_objective
+    from stages.model.start import build_start
 
     prepare_torch(config.hardware)
     evaluate, tokens = config.evaluate, Path(config.tokens)
     flatten = choose_flatten(config.flatten, config.data)
     documents = open_texts(evaluate, Path(config.sources), flatten, tokens)
     vocabulary = Vocabulary.read(tokens)
-    model = build_model(config.model, vocabulary, config.seed).to(config.hardware.device)
+    model = build_start(config.model, config.start, tokens, config.seed).to(config.hardware.device)
     objective = make_objective(config.objective.name, vocabulary)
     metric, tables, figures = objective.document_metric, {}, {}
     for name, texts in documents.items():
-        records = choose_documents(len(texts), evaluate.max_documents)
-        described = describe_records(_record_files(config, name), records)
+        numbers = choose_documents(len(texts), evaluate.max_documents)
+        described = describe_records(_record_files(config, name), texts.records(numbers))
         at_once = config.hardware.evaluate_batch_tokens
-        scores, _ = score_documents(model, objective, texts, records, evaluate.context, at_once)
+        scores, _ = score_documents(model, objective, texts, numbers, evaluate.context, at_once)
         tables[name], figures[name] = add_scores(described, scores, "bits_before"), document_figures(metric, scores)
         log.info("%s %s before training: %.4f", name, metric, figures[name][metric])
     positions, tokenizer = config.model.max_positions, tokens / "tokenizer"

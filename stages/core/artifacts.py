@@ -301,6 +301,15 @@ def damaged(path: str | Path, how: object) -> StageError:
     return StageError(f"{path} is damaged ({how}): {_REMAKE.format(path)}")
 
 
+def record_column(batches: Iterable[pa.RecordBatch]) -> npt.NDArray[np.int64] | None:
+    """[num_documents] the column `record` of a split of tokens.
+
+    None where tokenize has left out no source: document i is record i then.
+    """
+    columns = [to_numpy(batch.column("record")) for batch in batches if "record" in batch.schema.names]
+    return np.concatenate(columns) if columns else None
+
+
 class Documents:
     """A split of tokens, memory-mapped: `documents[i]` is the ids of document i as stored, control tokens included."""
 
@@ -316,6 +325,9 @@ class Documents:
         """[num_documents] int64, of all text in UTF-8."""
         self.num_counted_bytes = self.num_bytes if self._marks is None else _concatenate(batches, "num_counted_bytes")
         """[num_documents] int64, of the text that counts."""
+        records = record_column(batches)
+        self.records: npt.NDArray[np.int64] = np.arange(len(self)) if records is None else records
+        """[num_documents] number of the record of download that each document was made of."""
 
     def __len__(self) -> int:
         return int(self._first[-1])

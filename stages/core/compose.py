@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from stages.core.config import CONF, MISSING, choices, find, flat, nearest, numbers_beyond_64_bits, read_yaml, validate
 from stages.core.errors import ConfigError, printable
+from stages.core.starts import NO_START, wrong_start
 
 Schema = TypeVar("Schema")
 
@@ -30,10 +31,12 @@ _PACKAGES = {"source": "download"}
 _SECTIONS = {"task": "tasks", "source": "sources"}
 # Sections of params.yaml with an entry for each task that has one.
 _BY_TASK = ("pairs",)
+# Keys of a task's section that stand nowhere else; another `sources` is a section of its own.
+_OF_A_TASK = ("sources", "start")
 
 _UNSET = "???"  # OmegaConf's sign for a value that must be given
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-_TEMPLATE = re.compile(r"\{(task|source|data)\}")
+_TEMPLATE = re.compile(r"\{(task|source|data|start)\}")
 _PACKAGE = re.compile(r"#\s*@package\s+(\S+)")
 # What differs between two composed configs in Hydra's own section, whatever the configs are.
 _OWN_TO_A_COMPOSITION = ("hydra.runtime.", "hydra.overrides.")
@@ -52,7 +55,8 @@ class Root(NamedTuple):
     paths: dict[str, str]
     """Key to the path that the stage reads or writes, or to a name.
 
-    `{task}` and `{source}` stand for the one that the stage runs for, `{data}` for the name of the data configuration.
+    `{task}` and `{source}` stand for the one that the stage runs for, `{data}` for the name of the data configuration,
+    `{start}` for the task that the task starts from; where that is none, the value is null.
     """
 
     @property
@@ -94,6 +98,12 @@ class Params:
         self.read: list[str] = []
         """Dotted keys that were read."""
 
+    @property
+    def tasks(self) -> dict[str, Any]:
+        """The section of each task."""
+        section = find(self._values, "tasks")
+        return section if isinstance(section, dict) else {}
+
     def names(self, each: str) -> list[str]:
         """Names of the tasks or of the sources."""
         section = find(self._values, _SECTIONS[each])
@@ -131,7 +141,9 @@ class Params:
             return [f"{first}.{self._item}.{rest}"]
         section = f"{_SECTIONS[self._each or 'task']}.{self._item}"
         # A source is a data section under another name.
-        return [f"{section}.{key.removeprefix('data.')}"] if self._each == "source" else [f"{section}.{key}", key]
+        if self._each == "source":
+            return [f"{section}.{key.removeprefix('data.')}"]
+        return [f"{section}.{key}"] if key in _OF_A_TASK else [f"{section}.{key}", key]
 
     def get_choice(self, group: str) -> tuple[str, Any]:
         """Where the configuration of `group` is named, and the name; see `get`."""
@@ -225,12 +237,22 @@ def compose(stage: str, overrides: Sequence[str] = (), item: str | None = None) 
                 missing += error.problems
     names = {chooser: item, "data": chosen.get("data")}
     for key, template in root.paths.items():
-        if find(values, key) == template and (found := _TEMPLATE.search(template)):
-            name = names[found[1]]
-            if name is not None:
-                _set(values, key, template.replace(found[0], name))
-            elif found[1] == chooser:
-                missing.append(params.item_is_missing(chooser))
+        if find(values, key) != template or not (found := _TEMPLATE.search(template)):
+            continue
+        if found[1] == "start":
+            try:
+                names["start"] = params.get("start")[1]
+            except ConfigError as error:
+                missing += error.problems
+                continue
+            if wrong := list(wrong_start(params.tasks, str(item), names["start"], chosen.get("model"))):
+                problems += wrong
+                continue
+        name = names[found[1]]
+        if name is not None:
+            _set(values, key, None if found[1] == "start" and name == NO_START else template.replace(found[0], name))
+        elif found[1] == chooser:
+            missing.append(params.item_is_missing(chooser))
     problems += [*forbidden_values(values), *numbers_beyond_64_bits(values)]
     return Composition(stage, item, values, chosen, params.read, problems, list(dict.fromkeys(missing)))
 

@@ -23,13 +23,18 @@ MISSING = object()  # what `find` returns where there is no value
 
 # `part`: a stage's view of a config or file that other stages read too. `whole`: a section that belongs to its reader,
 # where an unknown key is a mistake.
-_COMMON = ConfigDict(strict=True, use_attribute_docstrings=True)
+_COMMON = ConfigDict(strict=True, use_attribute_docstrings=True, populate_by_name=True)
 part = dataclass(kw_only=True, config=ConfigDict(**_COMMON, extra="ignore"))
 whole = dataclass(kw_only=True, config=ConfigDict(**_COMMON, extra="forbid"))
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def key_of(field: Any) -> str:
+    """The key of a schema's field: its name, but `from` for `from_`, since Python has that word for itself."""
+    return str(field.name.removesuffix("_"))
 
 
 def validate(schema: type[Schema], values: dict[str, Any], stage: str) -> Schema:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from pydantic import ValidationInfo, field_validator
 
@@ -83,6 +84,7 @@ def main(config: EvaluateConfig) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
     """The work of the stage, as one of the processes that do it does it."""
+    from stages.figures.metrics import choose_documents
     from stages.figures.samples import check_samples, make_samples, write_page
     from stages.model.models import prepare_torch
     from stages.model.objectives import make_objective
@@ -106,7 +108,8 @@ def evaluate(config: EvaluateConfig) -> None:
     objective = make_objective(name, vocabulary, config.objective, model)
     flatten = choose_flatten(config.flatten, config.data)
     documents = open_texts(config.evaluate, Path(config.sources), flatten, tokens)
-    scored = {key: _score(config, key, texts, model, objective) for key, texts in documents.items()}
+    chosen = {key: choose_documents(len(texts), config.evaluate.max_documents) for key, texts in documents.items()}
+    scored = {key: _score(config, key, texts, chosen[key], model, objective) for key, texts in documents.items()}
     metrics = {key: _figures(config, key, table, model, objective) for key, (table, _) in scored.items()}
     if not rank():
         samples = make_samples(config.samples, name, model, positions, tokens / "tokenizer", vocabulary, flatten)
@@ -126,17 +129,21 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def _score(
-    config: EvaluateConfig, name: str, texts: Texts, model: Any, objective: Any
+    config: EvaluateConfig, name: str, texts: Texts, numbers: npt.NDArray[np.int64], model: Any, objective: Any
 ) -> tuple[pa.Table, list[TokenBits]]:
-    """Baseline's table of the documents called `name`, with their bits after training, and those of their tokens."""
-    from stages.figures.metrics import choose_documents, score_documents
+    """Baseline's table of the documents called `name` with these numbers, with their bits after training, and those of
+    their tokens."""
+    from stages.figures.metrics import score_documents
 
     file = Path(config.baseline) / f"{name}.parquet"
-    table, records = read_scores(file), choose_documents(len(texts), config.evaluate.max_documents)
-    at_once = config.hardware.evaluate_batch_tokens
-    scores, token_bits = score_documents(model, objective, texts, records, config.evaluate.context, at_once)
-    before, numbers = scores_in(table, "bits_before"), to_numpy(table.column("record").combine_chunks())
-    pairs = ((numbers, records), (before.num_bytes, scores.num_bytes), (before.num_tokens, scores.num_tokens))
+    table, at_once = read_scores(file), config.hardware.evaluate_batch_tokens
+    scores, token_bits = score_documents(model, objective, texts, numbers, config.evaluate.context, at_once)
+    before, records = scores_in(table, "bits_before"), to_numpy(table.column("record").combine_chunks())
+    pairs = (
+        (records, texts.records(numbers)),
+        (before.num_bytes, scores.num_bytes),
+        (before.num_tokens, scores.num_tokens),
+    )
     if not all(np.array_equal(one, other) for one, other in pairs):
         raise StageError(f"{file} is of other documents than these: run `dvc repro baseline@{config.task}`")
     return add_scores(table, scores, "bits_after"), token_bits

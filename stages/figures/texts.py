@@ -48,6 +48,9 @@ class Texts(Protocol):
     def read(self, numbers: npt.NDArray[np.int64]) -> Iterator[Text]:
         """The documents with these numbers, which ascend."""
 
+    def records(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Numbers of their records in download's files, which are counted through."""
+
 
 class SplitTexts:
     """The documents of a split of tokens."""
@@ -65,6 +68,9 @@ class SplitTexts:
             is_text = self._vocabulary.is_text(ids)
             is_predicted = None if marks is None else _is_predicted(marks[is_text], self._include_prompts)
             yield Text(ids[is_text], int(self._num_bytes[number]), is_predicted)
+
+    def records(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return self._documents.records[numbers]
 
 
 def _is_predicted(marks: Marks, include_prompts: bool) -> npt.NDArray[np.bool_]:
@@ -90,7 +96,7 @@ class SourceTexts:
         template = None
         if flatten.messages:
             template = read_chat_template(tokens / "tokenizer", tokenizer, self._vocabulary.special)
-        self._files = [TextFile(file, flatten, template) for file in files]
+        self._files = [TextFile(file, flatten, template=template) for file in files]
         self._starts = np.cumsum([0, *(file.num_documents for file in self._files)])
         _, self._encode = choose_engine(tokenizer, sample_texts(self._files))
 
@@ -127,6 +133,9 @@ class SourceTexts:
                 self._name,
                 num_lossy,
             )
+
+    def records(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return numbers
 
 
 def source_files(sources: Path, name: str) -> list[Path]:

@@ -1,6 +1,6 @@
 """Shards of blocks from shards of tokens: what group_texts does piece by piece, on one machine or on many."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from stages.core.artifacts import (
     check_shard,
     has_marks,
     read_shard,
+    record_column,
     shard_name,
     to_arrow,
     to_numpy,
@@ -63,6 +64,11 @@ def count_tokens(shard: tuple[Path, str]) -> tuple[int, int]:
 def measure_documents(shard: tuple[Path, str]) -> npt.NDArray[np.int64]:
     """Tokens of each document of a shard, [num_documents], checked as `count_tokens` does."""
     return np.concatenate([np.diff(to_numpy(column.offsets)) for column in _checked_columns(shard)])
+
+
+def read_records(shards: Iterable[Path]) -> npt.NDArray[np.int64] | None:
+    """The records of the documents in shards of tokens, which other functions check; see `record_column`."""
+    return record_column(batch for file in shards for batch in read_shard(file))
 
 
 def _checked_columns(shard: tuple[Path, str]) -> list[pa.LargeListArray]:

@@ -18,10 +18,17 @@ from pydantic import Field
 from stages.core.artifacts import SPLITS, damaged, shard_files, staged, versions, write_checksums, write_json
 from stages.core.config import Seed, part
 from stages.core.errors import StageError, printable
-from stages.group_texts.block_shards import Run, count_tokens, measure_documents, pieces, write_blocks
+from stages.group_texts.block_shards import Run, count_tokens, measure_documents, pieces, read_records, write_blocks
 from stages.group_texts.schema import WeightedData
-from stages.group_texts.weights import check_weights, describe_sources, order_documents, read_sources, repeat_documents
+from stages.group_texts.weights import (
+    check_weights,
+    choose_sources,
+    describe_sources,
+    order_documents,
+    repeat_documents,
+)
 from stages.shell.tasks import run_pieces
+from stages.tokens.texts import read_sources
 from stages.tokens.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -84,19 +91,23 @@ def _plan_training(
     """
     tokens, weights = Path(config.tokens) / "train", config.data.weights
     raw = Path(config.raw) / "train.parquet"
-    names, sources = read_sources(raw)
-    if weights is None and len(names) < 2:
-        return *plan_split(tokens), None
     shards = shard_files(tokens)
+    names, sources = read_sources(raw)
+    shares = None if weights is None else check_weights(weights, names)
+    if (records := read_records(shards)) is not None:  # those of the task's sources
+        if len(records) and records.max() >= len(sources):
+            raise damaged(raw, f"{len(sources):,} records, where {tokens} has record {records.max():,}")
+        names, sources, shares = choose_sources(names, sources, shares, records)
+    if shares is None and len(names) < 2:
+        return *plan_split(tokens), None
     shard_lengths = list(run_pieces(measure_documents, list(shards.items())))
     lengths = np.concatenate(shard_lengths)
     if len(lengths) != len(sources):
         raise damaged(raw, f"{len(sources):,} records, where {tokens} has {len(lengths):,} documents")
     lengths[0] -= len(vocabulary.lead)
-    if weights is None:
+    if shares is None:
         runs, _ = plan_split(tokens)
         return runs, len(lengths), describe_sources(names, sources, lengths, np.ones_like(lengths), None)
-    shares = check_weights(weights, names)
     copies = repeat_documents(lengths, sources, shares, config.seed)
     files, starts = list(shards), np.cumsum([0, *map(len, shard_lengths)])
     runs = [

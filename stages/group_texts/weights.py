@@ -6,35 +6,18 @@ documents are drawn by the seed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
-from stages.core.artifacts import damaged, to_numpy
 from stages.core.errors import StageError, printable
 from stages.core.random_numbers import random_uint64
-from stages.tokens.texts import named_damage
 
 _Counts = npt.NDArray[np.int64]
 
 _DRAW = 2**32 - 1  # stream of the random numbers that choose the documents of a partial pass; passes have the others
 _CANDIDATES = 4096  # documents tried to leave a partial pass, and to come in their place
-
-
-def read_sources(file: Path) -> tuple[list[str], _Counts]:
-    """The names of the sources in a Parquet file of download, sorted, and the index of each record's: [num_records]."""
-    with named_damage(file), pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-        if "source" not in parquet.schema_arrow.names:
-            raise damaged(file, "no column source, as download writes it")
-        column = parquet.read(columns=["source"]).column("source").combine_chunks().dictionary_encode()
-    if column.null_count:
-        raise damaged(file, "a record without a source")
-    names = column.dictionary.to_pylist()
-    rank = np.argsort(np.argsort(np.array(names, dtype=object)))
-    return sorted(names), rank[to_numpy(column.indices)].astype(np.int64)
 
 
 def check_weights(weights: Mapping[str, float], names: Sequence[str]) -> list[float]:
@@ -49,6 +32,30 @@ def check_weights(weights: Mapping[str, float], names: Sequence[str]) -> list[fl
         shown = ", ".join(map(printable, names))
         raise StageError(f"data.weights {' and '.join(wrong)}: the training split has {shown} (conf/data)")
     return [weights[name] for name in names]
+
+
+def choose_sources(
+    names: Sequence[str], sources: _Counts, shares: Sequence[float] | None, records: _Counts
+) -> tuple[list[str], _Counts, list[float] | None]:
+    """Names, the index of each document's and shares of the sources that some records have; shares add up to 1 again.
+
+    Args:
+        sources: [num_records] index in `names` of each record's.
+        records: [num_documents] number of each document's record.
+
+    Raises:
+        StageError: if none of these sources has a share.
+    """
+    present, indices = np.unique(sources[records], return_inverse=True)
+    chosen = [names[index] for index in present]
+    if shares is None:
+        return chosen, indices, None
+    total = sum(shares[index] for index in present)
+    if not total:
+        raise StageError(
+            f"data.weights are 0 for all sources of the task: {', '.join(map(printable, chosen))} (conf/data)"
+        )
+    return chosen, indices, [shares[index] / total for index in present]
 
 
 def repeat_documents(lengths: _Counts, sources: _Counts, shares: Sequence[float], seed: int) -> _Counts:

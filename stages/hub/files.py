@@ -1,5 +1,6 @@
-"""Files of pinned checkpoints and tokenizers: from a local directory, the Hugging Face cache, or the Hub."""
+"""Files of pinned checkpoints and tokenizers: in a local directory, DVC's cache, the Hub or its cache."""
 
+import hashlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.artifacts import read_object, sha256
+from stages.core.dvc_cache import DvcCache
 from stages.core.errors import StageError, printable
+from stages.core.pins import Pinned, TrainedAt
 from stages.hub.client import ANSWER_SECONDS, FAILURES, explain, hub_unreachable, page_of
 
 log = logging.getLogger(__name__)
@@ -73,24 +76,63 @@ def pinned_files(
     return found
 
 
+def source_files(key: str, source: Pinned, names: Sequence[str], required: Sequence[str]) -> dict[str, Path]:
+    """The files of `names` that a section of conf/model has, by name; as `pinned_files`."""
+    if source.from_ is None:
+        return pinned_files(key, str(source.path), source.revision, source.files, names, required)
+    found = _trained(key, source.from_, names)
+    if not any(name in found for name in required):
+        raise _NoneFoundError(f"{key}.from={source.from_.place} has none of {', '.join(required)}")
+    return found
+
+
+def _trained(key: str, trained: TrainedAt, names: Sequence[str]) -> dict[str, Path]:
+    """The files of `names` that a trained model has, in DVC's cache."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    what = f"{key}.from={trained.place} ({trained.md5})"
+    try:
+        with Repo() as repo:
+            cache = DvcCache(repo)
+    except DvcException as error:
+        raise StageError(f"{what} cannot be looked for in DVC's cache: {error}") from None
+    listed = cache.list_files(str(trained.md5))
+    found = {name: cache.file(listed[name]) for name in names if name in listed} if listed is not None else {}
+    missing = [name for name, file in found.items() if not file.is_file()]
+    if listed is None or missing:
+        raise StageError(
+            f"{what} is not in DVC's cache{f', or not with {missing[0]}' if missing else ''}: fetch it with"
+            f" {trained.pin_command} --force; where git does not know {trained.rev}, with `dvc exp pull REMOTE"
+            f" {trained.rev}` first"
+        )
+    for name, file in found.items():
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "md5").hexdigest() != listed[name]:
+                raise StageError(
+                    f"{what}: {name} is damaged in DVC's cache ({file}): remove that file, and fetch it again"
+                )
+    return found
+
+
 def only_pickles(directory: Path) -> str:
     """`, only FILE` for the first pickle that `directory` holds by its name; empty where there is none."""
     pickles = sorted(file for file in directory.iterdir() if file.suffix in PICKLES)
     return f", only {printable(pickles[0])}" if pickles else ""
 
 
-def weights_files(key: str, path: str, revision: str | None, hashes: dict[str, str] | None) -> dict[str, Path]:
+def weights_files(key: str, source: Pinned) -> dict[str, Path]:
     """The safetensors files of a pinned checkpoint, with the index where there are several."""
     required = (SINGLE_WEIGHTS, SHARDED_WEIGHTS)
     try:
-        found = pinned_files(key, path, revision, hashes, required, required)
+        found = source_files(key, source, required, required)
     except _NoneFoundError as error:
-        only = only_pickles(Path(path).expanduser()) if hashes is not None else ""
+        only = only_pickles(Path(str(source.path)).expanduser()) if source.files is not None else ""
         raise StageError(f"{error}{only}: {CONVERT}") from None
     if SINGLE_WEIGHTS in found:
         return {SINGLE_WEIGHTS: found[SINGLE_WEIGHTS]}
     for shard in shard_names(found[SHARDED_WEIGHTS]):
-        found |= pinned_files(key, path, revision, hashes, [shard], [shard])
+        found |= source_files(key, source, [shard], [shard])
     return found
 
 

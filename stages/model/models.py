@@ -22,8 +22,8 @@ from stages.hub.files import (
     OFFSET_POSITIONS,
     SHARDED_WEIGHTS,
     SINGLE_WEIGHTS,
-    pinned_files,
     shard_names,
+    source_files,
     usable_positions,
     weights_files,
 )  # fmt: skip
@@ -76,7 +76,7 @@ def build_model(model: Model, vocabulary: Vocabulary, seed: int) -> Any:
     """
     with tempfile.TemporaryDirectory() as scratch:  # holds the pinned files and no others
         built = _build(model, vocabulary, seed, Path(scratch))
-    _check_positions(built.config, model)
+    check_positions(built.config, model)
     check_embeddings(built, vocabulary.size)
     log.info("%s with %.1f M parameters", type(built).__name__, sum(p.numel() for p in built.parameters()) / 1e6)
     return built
@@ -116,9 +116,9 @@ def _build(model: Model, vocabulary: Vocabulary | None, seed: int, scratch: Path
         built = auto.from_config(config, dtype=torch.float32)
         check_finite(built, "the weights that model.config starts with")
         return built
-    _check_shape(auto, config, f"config.json of {model.path}, with model.config,")
-    _link(weights_files("model", str(model.path), model.revision, model.files), scratch)
-    return _load(auto, scratch, config, str(model.path))
+    _check_shape(auto, config, f"config.json of {_named(model)}, with model.config,")
+    _link(weights_files("model", model), scratch)
+    return _load(auto, scratch, config, _named(model))
 
 
 def _auto_class(task: str, config: Any) -> Any:
@@ -174,7 +174,7 @@ def _overridden(config: Any, model: Model) -> Any:
     """`config` with the values of model.config."""
     values = {key: value for key, value in model.config.items() if key != "model_type"}
     _check_values(values, "model.config.")
-    if model.path is None:  # made anew, for values that follow from others (GPT-Neo's layers from their kinds)
+    if not model.has_files:  # made anew, for values that follow from others (GPT-Neo's layers from their kinds)
         try:
             return type(config)(**values)
         except Exception as error:  # each architecture checks its values in its own way
@@ -221,21 +221,27 @@ def load_directory(task: str, directory: str | Path) -> Any:
         return _load(auto, Path(scratch), config, str(directory))
 
 
+def _named(model: Model) -> str:
+    """The model's files, for messages."""
+    return str(model.path) if model.from_ is None else model.from_.place
+
+
 def _configuration(model: Model, scratch: Path) -> Any:
     """The architecture's configuration before overrides; a checkpoint's own files of it are linked into `scratch`."""
     model_type = model.config.get("model_type")
-    if model.path is None:
+    if not model.has_files:
         known = list(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
         if model_type not in known:
             shown = printable(model_type)
             raise StageError(f"model.config.model_type={shown} is unknown; {nearest(shown, known)}")
         return AutoConfig.for_model(model_type)
-    found = pinned_files("model", model.path, model.revision, model.files, _CONFIG_FILES, _CONFIG_FILES[:1])
+    found = source_files("model", model, _CONFIG_FILES, _CONFIG_FILES[:1])
     _link(found, scratch)
-    config = _read_config(scratch, found["config.json"].parent, f"model.path={model.path}")
+    key, source = ("path", found["config.json"].parent) if model.from_ is None else ("from", scratch)
+    config = _read_config(scratch, source, f"model.{key}={_named(model)}")
     if model_type not in (None, config.model_type):
         raise StageError(
-            f"model.config.model_type={printable(model_type)}: the checkpoint {model.path} is a {config.model_type}"
+            f"model.config.model_type={printable(model_type)}: the checkpoint {_named(model)} is a {config.model_type}"
         )
     return config
 
@@ -305,7 +311,8 @@ def _in_a_line(error: Exception) -> str:
     return printable(f"{type(error).__name__}: {text}" if terse else text, 500)
 
 
-def _check_positions(config: Any, model: Model) -> None:
+def check_positions(config: Any, model: Model) -> None:
+    """Raise StageError if model.max_positions is above what a model with the configuration `config` has."""
     positions = usable_positions(config.to_dict())
     if positions is not None and model.max_positions > positions:
         raise StageError(

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from stages.core.config import Fraction, Positive, part, whole
 from stages.core.errors import printable
-from stages.core.pins import check_pin
+from stages.core.pins import TrainedAt, check_pin
 
 # Files that train writes where adapter.merge is false: the additions, and the config of the model that they extend.
 ADDITIONS, BASE = "adapter_model.safetensors", "base.json"
@@ -24,6 +24,8 @@ class Model:
     """Commit of a Hub repository."""
     files: dict[str, str] | None
     """File name to sha256 of a local directory, as tools/pin_model writes them."""
+    from_: Annotated[TrainedAt | None, Field(alias="from")] = None
+    """The model that a task of this repository trained, in an experiment or at a commit."""
     from_scratch: bool
     """Fresh weights, whatever `path` holds."""
     max_positions: Positive
@@ -31,13 +33,19 @@ class Model:
     config: dict[str, Any]
     """Values that override the architecture's configuration."""
 
+    @property
+    def has_files(self) -> bool:
+        """Whether the architecture's configuration is read from files; else it is built from `config` alone."""
+        return self.path is not None or self.from_ is not None
+
     @model_validator(mode="after")
     def _buildable(self) -> "Model":
-        if self.path is not None:
-            check_pin("model", self.path, self.revision, self.files)
-        elif not self.from_scratch:
+        check_pin("model", self)
+        if self.has_files:
+            return self
+        if not self.from_scratch:
             raise ValueError("model.path is missing: a model that is not from_scratch needs one")
-        elif "model_type" not in self.config:
+        if "model_type" not in self.config:
             raise ValueError("model.config.model_type is missing: a model without path needs its architecture's name")
         return self
 

@@ -1,9 +1,10 @@
 """Stage `tokenize@TASK`: records -> token ids, a row a document, nothing truncated.
 
-Reads   data/raw/SPLIT.parquet
-Writes  data/tokens/TASK/SPLIT/shard-*.arrow (input_ids: large_list<uint16 or uint32>, num_bytes: int32) with a ledger
-        each, data/tokens/TASK/tokenizer/ (its files, verbatim), data/tokens/TASK/stats.json (the vocabulary); where
-        not all text counts, the columns marks: large_list<uint8> and num_counted_bytes: int32 as well
+Reads   data/raw/SPLIT.parquet, data/tokens/START/tokenizer/ where the task starts from another one
+Writes  data/tokens/TASK/SPLIT/shard-*.arrow with a ledger each, data/tokens/TASK/tokenizer/ (its files, verbatim),
+        data/tokens/TASK/stats.json (the vocabulary). Columns of a shard: input_ids: large_list<uint16 or uint32>,
+        num_bytes: int32; where not all text counts also marks: large_list<uint8>, num_counted_bytes: int32; of a task
+        with chosen sources also record: int64, the number of the document's record in data/raw
 Command python -m stages.tokenize task=causal
 """
 
@@ -12,13 +13,14 @@ import logging
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from stages.core.artifacts import (
     SHARD_BYTES,
     SPLITS,
+    free_copy,
     shard_name,
     staged,
     versions,
@@ -26,9 +28,9 @@ from stages.core.artifacts import (
     write_json,
 )
 from stages.core.config import part
-from stages.core.errors import StageError
+from stages.core.errors import StageError, printable
 from stages.core.pins import pinned_origin
-from stages.hub.files import TOKENIZER_FILES, VOCABULARY_FILES, pinned_files
+from stages.hub.files import TOKENIZER_FILES, VOCABULARY_FILES, source_files
 from stages.shell.progress import Progress
 from stages.shell.tasks import are_spread, connect_workers, run_pieces
 from stages.tokenize.schema import Tokenize
@@ -36,8 +38,8 @@ from stages.tokenize.token_shards import COUNTS, Shard, TokenShards
 from stages.tokens.chat import read_chat_template
 from stages.tokens.encoding import Decoder, Engine, choose_engine
 from stages.tokens.prompts import prompt_template
-from stages.tokens.schema import ModelTokenizer, TokenizerSource
-from stages.tokens.texts import Flatten, FlattenData, TextFile, choose_flatten, sample_texts
+from stages.tokens.schema import ModelTokenizer
+from stages.tokens.texts import Flatten, FlattenData, TextFile, choose_flatten, read_sources, sample_texts
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer, train_tokenizer, vocabulary_of
 
 log = logging.getLogger(__name__)
@@ -72,8 +74,12 @@ class TokenizeConfig:
                 )
         return tokenize
 
+    sources: Annotated[list[str], Field(min_length=1)] | None
+    """Names of the sources whose records are tokenized; null: all."""
     raw: str
     """Directory of download's Parquet files."""
+    start: str | None
+    """Directory of the tokenizer of the task that this one starts from; null: the model's own tokenizer."""
     out: str
     """Directory to write."""
 
@@ -83,15 +89,21 @@ def main(config: TokenizeConfig) -> None:
     flatten, raw = choose_flatten(config.flatten, config.data), Path(config.raw)
     with staged(config.out, ["stats.json", "tokenizer", *SPLITS]) as directory:
         copy = directory / "tokenizer"
-        _prepare_tokenizer(config.model.tokenizer, raw / "train.parquet", flatten, copy)
+        if config.start is None:
+            _prepare_tokenizer(config, flatten, copy)
+        else:
+            copy.mkdir()
+            free_copy(Path(config.start), copy)
         try:
             tokenizer = load_tokenizer(copy)
             wrap = "none" if flatten.messages else config.tokenize.wrap
             vocabulary = vocabulary_of(tokenizer, copy, wrap, config.tokenize.requires)
             template = read_chat_template(copy, tokenizer, vocabulary.special) if flatten.messages else None
         except StageError as error:  # in words for its source: the copy vanishes with this run
-            raise StageError(str(error).replace(str(copy), str(config.model.tokenizer.path))) from None
-        files = {split: TextFile(raw / f"{split}.parquet", flatten, template) for split in SPLITS}
+            raise StageError(str(error).replace(str(copy), _named(config))) from None
+        files = {split: TextFile(raw / f"{split}.parquet", flatten, config.sources, template) for split in SPLITS}
+        if config.sources is not None:
+            _check_sources(config.sources, raw, files)
         engine_name, engine = choose_engine(tokenizer, sample_texts(list(files.values())))
         log.info("vocabulary of %d tokens, encoded by %s", vocabulary.size, engine_name)
         decoder = Decoder(tokenizer)
@@ -106,7 +118,11 @@ def main(config: TokenizeConfig) -> None:
             )
         form = prompt_template(flatten, template)
         ledger = {
-            "tokenizer": pinned_origin(config.model.tokenizer),  # null: trained here
+            # null: trained here
+            "tokenizer": {"task": Path(config.start).parent.name}
+            if config.start
+            else pinned_origin(config.model.tokenizer),
+            "sources": config.sources,
             "vocabulary": asdict(vocabulary),
             "engine": engine_name,
             "versions": versions("fastokens", "numpy", "pyarrow", "tokenizers"),
@@ -115,20 +131,43 @@ def main(config: TokenizeConfig) -> None:
     log.info("-> %s", config.out)
 
 
-def _prepare_tokenizer(source: TokenizerSource, training: Path, flatten: Flatten, directory: Path) -> None:
-    """Put the tokenizer's files into `directory`: trained on the records in `training`, or copied from their pin."""
+def _named(config: TokenizeConfig) -> str:
+    """Where the tokenizer is from, for messages."""
+    source = config.model.tokenizer
+    return config.start or (str(source.path) if source.from_ is None else source.from_.place)
+
+
+def _check_sources(sources: list[str], raw: Path, files: dict[str, TextFile]) -> None:
+    """Raise StageError unless each of `sources` has records, and each split has some of theirs."""
+    there = {split: read_sources(raw / f"{split}.parquet")[0] for split in files}
+    known = sorted(set().union(*there.values()))
+    if unknown := [name for name in sources if name not in known]:
+        names = ", ".join(map(printable, unknown))
+        raise StageError(
+            f"sources names {names}, of which {raw} has no records: it has {', '.join(map(printable, known))}"
+            " (params.yaml: tasks.TASK.sources)"
+        )
+    for split, file in files.items():
+        if not file.num_documents:
+            raise StageError(
+                f"sources={printable(sources)}: the {split} split has no record of theirs, only of"
+                f" {', '.join(map(printable, there[split]))}: choose further sources (params.yaml: tasks.TASK.sources),"
+                " or a configuration of that source that puts records there (conf/data: split)"
+            )
+
+
+def _prepare_tokenizer(config: TokenizeConfig, flatten: Flatten, directory: Path) -> None:
+    """Put the tokenizer's files into `directory`: trained on the training split, or copied from their pin."""
+    source = config.model.tokenizer
     if source.train is not None:
         log.info("training a byte-level BPE of %d tokens", source.train.vocab_size)
         if flatten.messages:  # which are rendered with the tokenizer
             flatten = copy.copy(flatten)
             flatten.messages, flatten.columns = False, ["answers.text"]
-        groups = TextFile(training, flatten)
+        groups = TextFile(Path(config.raw) / "train.parquet", flatten, config.sources)
         train_tokenizer(source.train, (segments.texts.to_pylist() for segments in groups), directory)
         return
-    assert source.path is not None  # the schema's rule
-    files = pinned_files(
-        "model.tokenizer", source.path, source.revision, source.files, TOKENIZER_FILES, VOCABULARY_FILES
-    )
+    files = source_files("model.tokenizer", source, TOKENIZER_FILES, VOCABULARY_FILES)
     directory.mkdir(parents=True)
     for name, file in files.items():
         (directory / name).write_bytes(file.read_bytes())

@@ -46,10 +46,12 @@ class TokenShards:
 
     def __call__(self, shard: Shard) -> tuple[str, dict[str, int]]:
         """Write `shard`, a batch a row group, and return its checksum and its counts."""
-        counts = dict.fromkeys(COUNTS, 0)
+        counts, records = dict.fromkeys(COUNTS, 0), self._texts.records
         fields = [("input_ids", pa.large_list(pa.from_numpy_dtype(self._vocabulary.dtype))), ("num_bytes", pa.int32())]
         if not self._texts.counts_all:
             fields += [("marks", pa.large_list(pa.uint8())), ("num_counted_bytes", pa.int32())]
+        if records is not None:
+            fields.append(("record", pa.int64()))
         schema = pa.schema(fields)
 
         def batches() -> Iterator[pa.RecordBatch]:
@@ -78,6 +80,8 @@ class TokenShards:
                     counts["counted_tokens"] += int((marks & COUNTED).sum())
                     counts["counted_bytes"] += int(num_counted.sum())
                     columns += [_as_lists(offsets, marks), to_arrow(num_counted.astype(np.int32))]
+                if records is not None:
+                    columns.append(to_arrow(records[first : first + num_documents]))
                 yield pa.record_batch(columns, schema=schema)
                 if self._progress is not None:
                     self._progress(first + num_documents)

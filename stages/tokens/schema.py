@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from stages.core.config import part, whole
-from stages.core.pins import check_pin
+from stages.core.pins import TrainedAt, check_pin
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -29,7 +29,7 @@ class TrainedTokenizer:
 
 @whole
 class TokenizerSource:
-    """Either `train`, or `path` with a pin: a Hub `revision` or the hashes of local `files`."""
+    """Either `train`, or `path` with a pin (a Hub `revision` or the hashes of local `files`), or `from`."""
 
     train: TrainedTokenizer | None = None
     """A byte-level BPE of its own, trained on the training split; null: the tokenizer at `path`."""
@@ -39,13 +39,14 @@ class TokenizerSource:
     """Commit of a Hub repository."""
     files: dict[str, str] | None = None
     """File name to sha256 of a local directory, as tools/pin_model writes them."""
+    from_: Annotated[TrainedAt | None, Field(alias="from")] = None
+    """The tokenizer of a model that a task of this repository trained, in an experiment or at a commit."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "TokenizerSource":
-        if (self.train is None) == (self.path is None):
-            raise ValueError("model.tokenizer: give either `train` or `path`")
-        if self.path is not None:
-            check_pin("model.tokenizer", self.path, self.revision, self.files)
+        if (self.train is None) == (self.path is None and self.from_ is None):
+            raise ValueError("model.tokenizer: give either `train`, `path` or `from`")
+        check_pin("model.tokenizer", self)
         return self
 
 

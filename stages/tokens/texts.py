@@ -130,9 +130,16 @@ class TextFile:
     alone.
     """
 
-    def __init__(self, path: Path, flatten: Flatten, template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        flatten: Flatten,
+        sources: list[str] | None = None,
+        template: ChatTemplate | None = None,
+    ) -> None:
         """
         Args:
+            sources: names of those whose records are documents; None: all. A row group without any is left out.
             template: renders conversations, for flatten.messages.
         """
         self._path, self._flatten, self._template = path, flatten, template
@@ -152,15 +159,22 @@ class TextFile:
                 f"flatten.messages=true: the records in {path} have no roles: set columns.roles (conf/data) to the"
                 " column that says who wrote a message"
             )
-        self.num_documents: int = metadata.num_rows
-        self.num_groups: int = metadata.num_row_groups
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        self._record_starts = np.cumsum([0, *(group.num_rows for group in groups)], dtype=np.int64)
+        self.records: npt.NDArray[np.int64] | None = None if sources is None else find_records(path, sources)
+        """[num_documents] number of each document's record; None: document i is record i."""
+        ends = self._record_starts if self.records is None else np.searchsorted(self.records, self._record_starts)
+        self._groups = np.flatnonzero(np.diff(ends))  # those with documents, of which the others know nothing
+        self.num_groups: int = len(self._groups)
         paths = {_path(name) for name in names}
         columns = [index for index, column in enumerate(metadata.schema) if column.path in paths]
         # The bytes of the texts of each row group.
-        self._sizes = [sum(group.column(index).total_uncompressed_size for index in columns) for group in groups]
-        self.group_starts = np.cumsum([0, *(group.num_rows for group in groups)], dtype=np.int64)
+        self._sizes = [
+            sum(groups[group].column(index).total_uncompressed_size for index in columns) for group in self._groups
+        ]
+        self.group_starts = np.concatenate([ends[self._groups], ends[-1:]]).astype(np.int64)
         """[num_groups + 1] number of the first document of each row group, and the number of documents."""
+        self.num_documents: int = int(ends[-1])
 
     def shards(self, size: int) -> list["Rows"]:
         """Runs of row groups, each of at least `size` bytes but the last; of no documents, one without groups."""
@@ -205,7 +219,7 @@ class TextFile:
 
     def _read_section(self, file: pq.ParquetFile, number: int, names: list[str]) -> pa.Array:
         """The values of the columns `names`, joined: a string a record."""
-        table = file.read_row_group(number, columns=names, use_threads=False)
+        table = self._read_columns(file, number, names)
         columns = []
         for name in names:
             values = self._read_column(table, name)
@@ -218,6 +232,15 @@ class TextFile:
         values = pa.concat_arrays(columns).take(to_arrow(rows.ravel()))
         return join(pa.LargeListArray.from_arrays(to_arrow(ends), values), self._flatten.joiner)
 
+    def _read_columns(self, file: pq.ParquetFile, number: int, names: list[str]) -> pa.Table:
+        """The columns `names` of the records in a row group that are documents."""
+        group = int(self._groups[number])
+        table = file.read_row_group(group, columns=names, use_threads=False)
+        if self.records is None:
+            return table
+        chosen = self.records[self.group_starts[number] : self.group_starts[number + 1]]
+        return table.take(to_arrow(chosen - self._record_starts[group]))
+
     def _read_column(self, table: pa.Table, name: str) -> pa.Array:
         """The strings, or lists of strings, of a column."""
         top, _, field = name.partition(".")
@@ -229,17 +252,18 @@ class TextFile:
 
     def _read_messages(self, file: pq.ParquetFile, number: int) -> Segments:
         assert self._template is not None  # whoever reads conversations gives one
-        table = file.read_row_group(number, columns=[_CONTENTS, _ROLES], use_threads=False)
+        table = self._read_columns(file, number, [_CONTENTS, _ROLES])
         contents, roles = (self._read_column(table, name).to_pylist() for name in (_CONTENTS, _ROLES))
         first = int(self.group_starts[number])
         found, offsets = [], [0]
-        for record, (own_contents, own_roles) in enumerate(zip(contents, roles, strict=True), start=first):
+        for document, (own_contents, own_roles) in enumerate(zip(contents, roles, strict=True), start=first):
             messages = [
                 {"role": role, "content": content} for role, content in zip(own_roles, own_contents, strict=True)
             ]
             try:
                 found += self._template.split(messages)
             except ValueError as error:
+                record = document if self.records is None else self.records[document]
                 raise StageError(f"{self._path.stem} record {record}: {error}") from None
             offsets.append(len(found))
         return Segments(
@@ -248,6 +272,25 @@ class TextFile:
             np.array([segment.is_counted for segment in found], np.bool_),
             np.array([segment.control for segment in found], np.int64),
         )
+
+
+def read_sources(file: Path) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """The names of the sources in a Parquet file of download, sorted, and the index of each record's: [num_records]."""
+    with named_damage(file), pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        if "source" not in parquet.schema_arrow.names:
+            raise damaged(file, "no column source, as download writes it")
+        column = parquet.read(columns=["source"]).column("source").combine_chunks().dictionary_encode()
+    if column.null_count:
+        raise damaged(file, "a record without a source")
+    names = column.dictionary.to_pylist()
+    rank = np.argsort(np.argsort(np.array(names, dtype=object)))
+    return sorted(names), rank[to_numpy(column.indices)].astype(np.int64)
+
+
+def find_records(file: Path, sources: list[str]) -> npt.NDArray[np.int64]:
+    """Numbers of the records of `sources` in a Parquet file of download, ascending."""
+    names, indices = read_sources(file)
+    return np.flatnonzero(np.isin(indices, [number for number, name in enumerate(names) if name in sources]))
 
 
 def _metadata_of(path: Path) -> pq.FileMetaData:

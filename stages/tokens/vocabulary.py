@@ -237,6 +237,23 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
+def check_same_tokenizer(own: Path, model: str, tokens: Path) -> None:
+    """Raise StageError unless the tokenizers in two directories are the same.
+
+    Args:
+        own: has the tokenizer that a model was trained with.
+        model: that model, for the message.
+        tokens: has the tokenizer by which the text was tokenized.
+    """
+    one, other = load_tokenizer(own), load_tokenizer(tokens)
+    if json.loads(one.to_str())["model"] != json.loads(other.to_str())["model"] or not _have_same_tokens(one, other):
+        sizes = [len(tokenizer.get_vocab(with_added_tokens=True)) for tokenizer in (one, other)]
+        raise StageError(
+            f"{model} was trained with the tokenizer there, of {sizes[0]:,} tokens; the text is in tokens of another"
+            f" one, {tokens}, of {sizes[1]:,} tokens: a model goes on with its own tokenizer"
+        )
+
+
 def export_tokenizer(
     source: Path, directory: Path, special: dict[str, int], max_length: int, chat_template: str | None = None
 ) -> None:

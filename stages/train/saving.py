@@ -51,7 +51,8 @@ def add_adapter(model: Any, adapter: Adapter, source: Model, seed: int) -> Any:
         raise StageError(f"adapter.targets={adapter.targets}: {' '.join(str(error).split())}") from None
     for problem in _tied_targets(adapted, owners):
         raise StageError(f"adapter.targets={adapter.targets}: {problem}")
-    config.base_model_name_or_path, config.revision = source.path, source.revision  # not the files it was read from
+    base = source.path if source.from_ is None else source.from_.place  # not the files that it was read from
+    config.base_model_name_or_path, config.revision = base, source.revision
     log.info("adapter: %.2f M parameters are trained", adapted.get_nb_trainable_parameters()[0] / 1e6)
     return adapted
 
@@ -59,17 +60,19 @@ def add_adapter(model: Any, adapter: Adapter, source: Model, seed: int) -> Any:
 def try_adapter(adapter: Adapter, source: Model) -> None:
     """Raise StageError where `add_adapter` would for a model of `source`, which is built without its weights.
 
-    Nothing is known of a checkpoint whose config is not on this machine.
+    Nothing is known of a checkpoint whose config is not on this machine, or only in DVC's cache.
     """
     import torch
     import transformers
 
-    if source.path is None:
+    if not source.has_files:
         config = transformers.AutoConfig.for_model(**source.config)
+    elif source.from_ is not None:
+        return
     else:
         try:
             config = transformers.AutoConfig.from_pretrained(
-                Path(source.path).expanduser() if source.files is not None else source.path,
+                Path(str(source.path)).expanduser() if source.files is not None else source.path,
                 revision=source.revision,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -152,4 +155,4 @@ def save_model(model: Any, adapter: Adapter | None, source: Model, directory: Pa
     else:
         model.save_pretrained(directory)
         (directory / "README.md").unlink()  # peft's empty model card
-        write_json(directory / BASE, TypeAdapter(Model).dump_python(source))
+        write_json(directory / BASE, TypeAdapter(Model).dump_python(source, by_alias=True))

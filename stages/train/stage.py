@@ -1,6 +1,7 @@
 """Stage `train@TASK`: blocks -> a trained model, through transformers' Trainer or Keras.
 
-Reads   data/blocks/TASK/{train,validation}/, data/tokens/TASK/tokenizer/, the model's pinned checkpoint if it has one
+Reads   data/blocks/TASK/{train,validation}/, data/tokens/TASK/tokenizer/, the model's pinned checkpoint if it has one,
+        models/START/ where the task starts from another one
 Writes  models/TASK/ (save_pretrained: config, safetensors, tokenizer), reports/train/TASK/ (curves, a ledger)
 Command python -m stages.train task=causal
 """
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationInfo, field_validator
 
-from stages.core.artifacts import Blocks, check_out, read_json, staged, versions, write_json
+from stages.core.artifacts import Blocks, check_out, read_json, sha256, staged, versions, write_json
 from stages.core.config import Positive, Seed, part
 from stages.core.environment import settings_of_collectives
 from stages.core.errors import StageError
@@ -64,6 +65,8 @@ class TrainConfig:
     """Passes over the training blocks; may be a fraction; null: trainer.max_steps says how long training is."""
     batch_size: Positive
     """Sequences in an optimizer step, whatever the hardware."""
+    start: str | None
+    """Directory of the trained model that training goes on from; null: it begins with `model`."""
     tokens: str
     """Directory of tokenize, for its tokenizer."""
     blocks: str
@@ -144,6 +147,17 @@ class TrainConfig:
             batches(batch_size, hardware, hardware.processes)
         return batch_size
 
+    @field_validator("start")
+    @classmethod
+    def _can_be_had_again(cls, start: str | None, info: ValidationInfo) -> str | None:
+        adapter = info.data.get("adapter")
+        if start is not None and adapter is not None and not adapter.merge:
+            raise ValueError(
+                f"adapter.merge=false needs a pinned model to be added to, and {start} changes with its task: set"
+                " adapter.merge: true, or pin that model (python -m tools.pin_model)"
+            )
+        return start
+
     @field_validator("framework")
     @classmethod
     def _can_do_it(cls, framework: Framework, info: ValidationInfo) -> Framework:
@@ -177,9 +191,10 @@ def main(config: TrainConfig) -> None:
 def train(config: TrainConfig) -> None:
     """The work of the stage, as one of the processes that do it does it."""
     from stages.model.block_loss import check_predictions
-    from stages.model.models import build_model, prepare_torch
+    from stages.model.models import prepare_torch
     from stages.model.objectives import make_objective
     from stages.model.processes import rank, wait_for_all
+    from stages.model.start import build_start
     from stages.train.live import remove_live_curves
 
     framework = _framework_of(config)
@@ -187,7 +202,7 @@ def train(config: TrainConfig) -> None:
     prepare_torch(config.hardware)
     tokens, blocks = Path(config.tokens), Path(config.blocks)
     vocabulary = Vocabulary.read(tokens)
-    model = build_model(config.model, vocabulary, config.seed)
+    model = build_start(config.model, config.start, tokens, config.seed)
     use_cache = getattr(model.config, "use_cache", None)
     if config.adapter is not None:
         model = add_adapter(model, config.adapter, config.model, config.seed)
@@ -251,10 +266,16 @@ def name_of(config: TrainConfig) -> str:
             (started or {}).pop(key, None)
     values["processes"] = config.hardware.processes or world_size()  # where the config leaves it to the GPUs
     values["libraries"] = versions(*_framework_of(config).libraries(config))
+    values["start"] = hashes_of_start(config)
     values["environment"] = settings_of_collectives()
     # The blocks by the checksums beside them, which are verified when they are read.
     ledgers = [Path(config.tokens) / "stats.json", *sorted(Path(config.blocks).rglob("*.json"))]
     return fingerprint(values, ledgers, hash_code(f"train-{config.framework.name}"))
+
+
+def hashes_of_start(config: TrainConfig) -> dict[str, str]:
+    """File name to hash of the model that training goes on from; empty if it begins with another one."""
+    return {} if config.start is None else {file.name: sha256(file) for file in sorted(Path(config.start).iterdir())}
 
 
 def write(
@@ -299,7 +320,8 @@ def ledger(config: TrainConfig, state: "TrainerState", num_blocks: int) -> dict[
     """What training began with and saw; nothing that varies between two equal runs."""
     return {
         "model": pinned_origin(config.model),  # null: from its config alone
-        "from_scratch": config.model.from_scratch,
+        "from_scratch": config.model.from_scratch and config.start is None,
+        "start": config.start and {"task": Path(config.start).name, "files": hashes_of_start(config)},
         "blocks": num_blocks,
         "steps": state.global_step,
         "epochs": state.epoch,

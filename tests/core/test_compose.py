@@ -19,6 +19,7 @@ from stages.core.compose import compose, load, read_root, stage_of
 from stages.core.config import find, read_yaml
 from stages.core.errors import ConfigError
 from stages.core.source_code import list_stages
+from stages.core.starts import follow_starts
 from stages.train.stage import TrainConfig
 
 GLOBAL = "# @package _global_\n"
@@ -373,3 +374,62 @@ def test_compose_stage_takes_the_task_from_dvc_and_one_by_hand_wins() -> None:
     assert out("sub/dvc.yaml:group_texts@mlm") == "data/blocks/mlm"
     assert out("group_texts@mlm", "task=causal") == "data/blocks/causal"
     assert out("train@mlm") == "data/blocks/{task}"  # another stage's
+
+
+# -- tasks that start from another one ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chained(place: Path) -> Path:
+    """The copy, with a task `answers` that starts from causal."""
+    shutil.copy(place / "conf/task/causal.yaml", place / "conf/task/answers.yaml")
+    tasks = read_yaml(place / "params.yaml")["tasks"]
+    edit(place / "params.yaml", tasks=tasks | {"answers": {**tasks["causal"], "start": "causal", "sources": ["books"]}})
+    return place
+
+
+def test_compose_of_a_task_with_a_start_reads_the_model_and_the_tokenizer_of_the_start(chained: Path) -> None:
+    for stage, start in (
+        ("tokenize", "data/tokens/causal/tokenizer"),
+        ("baseline", "models/causal"),
+        ("train", "models/causal"),
+    ):
+        assert problems_of(stage, task="answers") == ""
+        composition = compose(stage, item="answers")
+        assert composition.values["start"] == start and "tasks.answers.start" in composition.params
+        assert compose(stage, item="causal").values["start"] is None
+        assert compose(stage, ["start=null"], "answers").values["start"] is None
+    assert compose("tokenize", item="answers").values["sources"] == ["books"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"answers__start": "cuasal"},
+            "tasks.answers.start=cuasal: params.yaml has no such task; did you mean causal?",
+        ),
+        ({"answers__start": 3}, "tasks.answers.start=3: params.yaml has no such task"),
+        ({"answers__start": None}, "tasks.answers.start=None: params.yaml has no such task"),
+        ({"answers__start": "answers"}, "tasks.answers.start=answers: a task cannot start from itself"),
+        ({"causal__start": "answers"}, "the tasks start from each other (answers from causal from answers)"),
+        ({"answers__start": "mlm"}, "answers has objective.name=causal, mlm has mlm (conf/task)"),
+        (
+            {"answers__model": "gpt2"},
+            "answers has the model gpt2 with the tokenizer of openai-community/gpt2, causal the model tiny-gpt2 with a"
+            " tokenizer trained on its own text, and a task has both from its start: set tasks.answers.model: tiny",
+        ),
+    ],
+)
+@pytest.mark.parametrize("stage", ["tokenize", "baseline", "train"])
+def test_compose_of_a_start_that_cannot_be_says_why(chained: Path, stage: str, changes: dict, told: str) -> None:
+    edit(chained / "params.yaml", **{f"tasks__{key}": value for key, value in changes.items()})
+    assert told in problems_of(stage, task="answers")
+
+
+def test_compose_of_a_start_follows_a_chain_of_any_length(chained: Path) -> None:
+    tasks = read_yaml(chained / "params.yaml")["tasks"]
+    edit(chained / "params.yaml", tasks=tasks | {"last": {**tasks["causal"], "start": "answers"}})
+    shutil.copy(chained / "conf/task/causal.yaml", chained / "conf/task/last.yaml")
+    assert compose("train", item="last").values["start"] == "models/answers"
+    assert follow_starts(read_yaml(chained / "params.yaml")["tasks"], "last") == ["last", "answers", "causal"]

@@ -74,7 +74,9 @@ def write_split(root, file, flatten, wrap, template=None):
     tokenizer = load_tokenizer(root / "tokenizer")
     vocabulary = vocabulary_of(tokenizer, root / "tokenizer", wrap, ["eos_token"])
     write_json(root / "stats.json", {"vocabulary": vars(vocabulary)})
-    tokenize_split(TextFile(file, flatten, template), Tokenizers(tokenizer), vocabulary, root / "split", decoder=None)
+    tokenize_split(
+        TextFile(file, flatten, template=template), Tokenizers(tokenizer), vocabulary, root / "split", decoder=None
+    )
     return SplitTexts(Documents(root / "split"), vocabulary)
 
 

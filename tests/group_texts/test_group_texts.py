@@ -12,7 +12,17 @@ from data_helpers import contents, read_stats, steady, write_shards, write_token
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.core.artifacts import SEGMENT_START, SPLITS, Blocks, Documents, shard_files, to_arrow
+from stages.core.artifacts import (
+    SEGMENT_START,
+    SPLITS,
+    Blocks,
+    Documents,
+    read_shard,
+    shard_files,
+    to_arrow,
+    write_checksums,
+    write_shard,
+)
 from stages.core.errors import StageError
 from stages.group_texts import block_shards
 from stages.group_texts.schema import WeightedData
@@ -292,6 +302,48 @@ def test_group_texts_of_records_other_than_its_documents_is_an_error(mixed: Path
     write_sources(tmp_path / "raw", ["a", "b"])
     with pytest.raises(StageError, match=r"train.parquet is damaged.*2 records, where .* has 380 documents"):
         run(mixed, tmp_path / "blocks", weights={"a": 0.5, "b": 0.5})
+
+
+def write_chosen(directory: Path, records: list[int]) -> Path:
+    """Tokens of which the documents of train are those of some records, as tokenize writes them for chosen sources."""
+    tokens = write_tokens(directory, DOCUMENTS | {"train": [[*DOCUMENTS["train"][record]] for record in records]})
+    file = tokens / "train/shard-00000.arrow"
+    (batch,) = read_shard(file)
+    file.unlink()  # which stays mapped: what is written in its place has memory of its own
+    batch = batch.append_column("record", pa.array(records, pa.int64()))
+    write_checksums(tokens / "train", [write_shard(file, batch.schema, [batch])])
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("sources", "shares"),
+    [(["one", "two", "two", "three"], {"two": 0.6, "three": 0.4}), (["two"] * 2 + ["three"] * 2, None)],
+)
+def test_group_texts_of_chosen_sources_describes_those_by_their_records(
+    tmp_path: Path, sources: list[str], shares: dict[str, float] | None
+) -> None:
+    tokens = write_chosen(tmp_path / "tokens", [2, 3])
+    write_sources(tmp_path / "raw", sources)
+    weights = None if shares is None else {"one": 0.5, "two": 0.3, "three": 0.2}
+    ledger = read_stats(run(tokens, tmp_path / "blocks", 2, weights) / "train")
+    described = ledger.get("sources")
+    if shares is None:  # both are of three: a single source, of which nothing is to be said
+        assert described is None
+        return
+    assert {name: source["share_asked"] for name, source in described.items()} == pytest.approx(shares)
+    assert {name: source["documents"] for name, source in described.items()} == {"two": 1, "three": 1}
+
+
+def test_group_texts_of_chosen_sources_without_a_share_is_an_error(tmp_path: Path) -> None:
+    write_sources(tmp_path / "raw", ["one", "one", "two", "two"])
+    with pytest.raises(StageError, match=r"data\.weights are 0 for all sources of the task: two"):
+        run(write_chosen(tmp_path / "tokens", [2, 3]), tmp_path / "blocks", 2, {"one": 1.0, "two": 0.0})
+
+
+def test_group_texts_of_records_that_are_not_there_names_the_file(tmp_path: Path) -> None:
+    write_sources(tmp_path / "raw", ["one"] * 3)
+    with pytest.raises(StageError, match=r"train.parquet is damaged \(3 records, where .* has record 3"):
+        run(write_chosen(tmp_path / "tokens", [2, 3]), tmp_path / "blocks", 2)
 
 
 # -- marks -------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from mini_hub import MiniHub
 from stages.core.artifacts import sha256
 from stages.core.errors import StageError
 from stages.hub.files import pinned_files, usable_positions, weights_files
+from stages.tokens.schema import TokenizerSource
 
 # -- local directories -------------------------------------------------------------------------------------------------
 
@@ -75,7 +76,7 @@ def test_pinned_files_of_an_absent_directory_names_it(tmp_path: Path) -> None:
 
 
 def weights(directory: Path, pin: dict[str, str]) -> list[str]:
-    return sorted(weights_files("model", str(directory), None, pin))
+    return sorted(weights_files("model", TokenizerSource(path=str(directory), files=pin)))
 
 
 def write_sharded(directory: Path) -> None:

@@ -29,12 +29,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_questions(root / f"raw/{split}.parquet", RECORDS)
     task = ["task=answers", "data=sample"]
     tokenizer = ["model=tiny-gpt2", "model.tokenizer.train.vocab_size=300"]
-    run_stage("tokenize", *task, *tokenizer, f"raw={root}/raw", f"out={root}/tokens")
+    run_stage("tokenize", *task, *tokenizer, "sources=null", "start=null", f"raw={root}/raw", f"out={root}/tokens")
     run_stage("group_texts", *task, "block_size=32", *paths(root, "raw", "tokens"), f"out={root}/blocks")
     run_stage(
         "baseline",
         *common(root),
         *MODEL,
+        "start=null",
         "seed=1",
         *paths(root, "raw", "tokens"),
         f"out={root}/baseline.json",
@@ -68,6 +69,7 @@ def train(root: Path, out: Path, *more: str) -> None:
         "adapter=none",
         "framework=trainer",
         *MODEL,
+        "start=null",
         "seed=1",
         "block_size=32",
         "learning_rate=0.01",
@@ -117,6 +119,7 @@ def test_metrics_are_over_all_text_when_asked(prepared: Path, trained: Path, tmp
         "baseline",
         *common(prepared),
         *MODEL,
+        "start=null",
         "seed=1",
         "+evaluate.include_prompts=true",
         *paths(prepared, "raw", "tokens"),

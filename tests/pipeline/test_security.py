@@ -31,6 +31,7 @@ from stages.core.errors import StageError
 from stages.download.hub_data import read_hub, resolve_commit
 from stages.download.schema import HubData, without_credentials
 from stages.hub.files import weights_files
+from stages.tokens.schema import TokenizerSource
 from tools.pin_model import pin
 
 SOURCES = sorted(file for name in ("stages", "tools", "benchmarks") for file in (REPOSITORY / name).rglob("*.py"))
@@ -243,7 +244,7 @@ def test_security_pickled_weights_are_refused_with_the_way_to_convert_them(tmp_p
     torch.save({}, tmp_path / name)
     words = rf"only {tmp_path}/{re.escape(name)}: pickled weights can run code .* convert them with .*save_pretrained"
     with pytest.raises(StageError, match=words):
-        weights_files("model", str(tmp_path), None, {"config.json": "sha256:0"})
+        weights_files("model", TokenizerSource(path=str(tmp_path), files={"config.json": "sha256:0"}))
     with pytest.raises(ValueError, match=words):
         pin(tmp_path, None, False, None)
 

@@ -50,6 +50,8 @@ def config(
         flatten=of_task,
         model=ModelTokenizer(tokenizer=tokenizer),
         tokenize=WRAP[task],
+        sources=None,
+        start=None,
         raw=str(tmp_path / "raw"),
         out=str(tmp_path / "tokens"),
     )

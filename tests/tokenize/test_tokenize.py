@@ -18,6 +18,7 @@ from data_helpers import (
     read_stats,
     write_bpe,
     write_raw,
+    write_records,
     write_unigram,
     write_word_piece,
 )  # fmt: skip
@@ -45,13 +46,23 @@ SPLIT_TEXTS = {
 }
 
 
-def run(tmp_path: Path, task: str, tokenizer: TokenizerSource | None = None, raw: Any = None, out: str = "t") -> Path:
+def run(
+    tmp_path: Path,
+    task: str,
+    tokenizer: TokenizerSource | None = None,
+    raw: Any = None,
+    out: str = "t",
+    sources: list[str] | None = None,
+    start: Path | None = None,
+) -> Path:
     """What tokenize writes for SPLIT_TEXTS, by a tokenizer of its own unless another is given."""
     trained = TrainedTokenizer(vocab_size=300, special_tokens=dict(ROLES[task]))
     config = TokenizeConfig(
         data=FlattenData(flatten=Flatten(columns=["answers.text"], joiner=" ")),
         model=ModelTokenizer(tokenizer=tokenizer or TokenizerSource(train=trained)),
         tokenize=WRAP[task],
+        sources=sources,
+        start=start and str(start),
         raw=str(raw or write_raw(tmp_path / "raw", SPLIT_TEXTS)),
         out=str(tmp_path / out),
     )
@@ -253,3 +264,66 @@ def test_tokenize_of_a_text_that_spells_a_control_token_of_a_unigram_names_the_d
     with pytest.raises(StageError, match="validation document 1 spells a control token"):
         run(tmp_path, "causal", pinned(directory), raw=write_raw(tmp_path / "r", texts))
     assert not (tmp_path / "t").exists()
+
+
+# -- chosen sources, another task's tokenizer --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """data/raw, of which each split has records of books and web; in train also of news."""
+    for split, texts in SPLIT_TEXTS.items():
+        names = ["web", "books", "web", "books", "news", "news"][: len(texts)]
+        write_records(tmp_path / "mixed" / f"{split}.parquet", texts, sources=names, rows=2)
+    return tmp_path / "mixed"
+
+
+@pytest.mark.parametrize("sources", [["web"], ["books", "web"], ["news", "web"]])
+def test_tokenize_of_chosen_sources_has_their_documents_with_the_numbers_of_their_records(
+    tmp_path: Path, mixed: Path, sources: list[str]
+) -> None:
+    tokenizer = pinned(write_bpe(tmp_path / "bpe", CAUSAL_TOKENS))
+    every, some = (run(tmp_path, "causal", tokenizer, mixed, str(out), out) for out in (None, sources))
+    for split, names in (("train", ["web", "books", "web", "books", "news", "news"]), ("test", ["web", "books"])):
+        whole, chosen = Documents(every / split), Documents(some / split)
+        records = [number for number, name in enumerate(names) if name in sources]
+        assert chosen.records.tolist() == records and whole.records.tolist() == list(range(len(names)))
+        assert chosen.num_bytes.tolist() == whole.num_bytes[records].tolist()
+        first, *others = (chosen[number].tolist() for number in range(len(chosen)))
+        end = first[-1]
+        # The lead stands before the first document that there is, whatever its record.
+        assert first == [end] * (records[0] > 0) + whole[records[0]].tolist()
+        assert others == [whole[record].tolist() for record in records[1:]]
+        assert read_stats(some / split)["documents"] == len(records)
+
+
+def test_tokenize_of_chosen_sources_trains_the_tokenizer_on_their_text(tmp_path: Path) -> None:
+    for split in SPLITS:
+        write_records(tmp_path / "raw" / f"{split}.parquet", ["aaaa " * 50, "bbbb " * 50], sources=["a", "b"])
+    out = run(tmp_path, "causal", raw=tmp_path / "raw", sources=["b"])
+    learned = load_tokenizer(out / "tokenizer").get_vocab()
+    assert "bb" in learned and "aa" not in learned
+
+
+@pytest.mark.parametrize(
+    ("sources", "told"),
+    [
+        (["web", "boks"], r"sources names boks, of which .* has no records: it has books, news, web"),
+        (["news"], r"the validation split has no record of theirs, only of books, web"),
+    ],
+)
+def test_tokenize_of_sources_that_are_not_there_names_those_that_are(
+    tmp_path: Path, mixed: Path, sources: list[str], told: str
+) -> None:
+    with pytest.raises(StageError, match=told):
+        run(tmp_path, "causal", raw=mixed, sources=sources)
+    assert not (tmp_path / "t").exists()
+
+
+def test_tokenize_of_a_task_with_a_start_has_the_tokenizer_of_the_start(tmp_path: Path) -> None:
+    first = run(tmp_path, "causal", out="first")
+    raw = write_raw(tmp_path / "other", dict.fromkeys(SPLITS, ("Quite another text. " * 20,)))
+    out = run(tmp_path, "causal", raw=raw, out="next", start=first / "tokenizer")
+    assert contents(out / "tokenizer") == contents(first / "tokenizer")
+    assert contents(out / "tokenizer") != contents(run(tmp_path, "causal", raw=raw, out="own") / "tokenizer")
+    assert read_stats(out)["tokenizer"] == {"task": "first"}

@@ -67,3 +67,21 @@ def test_texts_of_a_file_whose_pages_are_damaged_name_it(tmp_path: Path) -> None
     file.write_bytes(data)
     with pytest.raises(StageError, match=f"{file} is damaged"):
         texts(TextFile(file, Flatten(columns=["title"], joiner=" ")))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 1000])
+@pytest.mark.parametrize(
+    ("sources", "records"),
+    [(["a"], [0, 3]), (["b"], [1]), (["c", "a"], [0, 2, 3]), (["a", "b", "c"], [0, 1, 2, 3]), (["d"], [])],
+)
+def test_texts_of_chosen_sources_are_those_of_their_records(
+    tmp_path: Path, rows: int, sources: list[str], records: list[int]
+) -> None:
+    named = [{**row, "source": source} for row, source in zip(ROWS, "abca", strict=True)]
+    path = write(tmp_path / "a.parquet", named, rows)
+    file, whole = TextFile(path, ANSWERS, sources), texts(TextFile(path, ANSWERS))
+    assert file.records is not None and file.records.tolist() == records
+    assert (texts(file), file.num_documents) == ([whole[record] for record in records], len(records))
+    assert all(len(group) for group in file) and file.group_starts[-1] == len(records)
+    starts = [shard.first for shard in file.shards(1)]
+    assert starts == file.group_starts[:-1].tolist() or (starts, records) == ([0], [])

@@ -12,7 +12,7 @@ from data_helpers import CAUSAL_TOKENS, MLM_TOKENS, hashes, write_bpe
 from stages.core.config import CONF, validate
 from stages.hub.files import pinned_files, weights_files
 from stages.model.schema import Model
-from stages.tokens.schema import ModelTokenizer
+from stages.tokens.schema import ModelTokenizer, TokenizerSource
 from tools import pin_model
 
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": 64}
@@ -109,7 +109,7 @@ def test_pin_model_of_sharded_weights_pins_index_and_shards(tmp_path: Path, monk
     index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     run(monkeypatch, directory)
-    assert len(weights_files("model", str(directory), None, config_of("m")["files"])) == 2
+    assert len(weights_files("model", TokenizerSource(path=str(directory), files=config_of("m")["files"]))) == 2
 
 
 @pytest.mark.parametrize(

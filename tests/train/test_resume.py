@@ -428,3 +428,49 @@ def test_request_by_signal_ends_training_behind_a_checkpoint(
     run_toy("train", "causal", tmp_path, "trainer.logging_steps=4")
     assert resumed_from(caplog) == [4]
     assert contents(tmp_path) == undisturbed("causal", "trainer.logging_steps=4")
+
+
+# -- training that goes on from another task's model -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def starts(run_toy, cache, tmp_path_factory):
+    """Task to the directory of a trained model; `other` is one of causal with other weights."""
+    root = tmp_path_factory.mktemp("starts")
+    for name, task, *more in (("causal", "causal"), ("mlm", "mlm"), ("other", "causal", "seed=7")):
+        run_toy("train", task, root / name, *more)
+    return {name: root / name / "model" for name in ("causal", "mlm", "other")}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("more", [[], ["adapter=lora"]])
+def test_training_from_a_start_killed_ends_with_the_same_bytes(
+    run_toy, undisturbed, starts, kill_at, caplog, tmp_path, task, more
+):
+    more = [*EVERY, *more, f"start={starts[task]}"]
+    kill_at(5)
+    with pytest.raises(Killed):
+        run_toy("train", task, tmp_path, *more)
+    kill_at(None)
+    caplog.set_level("INFO")
+    run_toy("train", task, tmp_path, *more)
+    assert resumed_from(caplog) == [5]
+    assert contents(tmp_path) == undisturbed(task, *more)
+    ledger = json.loads(contents(tmp_path)["report/stats.json"])
+    assert ledger["start"]["files"].keys() == {file.name for file in starts[task].iterdir()}
+    assert ledger["from_scratch"] is False
+
+
+def test_checkpoint_of_another_start_is_not_taken(run_toy, undisturbed, starts, kill_at, caplog, tmp_path):
+    more = ["trainer.logging_steps=5"]
+    shutil.copytree(starts["causal"], tmp_path / "start")
+    killed_run(run_toy, kill_at, tmp_path / "out", *more, f"start={tmp_path}/start")
+    caplog.set_level("INFO")
+    run_toy("train", "causal", tmp_path / "other", *EVERY, *more, f"start={starts['other']}")
+    run_toy("train", "causal", tmp_path / "none", *EVERY, *more)
+    assert resumed_from(caplog) == []
+    shutil.copy(starts["other"] / "model.safetensors", tmp_path / "start")
+    run_toy("train", "causal", tmp_path / "changed", *EVERY, *more, f"start={tmp_path}/start")
+    assert resumed_from(caplog) == []
+    run_toy("train", "causal", tmp_path / "out", *EVERY, *more, f"start={starts['causal']}")
+    assert resumed_from(caplog) == [6]  # wherever the same start is
