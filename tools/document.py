@@ -182,7 +182,7 @@ def paths() -> Iterator[str]:
         meanings = {key.name: key.meaning for key in stage_keys(stage)}
         for key, path in read_root(stage).paths.items():
             if "/" in path:
-                path = path.replace("{task}", "TASK").replace("{source}", "SOURCE")
+                path = path.replace("{task}", "TASK").replace("{source}", "SOURCE").replace("{start}", "START")
                 rows.append((stage, code(key), meanings[key], code(path)))
     yield table(("stage", "key", "meaning", "path"), rows)
 

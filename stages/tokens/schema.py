@@ -45,7 +45,7 @@ class TokenizerSource:
     @model_validator(mode="after")
     def _one_origin(self) -> "TokenizerSource":
         if (self.train is None) == (self.path is None and self.from_ is None):
-            raise ValueError("model.tokenizer: give either `train`, `path` or `from`")
+            raise ValueError("model.tokenizer: give one of `train`, `path` and `from`")
         check_pin("model.tokenizer", self)
         return self
 

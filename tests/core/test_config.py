@@ -99,7 +99,7 @@ def test_config_hardware_file_has_the_key_that_baseline_and_evaluate_track_and_r
         ("download", ["data=hub", "+data.filter.subreddit=askscience"], "data.filter.subreddit"),
         ("download", ["data=hub", "+data.filter.subreddit=[]"], "data.filter.subreddit"),
         ("download", ["data.columns.texts=[]"], "data.columns.texts"),
-        ("tokenize", ["++model.tokenizer.path=x"], "model.tokenizer: give either `train` or `path`"),
+        ("tokenize", ["++model.tokenizer.path=x"], "model.tokenizer: give one of `train`, `path` and `from`"),
         ("tokenize", ["+model.tokenizer.train.special_tokens.end=x"], "special_tokens.end is not a role"),
         (
             "tokenize",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -89,3 +90,44 @@ def test_chain_of_tasks_that_cannot_be_is_an_error_of_the_check(chained: Path, s
         assert told in said or start == "last"
     finally:
         run(chained, "git", "reset", "-q", "--hard")
+
+
+@pytest.mark.slow
+def test_chain_from_an_experiment_is_pinned_and_shown(chained: Path) -> None:
+    run(chained, "dvc", "exp", "run", "-n", "fast", "-S", "tasks.causal.learning_rate=0.01", "train@causal")
+    lock = yaml.safe_load((chained / "dvc.lock").read_text())["stages"]["train@causal"]["outs"]
+    md5 = next(out["md5"] for out in lock if out["path"] == "models/causal")
+    run(chained, "git", "reset", "-q", "--hard")
+    run(chained, "dvc", "checkout", "-q", "--force")
+    run(chained, "python", "-m", "tools.pin_model", "models/causal", "--rev", "fast", "--name", "mine")
+    pin = yaml.safe_load((chained / "conf/model/mine.yaml").read_text())
+    assert pin["from"] == pin["tokenizer"]["from"] == {"rev": "fast", "task": "causal", "md5": md5}
+    run(chained, "python", "-m", "tools.pin_model", "models/causal", "--rev", "main", "--name", "main")
+    head = run(chained, "git", "rev-parse", "HEAD").strip()
+    assert yaml.safe_load((chained / "conf/model/main.yaml").read_text())["from"]["rev"] == head
+    for arguments, told in (
+        (["models/causal", "--rev", "nothing"], "git knows no commit and no experiment nothing"),
+        (["models/nothing", "--rev", "fast"], "dvc.lock of fast has no models/nothing"),
+        (["data/raw", "--rev", "fast"], "name the model of a task: models/TASK"),
+    ):
+        assert told in run(chained, "python", "-m", "tools.pin_model", *arguments, check=False)
+    edit(chained / "params.yaml", tasks__causal__model="mine", tasks__answers__model="mine")
+    assert "is in order" in run(chained, "python", "-m", "tools.check")
+    run(chained, "git", "add", "-A")
+    run(chained, "git", "commit", "-q", "-m", "mine")
+    said = run(chained, "dvc", "exp", "run", "--temp", "-n", "onwards", "train@answers")  # a clone of git alone
+    assert stages_run(said) >= {"tokenize@causal", "train@causal", "train@answers"}
+    run(chained, "dvc", "repro", "train@answers")
+    ledger = json.loads((chained / "reports/train/causal/stats.json").read_text())
+    assert ledger["model"] == {"path": "models/causal", "md5": md5} and not ledger["from_scratch"]
+    shown = " ".join(run(chained, "python", "-m", "tools.why", "train@answers").split())
+    links = re.findall(r"starts from (models/causal of fast|models/causal|fresh weights)", shown)
+    assert links[-3:] == ["models/causal", "models/causal of fast", "fresh weights"] and md5 in shown
+    pin["from"]["rev"] = head
+    (chained / "conf/model/mine.yaml").write_text(yaml.safe_dump(pin), encoding="utf-8")
+    said = run(chained, "python", "-m", "tools.check", check=False)
+    assert f"and from.md5 is {md5}" in said and "--name mine --force" in said
+    pin["tokenizer"]["from"]["md5"] = "0" * 32 + ".dir"
+    (chained / "conf/model/mine.yaml").write_text(yaml.safe_dump(pin), encoding="utf-8")
+    assert "a model goes on with its own tokenizer" in run(chained, "python", "-m", "tools.check", check=False)
+    run(chained, "git", "reset", "-q", "--hard", "HEAD~1")
