@@ -31,6 +31,11 @@ class Model:
     config: dict[str, Any]
     """Values that override the architecture's configuration."""
 
+    @property
+    def attention(self) -> str | None:
+        """The attention that `config` chooses; None: transformers' own choice."""
+        return self.config.get("_attn_implementation")
+
     @model_validator(mode="after")
     def _buildable(self) -> "Model":
         if self.path is not None:
