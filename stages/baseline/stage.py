@@ -21,6 +21,7 @@ from stages.figures.schema import Evaluate, Samples, check_prompts
 from stages.figures.scores import add_scores, describe_records, write_scores
 from stages.figures.texts import open_texts, source_files
 from stages.model.hardware import Hardware
+from stages.model.lean_import import import_lean
 from stages.model.schema import Model, ObjectiveName, check_task
 from stages.tokens.texts import Flatten, FlattenData, choose_flatten
 from stages.tokens.vocabulary import Vocabulary
@@ -85,6 +86,7 @@ class BaselineConfig:
 def main(config: BaselineConfig) -> None:
     check_out(config.out)
     check_out(config.report, EVALUATED_FILES)
+    import_lean(config.hardware, config.model.attention)
     from stages.figures.metrics import choose_documents, score_documents
     from stages.figures.samples import make_samples
     from stages.model.models import prepare_torch

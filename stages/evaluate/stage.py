@@ -31,6 +31,7 @@ from stages.figures.texts import Texts, open_texts
 from stages.hub.files import usable_positions
 from stages.launch.torchrun import run_in_processes
 from stages.model.hardware import Hardware
+from stages.model.lean_import import import_lean
 from stages.model.schema import ObjectiveConfig
 from stages.tokens.texts import Flatten, FlattenData, choose_flatten
 from stages.tokens.vocabulary import Vocabulary
@@ -84,6 +85,7 @@ def main(config: EvaluateConfig) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
     """The work of the stage, as one of the processes that do it does it."""
+    import_lean(config.hardware)
     from stages.figures.metrics import choose_documents
     from stages.figures.samples import check_samples, make_samples, write_page
     from stages.model.models import prepare_torch

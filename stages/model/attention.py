@@ -37,14 +37,14 @@ def sdpa_in_parts(
         attention_mask: [batch or 1, heads or 1, length, length]; bool, true for a key seen, if a row is to be taken in
             parts.
     """
-    is_long = query.shape[2] > QUERIES and attention_mask is not None and attention_mask.dtype == torch.bool
-    if not is_long or dropout or others.get("position_bias") is not None:
+    # Which keys are seen is known from the mask's values alone, which a compiler does not see.
+    whole_only = dropout or others.get("position_bias") is not None or torch.compiler.is_compiling()
+    if attention_mask is None or attention_mask.dtype != torch.bool or query.shape[2] <= QUERIES or whole_only:
         whole: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, **others)[0]
         return whole, None
     return _in_parts(module, query, key, value, attention_mask, others), None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # which keys are seen is known from the mask's values alone
 def _in_parts(
     module: torch.nn.Module,
     query: torch.Tensor,

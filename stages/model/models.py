@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from transformers import AutoConfig
+from transformers.initialization import no_init_weights
 
 from stages.core.artifacts import read_object
 from stages.core.config import nearest
@@ -113,7 +114,12 @@ def _build(model: Model, vocabulary: Vocabulary | None, seed: int, scratch: Path
                 f"{config.model_type} numbers positions from its pad token, and the tokenizer has no pad_token"
             )
         _check_shape(auto, config, "model.config")
-        built = auto.from_config(config, dtype=torch.float32)
+        try:
+            built = auto.from_config(config, dtype=torch.float32)
+        except RuntimeError as error:  # of a distribution that torch does not draw from
+            if "memory" in str(error):
+                raise
+            raise StageError(f"model.config makes no {config.model_type}: {_in_a_line(error)}") from None
         check_finite(built, "the weights that model.config starts with")
         return built
     _check_shape(auto, config, f"config.json of {_named(model)}, with model.config,")
@@ -151,7 +157,8 @@ def _check_values(settings: dict[str, Any], where: str) -> None:
 def _check_shape(auto: Any, config: Any, where: str) -> None:
     """Raise StageError unless `config` makes a model, of a size that can be meant: built without memory for weights."""
     try:
-        with torch.device("meta"):
+        # Fresh weights that have no values would still be drawn, by Python code that imports torch's compiler.
+        with torch.device("meta"), no_init_weights():
             built = auto.from_config(copy.deepcopy(config), dtype=torch.float32)
     except Exception as error:  # each architecture checks its values in its own way, or not at all
         raise StageError(f"{where} makes no {config.model_type}: {_in_a_line(error)}") from None

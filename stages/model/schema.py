@@ -38,6 +38,11 @@ class Model:
         """Whether the architecture's configuration is read from files; else it is built from `config` alone."""
         return self.path is not None or self.from_ is not None
 
+    @property
+    def attention(self) -> str | None:
+        """The attention that `config` chooses; None: transformers' own choice."""
+        return self.config.get("_attn_implementation")
+
     @model_validator(mode="after")
     def _buildable(self) -> "Model":
         check_pin("model", self)

@@ -17,6 +17,7 @@ from stages.core.config import part
 from stages.core.errors import StageError
 from stages.hub.files import usable_positions
 from stages.model.hardware import Hardware
+from stages.model.lean_import import import_lean
 from stages.model.schema import ObjectiveName
 from stages.score.items import digest_of, read_items
 from stages.score.schema import Pairs
@@ -46,6 +47,7 @@ class ScoreConfig:
 def main(config: ScoreConfig) -> None:
     check_out(config.out, _FILES)
     items = read_items(config.pairs)
+    import_lean(config.hardware)
     from stages.model.models import prepare_torch
     from stages.model.trained import load_trained
     from stages.score.accuracy import accuracy_figures, tabulate

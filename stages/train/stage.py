@@ -23,6 +23,7 @@ from stages.core.pins import pinned_origin
 from stages.core.source_code import hash_code
 from stages.launch.torchrun import run_in_processes
 from stages.model.hardware import Hardware
+from stages.model.lean_import import import_lean
 from stages.model.schema import Adapter, Model, ObjectiveConfig, check_isolation, check_task
 from stages.shell.interruption import signals_as_request
 from stages.tokens.vocabulary import Vocabulary, export_tokenizer
@@ -190,6 +191,9 @@ def main(config: TrainConfig) -> None:
 
 def train(config: TrainConfig) -> None:
     """The work of the stage, as one of the processes that do it does it."""
+    if config.trainer.get("torch_compile") is not True:
+        unused = ["datasets", *(["peft"] if config.adapter is None else [])]
+        import_lean(config.hardware, config.model.attention, trainer=True, leave_out=unused)
     from stages.model.block_loss import check_predictions
     from stages.model.models import prepare_torch
     from stages.model.objectives import make_objective

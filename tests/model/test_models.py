@@ -341,6 +341,7 @@ def test_checkpoint_in_shards_is_loaded_as_in_one_file(tmp_path, saved):
         ("llama", {"intermediate_size": 10**23}, r"model\.config\.intermediate_size=1\d+ cannot be meant"),
         ("gpt2", {"_attn_implementation": "owner/kernels"}, "never run"),
         ("gpt2", {"initializer_range": float("inf")}, "model.config.* NaN or infinite"),
+        ("gpt2", {"initializer_range": -1.0}, "model.config makes no gpt2: .*std"),
         ("gpt2", {"initializer_range": float("nan")}, r"model\.config\.initializer_range=nan cannot be meant"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A data stage imports what it uses: not torch, transformers, datasets or DVC.
+"""A data stage imports what it uses: not torch, transformers, datasets or DVC; nor a model stage what it does not use.
 
 pyarrow imports pandas, half a second's work, where it turns objects of Python into arrays and scalars: nothing does
 that while all records are regular.
@@ -16,7 +16,8 @@ RUN = """
 import os, runpy, sys
 os._exit = lambda code: None
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
-print(sorted({"torch", "transformers", "datasets", "pandas", "dvc"} & set(sys.modules)))
+heavy = {"torch", "transformers", "datasets", "pandas", "dvc", "peft", "scipy.optimize", "torch._dynamo", "sympy"}
+print(sorted(heavy & set(sys.modules)))
 """
 
 
@@ -30,6 +31,11 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "download": ["data=files", f"data.path={source}", f"out={place}/raw"],
         "tokenize": [*flat, "task=causal", "model=tiny-gpt2", f"raw={place}/raw", f"out={place}/tokens"],
         "group_texts": ["block_size=16", f"tokens={place}/tokens", f"raw={place}/raw", f"out={place}/blocks"],
+        "baseline": [
+            *flat,
+            *("task=causal", "model=tiny-gpt2", "seed=0", f"raw={place}/raw", f"tokens={place}/tokens", "hardware=cpu"),
+            *(f"out={place}/baseline.json", f"report={place}/baseline", f"sources={place}/sources"),
+        ],
     }
     printed = {}
     for stage, given in overrides.items():
@@ -44,3 +50,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("stage", ["download", "tokenize", "group_texts"])
 def test_imports_of_a_data_stage_are_light(done: dict[str, str], stage: str) -> None:
     assert done[stage] == "[]"
+
+
+def test_imports_of_a_model_stage_are_those_of_its_model(done: dict[str, str]) -> None:
+    assert done["baseline"] == "['torch', 'transformers']"
