@@ -1,8 +1,8 @@
 """Imports transformers' models without the packages that a run in one process on a CPU does not use.
 
-`import transformers.modeling_utils` also imports torch._dynamo (for a few decorators of code for GPUs, and one small
-class), torch.distributed.tensor, FlexAttention with sympy, and scipy.optimize (for losses of object detection): two
-fifths of what it takes. A program that needs one of them later imports it as usual.
+`import transformers.modeling_utils` also imports torch._dynamo (for marks on functions for GPUs, and one small class),
+torch.distributed.tensor, FlexAttention with sympy, and scipy.optimize (for losses of object detection): two fifths of
+its time. A program that needs one of them later imports it as usual.
 """
 
 import contextlib
@@ -10,15 +10,17 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Iterable, Iterator
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from stages.model.hardware import Hardware
 
 log = logging.getLogger(__name__)
 
-_DYNAMO, _CLASS = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
+_DYNAMO, _CLASS = "torch._dynamo", "_trace_wrapped_higher_order_op"
 # transformers asks these functions of transformers.utils, as is_NAME_available, whether to import something.
 LEFT_OUT = ("scipy", "torch_distributed", "torch_flex_attn")
 
@@ -38,8 +40,10 @@ def import_lean(
     alone = hardware.device == "cpu" and hardware.launch is None and hardware.ray is None
     if not alone or attention not in (None, "eager", "sdpa") or {"transformers", _DYNAMO} & set(sys.modules):
         return
+    lazy = _LazyDynamo()
     try:
-        with _without_dynamo(), _unavailable((*LEFT_OUT, *leave_out)):
+        lazy.install()
+        with _unavailable((*LEFT_OUT, *leave_out)):
             import transformers.masking_utils
             import transformers.modeling_layers
             import transformers.modeling_utils
@@ -48,30 +52,70 @@ def import_lean(
                 import transformers.trainer  # noqa: F401
     except Exception as error:  # private parts of other versions
         log.debug("transformers is imported whole: %s", error)
-        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers" or name == _CLASS]:
+        lazy.give_way()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
             del sys.modules[name]
 
 
-@contextlib.contextmanager
-def _without_dynamo() -> Iterator[None]:
-    """Within, torch._dynamo is a stand-in whose decorators, which are meant for torch.compile, change nothing."""
-    import torch
+class _LazyDynamo(ModuleType):
+    """Stands in for torch._dynamo until something asks for more than its marks on functions and code.
 
-    directory = Path(torch.__file__).parent / "_dynamo"
-    stand_in = ModuleType(_DYNAMO)
-    stand_in.__path__ = []
-    for decorator in ("allow_in_graph", "assume_constant_result", "disable"):
-        setattr(stand_in, decorator, _unchanged)
-    spec = importlib.util.spec_from_file_location(_CLASS, directory / f"{_CLASS.rpartition('.')[2]}.py")
-    assert spec is not None and spec.loader is not None
-    own = importlib.util.module_from_spec(spec)
-    sys.modules[_DYNAMO] = torch._dynamo = stand_in
-    sys.modules[_CLASS] = own  # stays: the package takes it over when it is imported
-    try:
-        spec.loader.exec_module(own)
-        yield
-    finally:
-        del sys.modules[_DYNAMO], torch._dynamo
+    Only torch.compile reads these. Anything else, an attribute or a submodule, is that of the package, which is
+    then imported and takes the place of this module.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_DYNAMO)
+        self.__path__: list[str] = []  # submodules are found by _SubmoduleFinder
+        for mark in ("allow_in_graph", "assume_constant_result", "disable", "graph_break"):
+            setattr(self, mark, _unchanged)
+        # By which Accelerate asks whether a model is compiled: none is before the package is imported.
+        self.eval_frame = SimpleNamespace(OptimizedModule=type("OptimizedModule", (), {}))
+
+    def install(self) -> None:
+        import torch
+
+        sys.modules[_DYNAMO] = torch._dynamo = self
+        sys.meta_path.insert(0, _SubmoduleFinder(self, Path(torch.__file__).parent / "_dynamo"))
+
+    def give_way(self) -> ModuleType:
+        """The package, which is imported if it has not been."""
+        if sys.modules.get(_DYNAMO) is self:
+            del sys.modules[_DYNAMO]
+        import torch._dynamo  # noqa: F401
+
+        package = sys.modules[_DYNAMO]
+        if own := sys.modules.get(f"{_DYNAMO}.{_CLASS}"):
+            setattr(package, _CLASS, own)
+        return package
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # what the import system looks for
+        return getattr(self.give_way(), name)
+
+
+class _SubmoduleFinder(MetaPathFinder, Loader):
+    """Has the package imported before one of its submodules is."""
+
+    def __init__(self, stand_in: _LazyDynamo, directory: Path) -> None:
+        self._stand_in, self._directory = stand_in, directory
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if not fullname.startswith(f"{_DYNAMO}.") or sys.modules.get(_DYNAMO) is not self._stand_in:
+            return None
+        if fullname == f"{_DYNAMO}.{_CLASS}":  # which needs nothing of the package
+            return importlib.util.spec_from_file_location(fullname, self._directory / f"{_CLASS}.py")
+        self._stand_in.give_way()
+        return ModuleSpec(fullname, self) if fullname in sys.modules else importlib.util.find_spec(fullname)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """The module, which the package has imported meanwhile."""
+        self._own_spec = sys.modules[spec.name].__spec__
+        return sys.modules[spec.name]
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._own_spec
 
 
 def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:

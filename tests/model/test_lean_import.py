@@ -27,7 +27,7 @@ model = AutoModelForMaskedLM.from_config(config).eval()
 print("logits", float(model(torch.arange(2, 18)[None]).logits.double().sum()))
 """
 LOADED = """
-left_out = ["torch._dynamo", "torch.distributed.tensor", "sympy", "scipy.optimize", "datasets", "peft"]
+left_out = ["torch._dynamo.utils", "torch.distributed.tensor", "sympy", "scipy.optimize", "datasets", "peft"]
 print("loaded", *[name for name in left_out if name in sys.modules])
 """
 
@@ -47,7 +47,7 @@ def whole() -> dict[str, str]:
 
 
 def test_models_imported_lean_leave_out_what_a_cpu_does_not_use_and_compute_the_same(whole: dict[str, str]) -> None:
-    assert "torch._dynamo" in whole["loaded"] and "scipy.optimize" in whole["loaded"]
+    assert "torch._dynamo.utils" in whole["loaded"] and "scipy.optimize" in whole["loaded"]
     lean = run("lean_import.import_lean(hardware())\n", MODEL, LOADED)
     assert lean == {"logits": whole["logits"], "loaded": ""}
 
@@ -71,13 +71,55 @@ def test_import_where_it_may_be_used_is_whole(given: str) -> None:
     assert found["imported"] == "False"
 
 
-@pytest.mark.parametrize("broken", ["_CLASS, 'torch._dynamo.of_another_version'", "LEFT_OUT, ('nothing',)"])
-def test_import_of_versions_that_it_does_not_suit_is_whole_and_computes_the_same(
-    whole: dict[str, str], broken: str
-) -> None:
-    name, value = broken.split(", ", 1)
-    given = f"lean_import.{name} = {value}\nlean_import.import_lean(hardware())\n"
+def test_import_of_a_transformers_that_it_does_not_suit_is_whole_and_computes_the_same(whole: dict[str, str]) -> None:
+    given = "lean_import.LEFT_OUT = ('nothing',)\nlean_import.import_lean(hardware())\n"
     assert run(given, MODEL, LOADED) == whole
+
+
+def test_import_of_a_torch_that_it_does_not_suit_computes_the_same(whole: dict[str, str]) -> None:
+    given = "lean_import._CLASS = 'of_another_version'\nlean_import.import_lean(hardware())\n"
+    assert run(given, MODEL)["logits"] == whole["logits"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import torch._dynamo.utils\nfound = torch._dynamo.utils",
+        "from torch._dynamo import utils as found",
+        "import torch\nfound = torch._dynamo.utils",
+        "import sys\nstand_in = sys.modules['torch._dynamo']\nfound = stand_in.utils",
+    ],
+    ids=["module", "from", "attribute", "kept"],
+)
+def test_dynamo_of_a_lean_import_is_the_package_when_it_is_used(use: str) -> None:
+    said = """
+import torch._dynamo
+print("same", found is sys.modules["torch._dynamo.utils"] is torch._dynamo.utils)
+print("spec", found.__spec__.name, type(found.__spec__.loader).__name__)
+print("package", torch._dynamo.__file__ is not None, torch._dynamo._trace_wrapped_higher_order_op is not None)
+print("compiled", float(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))))
+"""
+    found = run("lean_import.import_lean(hardware())\n", f"{use}\n", said)
+    assert found == {
+        "same": "True",
+        "spec": "torch._dynamo.utils SourceFileLoader",
+        "package": "True True",
+        "compiled": "2.0",
+    }
+
+
+def test_model_imported_lean_trains_without_dynamo(whole: dict[str, str]) -> None:
+    trained = """
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+model(torch.arange(2, 18)[None]).logits.sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+print("trained", float(model(torch.arange(2, 18)[None]).logits.double().sum()))
+print("present", "torch._dynamo.utils" in sys.modules)
+"""
+    lean = run("lean_import.import_lean(hardware())\n", MODEL, trained)
+    assert lean["present"] == "False"
+    assert lean["trained"] == run(MODEL, trained)["trained"] != lean["logits"]
 
 
 def test_model_imported_lean_can_be_compiled_later(whole: dict[str, str]) -> None:
@@ -87,4 +129,4 @@ print("compiled", float(model(torch.arange(2, 18)[None]).logits.double().sum()))
 """
     found = run("lean_import.import_lean(hardware())\n", MODEL, compiled, LOADED)
     assert found["compiled"] == found["logits"] == whole["logits"]
-    assert "torch._dynamo" in found["loaded"]
+    assert "torch._dynamo.utils" in found["loaded"]

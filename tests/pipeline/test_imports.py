@@ -16,7 +16,7 @@ RUN = """
 import os, runpy, sys
 os._exit = lambda code: None
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
-heavy = {"torch", "transformers", "datasets", "pandas", "dvc", "peft", "scipy.optimize", "torch._dynamo", "sympy"}
+heavy = {"torch", "transformers", "datasets", "pandas", "dvc", "peft", "scipy.optimize", "torch._dynamo.utils", "sympy"}
 print(sorted(heavy & set(sys.modules)))
 """
 
