@@ -175,6 +175,12 @@ def usage(run: RecordedRun, repository: str) -> str:
     # Both are Python; the second leaves no character that is not printable.
     text = json.dumps(prompt[0], ensure_ascii=False) if prompt[0].isprintable() else repr(prompt[0])
     load = f'from transformers import pipeline\n\nmodel = pipeline("{PIPELINE[run.objective]}", model="{repository}")\n'
+    if run.objective == "causal" and "chat_template" in read_json(f"data/tokens/{run.task}/stats.json"):
+        return (
+            f"```python\n{load}"
+            f'messages = [{{"role": "user", "content": {text}}}]\n'
+            'print(model(messages, max_new_tokens=60)[0]["generated_text"][-1]["content"])\n```'
+        )
     if run.objective == "causal":
         return (
             f"```python\n{load}"
@@ -189,11 +195,13 @@ def data_section(run: RecordedRun, data: dict[str, Any]) -> str:
     name, chosen = run.params["data"]["name"], run.params["tasks"][run.task]["sources"]
     sample = ": lm-repro's embedded sample of science questions and answers, CC0" if name == "sample" else ""
     revision = f" (revision `{data['source']['revision']}`)" if "hub" in data["source"] else ""
-    rows = []
+    rows, counted = [], []
     for split in SPLITS:
         tokens = read_json(f"data/tokens/{run.task}/{split}/stats.json")
         counts = [data["records_out"][split], tokens["documents"], tokens["text_tokens"], tokens["bytes"]]
         rows.append(f"| {split} | " + " | ".join(f"{count:,}" for count in counts) + " |")
+        if "counted_bytes" in tokens:
+            counted.append(f"{tokens['counted_bytes']:,} bytes of {split}")
     dropped = [f"{name.replace('_', ' ')}: {count:,}" for name, count in data["records_skipped"].items() if count]
     twins = data["held_out_with_near_duplicate_in_train"]
     looked = twins is not None and twins.get("looked_for")
@@ -205,6 +213,7 @@ def data_section(run: RecordedRun, data: dict[str, Any]) -> str:
             f" {data['answers_out']:,} of {data['answers_in']:,} answers kept. Held-out documents"
             f" with a near duplicate in train: {near}.",
             *([f"This task uses the sources {', '.join(map(code_span, chosen))}."] if chosen else []),
+            *([f"Only completions are trained on: {', '.join(counted)}. The rest is given."] if counted else []),
             "",
             "| split | records | documents | tokens | bytes |\n|---|---|---|---|---|",
             *rows,

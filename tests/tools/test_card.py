@@ -21,6 +21,8 @@ from upload_hub import metadata_problems
 from stages.core.artifacts import write_json
 from stages.core.config import flat
 from stages.core.errors import printable
+from stages.tokens.prompts import prompt_template
+from stages.tokens.texts import Flatten
 from tools.card import MEANING, RecordedRun, group_sections, locked_params, make_card, meaning, public, reproduction
 from tools.publish import public_remote, recorded_run
 
@@ -116,6 +118,27 @@ def test_card_code_runs(inside: Path, task: str) -> None:
     with contextlib.redirect_stdout(said):
         exec(code[1].replace(NAME, f"models/{task}"), {})
     assert {"causal": "The reason the sky is blue is", "mlm": "'score'"}[task] in said.getvalue()
+
+
+def test_card_of_answers_only_says_what_counts_and_asks_as_in_training(inside: Path) -> None:
+    form = prompt_template(Flatten(prompt=["title"], completion=["answers.text"]), None)
+    tokens = inside / "data/tokens/causal"
+    for file, values in [(tokens / "stats.json", {"chat_template": form})] + [
+        (tokens / split / "stats.json", {"counted_tokens": 9, "counted_bytes": 1234})
+        for split in ("train", "validation", "test")
+    ]:
+        changed = json.loads(file.read_text()) | values
+        file.unlink()  # a link to DVC's cache, perhaps
+        file.write_text(json.dumps(changed))
+    (inside / "models/causal/chat_template.jinja").write_text(str(form))
+    text = str(card_of("causal"))
+    assert "Only completions are trained on: 1,234 bytes of train, 1,234 bytes of validation" in text
+    code = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert code is not None and '"role": "user"' in code[1]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(code[1].replace(NAME, "models/causal"), {})
+    assert said.getvalue().strip()
 
 
 def test_card_without_license_says_so(inside: Path) -> None:
