@@ -57,6 +57,7 @@ def test_chain_killed_in_its_second_task_ends_with_the_same_bytes(chained: Path,
     shutil.copytree(chained, place, symlinks=True)
     edit(place / "params.yaml", tasks__answers__num_train_epochs=1.0)
     edit(place / "conf/base/hardware.yaml", checkpoints__minutes=0.005)
+    run(place, "dvc", "repro", "train@causal", "group_texts@answers")
     whole = tmp_path / "whole"
     shutil.copytree(place, whole, symlinks=True)
     run(whole, "dvc", "repro", "train@answers")
@@ -65,7 +66,7 @@ def test_chain_killed_in_its_second_task_ends_with_the_same_bytes(chained: Path,
         killed = subprocess.Popen(
             command, cwd=place, env=environment(place), stdout=log, stderr=log, start_new_session=True
         )
-        while not list(place.glob(".lm-repro_cache/**/checkpoint-*/trainer_state.json")):
+        while not list(place.glob(".lm-repro_cache/checkpoints/*/checkpoint-*/trainer_state.json")):
             assert killed.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.05)
         os.killpg(killed.pid, signal.SIGKILL)
