@@ -35,6 +35,8 @@ USERS: dict[str, dict[str, set[str]]] = {
         "block_size": both("group_texts", "train"),
         "seed": both("baseline", "train"),
         **{f"tasks.{task}.model": one(task, "tokenize", "baseline", "train") for task in TASKS},
+        **{f"tasks.{task}.start": one(task, "tokenize", "baseline", "train") for task in TASKS},
+        **{f"tasks.{task}.sources": one(task, "tokenize") for task in TASKS},
         **{f"tasks.{task}": one(task, "train") for task in TASKS},
     },
     "conf/data/sample.yaml": {"": {"download"}, "flatten": both("tokenize", "baseline", "evaluate")},
