@@ -10,7 +10,7 @@ from stages.core.artifacts import Blocks
 from stages.core.errors import StageError
 from stages.model.loss import TokenLoss
 from stages.model.masking import IGNORED
-from stages.model.objectives import Objective, evaluation_batch
+from stages.model.objectives import Objective, evaluation_batch, move_batch
 from stages.model.precision import full_precision
 from stages.model.processes import rank, summed, world_size
 
@@ -35,10 +35,7 @@ def block_loss(model: Any, objective: Objective, blocks: Blocks, batch_tokens: i
             batch_index = min(first + rank(), len(starts) - 1)  # again where they are fewer: shards need all at once
             start = starts[batch_index]
             indices = range(start, min(start + rows, len(blocks)))
-            batch = {
-                key: value.to(model.device)
-                for key, value in evaluation_batch(objective, blocks[indices], indices).items()
-            }
+            batch = move_batch(evaluation_batch(objective, blocks[indices], indices), model.device)
             targets = objective.targets(batch.pop("labels"))
             predicted = targets != IGNORED
             nats = loss.each(model(**batch).logits[predicted], targets[predicted]).double().cpu().numpy()

@@ -181,6 +181,13 @@ def _additive(apart: torch.Tensor) -> torch.Tensor:
     return torch.zeros(apart.shape).masked_fill_(apart, torch.finfo(torch.float32).min)
 
 
+def move_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """`batch` on `device`. Its attention_mask is a dict where layers differ in what they see."""
+    return {
+        key: move_batch(value, device) if isinstance(value, dict) else value.to(device) for key, value in batch.items()
+    }
+
+
 def evaluation_batch(objective: Objective, blocks: TokenIds, indices: Sequence[int]) -> dict[str, Any]:
     """A batch with the masks that are the same in every evaluation."""
     return objective.batch(blocks, indices, EVALUATION_SEED, EVALUATION_EPOCH)

@@ -110,7 +110,7 @@ def probe_loss(model: Any, objective: "Objective", blocks: Blocks) -> float:
     import torch.nn.functional as F
 
     from stages.model.masking import IGNORED
-    from stages.model.objectives import evaluation_batch
+    from stages.model.objectives import evaluation_batch, move_batch
     from stages.model.precision import full_precision
 
     nats, count = 0.0, 0
@@ -119,7 +119,7 @@ def probe_loss(model: Any, objective: "Objective", blocks: Blocks) -> float:
             batch = evaluation_batch(objective, blocks[[index]], [index])
             targets = objective.targets(batch.pop("labels"))
             predicted = targets != IGNORED
-            logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits.cpu()
+            logits = model(**move_batch(batch, model.device)).logits.cpu()
             nats += float(F.cross_entropy(logits[predicted].float(), targets[predicted], reduction="sum"))
             count += int(predicted.sum())
     return nats / max(count, 1)

@@ -12,7 +12,15 @@ from stages.model.block_loss import block_loss, check_predictions
 from stages.model.masking import IGNORED
 from stages.model.objectives import evaluation_batch
 
-MODELS = ["gpt2", "llama", "roberta", "bert"]
+MODELS = ["gpt2", "llama", "roberta", "bert", "modernbert"]
+
+
+def in_double(batch):
+    """`batch` with floating-point masks in fp64, those of ModernBERT's two kinds of layers too."""
+    return {
+        key: in_double(value) if isinstance(value, dict) else value.double() if value.is_floating_point() else value
+        for key, value in batch.items()
+    }
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -28,8 +36,7 @@ def test_block_loss_of_uneven_blocks_is_the_mean_over_tokens(tmp_path, model_typ
             labels = torch.cat([labels[:, 1:], torch.full((1, 1), IGNORED)], dim=1)
         with torch.no_grad():
             # The mask too: torch's attention takes a mask of another type, and gives wrong numbers for it.
-            batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
-            shares = copy.deepcopy(model).double()(**batch, use_cache=False).logits[0].log_softmax(-1)
+            shares = copy.deepcopy(model).double()(**in_double(batch), use_cache=False).logits[0].log_softmax(-1)
         kept = labels[0] != IGNORED
         total -= float(shares[kept].gather(-1, labels[0, kept][:, None]).sum())
         counts.append(int(kept.sum()))
