@@ -13,7 +13,7 @@ from stages.model.isolation import isolate_segments
 from stages.model.masking import IGNORED
 from stages.model.objectives import evaluation_batch
 
-MODELS = ["gpt2", "llama", "roberta", "bert"]
+MODELS = ["gpt2", "llama", "roberta", "bert", "modernbert"]
 
 
 @pytest.mark.parametrize("model_type", MODELS)
