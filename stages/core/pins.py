@@ -4,6 +4,7 @@ A Hub revision, the hashes of local files, or the md5 sum by which DVC keeps a m
 trained.
 """
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -30,7 +31,8 @@ class TrainedAt:
 
     @property
     def pin_command(self) -> str:
-        return f"python -m tools.pin_model models/{self.task} --rev {self.rev}"
+        """What pins and fetches the model."""
+        return f"python -m tools.pin_model models/{self.task} --rev {shlex.quote(self.rev)}"
 
 
 class Pinned(Protocol):

@@ -28,6 +28,8 @@ def chained(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     params = yaml.safe_load((place / "params.yaml").read_text(encoding="utf-8"))
     params["tasks"]["answers"] = {**params["tasks"]["causal"], "start": "causal", "sources": ["sample"]}
     (place / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    publishing = yaml.safe_load((place / "conf/publish.yaml").read_text(encoding="utf-8"))
+    edit(place / "conf/publish.yaml", answers=publishing["causal"])
     assert "is in order" in run(place, "python", "-m", "tools.check")
     assert stages_run(run(place, "dvc", "repro")) == {f"{stage}@answers" for stage in PER_TASK}
     run(place, "git", "add", "-A")
@@ -49,6 +51,21 @@ def test_chain_after_a_change_of_its_first_task_runs_what_follows_from_it_and_no
     assert stages_run(run(chained, "dvc", "repro")) == {"train@answers", "evaluate@answers"}
     run(chained, "git", "reset", "-q", "--hard")
     assert stages_run(run(chained, "dvc", "repro")) == set()  # all from the run cache
+
+
+@pytest.mark.slow
+def test_chain_is_on_the_card_with_the_md5_and_the_text_of_each_link(chained: Path) -> None:
+    run(chained, "python", "-m", "tools.publish", "answers", "--dry-run", "card.md")
+    card = (chained / "card.md").read_text(encoding="utf-8")
+    (chained / "card.md").unlink()
+    locked = yaml.safe_load((chained / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    outs = {out["path"]: out["md5"] for stage in locked.values() for out in stage["outs"]}
+    text = f"sample (askscience.jsonl, data/raw {outs['data/raw']})"
+    assert f"1. models/answers (md5 {outs['models/answers']}), trained on the sources sample of {text}\n" in card
+    assert f"2. starts from models/causal (md5 {outs['models/causal']}), trained on {text}\n" in card
+    assert "3. starts from fresh weights (conf/model/tiny-gpt2.yaml)\n" in card
+    assert "trained further from `causal`, a model of this repository" in card
+    assert "This task uses the sources `sample`." in card
 
 
 @pytest.mark.slow

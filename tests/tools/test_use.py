@@ -144,7 +144,14 @@ def test_use_guide_is_what_the_guide_does(workplace: Path) -> None:
     apply("guide")
     params = read_yaml(workplace / "params.yaml")
     assert (params["data"]["name"], params["block_size"]) == ("eli5_category", 128)
-    expected = {"adapter": "none", "learning_rate": 2e-5, "num_train_epochs": 3, "batch_size": 8}
+    expected = {
+        "start": "none",
+        "sources": None,
+        "adapter": "none",
+        "learning_rate": 2e-5,
+        "num_train_epochs": 3,
+        "batch_size": 8,
+    }
     assert params["tasks"]["causal"] == {"model": "distilgpt2", **expected}
     assert params["tasks"]["mlm"] == {"model": "distilroberta", **expected}
 
