@@ -50,7 +50,7 @@ ROBERTA = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6
 ROBERTA |= {"initializer_range": 0.02, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 # Task, default batch size, vocabulary, and what differs from the task's tiny model.
 SHAPES: dict[str, tuple[str, int, int, dict[str, float]]] = {
-    "tiny-gpt2": ("causal", 4, 1024, {}),
+    "tiny-gpt2": ("causal", 4, 4096, {}),
     "tiny-roberta": ("mlm", 4, 1024, {}),
     "distilgpt2": ("causal", 8, 50257, GPT2),
     "gpt2": ("causal", 16, 50257, GPT2 | {"n_layer": 12}),

@@ -57,7 +57,7 @@ def test_compose_takes_choices_and_values_from_params_yaml(place: Path) -> None:
     assert composition.problems == composition.missing == []
     assert (composition.values["block_size"], composition.values["learning_rate"]) == (64, 0.5)
     assert composition.chosen["model"] == "gpt2"
-    assert compose("train", item="mlm").chosen["model"] == "tiny-roberta"
+    assert compose("train", item="mlm").chosen["model"] == "tiny-modernbert"
 
 
 def test_compose_override_by_hand_wins_over_params_yaml(place: Path) -> None:

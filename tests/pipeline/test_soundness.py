@@ -47,7 +47,7 @@ USERS: dict[str, dict[str, set[str]]] = {
     },
     **{
         f"conf/model/{name}.yaml": {"": one(task, "baseline", "train"), "tokenizer": one(task, "tokenize")}
-        for name, task in {"tiny-gpt2": "causal", "tiny-roberta": "mlm"}.items()
+        for name, task in {"tiny-gpt2": "causal", "tiny-modernbert": "mlm"}.items()
     },
     **{
         f"conf/task/{task}.yaml": {
@@ -71,7 +71,7 @@ ANOTHER = {
     "hardware": "other",
     "framework": "keras",
     "tasks.causal.model": "other-gpt2",
-    "tasks.mlm.model": "other-roberta",
+    "tasks.mlm.model": "other-modernbert",
 }
 
 
@@ -119,7 +119,7 @@ def users_of(file: str, key: str) -> set[str]:
 COPIES = {
     "hardware/cpu": "hardware/other",
     "model/tiny-gpt2": "model/other-gpt2",
-    "model/tiny-roberta": "model/other-roberta",
+    "model/tiny-modernbert": "model/other-modernbert",
 }
 
 

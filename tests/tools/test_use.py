@@ -132,10 +132,12 @@ def test_use_preset_gives_the_same_configuration_after_any_other(workplace: Path
 
 def test_use_modernbert_masks_the_share_of_its_own_training(workplace: Path) -> None:
     apply("modernbert")
-    assert config("train", "mlm").objective.mlm_probability == 0.3
+    objective = config("train", "mlm").objective
+    assert (objective.mlm_probability, objective.mask_replace_prob, objective.random_replace_prob) == (0.3, 0.8, 0.1)
     assert read_yaml(workplace / "params.yaml")["tasks"]["mlm"]["model"] == "modernbert"
     apply("guide")
-    assert config("train", "mlm").objective.mlm_probability == 0.15
+    objective = config("train", "mlm").objective
+    assert (objective.mlm_probability, objective.mask_replace_prob, objective.random_replace_prob) == (0.15, 0.8, 0.1)
 
 
 def test_use_guide_is_what_the_guide_does(workplace: Path) -> None:
@@ -257,7 +259,7 @@ def test_use_wrong_preset_is_refused_by_file_and_key(tool: Callable[..., str], t
 
 def test_use_without_git_says_how_to_proceed(tool: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(Path.cwd().parent))
-    assert "git cannot say whether edits of params.yaml would be lost" in refused(tool, "guide")
+    assert "git cannot say whether edits of params.yaml and conf/task/mlm.yaml would be lost" in refused(tool, "guide")
     monkeypatch.setenv("PATH", "/nowhere")
     assert "use --force" in refused(tool, "guide")
 
