@@ -23,7 +23,7 @@ from stages.model.objectives import make_objective
 from stages.tokens.vocabulary import Vocabulary
 from stages.train.stage import TrainConfig
 
-MODELS = {"causal": "tiny-gpt2", "mlm": "tiny-roberta"}
+MODELS = {"causal": "tiny-gpt2", "mlm": "tiny-modernbert"}
 
 
 def main() -> None:

@@ -9,12 +9,17 @@ and DataCollatorForLanguageModeling, in fp32; `--against guide_bf16` sets bf16=T
 loop around the pipeline's own model, batches and loss in its place, to show what the Trainer costs; `--against keras`
 trains with framework: keras.
 
+ours_python_share is the median share of our steps that is neither forward nor backward pass, loss, clipping of
+gradients or optimizer: what the Trainer, the loader and the making of masks take. (On a GPU, which works behind the
+program, it means nothing.)
+
 tokens/s is that of the median step after the first WARM_UP ones; compile_seconds is what these took beyond such a step.
 Inductor's cache stays in the cache directory: with LM_REPRO_CACHE=$(mktemp -d) it is cold. The last line printed is one
 JSON object.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import resource
@@ -24,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +55,7 @@ ROBERTA = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6
 ROBERTA |= {"initializer_range": 0.02, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 # Task, default batch size, vocabulary, and what differs from the task's tiny model.
 SHAPES: dict[str, tuple[str, int, int, dict[str, float]]] = {
-    "tiny-gpt2": ("causal", 4, 1024, {}),
+    "tiny-gpt2": ("causal", 4, 4096, {}),
     "tiny-roberta": ("mlm", 4, 1024, {}),
     "distilgpt2": ("causal", 8, 50257, GPT2),
     "gpt2": ("causal", 16, 50257, GPT2 | {"n_layer": 12}),
@@ -81,6 +86,7 @@ def main() -> None:
         "ratio": round(ours["tokens_per_second"] / other["tokens_per_second"], 3),
         "ours_peak_rss_bytes": ours["peak_rss_bytes"],
         f"{arguments.against}_peak_rss_bytes": other["peak_rss_bytes"],
+        "ours_python_share": round(ours["python_share"], 4),
         "compile_seconds": round(ours["warm_up_seconds"], 1) if arguments.compile else 0.0,
     }
     print(json.dumps(result))
@@ -186,6 +192,8 @@ class Clock:
         self._on_gpu = model.device.type == "cuda"
         self._steps: list[float] = []
         self._evaluation_seconds: list[float] = []
+        self._python_shares: list[float] = []
+        self._work_seconds = 0.0  # of the step
         self.refresh: Callable[[], None] = lambda: None  # has `model` hold the weights that are trained
         self._seconds, self._losses = [0.0], [self._evaluate()]
         self._started = self._turn = time.perf_counter()
@@ -199,7 +207,9 @@ class Clock:
             import torch
 
             torch.cuda.synchronize()
-        self._steps.append(time.perf_counter() - self._started)
+        seconds = time.perf_counter() - self._started
+        self._steps.append(seconds)
+        self._python_shares.append(1.0 - self._work_seconds / seconds)
         if evaluates:
             self._seconds.append(sum(self._steps))
             self._losses.append(self._evaluate())
@@ -207,7 +217,19 @@ class Clock:
             print(TURN, flush=True)
             input()
             self._turn = time.perf_counter()
-        self._started = time.perf_counter()
+        self._started, self._work_seconds = time.perf_counter(), 0.0
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, the time of which counts as work of the step and not of the loop around it."""
+
+        def timed_function(*arguments: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                self._work_seconds += time.perf_counter() - started
+
+        return timed_function
 
     def _evaluate(self) -> float:
         from stages.model.block_loss import block_loss
@@ -222,6 +244,7 @@ class Clock:
         usual = (statistics.mean if self._on_gpu else statistics.median)(self._steps[WARM_UP:] or self._steps)
         return {
             "tokens_per_second": tokens_per_step / usual,
+            "python_share": statistics.median(self._python_shares[WARM_UP:] or self._python_shares),
             "evaluation_tokens_per_second": self._validation.block_size
             * len(self._validation)
             / statistics.median(self._evaluation_seconds),
@@ -342,7 +365,30 @@ def train_ours(
     prepare(config)
     trainer = make_trainer(config, model, objective, train, validation, arguments.scratch)
     trainer.add_callback(clock_callback(clock))
-    trainer.train()
+    with work_timed(clock, trainer):
+        trainer.train()
+
+
+@contextlib.contextmanager
+def work_timed(clock: Clock, trainer: Any) -> Iterator[None]:
+    """Within, `clock` counts the work of the steps of `trainer`, however many layers of Python call it."""
+    import torch
+
+    works = [
+        (trainer.model, "forward"),
+        (trainer._loss, "sum"),
+        (torch.Tensor, "backward"),
+        (torch.nn.utils, "clip_grad_norm_"),
+        (torch.optim.AdamW, "step"),
+    ]
+    originals = [(owner, name, vars(owner).get(name)) for owner, name in works]
+    for owner, name in works:
+        setattr(owner, name, clock.timed(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for owner, name, original in originals:
+            delattr(owner, name) if original is None else setattr(owner, name, original)
 
 
 def train_with_keras(

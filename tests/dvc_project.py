@@ -106,7 +106,8 @@ def make_project(directory: Path) -> Path:
     for task in TASKS:
         edit(directory / f"conf/task/{task}.yaml", trainer__logging_steps=1, evaluate__max_documents=2)
     edit(directory / "conf/model/tiny-gpt2.yaml", config__n_embd=32, tokenizer__train__vocab_size=400)
-    edit(directory / "conf/model/tiny-modernbert.yaml", config__hidden_size=32, tokenizer__train__vocab_size=400)
+    for name in ("tiny-modernbert", "tiny-roberta"):
+        edit(directory / f"conf/model/{name}.yaml", config__hidden_size=32, tokenizer__train__vocab_size=400)
     epochs = {f"tasks__{task}__num_train_epochs": 0.05 for task in TASKS}
     edit(directory / "params.yaml", **epochs, block_size=64)
     (directory / "dvc.lock").unlink(missing_ok=True)

@@ -152,7 +152,7 @@ def test_check_of_an_extra_that_is_not_installed_says_what_installs_it(clean: Pa
         "found = util.find_spec\n"
         "util.find_spec = lambda name, *more: None if name in ('keras_hub', 'ray') else found(name, *more)\n"
     )
-    edit(clean / "params.yaml", framework="keras")
+    edit(clean / "params.yaml", framework="keras", tasks__mlm__model="tiny-roberta")
     output = run(clean, "sh", "-c", "PYTHONPATH=hidden python -m tools.check", check=False)
     assert "framework=keras: KerasHub is not installed: run `make keras` (train@causal, train@mlm)" in output
     edit(clean / "params.yaml", framework="trainer", hardware="ray")

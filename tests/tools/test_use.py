@@ -266,7 +266,7 @@ def test_use_wrong_preset_is_refused_by_file_and_key(tool: Callable[..., str], t
 
 def test_use_without_git_says_how_to_proceed(tool: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(Path.cwd().parent))
-    assert "git cannot say whether edits of params.yaml would be lost" in refused(tool, "guide")
+    assert "git cannot say whether edits of params.yaml and conf/task/mlm.yaml would be lost" in refused(tool, "guide")
     monkeypatch.setenv("PATH", "/nowhere")
     assert "use --force" in refused(tool, "guide")
 
