@@ -29,7 +29,7 @@ STAGES = {
     ),
     "train": (
         "import stages.train.stage, stages.frameworks.trainer, stages.model.models, transformers",
-        ", trainer=True, leave_out=['datasets', 'peft']",
+        ", trainer=True",
     ),
 }
 MODEL = "import transformers.models.gpt2.modeling_gpt2"

@@ -1,8 +1,8 @@
 """Imports transformers' models without the packages that a run in one process on a CPU does not use.
 
 `import transformers.modeling_utils` also imports torch._dynamo (for marks on functions for GPUs, and one small class),
-torch.distributed.tensor, FlexAttention with sympy, and scipy.optimize (for losses of object detection): two fifths of
-its time. A program that needs one of them later imports it as usual.
+torch.distributed.tensor, FlexAttention with sympy, and scipy.optimize (for losses of object detection), and the Trainer
+datasets and peft: two fifths of the time. A program that needs one of them later imports it as usual.
 """
 
 import contextlib
@@ -22,12 +22,10 @@ log = logging.getLogger(__name__)
 
 _DYNAMO, _CLASS = "torch._dynamo", "_trace_wrapped_higher_order_op"
 # transformers asks these functions of transformers.utils, as is_NAME_available, whether to import something.
-LEFT_OUT = ("scipy", "torch_distributed", "torch_flex_attn")
+LEFT_OUT = ("datasets", "scipy", "torch_distributed", "torch_flex_attn")
 
 
-def import_lean(
-    hardware: Hardware, attention: str | None = None, trainer: bool = False, leave_out: Iterable[str] = ()
-) -> None:
+def import_lean(hardware: Hardware, attention: str | None = None, trainer: bool = False, adapter: bool = False) -> None:
     """Import transformers' models, and its Trainer for a `trainer`, without what `hardware` makes no use of.
 
     Does nothing in several processes, on a GPU, for FlexAttention, or if transformers has been imported before. Where a
@@ -35,7 +33,7 @@ def import_lean(
 
     Args:
         attention: model.config._attn_implementation, if it is set.
-        leave_out: of optional packages, as `is_NAME_available` calls them, those to leave out as well.
+        adapter: whether the Trainer or transformers' own loading meets a model of peft, which is left out otherwise.
     """
     alone = hardware.device == "cpu" and hardware.launch is None and hardware.ray is None
     if not alone or attention not in (None, "eager", "sdpa") or {"transformers", _DYNAMO} & set(sys.modules):
@@ -43,7 +41,7 @@ def import_lean(
     lazy = _LazyDynamo()
     try:
         lazy.install()
-        with _unavailable((*LEFT_OUT, *leave_out)):
+        with _unavailable(LEFT_OUT if adapter else (*LEFT_OUT, "peft")):
             import transformers.masking_utils
             import transformers.modeling_layers
             import transformers.modeling_utils

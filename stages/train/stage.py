@@ -178,8 +178,7 @@ def main(config: TrainConfig) -> None:
 def train(config: TrainConfig) -> None:
     """The work of the stage, as one of the processes that do it does it."""
     if config.trainer.get("torch_compile") is not True:
-        unused = ["datasets", *(["peft"] if config.adapter is None else [])]
-        import_lean(config.hardware, config.model.attention, trainer=True, leave_out=unused)
+        import_lean(config.hardware, config.model.attention, trainer=True, adapter=config.adapter is not None)
     from stages.model.block_loss import check_predictions
     from stages.model.models import build_model, prepare_torch
     from stages.model.objectives import make_objective

@@ -52,9 +52,25 @@ def test_models_imported_lean_leave_out_what_a_cpu_does_not_use_and_compute_the_
     assert lean == {"logits": whole["logits"], "loaded": ""}
 
 
-def test_trainer_imported_lean_leaves_out_the_packages_that_it_is_told(whole: dict[str, str]) -> None:
-    given = 'lean_import.import_lean(hardware(), trainer=True, leave_out=["datasets", "peft"])\n'
+def test_trainer_imported_lean_leaves_out_what_it_does_not_use(whole: dict[str, str]) -> None:
+    given = "lean_import.import_lean(hardware(), trainer=True)\n"
     assert run(given, "import transformers\ntransformers.Trainer\n", LOADED)["loaded"] == ""
+
+
+def test_trainer_imported_lean_for_an_adapter_knows_one() -> None:
+    check = """
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.trainer_utils import _is_peft_model
+small = AutoConfig.for_model("gpt2", vocab_size=9, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+lora = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+model = get_peft_model(AutoModelForCausalLM.from_config(small), lora)
+print("known", _is_peft_model(model), bool(model(torch.zeros(1, 3, dtype=torch.int64)).logits.isfinite().all()))
+"""
+    assert run("lean_import.import_lean(hardware(), trainer=True, adapter=True)\n", check)["known"] == "True True"
+    # As evaluate reads a model with one.
+    assert run("lean_import.import_lean(hardware())\n", check)["known"].endswith("True")
 
 
 @pytest.mark.parametrize(
