@@ -9,12 +9,12 @@ from tools.check import schema_of
 STAGES = list_stages()
 PATHS = {
     "download": ["data.path=data/sample/askscience.jsonl", "out=o"],
-    "tokenize": ["raw=r", "out=o"],
+    "tokenize": ["sources=null", "start=null", "raw=r", "out=o"],
     "group_texts": ["block_size=128", "seed=1", "tokens=t", "raw=r", "out=o"],
-    "baseline": ["seed=1", "tokens=t", "raw=d", "sources=s", "out=o", "report=r"],
+    "baseline": ["start=null", "seed=1", "tokens=t", "raw=d", "sources=s", "out=o", "report=r"],
     "train": [
         *("seed=1", "block_size=128", "learning_rate=0.1", "num_train_epochs=1", "batch_size=4"),
-        *("tokens=t", "blocks=b", "out=o", "report=r"),
+        *("start=null", "tokens=t", "blocks=b", "out=o", "report=r"),
     ],
     "evaluate": [
         *("trained=m", "tokens=t", "blocks=b", "baseline=b", "sources=s", "out=o", "report=r", "samples_out=s"),

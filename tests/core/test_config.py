@@ -38,7 +38,8 @@ def test_config_every_file_composes_in_every_stage_that_has_its_group(stage: str
     if group == "model" and "task" in GROUPS[stage]:
         groups["task"] = task_of(name)
     if group == "task" and "model" in GROUPS[stage]:
-        groups["model"] = {"causal": "tiny-gpt2", "mlm": "tiny-roberta"}[name]
+        objective = read_yaml(CONF / f"task/{name}.yaml")["objective"]["name"]
+        groups["model"] = {"causal": "tiny-gpt2", "mlm": "tiny-roberta"}[objective]
     assert isinstance(config(stage, **groups), schema_of(stage))
 
 
