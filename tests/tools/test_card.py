@@ -121,6 +121,7 @@ def test_card_code_runs(inside: Path, task: str) -> None:
 
 
 def test_card_of_answers_only_says_what_counts_and_asks_as_in_training(inside: Path) -> None:
+    recorded, _ = recorded_run("causal")  # before the workspace changes
     form = prompt_template(Flatten(prompt=["title"], completion=["answers.text"]), None)
     tokens = inside / "data/tokens/causal"
     for file, values in [(tokens / "stats.json", {"chat_template": form})] + [
@@ -131,7 +132,7 @@ def test_card_of_answers_only_says_what_counts_and_asks_as_in_training(inside: P
         file.unlink()  # a link to DVC's cache, perhaps
         file.write_text(json.dumps(changed))
     (inside / "models/causal/chat_template.jinja").write_text(str(form))
-    text = str(card_of("causal"))
+    text = str(make_card(recorded, NAME, "mit", None))
     assert "Only completions are trained on: 1,234 bytes of train, 1,234 bytes of validation" in text
     code = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert code is not None and '"role": "user"' in code[1]
