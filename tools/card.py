@@ -175,7 +175,8 @@ def usage(run: RecordedRun, repository: str) -> str:
     # Both are Python; the second leaves no character that is not printable.
     text = json.dumps(prompt[0], ensure_ascii=False) if prompt[0].isprintable() else repr(prompt[0])
     load = f'from transformers import pipeline\n\nmodel = pipeline("{PIPELINE[run.objective]}", model="{repository}")\n'
-    if run.objective == "causal" and "chat_template" in read_json(f"data/tokens/{run.task}/stats.json"):
+    tokens = Path(f"data/tokens/{run.task}/stats.json")
+    if run.objective == "causal" and tokens.is_file() and "chat_template" in read_json(tokens):
         return (
             f"```python\n{load}"
             f'messages = [{{"role": "user", "content": {text}}}]\n'
