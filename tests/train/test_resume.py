@@ -85,21 +85,26 @@ def resumed_from(caplog):
     return [int(record.args[0]) for record in caplog.records if record.msg.startswith("resuming from step")]
 
 
+def check_resumes(run_toy, undisturbed, kill_at, caplog, root, task, more, step=5):
+    """Training that is killed behind `step` goes on from there, and ends with the bytes of an undisturbed one."""
+    kill_at(step)
+    with pytest.raises(Killed):
+        run_toy("train", task, root, *more)
+    assert not [name for name in contents(root) if not name.startswith(".live-report/")]
+    kill_at(None)
+    caplog.set_level("INFO")
+    run_toy("train", task, root, *more)
+    assert resumed_from(caplog) == [step]
+    assert contents(root) == undisturbed(task, *more)
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("step", [1, 4, 7, 8, 9, 15])  # of two epochs of eight
 def test_training_killed_behind_any_step_ends_with_the_same_bytes(
     run_toy, undisturbed, kill_at, caplog, tmp_path, task, step
 ):
     more = [*EVERY, *DROPOUT[task]]
-    kill_at(step)
-    with pytest.raises(Killed):
-        run_toy("train", task, tmp_path, *more)
-    assert not [name for name in contents(tmp_path) if not name.startswith(".live-report/")]
-    kill_at(None)
-    caplog.set_level("INFO")
-    run_toy("train", task, tmp_path, *more)
-    assert resumed_from(caplog) == [step]
-    assert contents(tmp_path) == undisturbed(task, *more)
+    check_resumes(run_toy, undisturbed, kill_at, caplog, tmp_path, task, more, step)
 
 
 def test_training_killed_again_and_again_ends_with_the_same_bytes(run_toy, undisturbed, kill_at, caplog, tmp_path):
@@ -118,14 +123,7 @@ def test_training_killed_again_and_again_ends_with_the_same_bytes(run_toy, undis
 @pytest.mark.parametrize("task", TASKS)
 def test_training_of_an_adapter_killed_ends_with_the_same_bytes(run_toy, undisturbed, kill_at, caplog, tmp_path, task):
     more = [*EVERY, "adapter=lora", "adapter.dropout=0.1"]
-    kill_at(5)
-    with pytest.raises(Killed):
-        run_toy("train", task, tmp_path, *more)
-    kill_at(None)
-    caplog.set_level("INFO")
-    run_toy("train", task, tmp_path, *more)
-    assert resumed_from(caplog) == [5]
-    assert contents(tmp_path) == undisturbed(task, *more)
+    check_resumes(run_toy, undisturbed, kill_at, caplog, tmp_path, task, more)
     assert contents(tmp_path)["model/model.safetensors"] != undisturbed(task, *EVERY)["model/model.safetensors"]
 
 
@@ -448,14 +446,7 @@ def test_training_from_a_start_killed_ends_with_the_same_bytes(
     run_toy, undisturbed, starts, kill_at, caplog, tmp_path, task, more
 ):
     more = [*EVERY, *more, f"start={starts[task]}"]
-    kill_at(5)
-    with pytest.raises(Killed):
-        run_toy("train", task, tmp_path, *more)
-    kill_at(None)
-    caplog.set_level("INFO")
-    run_toy("train", task, tmp_path, *more)
-    assert resumed_from(caplog) == [5]
-    assert contents(tmp_path) == undisturbed(task, *more)
+    check_resumes(run_toy, undisturbed, kill_at, caplog, tmp_path, task, more)
     ledger = json.loads(contents(tmp_path)["report/stats.json"])
     assert ledger["start"]["files"].keys() == {file.name for file in starts[task].iterdir()}
     assert ledger["from_scratch"] is False
