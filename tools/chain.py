@@ -4,13 +4,10 @@ from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from dvc.exceptions import DvcException
-from dvc.repo import Repo
-
 from stages.core.compose import PARAMS
 from stages.core.errors import printable
 from stages.core.starts import NO_START
-from tools.lock_history import Entry, hashes_in, parse_entry, read_lock_at, resolve_revision, value_in
+from tools.lock_history import Entry, find_lock, hashes_in, parse_entry, value_in
 
 _MOST = 100  # links, of locks that lead to each other
 
@@ -53,7 +50,7 @@ def read_chain(lock: str, task: str) -> list[Link]:
             task, md5 = str(start), hashes_in(entry, "deps").get(f"models/{start}", "")
         elif isinstance(origin, dict):
             task, rev, md5 = str(origin["task"]), str(origin["rev"]), str(origin["md5"])
-            lock = _lock_at(rev)
+            lock = find_lock(rev) or ""
         else:
             break
     return links
@@ -87,12 +84,3 @@ def _beginning(entry: Entry, file: str) -> str:
         return f"fresh weights ({file})"
     revision = f" at {printable(values['revision'])}" if isinstance(values["revision"], str) else ""
     return f"{printable(PurePath(values['path']).name if not revision else values['path'])}{revision}"
-
-
-def _lock_at(rev: str) -> str:
-    """The text of dvc.lock at a revision or an experiment; empty where git does not know it."""
-    try:
-        with Repo() as repo:
-            return read_lock_at(resolve_revision(repo, rev))
-    except (ValueError, DvcException):
-        return ""

@@ -38,7 +38,7 @@ from stages.score.items import read_items
 from stages.shell.cache import cache_directory
 from stages.train.checkpoints import LIBRARIES
 from tools.architectures import config_keys, model_types
-from tools.lock_history import read_lock_at, resolve_revision, trained_md5
+from tools.lock_history import find_lock, trained_md5
 
 ROOT = CONF.parent
 # Unlike `git restore`, it also works during a merge or rebase.
@@ -395,10 +395,8 @@ def wrong_origins(file: str, model: Any, tokenizer: Any) -> Iterator[str]:
         whose = [f"models/{origin.get('task')} of {printable(origin.get('rev'))}" for origin in valid]
         yield f"{file}: from is {whose[0]}, tokenizer.from {whose[1]}: a model goes on with its own tokenizer"
     for origin in valid[:1]:
-        try:
-            with Repo() as repo:
-                lock = read_lock_at(resolve_revision(repo, str(origin.get("rev"))))
-        except (ValueError, DvcException):
+        lock = find_lock(str(origin.get("rev")))
+        if lock is None:
             continue  # a clone without the experiment: the md5 decides
         md5, task = trained_md5(lock, str(origin.get("task"))), printable(origin.get("task"))
         if md5 != origin["md5"]:

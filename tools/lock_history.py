@@ -79,6 +79,15 @@ def resolve_revision(repo: Repo, rev: str) -> str:
         ) from None
 
 
+def find_lock(rev: str) -> str | None:
+    """The text of dvc.lock at a commit or an experiment; None where git does not know it."""
+    try:
+        with Repo() as repo:
+            return read_lock_at(resolve_revision(repo, rev))
+    except (ValueError, DvcException):
+        return None
+
+
 def is_experiment(repo: Repo, rev: str) -> bool:
     """Whether `rev` is the name of an experiment."""
     return bool(resolve_name(repo.scm, rev).get(rev))
