@@ -11,9 +11,8 @@ from stages.core.artifacts import damaged
 from stages.core.errors import without_controls
 from stages.figures.schema import Samples
 from stages.model.precision import full_precision
-from stages.tokens.chat import read_chat_template
 from stages.tokens.prompts import PromptEncoder
-from stages.tokens.texts import Flatten
+from stages.tokens.texts import Flatten, open_template
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 
 
@@ -38,7 +37,7 @@ def make_samples(
     tokenizer = load_tokenizer(tokenizer_directory)
     begin = None
     if name == "causal":
-        template = read_chat_template(tokenizer_directory, tokenizer, vocabulary.special) if flatten.messages else None
+        template = open_template(flatten, tokenizer_directory, tokenizer, vocabulary.special)
         begin = PromptEncoder(tokenizer, vocabulary.lead, flatten, template)
     else:
         tokenizer.encode_special_tokens = False  # prompts are ours, and hold the mask token

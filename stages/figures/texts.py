@@ -7,18 +7,16 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 
-from stages.core.artifacts import COUNTED, SPLITS, TEMPLATE, Documents, Marks, to_numpy
+from stages.core.artifacts import COUNTED, SPLITS, TEMPLATE, Documents, Marks
 from stages.core.compose import PARAMS
 from stages.core.config import find, read_yaml
 from stages.core.errors import StageError, printable
 from stages.figures.names import EVALUATED, TEXTS
 from stages.figures.schema import Evaluate
 from stages.model.objectives import Text
-from stages.tokens.chat import read_chat_template
 from stages.tokens.encoding import Decoder, choose_engine, join_segments, refuse_control_tokens
-from stages.tokens.texts import Flatten, TextFile, sample_texts
+from stages.tokens.texts import Flatten, TextFile, open_template, sample_texts
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -93,9 +91,7 @@ class SourceTexts:
         tokenizer = load_tokenizer(tokens / "tokenizer")
         self._vocabulary, self._decoder = Vocabulary.read(tokens), Decoder(tokenizer)
         self._name, self._include_prompts = name, include_prompts
-        template = None
-        if flatten.messages:
-            template = read_chat_template(tokens / "tokenizer", tokenizer, self._vocabulary.special)
+        template = open_template(flatten, tokens / "tokenizer", tokenizer, self._vocabulary.special)
         self._files = [TextFile(file, flatten, template=template) for file in files]
         self._starts = np.cumsum([0, *(file.num_documents for file in self._files)])
         _, self._encode = choose_engine(tokenizer, sample_texts(self._files))
@@ -115,18 +111,13 @@ class SourceTexts:
                 encoded = self._encode(segments.texts.to_pylist())
                 records = (own + start)[segments.owners()].tolist()
                 refuse_control_tokens(encoded, self._vocabulary, f"{self._name} record", records)
-                is_lossy = segments.sum_by_document(self._decoder.find_lossy(segments.texts, encoded)) > 0
-                num_lossy += int(is_lossy.sum())
+                num_lossy += self._decoder.count_lossy(segments, encoded)
                 documents = join_segments(encoded, segments, self._vocabulary, file.counts_all)
-                num_bytes = to_numpy(pc.binary_length(segments.texts))
-                if not self._include_prompts:
-                    num_bytes = num_bytes * segments.is_counted
+                num_bytes = documents.num_bytes if self._include_prompts else documents.num_counted_bytes
                 ends = documents.offsets[1:-1]
                 marks = [None] * len(own) if documents.marks is None else np.split(documents.marks, ends)
                 is_predicted = [None if own is None else _is_predicted(own, self._include_prompts) for own in marks]
-                yield from map(
-                    Text, np.split(documents.ids, ends), segments.sum_by_document(num_bytes).tolist(), is_predicted
-                )
+                yield from map(Text, np.split(documents.ids, ends), num_bytes.tolist(), is_predicted)
         if num_lossy:
             log.warning(
                 "%s: %d documents do not survive the tokenizer: compare no bits per byte across tokenizers",

@@ -9,7 +9,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stages.core.artifacts import (
-    SEGMENT_START,
     SHARD_BYTES,
     TokenIds,
     check_shard,
@@ -22,6 +21,7 @@ from stages.core.artifacts import (
     write_shard,
 )
 from stages.group_texts.packing import pack
+from stages.tokens.vocabulary import mark_control_tokens
 
 TOKENS_AT_ONCE = 2**20  # of an Arrow batch: fixed, so that the bytes follow from the tokens alone
 
@@ -100,7 +100,7 @@ def pieces(runs: Sequence[Run], block_size: int, item_bytes: int, directory: Pat
 def write_blocks(piece: _Piece, block_size: int, ids_type: pa.DataType) -> str:
     """Write a shard of blocks, with the marks of their tokens if these have any, and return its checksum."""
     types = {"input_ids": ids_type}
-    if any(has_marks(list(read_shard(run.file))) for run in piece.runs[:1]):
+    if piece.runs and has_marks([next(read_shard(piece.runs[0].file))]):
         types["marks"] = pa.uint8()
     schema = pa.schema([(name, pa.list_(kind, block_size)) for name, kind in types.items()])
 
@@ -128,7 +128,7 @@ def _read_run(run: Run, column: str) -> Iterator[TokenIds]:
         yield from (to_numpy(column.flatten()) for column in columns)
         return
     if run.lead:
-        lead = run.lead if column == "input_ids" else [SEGMENT_START, *[0] * len(run.lead[1:])]
+        lead = run.lead if column == "input_ids" else mark_control_tokens(run.lead)
         yield np.array(lead, to_numpy(columns[0].values).dtype)
     values = [to_numpy(column.values) for column in columns]
     offsets = [to_numpy(column.offsets) for column in columns]

@@ -35,11 +35,18 @@ from stages.shell.progress import Progress
 from stages.shell.tasks import are_spread, connect_workers, run_pieces
 from stages.tokenize.schema import Tokenize
 from stages.tokenize.token_shards import COUNTS, Shard, TokenShards
-from stages.tokens.chat import read_chat_template
 from stages.tokens.encoding import Decoder, Engine, choose_engine
 from stages.tokens.prompts import prompt_template
 from stages.tokens.schema import ModelTokenizer
-from stages.tokens.texts import Flatten, FlattenData, TextFile, choose_flatten, read_sources, sample_texts
+from stages.tokens.texts import (
+    Flatten,
+    FlattenData,
+    TextFile,
+    choose_flatten,
+    open_template,
+    read_sources,
+    sample_texts,
+)
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer, train_tokenizer, vocabulary_of
 
 log = logging.getLogger(__name__)
@@ -98,7 +105,7 @@ def main(config: TokenizeConfig) -> None:
             tokenizer = load_tokenizer(copy)
             wrap = "none" if flatten.messages else config.tokenize.wrap
             vocabulary = vocabulary_of(tokenizer, copy, wrap, config.tokenize.requires)
-            template = read_chat_template(copy, tokenizer, vocabulary.special) if flatten.messages else None
+            template = open_template(flatten, copy, tokenizer, vocabulary.special)
         except StageError as error:  # in words for its source: the copy vanishes with this run
             raise StageError(str(error).replace(str(copy), _named(config))) from None
         files = {split: TextFile(raw / f"{split}.parquet", flatten, config.sources, template) for split in SPLITS}

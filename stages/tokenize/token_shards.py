@@ -1,18 +1,17 @@
 """A shard of token ids from some documents: what tokenize does piece by piece, on one machine or on many."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from stages.core.artifacts import COUNTED, SEGMENT_START, Marks, TokenIds, to_arrow, to_numpy, write_shard
+from stages.core.artifacts import COUNTED, Marks, TokenIds, to_arrow, write_shard
 from stages.tokens.encoding import Decoder, EncodedDocuments, Engine, join_segments, refuse_control_tokens
 from stages.tokens.texts import Rows, TextFile, prefetch
-from stages.tokens.vocabulary import Vocabulary
+from stages.tokens.vocabulary import Vocabulary, mark_control_tokens
 
 COUNTS = ("documents", "tokens", "text_tokens", "bytes", "documents_lossy", "counted_tokens", "counted_bytes")
 """What is counted in a shard."""
@@ -63,23 +62,19 @@ class TokenShards:
                 where = f"{shard.file.parent.name} document"
                 refuse_control_tokens(encoded, self._vocabulary, where, (first + segments.owners()).tolist())
                 documents = join_segments(encoded, segments, self._vocabulary, self._texts.counts_all)
-                ids, offsets, marks = wrap(documents, self._vocabulary, first=first == 0)
-                segment_bytes = to_numpy(pc.binary_length(segments.texts))
-                num_bytes = segments.sum_by_document(segment_bytes)
+                ids, offsets, marks, num_bytes, num_counted_bytes = wrap(documents, self._vocabulary, first=first == 0)
                 num_documents = len(num_bytes)
                 counts["documents"] += num_documents
                 counts["tokens"] += len(ids)
                 counts["text_tokens"] += len(encoded.ids)
                 counts["bytes"] += int(num_bytes.sum())
                 if self._decoder is not None:
-                    is_lossy = segments.sum_by_document(self._decoder.find_lossy(segments.texts, encoded)) > 0
-                    counts["documents_lossy"] += int(is_lossy.sum())
+                    counts["documents_lossy"] += self._decoder.count_lossy(segments, encoded)
                 columns = [_as_lists(offsets, ids), to_arrow(num_bytes.astype(np.int32))]
                 if marks is not None:
-                    num_counted = segments.sum_by_document(segment_bytes * segments.is_counted)
                     counts["counted_tokens"] += int((marks & COUNTED).sum())
-                    counts["counted_bytes"] += int(num_counted.sum())
-                    columns += [_as_lists(offsets, marks), to_arrow(num_counted.astype(np.int32))]
+                    counts["counted_bytes"] += int(num_counted_bytes.sum())
+                    columns += [_as_lists(offsets, marks), to_arrow(num_counted_bytes.astype(np.int32))]
                 if records is not None:
                     columns.append(to_arrow(records[first : first + num_documents]))
                 yield pa.record_batch(columns, schema=schema)
@@ -103,18 +98,9 @@ def wrap(documents: EncodedDocuments, vocabulary: Vocabulary, first: bool) -> En
     offsets[0] = 0
     marks = documents.marks
     if marks is not None:
-        marks = np.insert(marks, places, [*_wrap_marks(lead), *_wrap_marks(prefix, suffix) * num_documents])
-    return EncodedDocuments(ids, offsets, marks)
-
-
-def _wrap_marks(prefix: list[int], suffix: Sequence[int] = ()) -> list[int]:
-    """The marks of the control tokens that wrap a document, or of a split's lead as `prefix`.
-
-    A segment begins at the prefix or, where documents have none, at the suffix of the document before. The end of a
-    document is to be learned, so that the suffix counts.
-    """
-    starts = [SEGMENT_START] * len(prefix[:1]) + [0] * len(prefix[1:])
-    return starts + [COUNTED if prefix else COUNTED | SEGMENT_START] * len(suffix)
+        wrapping = mark_control_tokens(prefix, suffix) * num_documents
+        marks = np.insert(marks, places, [*mark_control_tokens(lead), *wrapping])
+    return documents._replace(ids=ids, offsets=offsets, marks=marks)
 
 
 def _as_lists(offsets: npt.NDArray[np.int64], values: TokenIds | Marks) -> pa.LargeListArray:

@@ -47,13 +47,19 @@ class EncodedDocuments(NamedTuple):
     """[num_documents + 1] where each document begins in `ids`, and their end."""
     marks: Marks | None
     """[num_tokens]; None: all tokens count."""
+    num_bytes: npt.NDArray[np.int64]
+    """[num_documents] of all text in UTF-8."""
+    num_counted_bytes: npt.NDArray[np.int64]
+    """[num_documents] of the text that counts."""
 
 
 def join_segments(encoded: Encoded, segments: Segments, vocabulary: Vocabulary, counts_all: bool) -> EncodedDocuments:
     """The documents of `segments`, whose texts were encoded to `encoded`, without the tokens that wrap them."""
     offsets, ids = encoded.offsets, encoded.ids.astype(vocabulary.dtype)
+    lengths = to_numpy(pc.binary_length(segments.texts))
+    num_bytes = segments.sum_by_document(lengths)
     if counts_all:
-        return EncodedDocuments(ids, offsets[segments.offsets], None)
+        return EncodedDocuments(ids, offsets[segments.offsets], None, num_bytes, num_bytes)
     counted = segments.is_counted * np.uint8(COUNTED)
     marks = np.repeat(counted, np.diff(offsets))
     if segments.control is not None:
@@ -65,7 +71,7 @@ def join_segments(encoded: Encoded, segments: Segments, vocabulary: Vocabulary, 
     offsets = offsets[segments.offsets]
     if not vocabulary.control.size:  # nothing wraps documents, so that their own first tokens begin segments
         marks[offsets[:-1][np.diff(offsets) > 0]] |= np.uint8(SEGMENT_START)
-    return EncodedDocuments(ids, offsets, marks)
+    return EncodedDocuments(ids, offsets, marks, num_bytes, segments.sum_by_document(lengths * segments.is_counted))
 
 
 def choose_engine(tokenizer: Tokenizer, sample: list[str]) -> tuple[str, Engine]:
@@ -179,6 +185,10 @@ class Decoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._spellings = token_bytes(tokenizer) if _is_byte_level(tokenizer) else None
+
+    def count_lossy(self, segments: Segments, encoded: Encoded) -> int:
+        """How many documents are not what decoding their ids gives."""
+        return int((segments.sum_by_document(self.find_lossy(segments.texts, encoded)) > 0).sum())
 
     def find_lossy(self, texts: pa.Array, encoded: Encoded) -> npt.NDArray[np.bool_]:
         """Which of `texts`, an array of strings, are not what decoding their ids gives: [num_texts]."""

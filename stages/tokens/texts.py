@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
+from tokenizers import Tokenizer
 
 from stages.core.artifacts import damaged, to_arrow, to_numpy
 from stages.core.config import part, whole
 from stages.core.errors import StageError
-from stages.tokens.chat import ChatTemplate
+from stages.tokens.chat import ChatTemplate, read_chat_template
 
 _Item = TypeVar("_Item")
 _END: Any = object()
@@ -81,6 +82,17 @@ class FlattenData:
 def choose_flatten(of_task: Flatten | None, data: FlattenData) -> Flatten:
     """How documents are made of records: the task's own way, or that of conf/data."""
     return of_task or data.flatten
+
+
+def open_template(
+    flatten: Flatten, directory: Path, tokenizer: Tokenizer, special: dict[str, int]
+) -> ChatTemplate | None:
+    """What renders conversations, of the tokenizer in `directory`; None where documents are none.
+
+    Raises:
+        StageError: as `read_chat_template`.
+    """
+    return read_chat_template(directory, tokenizer, special) if flatten.messages else None
 
 
 class Segments(NamedTuple):

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,16 @@ import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from stages.core.artifacts import TokenIds, damaged, free_copy, read_json, read_object, token_dtype
+from stages.core.artifacts import (
+    COUNTED,
+    SEGMENT_START,
+    TokenIds,
+    damaged,
+    free_copy,
+    read_json,
+    read_object,
+    token_dtype,
+)
 from stages.core.errors import StageError, is_error, printable
 from stages.tokens.chat import CHAT_TEMPLATE_FILE
 from stages.tokens.schema import TrainedTokenizer
@@ -81,6 +90,16 @@ class Vocabulary:
         ):
             raise damaged(file, f"a control token is outside of its {read.size} tokens")
         return read
+
+
+def mark_control_tokens(prefix: Sequence[int], suffix: Sequence[int] = ()) -> list[int]:
+    """The marks of the control tokens that wrap a document, or of a split's lead as `prefix`.
+
+    A segment begins at the prefix or, where documents have none, at the suffix of the document before. The end of a
+    document is to be learned, so that the suffix counts.
+    """
+    starts = [SEGMENT_START] * len(prefix[:1]) + [0] * len(prefix[1:])
+    return starts + [COUNTED if prefix else COUNTED | SEGMENT_START] * len(suffix)
 
 
 def vocabulary_of(tokenizer: Tokenizer, directory: Path, wrap: str, requires: Iterable[str]) -> Vocabulary:
