@@ -6,7 +6,7 @@ SHELL := /bin/bash
 # DVC runs `python` for its stages: it must be the environment's own.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-# uv where it is installed; where it is not, the environment brings its own.
+# The installed uv, or otherwise the one in the environment.
 UV := $(shell command -v uv 2>/dev/null || echo .venv/bin/uv)
 
 .PHONY: all env keras ray check repro why plan compare report test test-all lint format requirements clean
@@ -18,21 +18,21 @@ all: check
 env: .venv/ready
 
 .venv/ready: requirements.txt
-	@# A new environment the first time alone: the uv that updates it may be its own.
+	@# Create the environment only once: later updates may run the uv in it.
 	@[ -e $@ ] || { rm -rf .venv; if command -v uv >/dev/null; then uv venv --quiet --python '>=3.11' .venv; \
 	else python3 -m venv .venv && .venv/bin/python -m pip install --quiet uv; fi; }
-	@# Bytecode now rather than at the first import of each stage: torch and transformers start in half the time.
+	@# Compile bytecode now instead of at the first import: torch and transformers then start in half the time.
 	$(UV) pip install --quiet --python .venv/bin/python --compile-bytecode --require-hashes -r requirements.txt
 	@touch $@
 
-# What framework: keras needs beside (docs/keras.md): three gigabytes.
+# Additional packages for framework: keras (docs/keras.md), three gigabytes.
 keras: .venv/keras
 
 .venv/keras: requirements-keras.txt .venv/ready
 	$(UV) pip install --quiet --python .venv/bin/python --compile-bytecode --require-hashes -r requirements-keras.txt
 	@touch $@
 
-# What hardware: ray needs beside (docs/cluster.md): 260 megabytes.
+# Additional packages for hardware: ray (docs/cluster.md), 260 megabytes.
 ray: .venv/ray
 
 .venv/ray: requirements-ray.txt .venv/ready
@@ -42,25 +42,25 @@ ray: .venv/ray
 check: env
 	@python -m tools.check
 
-# TASK=causal: the stages of this task, up to its evaluation.
+# TASK=causal: only the stages of this task, up to its evaluation.
 repro: check
 	dvc repro $(if $(TASK),'evaluate@$(TASK)')
 
-# STAGE=train@causal: of this stage and those that it depends on.
+# STAGE=train@causal: only this stage and its upstream stages.
 why: env
 	@python -m tools.why $(if $(STAGE),'$(STAGE)')
 
 plan: env
 	@python -m tools.plan $(if $(STAGE),'$(STAGE)')
 
-# BY=GROUP: with a column for each value of a group, `make compare BY=source`.
+# BY=GROUP: adds one column per value of a group, `make compare BY=source`.
 compare: env
 	@python -m tools.compare $(if $(BY),--by '$(BY)')
 
 report: env
 	@python -m tools.report
 
-# Two at once, a file each; threads that wait do so without spinning, which would take the other's core.
+# Two workers, one test file at a time each; waiting threads must not spin, which would occupy the other worker's core.
 test: env
 	OMP_WAIT_POLICY=passive python -m pytest -q -n 2 --dist loadfile
 
@@ -73,13 +73,13 @@ lint: env
 format: env
 	ruff check --fix . && ruff format .
 
-# Every version pinned with hashes, for every platform, naming no registry.
+# All versions pinned with hashes for every platform, without the name of a registry. Renovate (renovate.json) repeats the
+# command, which uv writes to the first lines of the file: use --option=value and no short options.
+COMPILE = $(UV) pip compile --quiet --universal --generate-hashes --python-version=3.11
 requirements: pyproject.toml
-	$(UV) pip compile --quiet --universal --extra dev --generate-hashes --no-emit-index-url --no-header \
-	  --python-version 3.11 pyproject.toml -o requirements.txt
-	for extra in keras ray; do $(UV) pip compile --quiet --universal --extra $$extra --generate-hashes \
-	  --no-emit-index-url --no-header --python-version 3.11 -c requirements.txt pyproject.toml \
-	  -o requirements-$$extra.txt; done
+	$(COMPILE) --extra=dev --output-file=requirements.txt pyproject.toml
+	for extra in keras ray; do \
+	  $(COMPILE) --extra=$$extra --constraint=requirements.txt --output-file=requirements-$$extra.txt pyproject.toml || exit; done
 
 clean:
 	rm -rf .venv .dvc/cache .dvc/tmp data/raw data/blocks reports metrics/baseline

@@ -1,9 +1,9 @@
-"""Metrics of one trained model on blocks of several sizes: bits per byte must not move, loss and perplexity do.
+"""Evaluate one trained model with several block sizes: loss and perplexity change, bits per byte must not.
 
 Command python -m benchmarks.block_sizes [--task causal] [--sizes 64 128 256]
 Needs   a finished `dvc repro`
 
-The last line printed is one JSON object: for each size the metrics of the test split.
+The last line printed is one JSON object that maps each block size to the metrics of the test split.
 """
 
 import argparse
@@ -20,23 +20,23 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--hardware", default="cpu")
     arguments = parser.parse_args()
-    task, figures = arguments.task, {}
+    task, metrics = arguments.task, {}
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as scratch:
             tokens, blocks, out = f"tokens=data/tokens/{task}", f"{scratch}/blocks", f"{scratch}/report"
-            stage("group_texts", f"task={task}", f"block_size={size}", tokens, f"out={blocks}")
-            given = [f"task={task}", f"hardware={arguments.hardware}", f"trained=models/{task}", tokens]
-            places = [f"blocks={blocks}", f"baseline=reports/baseline/{task}", f"samples_out={scratch}/samples.md"]
-            stage("evaluate", *given, *places, f"out={scratch}/metrics.json", f"report={out}")
-            figures[size] = json.loads(Path(f"{out}/metrics.json").read_text())[task]["test"]
-    names = [name for name in figures[arguments.sizes[0]] if isinstance(figures[arguments.sizes[0]][name], float)]
+            run_stage("group_texts", f"task={task}", f"block_size={size}", tokens, f"out={blocks}")
+            inputs = [f"task={task}", f"hardware={arguments.hardware}", f"trained=models/{task}", tokens]
+            outputs = [f"blocks={blocks}", f"baseline=reports/baseline/{task}", f"samples_out={scratch}/samples.md"]
+            run_stage("evaluate", *inputs, *outputs, f"out={scratch}/metrics.json", f"report={out}")
+            metrics[size] = json.loads(Path(f"{out}/metrics.json").read_text())[task]["test"]
+    names = [name for name in metrics[arguments.sizes[0]] if isinstance(metrics[arguments.sizes[0]][name], float)]
     print("block_size", *(f"{name:>26}" for name in names))
     for size in arguments.sizes:
-        print(f"{size:10}", *(f"{figures[size][name]:26.15f}" for name in names))
-    print(json.dumps(figures))
+        print(f"{size:10}", *(f"{metrics[size][name]:26.15f}" for name in names))
+    print(json.dumps(metrics))
 
 
-def stage(name: str, *overrides: str) -> None:
+def run_stage(name: str, *overrides: str) -> None:
     subprocess.run([sys.executable, "-m", f"stages.{name}", *overrides], check=True)
 
 

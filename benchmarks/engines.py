@@ -1,11 +1,11 @@
-"""Which library encodes a byte-level BPE fastest, and whether each gives the very ids of Hugging Face tokenizers.
+"""Encoding speed of several byte-level BPE libraries, and a check that they give the ids of Hugging Face tokenizers.
 
 Command python benchmarks/engines.py [--documents 5000] [--tokenizer DIRECTORY] [--rounds 3]
-Needs   nothing more for tokenizers and fastokens; `uv pip install gigatoken tiktoken` for these two
+Needs   nothing for tokenizers and fastokens; `uv pip install gigatoken tiktoken` for the other two
 
-The documents are those of benchmarks/preprocessing.py, as strings in memory, 1,000 at a time, on all cores. The first
-call is given apart: caches of words are cold there. The last line printed is one JSON object: library to first and
-median tokens per second and to the number of documents encoded differently.
+The documents of benchmarks/preprocessing.py are encoded from strings in memory, 1,000 per call, on all cores. The first
+round is reported separately, because word caches are still cold. The last line printed is one JSON object that maps
+each library to its first and median tokens per second and to the number of documents that it encodes differently.
 """
 
 import argparse
@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.preprocessing import own_tokenizer, write_documents
-from stages.tokens.encoding import Tokenizers, fastokens_engine, token_bytes
+from benchmarks.preprocessing import write_documents, write_tokenizer
+from stages.tokens.encoding import TokenizersEngine, build_fastokens_engine, build_token_bytes
 from stages.tokens.vocabulary import load_tokenizer
 
-AT_ONCE = 1000
-# GPT-2's pattern of words (Radford et al. 2019), which byte-level BPE goes by unless a tokenizer.json says otherwise.
+BATCH_DOCUMENTS = 1000
+# GPT-2's word pattern (Radford et al. 2019), the default of byte-level BPE unless tokenizer.json sets another one.
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-Encode = Callable[[list[str]], list[Any]]  # texts to the ids of each
+Encode = Callable[[list[str]], list[Any]]  # texts to one array of token ids per text
 
 
 def main() -> None:
@@ -39,13 +39,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        directory = own_tokenizer(arguments.tokenizer, Path(scratch) / "tokenizer")
+        directory = write_tokenizer(arguments.tokenizer, Path(scratch) / "tokenizer")
         write_documents(Path(scratch) / "documents.jsonl", arguments.documents)
         lines = (Path(scratch) / "documents.jsonl").read_text(encoding="utf-8").splitlines()
         texts = [" ".join(json.loads(line)["answers"]["text"]) for line in lines]
-        batches = [texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE)]
+        batches = [texts[start : start + BATCH_DOCUMENTS] for start in range(0, len(texts), BATCH_DOCUMENTS)]
         result, expected = {}, None
-        for name, encode in engines(directory):
+        for name, encode in load_engines(directory):
             rates = []
             for _ in range(1 + arguments.rounds):
                 started = time.perf_counter()
@@ -62,21 +62,21 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def engines(directory: Path) -> Iterator[tuple[str, Encode]]:
-    """The installed libraries, the reference first."""
+def load_engines(directory: Path) -> Iterator[tuple[str, Encode]]:
+    """Yield the name and the encoder of each installed library, the reference (tokenizers) first."""
     tokenizer = load_tokenizer(directory)
-    reference, fast = Tokenizers(tokenizer), fastokens_engine(tokenizer)
+    reference, fast = TokenizersEngine(tokenizer), build_fastokens_engine(tokenizer)
     assert fast is not None
 
-    def rows(engine: Any) -> Encode:
+    def split_rows(engine: Any) -> Encode:
         return lambda texts: np.split((encoded := engine(texts)).ids, encoded.offsets[1:-1])
 
-    yield "tokenizers", rows(reference)
-    yield "fastokens", rows(fast)
+    yield "tokenizers", split_rows(reference)
+    yield "fastokens", split_rows(fast)
     try:
         import gigatoken
 
-        yield "gigatoken", list_rows(gigatoken.Tokenizer(str(directory / "tokenizer.json")))
+        yield "gigatoken", wrap_gigatoken(gigatoken.Tokenizer(str(directory / "tokenizer.json")))
     except ImportError:
         print("gigatoken is not installed")
     try:
@@ -85,12 +85,12 @@ def engines(directory: Path) -> Iterator[tuple[str, Encode]]:
         print("tiktoken is not installed")
         return
     special = set(tokenizer.get_added_tokens_decoder())
-    ranks = {spelt: rank for rank, spelt in enumerate(token_bytes(tokenizer).to_pylist()) if rank not in special}
+    ranks = {spelt: rank for rank, spelt in enumerate(build_token_bytes(tokenizer).to_pylist()) if rank not in special}
     encoding = tiktoken.Encoding("own", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
     yield "tiktoken", encoding.encode_ordinary_batch
 
 
-def list_rows(tokenizer: Any) -> Encode:
+def wrap_gigatoken(tokenizer: Any) -> Encode:
     def encode(texts: list[str]) -> list[Any]:
         flat = tokenizer.encode_batch(texts)
         return np.split(np.asarray(flat.layout.content.data), np.asarray(flat.layout.offsets.data)[1:-1])

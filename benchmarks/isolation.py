@@ -1,9 +1,10 @@
-"""What isolating the documents of a block costs in training speed.
+"""Training speed with and without isolation of the documents in a block.
 
 Command python -m benchmarks.isolation [--task causal] [--steps 60] [--rounds 3]
 Needs   a finished `dvc repro`
 
-Trains the task's default model on the pipeline's blocks with and without isolation, in turn, and prints the medians.
+Alternates between training the task's default model on the pipeline's blocks with and without isolation, and prints the
+median of each.
 The last line printed is one JSON object: task, isolated_tokens_per_second, packed_tokens_per_second, ratio.
 """
 
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 from stages.core.artifacts import Blocks
-from stages.core.compose import compose, load
+from stages.core.compose import compose_config, load_config
 from stages.frameworks.trainer import make_trainer
 from stages.model.models import build_model, prepare_torch
 from stages.model.objectives import make_objective
@@ -33,35 +34,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     arguments = parser.parse_args()
-    config = training_config(arguments.task, arguments.steps, arguments.batch_size)
+    config = build_training_config(arguments.task, arguments.steps, arguments.batch_size)
     speeds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(arguments.rounds):
         for isolated in speeds:
             objective = dataclasses.replace(config.objective, isolate_documents=isolated)
-            speeds[isolated].append(tokens_per_second(dataclasses.replace(config, objective=objective)))
+            speeds[isolated].append(measure_tokens_per_second(dataclasses.replace(config, objective=objective)))
     isolated, packed = (statistics.median(speeds[key]) for key in (True, False))
     result = {"task": arguments.task, "isolated_tokens_per_second": round(isolated)}
     print(json.dumps(result | {"packed_tokens_per_second": round(packed), "ratio": round(isolated / packed, 3)}))
 
 
-def training_config(task: str, steps: int, batch_size: int) -> TrainConfig:
-    """The task's default configuration, for a number of steps without validation."""
-    places = [f"tokens=data/tokens/{task}", f"blocks=data/blocks/{task}", "out=-", "report=-"]
+def build_training_config(task: str, steps: int, batch_size: int) -> TrainConfig:
+    """Return the task's default configuration, changed to run `steps` steps without validation."""
+    paths = [f"tokens=data/tokens/{task}", f"blocks=data/blocks/{task}", "out=-", "report=-"]
     values = ["seed=42", "block_size=128", "learning_rate=0.001", "num_train_epochs=100", f"batch_size={batch_size}"]
     trainer = [f"+trainer.max_steps={steps}", "trainer.eval_strategy=no"]
     groups = [f"task={task}", f"model={MODELS[task]}", "adapter=none", "hardware=cpu", "framework=trainer"]
-    return load(TrainConfig, compose("train", [*groups, *values, *trainer, *places]))
+    return load_config(TrainConfig, compose_config("train", [*groups, *values, *trainer, *paths]))
 
 
-def tokens_per_second(config: TrainConfig) -> float:
-    """Training speed of `config`, its start and imports left out."""
+def measure_tokens_per_second(config: TrainConfig) -> float:
+    """Train with `config` and return its tokens per second, without start-up and imports."""
     prepare_torch(config.hardware)
     vocabulary, blocks = Vocabulary.read(config.tokens), Path(config.blocks)
     model = build_model(config.model, vocabulary, config.seed)
     objective = make_objective(config.objective.name, vocabulary, config.objective, model)
     train, validation = Blocks(blocks / "train"), Blocks(blocks / "validation")
     with tempfile.TemporaryDirectory() as scratch:
-        config = dataclasses.replace(config, report=f"{scratch}/report")  # where the curves of a running training are
+        config = dataclasses.replace(config, report=f"{scratch}/report")  # live curves are written there
         trainer = make_trainer(config, model, objective, train, validation, scratch)
         started = time.monotonic()
         trainer.train()

@@ -1,11 +1,11 @@
-"""Speed of masked batches, and memory of a row of 8,192 tokens whose documents are isolated, on a CPU.
+"""Speed of building masked batches, and memory for a row of 8,192 tokens with isolated documents, on a CPU.
 
 Command python -m benchmarks.masked_batches
 
-Batches are 64 x 512 tokens of DistilRoBERTa's shape (benchmarks/training.py), made in this process and by the Trainer's
-loader with one worker process. The row is given to a BERT of two layers of width 64 without dropout: what memory takes
-beyond what it took before, when the batch is made, in evaluation, and in a step of training; documents have 300 tokens.
-The last line printed is one JSON object.
+Batches have 64 x 512 tokens of DistilRoBERTa's shape (benchmarks/training.py). They are built in this process and by
+the Trainer's loader with one worker process. The row has documents of 300 tokens and is the input of a BERT with two
+layers of width 64 and no dropout. Its memory is the increase over the memory before, measured while the batch is built,
+in evaluation, and in a training step. The last line printed is one JSON object.
 """
 
 import contextlib
@@ -27,106 +27,109 @@ from stages.model.objectives import make_objective
 from stages.model.precision import full_precision
 from stages.train.attention import use_fast_kernels
 
-ROWS, LENGTH, LONG, DOCUMENT = 64, 512, 8192, 300
-BATCHES = 60
+BATCH_SIZE, BLOCK_SIZE, ROW_TOKENS, DOCUMENT_TOKENS = 64, 512, 8192, 300
+NUM_BATCHES = 60
 PAGE_BYTES = 4096
 
 
 def main() -> None:
-    result = {**row_memory(), **batch_rates()}  # in this order: a stage keeps the memory that it frees
+    # Memory first: freed memory stays with the process and would hide an increase.
+    result = {**measure_row_memory(), **measure_batch_rates()}
     for name, value in result.items():
         print(f"{name:32} {value:14,.0f}")
     print(json.dumps(result))
 
 
-def batch_rates() -> dict[str, float]:
-    given = ["--shape", "distilroberta", "--batch-size", str(ROWS), "--block-size", str(LENGTH)]
-    arguments = training.parse([*given, "--steps", str(BATCHES)])
+def measure_batch_rates() -> dict[str, float]:
+    options = ["--shape", "distilroberta", "--batch-size", str(BATCH_SIZE), "--block-size", str(BLOCK_SIZE)]
+    arguments = training.parse_arguments([*options, "--steps", str(NUM_BATCHES)])
     with tempfile.TemporaryDirectory() as scratch:
         arguments.scratch = scratch
-        training.write_blocks(arguments, Path(scratch), (BATCHES + training.WARM_UP) * ROWS)
-        config = training.training_config(arguments, "++trainer.dataloader_num_workers=1")
+        training.write_blocks(arguments, Path(scratch), (NUM_BATCHES + training.WARM_UP) * BATCH_SIZE)
+        config = training.make_training_config(arguments, "++trainer.dataloader_num_workers=1")
         prepare_torch(config.hardware)
-        built = training.build(arguments, config)
-        indices = list(range(ROWS))
-        in_process = rate(built.objective.batch(built.train[indices], indices, 42, 0) for _ in range(BATCHES))
-        loader = make_trainer(config, *built[1:], scratch).get_train_dataloader()
-        return {"tokens_per_second": in_process, "tokens_per_second_of_a_worker": rate(loader)}
+        setup = training.make_setup(arguments, config)
+        indices = list(range(BATCH_SIZE))
+        in_process = measure_rate(
+            setup.objective.build_batch(setup.train[indices], indices, 42, 0) for _ in range(NUM_BATCHES)
+        )
+        loader = make_trainer(config, *setup[1:], scratch).get_train_dataloader()
+        return {"tokens_per_second": in_process, "tokens_per_second_of_a_worker": measure_rate(loader)}
 
 
-def rate(batches: Any) -> float:
-    """Tokens/s of the batches after the first few."""
+def measure_rate(batches: Any) -> float:
+    """Iterate over the batches and return tokens/s, without the first WARM_UP batches."""
     started = 0.0
     for number, _ in enumerate(batches, 1):
         if number == training.WARM_UP:
             started = time.perf_counter()
-    return (number - training.WARM_UP) * ROWS * LENGTH / (time.perf_counter() - started)
+    return (number - training.WARM_UP) * BATCH_SIZE * BLOCK_SIZE / (time.perf_counter() - started)
 
 
-def row_memory() -> dict[str, float]:
+def measure_row_memory() -> dict[str, float]:
     from transformers import AutoConfig, AutoModelForMaskedLM
 
-    arguments = training.parse(["--shape", "tiny-roberta"])
-    vocabulary = training.vocabulary_of(arguments)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1}
+    arguments = training.parse_arguments(["--shape", "tiny-roberta"])
+    vocabulary = training.make_vocabulary(arguments)
+    layers = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1}
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    shape = {"vocab_size": vocabulary.size, "max_position_embeddings": LONG, **sizes, **dropout}
+    shape = {"vocab_size": vocabulary.size, "max_position_embeddings": ROW_TOKENS, **layers, **dropout}
     model = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **shape))
     arguments.scratch = "-"
-    config = training.training_config(arguments)
+    config = training.make_training_config(arguments)
     prepare_torch(config.hardware)
     objective = make_objective("mlm", vocabulary, config.objective, model)
-    blocks = np.full((1, LONG), training.SPECIAL, np.uint16)
-    blocks[:, ::DOCUMENT] = vocabulary.prefix[0]
+    blocks = np.full((1, ROW_TOKENS), training.NUM_SPECIAL_IDS, np.uint16)
+    blocks[:, ::DOCUMENT_TOKENS] = vocabulary.prefix[0]
 
-    def batch(length: int = LONG) -> dict[str, Any]:
-        return objective.batch(blocks[:, :length], [0], 0, 0)
+    def make_batch(length: int = ROW_TOKENS) -> dict[str, Any]:
+        return objective.build_batch(blocks[:, :length], [0], 0, 0)
 
-    def forward(length: int = LONG) -> Any:
-        inputs = batch(length)
+    def forward(length: int = ROW_TOKENS) -> Any:
+        inputs = make_batch(length)
         del inputs["labels"]
         return model(**isolate_segments(inputs, model)).logits
 
-    def evaluate(length: int = LONG) -> None:
+    def evaluate(length: int = ROW_TOKENS) -> None:
         with full_precision(model):
             forward(length)
 
-    def train(length: int = LONG) -> None:
+    def train(length: int = ROW_TOKENS) -> None:
         forward(length).sum().backward()
 
-    found = {"batch_bytes": peak(batch), "evaluation_bytes": peak(evaluate)}
+    memory = {"batch_bytes": measure_peak_bytes(make_batch), "evaluation_bytes": measure_peak_bytes(evaluate)}
     use_fast_kernels(model.train(), "cpu")
-    return {**found, "training_bytes": peak(train)}
+    return {**memory, "training_bytes": measure_peak_bytes(train)}
 
 
-def peak(work: Callable[..., Any]) -> float:
-    """Bytes that the process has at most during `work`, beyond those that it had before it."""
-    work(DOCUMENT)  # imports, threads
-    before = resident_bytes()
-    with highest(before) as seen:
+def measure_peak_bytes(work: Callable[..., Any]) -> float:
+    """Run `work` and return the largest increase of the process's memory during it, in bytes."""
+    work(DOCUMENT_TOKENS)  # warm-up: imports, threads
+    initial = read_resident_bytes()
+    with track_peak_bytes(initial) as most:
         work()
-    return seen[0] - before
+    return most[0] - initial
 
 
 @contextlib.contextmanager
-def highest(before: float) -> Iterator[list[float]]:
-    """A list of the most bytes in memory while the block runs."""
-    seen, ended = [before], threading.Event()
+def track_peak_bytes(initial: float) -> Iterator[list[float]]:
+    """Yield a list with one item, the most bytes in memory so far; a thread updates it while the block runs."""
+    most, ended = [initial], threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.0005):
-            seen[0] = max(seen[0], resident_bytes())
+            most[0] = max(most[0], read_resident_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield seen
+        yield most
     finally:
         ended.set()
         watcher.join()
 
 
-def resident_bytes() -> float:
+def read_resident_bytes() -> float:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * PAGE_BYTES
 
 

@@ -1,12 +1,12 @@
-"""How far `make plan` is off, in memory and time: each stage planned, then run.
+"""Error of `make plan` in memory and time: each stage is planned and then run.
 
 Command python -m benchmarks.plan [--cases tiny-gpt2 distilgpt2 ...] [--rounds 3] [--text-megabytes 0.25]
 
-A case is a model configuration in a clone of this repository, with a text of random words from which its tokenizer is
-trained; the distil cases have the shapes of DistilGPT2 and DistilRoBERTa (benchmarks/training.py), from scratch, with
-vocabularies of their size. In each round, baseline, train and evaluate are planned as `make plan` does it and then run,
-so that a machine whose speed varies is the same for both. An error is planned / actual - 1: of the medians over the
-rounds, and in brackets of the round that was furthest off. The last line printed is one JSON object.
+A case is a model configuration in a clone of this repository. Its tokenizer is trained on a text of random words. The
+distil cases train the shapes and vocabulary sizes of DistilGPT2 and DistilRoBERTa (benchmarks/training.py) from
+scratch. Each round plans baseline, train and evaluate as `make plan` does and then runs them, so that changes of the
+machine's speed affect both. An error is planned / actual - 1. The first figure is that of the medians over the rounds;
+the one in brackets is the largest error of a round. The last line printed is one JSON object.
 """
 
 import argparse
@@ -28,14 +28,14 @@ import yaml
 from benchmarks.training import ROOT, SHAPES, TINY
 from tools.plan import PLANNED, plan_task
 
-WORDS = 60_000  # more than a vocabulary has, so that it is full
+WORDS = 60_000  # more than the largest vocabulary, so that the tokenizer fills it
 WORDS_PER_TEXT = 300
-PLAN = "plan "  # what the line of a plan begins with
+PLAN_PREFIX = "plan "  # of the output line with the plan
 
 
 @dataclasses.dataclass
-class Measured:
-    """A stage in one round."""
+class Measurement:
+    """Planned and actual cost of a stage in one round."""
 
     planned_seconds: float
     planned_bytes: int
@@ -44,7 +44,7 @@ class Measured:
 
 
 def main() -> None:
-    arguments = parse()
+    arguments = parse_arguments()
     if arguments.task:  # in a clone
         print_plan(arguments.task)
         return
@@ -52,14 +52,14 @@ def main() -> None:
     for case in arguments.cases:
         with tempfile.TemporaryDirectory() as scratch:
             project = make_project(case, Path(scratch) / "project", arguments.text_megabytes)
-            rounds = [measure(project, SHAPES[case][0]) for _ in range(arguments.rounds)]
+            rounds = [measure_stages(project, SHAPES[case][0]) for _ in range(arguments.rounds)]
         for stage in PLANNED:
-            result[f"{case} {stage}"] = line = errors([measured[stage] for measured in rounds])
+            result[f"{case} {stage}"] = line = summarize_rounds([measured[stage] for measured in rounds])
             print(f"{case:14} {stage:9} " + "  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
     print(json.dumps(result))
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--cases", nargs="+", choices=tuple(SHAPES), default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=3)
@@ -69,37 +69,37 @@ def parse() -> argparse.Namespace:
 
 
 def print_plan(task: str) -> None:
-    """Plan the stages of `task` in the current directory and print what they should take."""
+    """Plan the stages of `task` in the current directory and print their seconds and peak bytes."""
     with tempfile.TemporaryDirectory() as scratch:
         rows = list(plan_task(task, PLANNED, Path(scratch)))
     costs = {name.partition("@")[0]: cost for name, _, cost in rows if cost is not None}
-    print(PLAN + json.dumps({name: [cost.seconds, cost.peak_bytes] for name, cost in costs.items()}))
+    print(PLAN_PREFIX + json.dumps({name: [cost.seconds, cost.peak_bytes] for name, cost in costs.items()}))
 
 
-def errors(rounds: list[Measured]) -> dict[str, str]:
-    """What a stage took and how far its plan was off."""
+def summarize_rounds(rounds: list[Measurement]) -> dict[str, str]:
+    """Return the actual cost of a stage and the errors of its plan, formatted for the table."""
     seconds = [one.seconds for one in rounds]
-    sizes = [one.bytes for one in rounds]
+    peak_bytes = [one.bytes for one in rounds]
     return {
         "time": f"{statistics.median(seconds):.1f} s",
-        "time_error": error([one.planned_seconds for one in rounds], seconds),
-        "memory": f"{statistics.median(sizes) / 1e9:.2f} GB",
-        "memory_error": error([one.planned_bytes for one in rounds], sizes),
+        "time_error": format_deviation([one.planned_seconds for one in rounds], seconds),
+        "memory": f"{statistics.median(peak_bytes) / 1e9:.2f} GB",
+        "memory_error": format_deviation([one.planned_bytes for one in rounds], peak_bytes),
     }
 
 
-def error(planned: Sequence[float], actual: Sequence[float]) -> str:
-    """The error of the medians, and in brackets the largest one."""
-    each = [one / other - 1 for one, other in zip(planned, actual, strict=True)]
-    whole = statistics.median(planned) / statistics.median(actual) - 1
-    return f"{whole:+.0%} ({max(each, key=abs):+.0%})"
+def format_deviation(planned: Sequence[float], actual: Sequence[float]) -> str:
+    """Return the error of the medians and, in brackets, the largest error of a round."""
+    errors = [one / other - 1 for one, other in zip(planned, actual, strict=True)]
+    median_error = statistics.median(planned) / statistics.median(actual) - 1
+    return f"{median_error:+.0%} ({max(errors, key=abs):+.0%})"
 
 
 # -- a case ------------------------------------------------------------------------------------------------------------
 
 
 def make_project(case: str, project: Path, megabytes: float) -> Path:
-    """A clone of this repository with the model of `case` as its task's, and the data stages behind it."""
+    """Clone this repository, configure the model of `case` for its task, and run the data stages."""
     subprocess.run(["git", "clone", "-q", str(ROOT), str(project)], check=True)
     task, batch_size, vocab_size, shape = SHAPES[case]
     write_text(project / "text.jsonl", megabytes)
@@ -119,27 +119,29 @@ def make_project(case: str, project: Path, megabytes: float) -> Path:
 
 
 def write_text(file: Path, megabytes: float) -> None:
-    """Records of random words in ELI5's schema."""
-    draw = random.Random(0)
+    """Write records of random words in ELI5's schema."""
+    rng = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["".join(draw.choices(letters, k=draw.randint(2, 9))) for _ in range(WORDS)]
+    words = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(WORDS)]
     with file.open("w", encoding="utf-8") as lines:
         while lines.tell() < megabytes * 1e6:
-            texts = [" ".join(draw.choices(words, k=draw.randint(10, WORDS_PER_TEXT))) for _ in range(2)]
-            lines.write(json.dumps({"title": " ".join(draw.choices(words, k=8)), "answers": {"text": texts}}) + "\n")
+            texts = [" ".join(rng.choices(words, k=rng.randint(10, WORDS_PER_TEXT))) for _ in range(2)]
+            lines.write(json.dumps({"title": " ".join(rng.choices(words, k=8)), "answers": {"text": texts}}) + "\n")
 
 
 def write_yaml(file: Path, value: Any) -> None:
     file.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
 
 
-def measure(project: Path, task: str) -> dict[str, Measured]:
-    """Each stage of `task`, planned and then run."""
+def measure_stages(project: Path, task: str) -> dict[str, Measurement]:
+    """Plan and then run each stage of `task`; return its measurement by stage."""
     environment = {**os.environ, "LM_REPRO_CACHE": str(project / "cache")}
     command = [sys.executable, "-m", "benchmarks.plan", "--task", task]
-    said = subprocess.run(command, cwd=project, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    plan = json.loads(next(line for line in said.splitlines() if line.startswith(PLAN)).removeprefix(PLAN))
-    found = {}
+    output = subprocess.run(command, cwd=project, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    plan = json.loads(
+        next(line for line in output.splitlines() if line.startswith(PLAN_PREFIX)).removeprefix(PLAN_PREFIX)
+    )
+    measurements = {}
     for stage in PLANNED:
         started = time.monotonic()
         process = subprocess.Popen(
@@ -151,8 +153,8 @@ def measure(project: Path, task: str) -> dict[str, Measured]:
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"{stage} failed in {project}")
-        found[stage] = Measured(*plan[stage], time.monotonic() - started, usage.ru_maxrss * 1024)
-    return found
+        measurements[stage] = Measurement(*plan[stage], time.monotonic() - started, usage.ru_maxrss * 1024)
+    return measurements
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""What each step from the former default recipe to the present one is worth: bits per byte against seconds of training.
+"""Bits per byte and training time of each step from the former default recipe to the current one.
 
 Command python -m benchmarks.recipes [--tasks causal mlm] [--recipes NAME ...] [--rounds 1] [--hardware cpu]
 
-Downloads, tokenizes and groups the sample in a temporary directory, then trains and evaluates each recipe there, one
-after the other, in this process; each round begins with the former default again. Seconds are those of the stage
-`train` without imports, given as a ratio to the former default's of the same round (the median over the rounds). The
-ratio of processor time is given as well: other processes on the machine change it less.
-The last line printed is one JSON object: task to recipe to its figures.
+The sample is downloaded, tokenized and grouped in a temporary directory. Each recipe is then trained and evaluated
+there, one after the other, in this process; each round starts with the former default. Seconds are those of the train
+stage without imports, as a ratio to the former default in the same round (median over the rounds). The ratio of
+processor time is less affected by other processes on the machine.
+The last line printed is one JSON object that maps each task and recipe to its figures.
 
-Bits per byte of a causal model compare across vocabularies. Pseudo bits per byte of a masked one do not, and all masked
-recipes here have the same tokenizer.
+Bits per byte of causal models can be compared across vocabularies. Pseudo bits per byte of masked models cannot, so all
+masked recipes here use the same tokenizer.
 """
 
 import argparse
@@ -24,26 +24,26 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.core.compose import compose, load
-from tools.check import schema_of
+from stages.core.compose import compose_config, load_config
+from tools.check import get_config_class
 
 
 class Seconds(NamedTuple):
     wall: float
     cpu: float
-    """Of all threads of this process."""
+    """Processor seconds of all threads of this process."""
 
 
 FORMER = "former"
 
 
 class Recipe(NamedTuple):
-    """What differs from params.yaml and conf/, as overrides of the stages' command lines."""
+    """Differences from params.yaml and conf/, as command-line overrides of the stages."""
 
     model: list[str]
-    """Of the stages that make the tokenizer and the model."""
+    """Overrides for the stages that create the tokenizer and the model."""
     training: list[str]
-    """Of the stage `train`."""
+    """Overrides for the train stage."""
 
 
 FORMER_TRAINING = ["learning_rate=0.002"]
@@ -56,7 +56,7 @@ WIDE = ["model.config.n_embd=128", "model.config.n_head=4"]
 ROBERTA = ["model=tiny-roberta"]
 FULL_ATTENTION = ["model.config.layer_types=[full_attention,full_attention]"]
 
-# Task to the recipes, from the former default to the present one, a step after the other.
+# Task to its recipes, step by step from the former default to the current one.
 RECIPES = {
     "causal": {
         FORMER: Recipe([*WIDE, "model.tokenizer.train.vocab_size=1024"], [*FORMER_TRAINING, "num_train_epochs=3"]),
@@ -77,74 +77,88 @@ RECIPES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=tuple(RECIPES), default=list(RECIPES))
-    parser.add_argument("--recipes", nargs="+", metavar="NAME", help="besides the former default (default: all)")
+    parser.add_argument(
+        "--recipes", nargs="+", metavar="NAME", help="recipes in addition to the former default (default: all)"
+    )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--hardware", default="cpu")
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)  # what stages say of themselves
+    logging.disable(logging.WARNING)  # no log lines of the stages
     result: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        os.environ["LM_REPRO_CACHE"] = str(place / "cache")
-        run_stage("download", f"out={place / 'raw'}")
+        directory = Path(scratch)
+        os.environ["LM_REPRO_CACHE"] = str(directory / "cache")
+        run_stage("download", f"out={directory / 'raw'}")
         for task in arguments.tasks:
             recipes = {
                 name: recipe
                 for name, recipe in RECIPES[task].items()
                 if arguments.recipes is None or name in (FORMER, *arguments.recipes)
             }
-            result[task] = measure(place, task, recipes, arguments.rounds, f"hardware={arguments.hardware}")
+            result[task] = measure_recipes(directory, task, recipes, arguments.rounds, f"hardware={arguments.hardware}")
             print_table(task, result[task])
     print(json.dumps(result))
 
 
-def measure(place: Path, task: str, recipes: dict[str, Recipe], rounds: int, hardware: str) -> dict[str, Any]:
-    """Recipe to validation and test figures, steps, and its time as a ratio to the first one's."""
+def measure_recipes(
+    directory: Path, task: str, recipes: dict[str, Recipe], rounds: int, hardware: str
+) -> dict[str, Any]:
+    """Return each recipe's validation and test metrics, steps, and time as a ratio to the former default's."""
     ratios: dict[str, list[Seconds]] = {name: [] for name in recipes}
     figures: dict[str, Any] = {}
     for name, recipe in recipes.items():
-        prepare(place / name, place / "raw", task, recipe, hardware)
+        make_inputs(directory / name, directory / "raw", task, recipe, hardware)
     for _ in range(rounds):
-        seconds = {name: train(place / name, task, recipe, hardware) for name, recipe in recipes.items()}
+        seconds = {name: train_recipe(directory / name, task, recipe, hardware) for name, recipe in recipes.items()}
         for name in recipes:
             former = seconds[FORMER]
             ratios[name].append(Seconds(seconds[name].wall / former.wall, seconds[name].cpu / former.cpu))
     for name in recipes:
-        (metric,) = {"bpb", "pseudo_bpb"} & (found := evaluate(place / name, task, hardware))["test"].keys()
-        figures[name] = {split: round(found[split][metric], 4) for split in ("val", "test")}
-        figures[name]["steps"] = json.loads((place / name / task / "curves/stats.json").read_text())["steps"]
+        (metric,) = {"bpb", "pseudo_bpb"} & (metrics := evaluate_recipe(directory / name, task, hardware))[
+            "test"
+        ].keys()
+        figures[name] = {split: round(metrics[split][metric], 4) for split in ("val", "test")}
+        figures[name]["steps"] = json.loads((directory / name / task / "curves/stats.json").read_text())["steps"]
         figures[name]["seconds_ratio"] = round(statistics.median(ratio.wall for ratio in ratios[name]), 3)
         figures[name]["processor_ratio"] = round(statistics.median(ratio.cpu for ratio in ratios[name]), 3)
     return figures
 
 
-def prepare(place: Path, raw: Path, task: str, recipe: Recipe, hardware: str) -> None:
-    """Make tokens, blocks and the baseline of a recipe below `place`."""
-    tokens = f"tokens={place / task}/tokens"
-    run_stage("tokenize", f"task={task}", *recipe.model, f"raw={raw}", f"out={place / task}/tokens")
-    run_stage("group_texts", f"task={task}", tokens, f"raw={raw}", f"out={place / task}/blocks")
-    outs = [f"out={place / task}/baseline.json", f"report={place / task}/baseline"]
+def make_inputs(directory: Path, raw: Path, task: str, recipe: Recipe, hardware: str) -> None:
+    """Create the tokens, blocks and baseline of a recipe in `directory`."""
+    tokens = f"tokens={directory / task}/tokens"
+    run_stage("tokenize", f"task={task}", *recipe.model, f"raw={raw}", f"out={directory / task}/tokens")
+    run_stage("group_texts", f"task={task}", tokens, f"raw={raw}", f"out={directory / task}/blocks")
+    outs = [f"out={directory / task}/baseline.json", f"report={directory / task}/baseline"]
     run_stage("baseline", f"task={task}", hardware, *recipe.model, tokens, f"raw={raw}", *outs)
 
 
-def train(place: Path, task: str, recipe: Recipe, hardware: str) -> Seconds:
-    """What the stage takes, imports left out."""
-    inputs = [f"tokens={place / task}/tokens", f"blocks={place / task}/blocks"]
-    outs = [f"out={place / task}/model", f"report={place / task}/curves"]
+def train_recipe(directory: Path, task: str, recipe: Recipe, hardware: str) -> Seconds:
+    """Run the train stage for a recipe and return its seconds, without imports."""
+    inputs = [f"tokens={directory / task}/tokens", f"blocks={directory / task}/blocks"]
+    outs = [f"out={directory / task}/model", f"report={directory / task}/curves"]
     return run_stage("train", f"task={task}", hardware, *recipe.model, *recipe.training, *inputs, *outs)
 
 
-def evaluate(place: Path, task: str, hardware: str) -> Any:
-    """What the stage writes to metrics/TASK.json for its task."""
-    inputs = [f"tokens={place / task}/tokens", f"blocks={place / task}/blocks", f"trained={place / task}/model"]
-    outs = [f"out={place / task}/metrics.json", f"report={place / task}/report", f"samples_out={place / task}/s.md"]
-    run_stage("evaluate", f"task={task}", hardware, *inputs, f"baseline={place / task}/baseline", *outs)
-    return json.loads((place / task / "metrics.json").read_text())[task]
+def evaluate_recipe(directory: Path, task: str, hardware: str) -> Any:
+    """Run the evaluate stage and return the metrics that it writes for `task`."""
+    inputs = [
+        f"tokens={directory / task}/tokens",
+        f"blocks={directory / task}/blocks",
+        f"trained={directory / task}/model",
+    ]
+    outs = [
+        f"out={directory / task}/metrics.json",
+        f"report={directory / task}/report",
+        f"samples_out={directory / task}/s.md",
+    ]
+    run_stage("evaluate", f"task={task}", hardware, *inputs, f"baseline={directory / task}/baseline", *outs)
+    return json.loads((directory / task / "metrics.json").read_text())[task]
 
 
 def run_stage(stage: str, *overrides: str) -> Seconds:
-    """Run `stage` in this process; what it took, its imports and configuration left out."""
-    config = load(schema_of(stage), compose(stage, overrides))
+    """Run `stage` in this process and return its seconds, without imports and configuration."""
+    config = load_config(get_config_class(stage), compose_config(stage, overrides))
     module = importlib.import_module(f"stages.{stage}.stage")
     if stage == "train":
         importlib.import_module("stages.frameworks.trainer")

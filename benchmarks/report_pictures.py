@@ -1,4 +1,4 @@
-"""Take the pictures of docs/report.md anew from reports/report.html, by Chromium.
+"""Update the screenshots of docs/report.md from reports/report.html, with Chromium.
 
 Command python -m benchmarks.report_pictures    (after `make report`)
 """
@@ -12,9 +12,9 @@ from typing import Any
 from playwright.sync_api import sync_playwright
 
 REPORT = Path("reports/report.html")
-PICTURES = Path("docs/images")
-# Name: color scheme, width, the part it begins with, height at most. Sizes in pixels.
-TAKEN = {
+PICTURE_DIRECTORY = Path("docs/images")
+# Name to color scheme, width, selector of the first element shown, and maximum height; sizes in pixels.
+VIEWS = {
     "light": ("light", 1280, "header", 1250),
     "dark": ("dark", 1280, "#metrics", 1250),
     "narrow": ("light", 400, "header", 1400),
@@ -22,30 +22,32 @@ TAKEN = {
 
 
 def main() -> None:
-    with chromium() as browser:
-        for name in TAKEN:
-            file = PICTURES / f"report-{name}.png"
-            take(browser, name, file)
+    with open_chromium() as browser:
+        for name in VIEWS:
+            file = PICTURE_DIRECTORY / f"report-{name}.png"
+            take_picture(browser, name, file)
             print(f"{file}: {file.stat().st_size / 1e3:.0f} KB")
 
 
 @contextmanager
-def chromium() -> Iterator[Any]:
-    """A browser without a window, and the directory for what it takes."""
-    PICTURES.mkdir(parents=True, exist_ok=True)
+def open_chromium() -> Iterator[Any]:
+    """Open a headless browser and create the directory of the screenshots."""
+    PICTURE_DIRECTORY.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
 
 
-def take(browser: Any, name: str, file: Path) -> None:
-    scheme, width, first, most = TAKEN[name]
+def take_picture(browser: Any, name: str, file: Path) -> None:
+    scheme, width, selector, max_height = VIEWS[name]
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page.set_default_timeout(120_000)  # milliseconds
     page.goto(REPORT.resolve().as_uri())
     page.wait_for_selector(".plot .main-svg")
-    top = page.locator(first).bounding_box()["y"]
-    left = page.evaluate("document.documentElement.scrollHeight") - top
-    page.screenshot(path=file, full_page=True, clip={"x": 0, "y": top, "width": width, "height": min(most, left)})
+    top = page.locator(selector).bounding_box()["y"]
+    available = page.evaluate("document.documentElement.scrollHeight") - top
+    page.screenshot(
+        path=file, full_page=True, clip={"x": 0, "y": top, "width": width, "height": min(max_height, available)}
+    )
     page.close()
 
 

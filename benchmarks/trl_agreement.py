@@ -1,12 +1,12 @@
-"""Loss and gradients of answers only, beside those of TRL's completion-only SFTTrainer for the same model and records.
+"""Compare the loss and gradients of answers only with TRL's completion-only SFTTrainer, for one model and data.
 
 Command python -m benchmarks.trl_agreement [--records data/sample/askscience.jsonl] [--number 8]
 Needs   uv pip install trl
 
-TRL gets the token ids of the pipeline and which of them are completions. (It would tokenize a prompt and its completion
-as one text, and warns that tokens merge across their boundary.) Its first batch is compared label by label, then the
-loss of both in fp32 (TRL: transformers' own loss of the model; here: a sum over chunks of the output embedding), and
-all gradients. The last line printed is one JSON object.
+TRL receives the pipeline's token ids and completion masks. (TRL would tokenize a prompt and its completion as one text,
+and it warns that tokens merge across their boundary.) The benchmark compares the labels of TRL's first batch, the loss
+in fp32 (in TRL the model's loss in transformers, in the pipeline a sum over chunks of the output embedding), and all
+gradients. The last line printed is one JSON object.
 """
 
 import argparse
@@ -26,27 +26,27 @@ from trl import SFTConfig, SFTTrainer
 
 from stages.core.artifacts import Documents
 from stages.download.files import find_files
-from stages.download.records import record_schema, to_record
+from stages.download.records import build_record, record_schema
 from stages.download.schema import Columns
-from stages.download.sources import read_rows
+from stages.download.sources import read_file_rows
 from stages.model.loss import TokenLoss
 from stages.model.masking import IGNORED
 from stages.model.objectives import make_objective
 from stages.model.schema import ObjectiveConfig
 from stages.tokenize.stage import tokenize_split
-from stages.tokens.encoding import Tokenizers
+from stages.tokens.encoding import TokenizersEngine
 from stages.tokens.schema import TrainedTokenizer
 from stages.tokens.texts import Flatten, TextFile
-from stages.tokens.vocabulary import load_tokenizer, train_tokenizer, vocabulary_of
+from stages.tokens.vocabulary import build_vocabulary, load_tokenizer, train_tokenizer
 
 FLATTEN = Flatten(prompt=["title", "selftext"], completion=["answers.text"])
-PAD, LENGTH = 1, 1024
+PAD_ID, MAX_LENGTH = 1, 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--records", default="data/sample/askscience.jsonl")
-    parser.add_argument("--number", type=int, default=8, help="of records, in one batch")
+    parser.add_argument("--number", type=int, default=8, help="number of records, all in one batch")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -58,12 +58,12 @@ def main() -> None:
         config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=1024, vocab_size=1024)
         config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
         AutoModelForCausalLM.from_config(config).save_pretrained(root / "model")
-        our_ids, our_labels, our_loss, our_gradients = by_pipeline(root)
-        ids, labels, loss, gradients = by_trl(root, our_ids, our_labels)
+        our_ids, our_labels, our_loss, our_gradients = run_pipeline(root)
+        ids, labels, loss, gradients = run_trl(root, our_ids, our_labels)
     difference = max(float((one - other).abs().max()) for one, other in zip(gradients, our_gradients, strict=True))
     result = {
         "records": len(pairs),
-        "tokens": int((ids != PAD).sum()),
+        "tokens": int((ids != PAD_ID).sum()),
         "counted": int((labels != IGNORED).sum()),
         "same_ids": bool((ids == our_ids).all()),
         "same_labels": bool((labels == our_labels).all()),
@@ -77,10 +77,10 @@ def main() -> None:
 
 
 def write_records(arguments: argparse.Namespace, file: Path) -> list[tuple[str, str]]:
-    """Prompt and completion of the first records, which are written as download does."""
-    rows = (row for system, name in find_files(arguments.records) for row in read_rows(system, name))
+    """Write the first records as download does, and return their prompts and completions."""
+    rows = (row for system, name in find_files(arguments.records) for row in read_file_rows(system, name))
     records = [
-        to_record(row.value, Columns(title="title", texts=["answers.text"]))[0] | {"source": "records"}
+        build_record(row.value, Columns(title="title", texts=["answers.text"]))[0] | {"source": "records"}
         for row in itertools.islice(rows, arguments.number)
     ]
     pq.write_table(pa.Table.from_pylist(records, schema=record_schema([])), file)
@@ -90,14 +90,22 @@ def write_records(arguments: argparse.Namespace, file: Path) -> list[tuple[str, 
     ]
 
 
-def by_trl(
+def run_trl(
     root: Path, ids: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, float, list[torch.Tensor]]:
-    """Ids and labels [num_records, length], loss and gradients of TRL's first batch of the documents in `ids`."""
+    """Return token ids and labels, both `[num_records, length]`, int64, loss and gradients of TRL's first batch.
+
+    Args:
+        ids: token ids of the pipeline, `[num_records, length]`, padded with PAD_ID.
+        labels: labels of the pipeline, of the same shape; IGNORED outside completions.
+    """
     model = AutoModelForCausalLM.from_pretrained(root / "model")
     rows = [
-        {"input_ids": row[row != PAD].tolist(), "completion_mask": (own[row != PAD] != IGNORED).long().tolist()}
-        for row, own in zip(ids, labels, strict=True)
+        {
+            "input_ids": row[row != PAD_ID].tolist(),
+            "completion_mask": (row_labels[row != PAD_ID] != IGNORED).long().tolist(),
+        }
+        for row, row_labels in zip(ids, labels, strict=True)
     ]
     settings: dict[str, Any] = {
         "output_dir": str(root / "trl"),
@@ -124,20 +132,21 @@ def by_trl(
     return batch["input_ids"], batch["labels"], loss.item(), gradients
 
 
-def by_pipeline(root: Path) -> tuple[torch.Tensor, torch.Tensor, float, list[torch.Tensor]]:
-    """The same of the documents as the pipeline tokenizes them, each in a row, cut to LENGTH or padded."""
+def run_pipeline(root: Path) -> tuple[torch.Tensor, torch.Tensor, float, list[torch.Tensor]]:
+    """Return the same as `run_trl` for the pipeline; one document per row, cut to MAX_LENGTH or padded."""
     tokenizer = load_tokenizer(root / "tokenizer")
-    vocabulary = vocabulary_of(tokenizer, root / "tokenizer", "end_of_sequence", ["eos_token"])
+    vocabulary = build_vocabulary(tokenizer, root / "tokenizer", "end_of_sequence", ["eos_token"])
     texts = TextFile(root / "records.parquet", FLATTEN)
-    tokenize_split(texts, Tokenizers(tokenizer), vocabulary, root / "tokens", decoder=None)
+    tokenize_split(texts, TokenizersEngine(tokenizer), vocabulary, root / "tokens", decoder=None)
     documents = Documents(root / "tokens")
-    length = min(LENGTH, max(len(documents[number]) + 1 for number in range(len(documents))))
-    ids = np.full((len(documents), length), PAD, np.uint16)
+    length = min(MAX_LENGTH, max(len(documents[number]) + 1 for number in range(len(documents))))
+    # `ids` and `marks` are [num_documents, length]; a mark of 0 is a token of the prompt or padding.
+    ids = np.full((len(documents), length), PAD_ID, np.uint16)
     marks = np.zeros((len(documents), length), np.uint8)
     for number in range(len(documents)):
-        # The end of the document before stands in front of each but the first, where it is part of it.
+        # A row starts with the end of the previous document; the first document already includes its lead.
         lead = vocabulary.lead if number else []
-        own_marks = documents.marks(number)
+        own_marks = documents.get_marks(number)
         assert own_marks is not None
         row = np.concatenate([lead, documents[number]])[:length]
         ids[number, : len(row)] = row
@@ -145,11 +154,11 @@ def by_pipeline(root: Path) -> tuple[torch.Tensor, torch.Tensor, float, list[tor
     model = AutoModelForCausalLM.from_pretrained(root / "model")
     model.train()
     objective = make_objective("causal", vocabulary, ObjectiveConfig(name="causal", isolate_documents=False), model)
-    batch = objective.batch(ids, range(len(ids)), 0, 0, marks)
+    batch = objective.build_batch(ids, range(len(ids)), 0, 0, marks)
     token_loss, labels = TokenLoss(model), batch.pop("labels")
-    targets = objective.targets(labels)
+    targets = objective.get_targets(labels)
     with token_loss.hidden_outputs():
-        loss = token_loss.sum(model(**batch).logits, targets) / (targets != IGNORED).sum()
+        loss = token_loss.sum_nats(model(**batch).logits, targets) / (targets != IGNORED).sum()
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return batch["input_ids"], labels, loss.item(), gradients

@@ -1,10 +1,10 @@
-"""The config of each stage, complete, for tests that change a part of it."""
+"""Complete configs of all stages, for tests that change a part of one."""
 
 from typing import Any
 
-from stages.core.compose import compose, load
+from stages.core.compose import compose_config, load_config
 from stages.core.source_code import list_stages
-from tools.check import schema_of
+from tools.check import get_config_class
 
 STAGES = list_stages()
 PATHS = {
@@ -32,7 +32,7 @@ GROUPS = {
 }
 
 
-def config(stage: str, *overrides: str, **groups: str) -> Any:
-    """The config of `stage`, complete but for what `overrides` and `groups` change."""
+def make_config(stage: str, *overrides: str, **groups: str) -> Any:
+    """Return the complete config of `stage`, with changes by `overrides` and `groups`."""
     chosen = [f"{group}={name}" for group, name in {**GROUPS[stage], **groups}.items()]
-    return load(schema_of(stage), compose(stage, [*chosen, *PATHS[stage], *overrides]))
+    return load_config(get_config_class(stage), compose_config(stage, [*chosen, *PATHS[stage], *overrides]))

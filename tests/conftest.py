@@ -1,4 +1,4 @@
-"""Fixtures of the stages' tests on the model side: a toy corpus through the data stages, once per session."""
+"""Fixtures for tests of the model stages: a toy corpus, processed by the data stages once per session."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,33 +38,33 @@ MODELS = {
 }
 
 
-def compose_config(stage: str, *overrides: str) -> Any:
-    """The config of `stage` as its command line would give it."""
-    from stages.core.compose import compose, load
-    from tools.check import schema_of
+def load_stage_config(stage: str, *overrides: str) -> Any:
+    """Return the config of `stage` for these command-line overrides."""
+    from stages.core.compose import compose_config, load_config
+    from tools.check import get_config_class
 
-    return load(schema_of(stage), compose(stage, overrides))
+    return load_config(get_config_class(stage), compose_config(stage, overrides))
 
 
 def run_stage(stage: str, *overrides: str) -> None:
-    """Run `stage` in this process, as its command line would."""
+    """Run `stage` in this process with these command-line overrides."""
     import importlib
 
-    config = compose_config(stage, *overrides)
+    config = load_stage_config(stage, *overrides)
     importlib.import_module(f"stages.{stage}.stage").main(config)
 
 
 @pytest.fixture(scope="session")
 def compose_stage() -> Callable[..., Any]:
     """`compose_stage(stage, *overrides)`: the stage's config."""
-    return compose_config
+    return load_stage_config
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data/raw, data/tokens/TASK and data/blocks-SIZE/TASK of 72 one-sentence documents, grouped by verb and number.
 
-    Two sources for evaluation only, data/sources/{held_out,split}: EXTRA_TEXTS, in all.parquet and in three files.
+    Two sources that are only evaluated, data/sources/{held_out,split}: EXTRA_TEXTS in all.parquet and in three files.
     """
     from data_helpers import write_records
 
@@ -101,7 +101,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def overrides(corpus: Path) -> Callable[..., list[str]]:
-    """`overrides(stage, task, out, *more)`: the command line of a stage on the toy corpus, its outs below `out`."""
+    """`overrides(stage, task, out, *more)`: the overrides of a stage for the toy corpus, with outputs below `out`."""
 
     def command(stage: str, task: str, out: Path, *more: str) -> list[str]:
         common = [f"task={task}", "hardware=cpu", "hardware.num_threads=1", f"tokens={corpus}/tokens/{task}"]
@@ -145,7 +145,7 @@ def run_toy(overrides: Callable[..., list[str]]) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The directory of checkpoints, away from the user's own."""
+    """A directory for checkpoints other than the user's."""
     directory = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LM_REPRO_CACHE", str(directory))
@@ -154,7 +154,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, run_toy: Callable[..., None], cache: Path) -> dict[str, Path]:
-    """Task to a directory with the outs of baseline, train and evaluate."""
+    """Task to a directory with the outputs of baseline, train and evaluate."""
     roots = {task: tmp_path_factory.mktemp(f"trained-{task}") for task in TASKS}
     for task, root in roots.items():
         for stage in ("baseline", "train", "evaluate"):

@@ -1,4 +1,4 @@
-"""Toy sources, raw splits, tokenizers and tokens of the data side's tests."""
+"""Toy sources, raw splits, tokenizers and tokens for tests of the data stages."""
 
 import contextlib
 import functools
@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from stages.core.artifacts import (
     SPLITS,
     TokenIds,
-    sha256,
-    shard_name,
+    compute_sha256,
+    get_shard_name,
     to_arrow,
     write_checksums,
     write_json,
@@ -27,11 +27,11 @@ from stages.core.artifacts import (
 )
 from stages.download.records import ELI5
 from stages.download.schema import Columns, SourceData, Split
-from stages.download.sources import read
+from stages.download.sources import read_rows
 from stages.tokens.schema import TrainedTokenizer
 from stages.tokens.vocabulary import train_tokenizer
 
-steady = settings(deadline=None)  # what the machine does beside a test fails none
+no_deadline = settings(deadline=None)  # a slow machine must not fail a test
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CAUSAL_TOKENS = {"eos_token": "<|endoftext|>"}
@@ -45,16 +45,16 @@ MLM_TOKENS = {
 TEXTS = ["Why is the sky blue?", "Because air scatters light.", "naïve café 北京 🙂", "tabs\tand\nlines  end "]
 
 
-def split(
+def make_split(
     by: str = "hash", seed: int = 0, train: float = 0.8, validation: float = 0.1, test: float = 0.1, key: Any = "title"
 ) -> Split:
-    """The split section of conf/data."""
+    """Return the split section of conf/data."""
     return Split(by=by, key=key, seed=seed, train=train, validation=validation, test=test)  # type: ignore[arg-type]
 
 
-def source_data(path: Path | str, title: str | None = "title", texts: str = "answers.text", **changes: Any) -> Any:
-    """The data section of conf/data/files.yaml for the source at `path`, but for `changes`."""
-    values = {
+def make_source_data(path: Path | str, title: str | None = "title", texts: str = "answers.text", **changes: Any) -> Any:
+    """Return the data section of conf/data/files.yaml for the source at `path`, with `changes`."""
+    section = {
         "source": "files",
         "path": str(path),
         "hub": None,
@@ -68,30 +68,30 @@ def source_data(path: Path | str, title: str | None = "title", texts: str = "ans
         "count_near_duplicates": False,
         "clean": [],
         "groups": [],
-        "split": split(),
+        "split": make_split(),
     }
-    return SourceData(**(values | changes))
+    return SourceData(**(section | changes))
 
 
-def values(path: Path | str, **changes: Any) -> list[Any]:
-    """What download reads at `path`: a record, or a BadRecordError, for each."""
-    return [row.value for row in read(source_data(path, **changes))]
+def read_values(path: Path | str, **changes: Any) -> list[Any]:
+    """Read the records at `path` as download does; a bad record is a BadRecordError."""
+    return [row.value for row in read_rows(make_source_data(path, **changes))]
 
 
-def questions(number: int, first: int = 0) -> list[dict[str, Any]]:
+def make_questions(number: int, first: int = 0) -> list[dict[str, Any]]:
     """Flattened records, all different."""
     return [{"title": f"Question {i}?", "answers.text": [f"Answer {i}."]} for i in range(first, first + number)]
 
 
 def write_jsonl(file: Path, records: Sequence[Any]) -> Path:
-    """The file, which holds a JSON value a line."""
+    """Write one JSON value per line, and return the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return file
 
 
 def write_raw(directory: Path, texts: Mapping[str, Sequence[str]], rows: int = 1000) -> Path:
-    """The directory, with a file of `write_records` for each split."""
+    """Write one file of `write_records` per split, and return the directory."""
     for name in SPLITS:
         write_records(directory / f"{name}.parquet", texts[name], rows=rows)
     return directory
@@ -105,11 +105,12 @@ def write_records(
     q_ids: Sequence[str] | None = None,
     rows: int = 1000,
 ) -> Path:
-    """A Parquet file of download: records whose one answer is the text, `rows` in a row group.
+    """Write a Parquet file of download with one record per text, which is its only answer.
 
     Args:
-        groups: column that is kept to its values.
-        sources: of the records; None: all of `toy`.
+        groups: name of each group to its values.
+        rows: records per row group.
+        sources: source of each record; None: `toy` for all.
     """
     schema = pa.schema([field for field in ELI5 if field.name not in ("source", "groups")])
     urls = {name: {"url": []} for name in ("title_urls", "selftext_urls", "answers_urls")}
@@ -120,7 +121,7 @@ def write_records(
         table = table.set_column(0, "q_id", pa.array(q_ids, pa.string()))
     table = table.append_column("source", pa.array(sources or ["toy"] * len(texts), pa.string()))
     if groups is not None:
-        columns = [pa.array(values, pa.string()) for values in groups.values()]
+        columns = [pa.array(labels, pa.string()) for labels in groups.values()]
         table = table.append_column("groups", pa.StructArray.from_arrays(columns, list(groups)))
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, file, row_group_size=rows)
@@ -128,14 +129,14 @@ def write_records(
 
 
 def write_bpe(directory: Path, special_tokens: Mapping[str, str], vocab_size: int = 300) -> Path:
-    """The directory, with a byte-level BPE trained on TEXTS."""
+    """Write a byte-level BPE trained on TEXTS, and return the directory."""
     config = TrainedTokenizer(vocab_size=vocab_size, special_tokens=dict(special_tokens))
     train_tokenizer(config, iter([TEXTS]), directory)
     return directory
 
 
 def write_word_piece(directory: Path) -> Path:
-    """The directory, with a lower-casing WordPiece tokenizer of a few words, in BERT's manner."""
+    """Write a lower-casing WordPiece tokenizer of a few words, as for BERT, and return the directory."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.[]", "##s", "sky", "blue"]
     tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -153,7 +154,7 @@ def write_word_piece(directory: Path) -> Path:
 
 
 def write_unigram(directory: Path) -> Path:
-    """The directory, with a Unigram tokenizer of a few letters, of which text may become control tokens."""
+    """Write a Unigram tokenizer of a few letters that can encode text as control tokens."""
     pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -2.0) for letter in "▁abc</s>k")]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3))
     tokenizer.add_special_tokens(["<s>", "<pad>", "</s>"])
@@ -172,14 +173,14 @@ CHAT_TEMPLATE = (
 
 
 def write_chat_bpe(directory: Path, template: str = CHAT_TEMPLATE) -> Path:
-    """The directory, with a byte-level BPE and a chat template, whose end of a message is the end of a sequence."""
+    """Write a byte-level BPE and a chat template that ends each message with the end-of-sequence token."""
     write_bpe(directory, {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"})
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     return directory
 
 
 def write_conversations(file: Path, conversations: Sequence[Sequence[tuple[str, str]]], rows: int = 1000) -> Path:
-    """A Parquet file of download: conversations of (role, content) pairs."""
+    """Write a Parquet file of download with conversations of (role, content) pairs."""
     records = [
         {"title": "", "selftext": "", "source": "toy", "answers": {"text": texts, "role": roles}}
         for roles, texts in ([list(column) for column in zip(*pairs, strict=True)] for pairs in conversations)
@@ -190,7 +191,7 @@ def write_conversations(file: Path, conversations: Sequence[Sequence[tuple[str, 
 
 
 def write_questions(file: Path, records: Sequence[tuple[str, str, Sequence[str]]], rows: int = 1000) -> Path:
-    """A Parquet file of download: records of a title, a text below it and answers."""
+    """Write a Parquet file of download with records of (title, text, answers)."""
     table = pa.Table.from_pylist(
         [
             {"title": title, "selftext": selftext, "answers": {"text": list(texts)}, "source": "toy"}
@@ -202,13 +203,13 @@ def write_questions(file: Path, records: Sequence[tuple[str, str, Sequence[str]]
     return file
 
 
-def hashes(directory: Path) -> dict[str, str]:
-    """File name to hash of the files in `directory`: a pin."""
-    return {file.name: sha256(file) for file in sorted(directory.iterdir())}
+def hash_files(directory: Path) -> dict[str, str]:
+    """Return the pin of `directory`: file name to hash."""
+    return {file.name: compute_sha256(file) for file in sorted(directory.iterdir())}
 
 
-def record_batch(rows: Sequence[TokenIds], num_bytes: Sequence[int], schema: pa.Schema) -> pa.RecordBatch:
-    """The rows of token ids as a batch of tokenize's shards."""
+def make_record_batch(rows: Sequence[TokenIds], num_bytes: Sequence[int], schema: pa.Schema) -> pa.RecordBatch:
+    """Return rows of token ids as a record batch of tokenize."""
     offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
     input_ids = pa.LargeListArray.from_arrays(to_arrow(offsets), to_arrow(np.concatenate(rows)))
     return pa.record_batch([input_ids, to_arrow(np.array(num_bytes, np.int32))], schema=schema)
@@ -217,10 +218,10 @@ def record_batch(rows: Sequence[TokenIds], num_bytes: Sequence[int], schema: pa.
 def write_shards(
     directory: Path, schema: pa.Schema, batches: Sequence[pa.RecordBatch], per_shard: int | None = None
 ) -> Path:
-    """The directory, with the batches in shards of `per_shard`; None: in one."""
+    """Write shards of `per_shard` batches (None: one shard), and return the directory."""
     size = per_shard or len(batches) or 1
     cut = [batches[start : start + size] for start in range(0, max(1, len(batches)), size)]
-    shards = [write_shard(directory / shard_name(number), schema, some) for number, some in enumerate(cut)]
+    shards = [write_shard(directory / get_shard_name(number), schema, some) for number, some in enumerate(cut)]
     write_checksums(directory, shards)
     return directory
 
@@ -232,27 +233,27 @@ def write_tokens(
     rows: int = 3,
     per_shard: int | None = None,
 ) -> Path:
-    """The directory, with the shards and the vocabulary of tokenize: `rows` documents in an Arrow batch."""
+    """Write the output of tokenize, with `rows` documents per Arrow batch, and return the directory."""
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     schema = pa.schema([("input_ids", pa.large_list(pa.from_numpy_dtype(dtype))), ("num_bytes", pa.int32())])
     for name in SPLITS:
         arrays = [np.array(ids, dtype) for ids in documents[name]]
         cut = [arrays[start : start + rows] for start in range(0, len(arrays), rows)]
-        batches = [record_batch(batch, [len(ids) for ids in batch], schema) for batch in cut]
+        batches = [make_record_batch(batch, [len(ids) for ids in batch], schema) for batch in cut]
         write_shards(directory / name, schema, batches, per_shard)
     vocabulary = {"size": vocab_size, "special": {"eos_token": 0}, "prefix": [], "suffix": [0], "lead": [0]}
     write_json(directory / "stats.json", {"vocabulary": vocabulary})
     return directory
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    """Path to bytes of every file below `directory`."""
+def read_contents(directory: Path) -> dict[str, bytes]:
+    """Return the files below `directory`, relative path to bytes."""
     files = sorted(file for file in directory.rglob("*") if file.is_file())
     return {file.relative_to(directory).as_posix(): file.read_bytes() for file in files}
 
 
 def read_stats(directory: Path) -> Any:
-    """The ledger in `directory`."""
+    """Read the ledger in `directory`."""
     return json.loads((directory / "stats.json").read_text(encoding="utf-8"))
 
 
@@ -262,8 +263,8 @@ class _QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(handler: Any) -> Iterator[str]:
-    """The URL at which `handler` answers on the loopback."""
+def serve(handler: Any) -> Iterator[str]:
+    """Run an HTTP server with `handler` on the loopback interface, and yield its URL."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -274,13 +275,13 @@ def serving(handler: Any) -> Iterator[str]:
             thread.join()
 
 
-def serving_files(directory: Path) -> Any:
-    """The URL at which the files of `directory` are served."""
-    return serving(functools.partial(_QuietHandler, directory=str(directory)))
+def serve_files(directory: Path) -> Any:
+    """Serve the files of `directory`; the context yields the URL."""
+    return serve(functools.partial(_QuietHandler, directory=str(directory)))
 
 
 def read_until(stream: IO[str], text: str) -> str:
-    """What a process writes to `stream`, up to the first line with `text`."""
+    """Read the output of a process from `stream` up to the first line with `text`."""
     lines: list[str] = []
     for line in stream:
         lines.append(line)

@@ -1,4 +1,4 @@
-"""A shrunk copy of the repository with one `dvc repro` behind it, and what tests ask of it."""
+"""A small copy of the repository after one `dvc repro`, and helpers for tests that use it."""
 
 import os
 import re
@@ -20,20 +20,20 @@ PER_TASK = tuple(name for name, stage in STAGES.items() if stage.get("foreach") 
 ALL = {*ONCE} | {f"{stage}@{task}" for stage in PER_TASK for task in TASKS}
 
 
-def environment(directory: Path) -> dict[str, str]:
-    """The environment of commands run in `directory`: the tests' own Python first, no network, no one's cache."""
+def build_environment(directory: Path) -> dict[str, str]:
+    """Return the environment for commands in `directory`: the tests' Python first, no network, a private cache."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     own = {"PATH": path, "HF_HUB_OFFLINE": "1", "LM_REPRO_CACHE": str(directory / ".lm-repro_cache")}
     own |= {f"GIT_{role}_{part}": "t@example.org" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
     return {**os.environ, **own}
 
 
-def run(directory: Path, *command: str, check: bool = True) -> str:
-    """What `command` printed, run in `directory`."""
+def run_command(directory: Path, *command: str, check: bool = True) -> str:
+    """Run `command` in `directory`, and return its output."""
     done = subprocess.run(
         command,
         cwd=directory,
-        env=environment(directory),
+        env=build_environment(directory),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -43,13 +43,13 @@ def run(directory: Path, *command: str, check: bool = True) -> str:
     return done.stdout
 
 
-def stages_run(output: str) -> set[str]:
-    """The stages that DVC says it ran."""
+def parse_stages_run(output: str) -> set[str]:
+    """Return the stages that DVC reports as run."""
     return set(re.findall(r"^Running stage '([^']+)'", output, flags=re.MULTILINE))
 
 
-def edit(file: Path, **changes: Any) -> None:
-    """Set dotted keys (a__b for a.b) of a YAML file whose first lines may be comments that matter."""
+def edit_yaml(file: Path, **changes: Any) -> None:
+    """Set dotted keys (a__b for a.b) of a YAML file, and keep its `# @package` line."""
     text = file.read_text(encoding="utf-8")
     value = yaml.safe_load(text)
     for key, new in changes.items():
@@ -63,7 +63,7 @@ def edit(file: Path, **changes: Any) -> None:
 
 
 def copy_working_tree(directory: Path) -> None:
-    """Copy what git tracks or would track into `directory`, as the repository's files are now."""
+    """Copy the files of the working tree that git does not ignore into `directory`."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -77,19 +77,19 @@ def copy_working_tree(directory: Path) -> None:
 
 
 def commit_working_tree(directory: Path) -> None:
-    """Make `directory` a git repository of which the working tree is the only commit."""
+    """Make `directory` a git repository with the working tree as its only commit."""
     copy_working_tree(directory)
-    run(directory, "git", "init", "-q", "-b", "main")
-    run(directory, "git", "add", "-A")
-    run(directory, "git", "commit", "-q", "-m", "all")
+    run_command(directory, "git", "init", "-q", "-b", "main")
+    run_command(directory, "git", "add", "-A")
+    run_command(directory, "git", "commit", "-q", "-m", "all")
 
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the working tree, shrunk, with one `dvc repro` behind it and committed."""
+    """A small copy of the working tree, committed after one `dvc repro`."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return make_project(tmp_path_factory.mktemp("project"))
-    # Of several test processes, the first that needs it makes it; the others take copies.
+    # The first of several test processes creates the project; the others copy it.
     made = tmp_path_factory.getbasetemp().parent / "project"
     with FileLock(made.with_name("project.lock")):
         if not made.exists():
@@ -99,42 +99,42 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_project(directory: Path) -> Path:
-    """Make the project of the tests in `directory`, which may be there, and empty."""
+    """Create the project in `directory`, which may exist if it is empty."""
     directory.mkdir(exist_ok=True)
     copy_working_tree(directory)
-    edit(directory / "conf/data/sample.yaml", max_records=80)
+    edit_yaml(directory / "conf/data/sample.yaml", max_records=80)
     for task in TASKS:
-        edit(directory / f"conf/task/{task}.yaml", trainer__logging_steps=1, evaluate__max_documents=2)
-    edit(directory / "conf/model/tiny-gpt2.yaml", config__n_embd=32, tokenizer__train__vocab_size=400)
+        edit_yaml(directory / f"conf/task/{task}.yaml", trainer__logging_steps=1, evaluate__max_documents=2)
+    edit_yaml(directory / "conf/model/tiny-gpt2.yaml", config__n_embd=32, tokenizer__train__vocab_size=400)
     for name in ("tiny-modernbert", "tiny-roberta"):
-        edit(directory / f"conf/model/{name}.yaml", config__hidden_size=32, tokenizer__train__vocab_size=400)
+        edit_yaml(directory / f"conf/model/{name}.yaml", config__hidden_size=32, tokenizer__train__vocab_size=400)
     epochs = {f"tasks__{task}__num_train_epochs": 0.05 for task in TASKS}
-    edit(directory / "params.yaml", **epochs, block_size=64)
+    edit_yaml(directory / "params.yaml", **epochs, block_size=64)
     (directory / "dvc.lock").unlink(missing_ok=True)
-    run(directory, "git", "init", "-q", "-b", "main")
-    run(directory, "git", "add", "-A")
-    run(directory, "git", "commit", "-q", "-m", "small")
-    assert stages_run(run(directory, "dvc", "repro")) == ALL
-    run(directory, "git", "add", "-A")
-    run(directory, "git", "commit", "-q", "-m", "baseline")
+    run_command(directory, "git", "init", "-q", "-b", "main")
+    run_command(directory, "git", "add", "-A")
+    run_command(directory, "git", "commit", "-q", "-m", "small")
+    assert parse_stages_run(run_command(directory, "dvc", "repro")) == ALL
+    run_command(directory, "git", "add", "-A")
+    run_command(directory, "git", "commit", "-q", "-m", "baseline")
     return directory
 
 
 @pytest.fixture
 def clean(project: Path) -> Path:
-    """The project as committed: what a test leaves is undone before the next."""
-    # DVC may leave an index by which a file of the same size is as committed, and a reset alone believes it.
-    run(project, "git", "read-tree", "HEAD")
-    run(project, "git", "reset", "-q", "--hard")
-    run(project, "git", "clean", "-qfd")
-    for ref in run(project, "git", "for-each-ref", "--format=%(refname)", "refs/exps").split():  # experiments
-        run(project, "git", "update-ref", "-d", ref)
-    run(project, "dvc", "checkout", "-q", "--force")
+    """The project as committed: changes by a previous test are undone."""
+    # DVC may leave an index in which a changed file of the same size seems unchanged; a mere reset would trust it.
+    run_command(project, "git", "read-tree", "HEAD")
+    run_command(project, "git", "reset", "-q", "--hard")
+    run_command(project, "git", "clean", "-qfd")
+    for ref in run_command(project, "git", "for-each-ref", "--format=%(refname)", "refs/exps").split():  # experiments
+        run_command(project, "git", "update-ref", "-d", ref)
+    run_command(project, "dvc", "checkout", "-q", "--force")
     return project
 
 
-def flatten(revisions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of `dvc exp show --json`: each revision and its experiments."""
+def flatten_revisions(revisions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of `dvc exp show --json`: all revisions and their experiments."""
     rows = list(revisions)
     for revision in revisions:
         for experiment in revision.get("experiments") or []:

@@ -1,4 +1,4 @@
-"""How a stage ends on hostile input, as its user sees it, and the places that such input comes from."""
+"""Errors of stages on hostile input, as the user sees them, and sources of hostile input."""
 
 import importlib
 import os
@@ -11,46 +11,46 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import compose_config
-from data_helpers import REPOSITORY, hashes
+from conftest import load_stage_config
+from data_helpers import REPOSITORY, hash_files
 
-from stages.shell.app import describe_error
+from stages.shell.app import format_error
 
 IS_ROOT = os.geteuid() == 0
-# Root reads and writes anything: without these capabilities it is bound by modes as anyone is.
-AS_ANYONE = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--"] if IS_ROOT else []
+# Root ignores file modes. Without these capabilities, file modes apply to root too.
+AS_UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--"] if IS_ROOT else []
 needs_modes = pytest.mark.skipif(
-    IS_ROOT and shutil.which("setpriv") is None, reason="root is bound by modes only under setpriv, which is not here"
+    IS_ROOT and shutil.which("setpriv") is None, reason="file modes apply to root only under setpriv, which is missing"
 )
 
 
-def error_of(stage: str, *overrides: str, **sections: Any) -> str:
-    """What `stage` says when it ends in an error; empty where it ends well.
+def run_stage_for_error(stage: str, *overrides: str, **sections: Any) -> str:
+    """Run `stage` in this process, and return its error message; empty if it succeeds.
 
     Args:
-        sections: parts of the config that take the place of the composed ones.
+        sections: parts of the config that replace the composed ones.
     """
     try:
-        config = compose_config(stage, *overrides)
+        config = load_stage_config(stage, *overrides)
         for name, section in sections.items():
             setattr(config, name, section)
         importlib.import_module(f"stages.{stage}.stage").main(config)
     except Exception as error:
-        text = describe_error(error, stage)
+        text = format_error(error, stage)
         assert "LM_REPRO_DEBUG" not in text, f"not written for users: {text}"
         assert text.count("\n") <= 1, f"more than two lines: {text}"
         return text
     return ""
 
 
-def process_error(
+def run_process_for_error(
     stage: str, *overrides: str, prefix: tuple[str, ...] | list[str] = (), code: str = "", **environment: str
 ) -> str:
-    """What the command of `stage` says on stderr as it exits with 1.
+    """Run the command of `stage`, which must exit with 1, and return its error message on stderr.
 
     Args:
         prefix: a command that runs it.
-        code: Python that goes before the stage in its process, to break what it stands on.
+        code: Python code that runs in its process before the stage, to inject a fault.
     """
     script = ["-c", f"{code}\nimport runpy\nrunpy.run_module('stages.{stage}', run_name='__main__')"]
     command = [*prefix, sys.executable, *(script if code else ["-m", f"stages.{stage}"]), *overrides]
@@ -65,21 +65,21 @@ def process_error(
     return said
 
 
-def files_below(directory: Path) -> list[str]:
-    """Names of the files below `directory`, hidden ones too."""
+def list_files(directory: Path) -> list[str]:
+    """Return the names of the files below `directory`, including hidden ones."""
     return sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*") if not file.is_dir())
 
 
-def pinned_tokenizer(directory: Path) -> list[str]:
-    """Overrides that take the tokenizer in `directory`, pinned as it is."""
-    files = ",".join(f"{name}:'{digest}'" for name, digest in hashes(directory).items())
+def pin_tokenizer(directory: Path) -> list[str]:
+    """Return overrides that use the tokenizer in `directory`, pinned to its current files."""
+    files = ",".join(f"{name}:'{digest}'" for name, digest in hash_files(directory).items())
     source = [f"+model.tokenizer.path={directory}", f"+model.tokenizer.files={{{files}}}"]
     return ["model=tiny-gpt2", "~model.tokenizer.train", *source]
 
 
 @contextmanager
-def mounted(directory: Path, *options: str) -> Iterator[Path]:
-    """The directory, with a file system mounted on it; a test is skipped where that is not permitted."""
+def mount(directory: Path, *options: str) -> Iterator[Path]:
+    """Mount a file system on the directory; skip the test if that is not permitted."""
     directory.mkdir(exist_ok=True)
     if not shutil.which("mount") or not IS_ROOT:
         pytest.skip("mounting a file system needs root")

@@ -1,4 +1,4 @@
-"""What may happen between a client and the Hub, and what is said then: for tests and benchmarks/hub_cases.py."""
+"""Failures between a client and the Hub with the expected messages, for tests and benchmarks/hub_cases.py."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from data_helpers import CAUSAL_TOKENS, MLM_TOKENS, REPOSITORY, contents, questions
+from data_helpers import CAUSAL_TOKENS, MLM_TOKENS, REPOSITORY, make_questions, read_contents
 from mini_hub import MiniHub
 
 from stages.tokens.schema import TrainedTokenizer
@@ -27,40 +27,40 @@ REMOTE = {"tokenizer.json": b"the tokenizer", "tokenizer_config.json": b"its set
 GATED = {"failing": ("api", *NAMES, "README.md", "data/train.parquet"), "headers": {"X-Error-Code": "GatedRepo"}}
 TOKEN = "hf_MARKEDTOKENthatNoFileOrLogMayHold"
 VOCABULARY = 400  # tokens of small_model
-LIMIT_SECONDS = 15.0  # what a Hub that gives nothing may cost
+LIMIT_SECONDS = 15.0  # maximum time for a Hub that sends nothing
 
 
-def parquet(rows: list[Any]) -> bytes:
+def encode_parquet(rows: list[Any]) -> bytes:
     stream = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), stream)
     return stream.getvalue()
 
 
-def lines(rows: list[Any]) -> bytes:
+def encode_json_lines(rows: list[Any]) -> bytes:
     return gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0)
 
 
-def records(number: int = 200) -> list[Any]:
+def make_records(number: int = 200) -> list[Any]:
     """Records nested as ELI5's are."""
-    return [{"title": row["title"], "answers": {"text": row["answers.text"]}} for row in questions(number)]
+    return [{"title": row["title"], "answers": {"text": row["answers.text"]}} for row in make_questions(number)]
 
 
 REPOSITORIES: dict[str, dict[str, dict[str, bytes]]] = {
     "o/n": {COMMIT: REMOTE},
-    "datasets/o/n": {COMMIT: {"data/train.parquet": parquet(records())}},
-    "datasets/o/lines": {COMMIT: {"train.json.gz": lines(records())}},
+    "datasets/o/n": {COMMIT: {"data/train.parquet": encode_parquet(make_records())}},
+    "datasets/o/lines": {COMMIT: {"train.json.gz": encode_json_lines(make_records())}},
     "datasets/o/script": {
         COMMIT: {"script.py": b"raise SystemExit('it ran')", "README.md": b"# Script"},
-        OTHER: {"default/train/0000.parquet": parquet(records())},
+        OTHER: {"default/train/0000.parquet": encode_parquet(make_records())},
     },
 }
 
 MODEL_CLIENT = """
 import json, sys
 from stages.core.errors import StageError
-from stages.hub.files import pinned_files
+from stages.hub.files import find_pinned_files
 try:
-    found = pinned_files("model", sys.argv[1], sys.argv[2], None, sys.argv[3].split(","), ["tokenizer.json"])
+    found = find_pinned_files("model", sys.argv[1], sys.argv[2], None, sys.argv[3].split(","), ["tokenizer.json"])
 except StageError as error:
     sys.exit(f"StageError: {error}")
 print(json.dumps({name: file.read_text() for name, file in found.items()}))
@@ -68,13 +68,13 @@ print(json.dumps({name: file.read_text() for name, file in found.items()}))
 
 
 class Client:
-    """Asks the Hub at `url` in a new process, which has the cache below `place`."""
+    """Client of the Hub at `url` in a new process, with its cache below `place`."""
 
     def __init__(self, place: Path, url: str) -> None:
-        kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HUGGING"))}
+        inherited = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HUGGING"))}
         own = {"HF_HOME": str(place / "hf"), "HF_ENDPOINT": url, "NO_PROXY": "127.0.0.1"}
         own |= {"PYTHONPATH": str(REPOSITORY), "LM_REPRO_CACHE": str(place / "lm-repro")}
-        self.environment, self.place = kept | own, place
+        self.environment, self.place = inherited | own, place
 
     def process(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -90,17 +90,17 @@ class Client:
     def run(
         self, repository: str = "o/n", revision: str = COMMIT, names: list[str] = NAMES, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Files of a model."""
+        """Fetch files of a model."""
         return self.process("-c", MODEL_CLIENT, repository, revision, ",".join(names), **environment)
 
     def fetch(self, *arguments: Any, **environment: str) -> Any:
-        """File name to content, of a model."""
+        """Return the files of a model, name to content."""
         done = self.run(*arguments, **environment)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     def error(self, *arguments: Any, **environment: str) -> str:
-        """The words of the StageError."""
+        """Return the message of the StageError."""
         done = self.run(*arguments, **environment)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith("StageError: "), done.stderr
@@ -109,7 +109,7 @@ class Client:
     def download(
         self, repository: str = "o/n", revision: str = COMMIT, max_records: int | None = 100, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Stage download on a data set, whose outs then stand in `place`/raw."""
+        """Run stage download on a data set, with its outputs in `place`/raw."""
         hub = [f"data.hub.id={repository}", f"data.hub.revision='{revision}'"]
         split = ["data.split.train=0.4", "data.split.validation=0.3", "data.split.test=0.3"]
         amount = [f"data.max_records={max_records or 'null'}", "data.count_near_duplicates=false"]
@@ -121,26 +121,26 @@ class Client:
 class Case:
     name: str
     words: tuple[str, ...] = ()
-    """What the error says; none: the client gets what it asks for."""
+    """Words of the error message; empty: the request succeeds."""
     hub: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What the Hub is told."""
+    """Attributes to set on the MiniHub."""
     warm: bool = False
-    """After a run that nothing disturbed."""
+    """If True, an undisturbed run fills the cache first."""
     gone: bool = False
-    """The server is gone."""
+    """If True, the server is stopped."""
     repository: str = "o/n"
     revision: str = COMMIT
     whole: bool = False
-    """All files of a data set; else the first records."""
+    """If True, all records of a data set are read; if False, only the first ones."""
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    """What is said on the way."""
+    """Words of log lines."""
 
 
 HANGS = {"seconds": 60.0}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 ACCESS = ("access is refused (HTTP 401)", "accept its terms on http://127.0.0.1", "hf auth login", "HF_TOKEN")
-CUT = ("the transfer was cut short, run the same command again",)
+CUT = ("the transfer was cut short; run the same command again",)
 
 MODELS = [
     Case("first run"),
@@ -151,9 +151,9 @@ MODELS = [
     Case("offline, cold cache", ("HF_HUB_OFFLINE is set", "tools.pin_model"), environment=OFFLINE),
     Case("gated (401)", ACCESS, {**GATED, "refusal": 401}),
     Case("gated (403)", ("access is refused (HTTP 403)", *ACCESS[1:]), {**GATED, "refusal": 403}),
-    Case("no such repository (404)", ("there is none", "/o/absent)", "check its name"), repository="o/absent"),
+    Case("no such repository (404)", ("it does not exist", "/o/absent)", "check its name"), repository="o/absent"),
     Case("no such revision", ("it has no such revision", "/o/n/commits/main"), revision=OTHER),
-    Case("500, then success", hub={"failures": 1, "refusal": 500}, notes=("HTTP 500: trying again",)),
+    Case("500, then success", hub={"failures": 1, "refusal": 500}, notes=("HTTP 500: retrying",)),
     Case("500 for ever", ("HTTP 500",), {"failures": 99, "refusal": 500}),
     Case("download cut in the middle", hub={"cut": 1}),
     Case("download cut again and again", CUT, {"cut": 999}),
@@ -172,8 +172,9 @@ DATA = [
     Case("branch", revision="main", hub={"branches": {"main": COMMIT}}),
     Case("cached run", warm=True),
     Case("cached run, all records", warm=True, whole=True),
-    Case("server gone, warm cache, all records", warm=True, gone=True, whole=True, notes=("only a copy in the cache",)),
-    Case("server gone, first records", ("127.0.0.1", "data.name=files", "fills no cache"), warm=True, gone=True),
+    Case("server gone, warm cache, all records", warm=True, gone=True, whole=True, notes=("only a cached copy",)),
+    Case("server gone, first records", ("127.0.0.1", "data.name=files", "streamed and not cached"), warm=True,
+         gone=True),
     Case("server gone, cold cache", ("cannot be reached", "http://127.0.0.1", "data.name=files"), gone=True,
          revision="main"),
     Case("offline, warm cache, all records", warm=True, whole=True, environment=OFFLINE),
@@ -181,12 +182,13 @@ DATA = [
     Case("gated (401)", ACCESS, {**GATED, "refusal": 401}),
     Case("gated files (403)", ("access is refused", *ACCESS[1:]),
          {**GATED, "failing": GATED["failing"][1:], "refusal": 403}),
-    Case("no such data set (404)", ("there is none", "/datasets/o/absent)", "check its name"), repository="o/absent"),
+    Case("no such data set (404)", ("it does not exist", "/datasets/o/absent)", "check its name"),
+         repository="o/absent"),
     Case("no such revision", ("it has no such revision", "/datasets/o/n/commits/main"), revision=OTHER),
     Case("script", ("it is a script", "never run", "refs/convert/parquet"), repository="o/script"),
     Case("script, its copy in Parquet", repository="o/script", revision="refs/convert/parquet",
          hub={"branches": {"refs/convert/parquet": OTHER}}),
-    Case("500, then success", hub={"failures": 1, "refusal": 500}, notes=("HTTP 500: trying again",)),
+    Case("500, then success", hub={"failures": 1, "refusal": 500}, notes=("HTTP 500: retrying",)),
     Case("500 for ever", ("HTTP 500",), {"failures": 999, "refusal": 500}),
     Case("download cut in the middle", hub={"cut": 1}),
     Case("download cut in the middle, all records", hub={"cut": 1}, whole=True),
@@ -205,11 +207,11 @@ class Outcome:
     seconds: float
     failed: bool
     said: str
-    """On stderr: the addresses' ports apart."""
+    """Text on stderr, without the ports of addresses."""
 
 
-def outcome(case: Case, kind: str, place: Path) -> Outcome:
-    """What a client of `kind`, model or data, gets in `case`, with its cache below `place`."""
+def run_case(case: Case, kind: str, place: Path) -> Outcome:
+    """Run a client of `kind` (model or data) in `case`, with its cache below `place`."""
     hub = MiniHub(REPOSITORIES)
 
     def ask(url: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -232,22 +234,23 @@ def outcome(case: Case, kind: str, place: Path) -> Outcome:
     return Outcome(seconds, done.returncode != 0, re.sub(r"(127\.0\.0\.1):\d+", r"\1", done.stderr))
 
 
-def blimp_files(*names: str) -> dict[str, bytes]:
-    """Files of BLiMP's configurations called `names`, of three pairs each, with its columns."""
+def make_blimp_files(*names: str) -> dict[str, bytes]:
+    """Return files of the BLiMP configurations `names`, with its columns and three pairs each."""
     own = {"field": "syntax", "linguistics_term": "island_effects", "simple_LM_method": True}
     rows = [
         {"sentence_good": f"Rain falls when air cools {row}.", "sentence_bad": f"Rain when falls air cools {row}."}
         for row in range(3)
     ]
     return {
-        f"{name}/train-00000-of-00001.parquet": parquet([{**row, **own, "UID": name} for row in rows]) for name in names
+        f"{name}/train-00000-of-00001.parquet": encode_parquet([{**row, **own, "UID": name} for row in rows])
+        for name in names
     }
 
 
-def guide_questions() -> list[Any]:
-    """The embedded sample with the columns of ELI5-Category."""
+def make_guide_questions() -> list[Any]:
+    """Return the embedded sample with the columns of ELI5-Category."""
     file = REPOSITORY / "data/sample/askscience.jsonl"
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return [
         {
             **{key: record[key] for key in ("q_id", "title", "selftext", "subreddit")},
@@ -256,16 +259,16 @@ def guide_questions() -> list[Any]:
             "title_urls": ["url"],
             "selftext_urls": ["url"],
         }
-        for number, record in enumerate(records)
+        for number, record in enumerate(rows)
     ]
 
 
-def small_model(task: str, directory: Path) -> dict[str, bytes]:
-    """Files of a model of the architecture and the positions that the guide's has, but small."""
+def make_small_model(task: str, directory: Path) -> dict[str, bytes]:
+    """Return the files of a small model with the architecture and positions of the guide's model."""
     from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForMaskedLM
 
     special = CAUSAL_TOKENS if task == "causal" else MLM_TOKENS
-    texts = [text for row in guide_questions() for text in row["answers"]["text"]]
+    texts = [text for row in make_guide_questions() for text in row["answers"]["text"]]
     train_tokenizer(TrainedTokenizer(vocab_size=VOCABULARY, special_tokens=special), iter([texts]), directory)
     if task == "causal":
         model: Any = GPT2LMHeadModel(
@@ -283,4 +286,4 @@ def small_model(task: str, directory: Path) -> dict[str, bytes]:
             )
         )
     model.save_pretrained(directory)
-    return contents(directory)
+    return read_contents(directory)

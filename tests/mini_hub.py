@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on the loopback: as much of it as models, data sets and the files in them ask for."""
+"""A minimal Hugging Face Hub on the loopback interface, which serves files of models and data sets."""
 
 import contextlib
 import gzip
@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from data_helpers import serving
+from data_helpers import serve
 
 # /OWNER/NAME/resolve/REVISION/FILE of a model, with /datasets before it of a data set; /api/(models|datasets)/...
 FILE_URL = re.compile(r"/(?P<repository>(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
@@ -54,7 +54,7 @@ class MiniHub:
 
     def serve(self) -> Any:
         """A context in which the Hub runs; it gives the URL."""
-        return serving(_handler(self))
+        return serve(_make_handler(self))
 
     def answer(self, path: str, asked: dict[str, list[str]]) -> Answer:
         """Status, headers and content for the escaped `path`, with the values of its query or form."""
@@ -82,30 +82,31 @@ class MiniHub:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         files = self.repositories[repository][revision]
         if api:
-            return _json(_api(api, revision, files, asked))
+            return _answer_json(_answer_api(api, revision, files, asked))
         commit = {"X-Repo-Commit": revision}
         if name not in files:
             return 404, {"X-Error-Code": "EntryNotFound", **commit}, b""
-        return 200, {"ETag": f'"{_digest(files[name])}"', "Accept-Ranges": "bytes", **commit}, files[name]
+        return 200, {"ETag": f'"{_hash_content(files[name])}"', "Accept-Ranges": "bytes", **commit}, files[name]
 
 
-def _digest(content: bytes) -> str:
+def _hash_content(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _json(value: Any) -> Answer:
+def _answer_json(value: Any) -> Answer:
     return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
 
 
-def _api(match: re.Match[str], commit: str, files: dict[str, bytes], asked: dict[str, list[str]]) -> Any:
-    """What the API says of a repository's commit, or of the files and directories in it."""
+def _answer_api(match: re.Match[str], commit: str, files: dict[str, bytes], asked: dict[str, list[str]]) -> Any:
+    """Return the API's answer about a commit of a repository, or about its files and directories."""
     if match["route"] in (None, "revision"):
         siblings = [{"rfilename": name} for name in files]
         return {"id": match["name"], "sha": commit, "private": False, "tags": [], "siblings": siblings}
     directories = {name.rpartition("/")[0] for name in files} - {""}
     directories |= {above.rpartition("/")[0] for above in directories} - {""}
     entries = [
-        {"type": "file", "path": name, "size": len(content), "oid": _digest(content)} for name, content in files.items()
+        {"type": "file", "path": name, "size": len(content), "oid": _hash_content(content)}
+        for name, content in files.items()
     ]
     entries += [{"type": "directory", "path": name, "size": 0, "oid": "0"} for name in sorted(directories)]
     if match["route"] == "paths-info":
@@ -117,7 +118,7 @@ def _api(match: re.Match[str], commit: str, files: dict[str, bytes], asked: dict
     return below
 
 
-def _handler(hub: MiniHub) -> type[BaseHTTPRequestHandler]:
+def _make_handler(hub: MiniHub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             hub.authorizations.add(self.headers.get("Authorization", ""))
@@ -132,7 +133,7 @@ def _handler(hub: MiniHub) -> type[BaseHTTPRequestHandler]:
                 headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
                 status, content = 206, content[first : last + 1]
             self.send_response(status)
-            # A HEAD request is told the size of what it would get uncompressed, as the Hub tells it.
+            # Like the Hub, answer a HEAD request with the uncompressed size.
             is_body = "ETag" in headers and self.command != "HEAD"
             if is_body and hub.gzipped:
                 headers["Content-Encoding"], content = "gzip", gzip.compress(content)

@@ -1,4 +1,4 @@
-"""Toy vocabularies, models, documents and blocks of the model side's tests."""
+"""Toy vocabularies, models, documents and blocks for tests of models and training."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -7,36 +7,36 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from data_helpers import record_batch, write_shards
+from data_helpers import make_record_batch, write_shards
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, TrainingArguments
 
 from stages.core.artifacts import Blocks, Documents, to_arrow
-from stages.model.objectives import Objective, Text, make_objective
+from stages.model.objectives import DocumentText, Objective, make_objective
 from stages.model.schema import ObjectiveConfig
 from stages.tokens.vocabulary import Vocabulary
 from stages.train.schema import CheckpointSettings
 from stages.train.training import BlockTrainer
 
-torch.set_num_threads(1)  # toys gain nothing from more, and lose much beside other processes
+torch.set_num_threads(1)  # more threads do not help toys, and slow them down a lot next to other processes
 
-SIZE = 50  # tokens of the toy vocabularies
+VOCAB_SIZE = 50  # tokens of the toy vocabularies
 FIRST_TEXT = 5  # ids from here on are text
 END, CLS, PAD, SEP, UNK, MASK = 0, 0, 1, 2, 3, 4
-CAUSAL = Vocabulary(size=SIZE, special={"eos_token": END}, prefix=[], suffix=[END], lead=[END])
+CAUSAL = Vocabulary(size=VOCAB_SIZE, special={"eos_token": END}, prefix=[], suffix=[END], lead=[END])
 MASKED = Vocabulary(
-    size=SIZE,
+    size=VOCAB_SIZE,
     special={"cls_token": CLS, "pad_token": PAD, "sep_token": SEP, "unk_token": UNK, "mask_token": MASK},
     prefix=[CLS],
     suffix=[SEP],
     lead=[],
 )
-TASK = {"gpt2": "causal", "llama": "causal", "gpt_neo": "causal", "gptj": "causal"} | dict.fromkeys(
+MODEL_TASKS = {"gpt2": "causal", "llama": "causal", "gpt_neo": "causal", "gptj": "causal"} | dict.fromkeys(
     ("roberta", "bert", "modernbert"), "mlm"
 )
-VOCABULARY = {"causal": CAUSAL, "mlm": MASKED}
+VOCABULARIES = {"causal": CAUSAL, "mlm": MASKED}
 
-# Weights far larger than a library's defaults: outputs far from uniform, so that what goes wrong shows.
-_COMMON = {"vocab_size": SIZE, "initializer_range": 0.4}
+# Weights far larger than a library's defaults: outputs are far from uniform, so that errors show.
+_COMMON = {"vocab_size": VOCAB_SIZE, "initializer_range": 0.4}
 _BERT = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -105,58 +105,58 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "sep_token_id": SEP,
     },
 }
-# transformers has no other attention for these.
+# Models for which transformers only has eager attention.
 EAGER = ("gpt_neo", "gptj")
 
 
-def toy_model(model_type: str, seed: int = 0, attention: str | None = None, **overrides: Any) -> Any:
-    """A model with two layers of width 16 in evaluation mode, its weights drawn from `seed`."""
+def make_toy_model(model_type: str, seed: int = 0, attention: str | None = None, **overrides: Any) -> Any:
+    """Return a model in evaluation mode with two or three layers of width 16 and random weights from `seed`."""
     attention = attention or ("eager" if model_type in EAGER else "sdpa")
     config = AutoConfig.for_model(model_type, **{**_COMMON, **ARCHITECTURES[model_type], **overrides})
-    auto = AutoModelForCausalLM if TASK[model_type] == "causal" else AutoModelForMaskedLM
+    auto = AutoModelForCausalLM if MODEL_TASKS[model_type] == "causal" else AutoModelForMaskedLM
     torch.manual_seed(seed)
     return auto.from_config(config, attn_implementation=attention).eval()
 
 
-def objective_config(task: str, isolate_documents: bool = False, **overrides: float) -> ObjectiveConfig:
-    """The objective section of conf/task/`task`.yaml."""
+def make_objective_config(task: str, isolate_documents: bool = False, **overrides: float) -> ObjectiveConfig:
+    """Return the objective section of conf/task/`task`.yaml."""
     masking = {"mlm_probability": 0.15, "mask_replace_prob": 0.8, "random_replace_prob": 0.1, **overrides}
     return ObjectiveConfig(name=task, isolate_documents=isolate_documents, **(masking if task == "mlm" else {}))
 
 
-def objective_for(model: Any, isolate_documents: bool = True) -> Objective:
-    """The objective of a toy model's task."""
-    task = TASK[model.config.model_type]
-    return make_objective(task, VOCABULARY[task], objective_config(task, isolate_documents), model)
+def make_toy_objective(model: Any, isolate_documents: bool = True) -> Objective:
+    """Return the objective of a toy model's task."""
+    task = MODEL_TASKS[model.config.model_type]
+    return make_objective(task, VOCABULARIES[task], make_objective_config(task, isolate_documents), model)
 
 
-def text_ids(length: int, seed: int = 0) -> np.ndarray:
-    """Token ids of text, [length] uint16."""
-    return np.random.default_rng(seed).integers(FIRST_TEXT, SIZE, length).astype(np.uint16)
+def draw_text_ids(length: int, seed: int = 0) -> np.ndarray:
+    """Return random token ids of text, [length] uint16."""
+    return np.random.default_rng(seed).integers(FIRST_TEXT, VOCAB_SIZE, length).astype(np.uint16)
 
 
-def wrapped(task: str, *texts: Sequence[int]) -> list[int]:
-    """The texts one after the other, with their control tokens."""
-    vocabulary = VOCABULARY[task]
+def add_control_tokens(task: str, *texts: Sequence[int]) -> list[int]:
+    """Concatenate the texts with their control tokens."""
+    vocabulary = VOCABULARIES[task]
     return [*vocabulary.lead, *(token for text in texts for token in (*vocabulary.prefix, *text, *vocabulary.suffix))]
 
 
-def as_texts(documents: Iterable[Sequence[int]]) -> Iterator[Text]:
-    """Documents of which all tokens are predicted."""
-    return (Text(np.asarray(ids), 0) for ids in documents)
+def make_texts(documents: Iterable[Sequence[int]]) -> Iterator[DocumentText]:
+    """Yield documents in which all tokens are predicted."""
+    return (DocumentText(np.asarray(ids), 0) for ids in documents)
 
 
 def save_documents(directory: Path, task: str, texts: Iterable[Sequence[int]], num_bytes: Sequence[int]) -> Documents:
-    """A split of tokens as tokenize writes it, and read."""
-    vocabulary = VOCABULARY[task]
+    """Write a split of tokens as tokenize does, and return it."""
+    vocabulary = VOCABULARIES[task]
     rows = [np.array([*vocabulary.prefix, *text, *vocabulary.suffix], np.uint16) for text in texts]
     rows[0] = np.array([*vocabulary.lead, *rows[0]], np.uint16)
     schema = pa.schema([("input_ids", pa.large_list(pa.uint16())), ("num_bytes", pa.int32())])
-    return Documents(write_shards(directory, schema, [record_batch(rows, list(num_bytes), schema)]))
+    return Documents(write_shards(directory, schema, [make_record_batch(rows, list(num_bytes), schema)]))
 
 
 def save_blocks(directory: Path, ids: np.ndarray, marks: np.ndarray | None = None) -> Blocks:
-    """A split of blocks as group_texts writes it, and read; `ids` and `marks` are [num_blocks, block_size]."""
+    """Write a split of blocks as group_texts does, and return it; `ids` and `marks` are [num_blocks, block_size]."""
     values = {"input_ids": ids.astype(np.uint16)} | ({} if marks is None else {"marks": marks.astype(np.uint8)})
     columns = {
         name: pa.FixedSizeListArray.from_arrays(to_arrow(rows.reshape(-1)), ids.shape[1])
@@ -166,17 +166,19 @@ def save_blocks(directory: Path, ids: np.ndarray, marks: np.ndarray | None = Non
     return Blocks(write_shards(directory, batch.schema, [batch]))
 
 
-def toy_blocks(directory: Path, task: str, num_blocks: int, block_size: int, seed: int = 0) -> Blocks:
-    """Blocks packed of documents of 1 to 12 tokens."""
+def make_toy_blocks(directory: Path, task: str, num_blocks: int, block_size: int, seed: int = 0) -> Blocks:
+    """Write and return blocks that are packed from documents of 1 to 12 tokens."""
     lengths = np.random.default_rng(seed).integers(1, 13, num_blocks * block_size)
-    stream = wrapped(task, *(text_ids(length, seed + 1 + index).tolist() for index, length in enumerate(lengths)))
+    stream = add_control_tokens(
+        task, *(draw_text_ids(length, seed + 1 + index).tolist() for index, length in enumerate(lengths))
+    )
     return save_blocks(directory, np.array(stream[: num_blocks * block_size]).reshape(num_blocks, block_size))
 
 
-def toy_trainer(
+def make_toy_trainer(
     directory: Path, model: Any, objective: Any, train: Blocks, validation: Blocks | None = None, **arguments: Any
 ) -> BlockTrainer:
-    """A BlockTrainer that writes nothing but what `arguments` ask for; `callbacks` go to the Trainer."""
+    """Return a BlockTrainer that writes only the files that `arguments` request; `callbacks` go to the Trainer."""
     callbacks = arguments.pop("callbacks", [])
     evaluate_batch_tokens = arguments.pop("evaluate_batch_tokens", 4096)
     defaults = {

@@ -10,14 +10,14 @@ NO_DROPOUT = {
 }
 
 
-def losses(out):
+def read_losses(out):
     lines = (out / "report/plots/metrics/train/loss.tsv").read_text(encoding="utf-8").splitlines()
     column = lines[0].split("\t").index("loss")
     return [float(line.split("\t")[column]) for line in lines[1:]]
 
 
-class Config:
-    """What a stage's config says of processes."""
+class ProcessConfig:
+    """The process settings of a stage's config."""
 
     def __init__(self, processes_per_machine):
         launch = Launch(processes_per_machine=processes_per_machine, machines=1, rendezvous=None)

@@ -1,6 +1,6 @@
-"""A Hugging Face Hub on the loopback, for publishing: repositories are created, files uploaded, commits made.
+"""A Hugging Face Hub on the loopback interface for publishing: it creates repositories and accepts files and commits.
 
-It takes small files in the commit and weights by the LFS protocol, as the real one does for clients without Xet.
+It accepts small files in the commit and weights by LFS, as the real Hub does for clients without Xet.
 """
 
 import base64
@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
-from data_helpers import serving
+from data_helpers import serve
 
 LICENSES = ("apache-2.0", "cc0-1.0", "cc-by-4.0", "mit", "other")  # of the Hub's list, some
 PIPELINES = ("text-generation", "fill-mask")
@@ -35,15 +35,15 @@ class UploadHub:
 
     def serve(self) -> Any:
         """A context in which the Hub runs; it gives the URL."""
-        return serving(_handler(self))
+        return serve(_make_handler(self))
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
-        """Status and JSON value for a request."""
+        """Return the status and the JSON value of the answer to a request."""
         self.requests.append(f"{method} {path}")
         if path == "/":
             return 200, "the front page"
         if path == "/api/validate-yaml":
-            problems = metadata_problems(json.loads(body)["content"])
+            problems = find_metadata_problems(json.loads(body)["content"])
             return (400 if problems else 200), {"errors": [{"message": text} for text in problems], "warnings": []}
         if self.refusal is not None:
             return self.refusal, {"error": "no"}
@@ -59,7 +59,7 @@ class UploadHub:
             return 404, {"error": f"no {path}"}
         repository = self.repositories[match["name"]]
         if match["rest"] == "/preupload/main":
-            return 200, {"files": [_mode(file["path"]) for file in json.loads(body)["files"]]}
+            return 200, {"files": [_choose_upload_mode(file["path"]) for file in json.loads(body)["files"]]}
         if match["rest"] == "/commit/main":
             self._commit(repository["files"], body)
             return 200, {"commitUrl": f"{self.url}/{match['name']}/commit/{'1' * 40}", "commitOid": "1" * 40}
@@ -93,8 +93,8 @@ class UploadHub:
                     del files[value["path"]]
 
 
-def metadata_problems(content: str) -> list[str]:
-    """What the Hub's documented rules of model cards (hub-docs, modelcard.md) have against the metadata of a card."""
+def find_metadata_problems(content: str) -> list[str]:
+    """Return the violations of the Hub's rules for metadata of model cards (hub-docs, modelcard.md)."""
     match = re.match(r"---\n(.*?)\n---\n", content, flags=re.DOTALL)
     data = yaml.safe_load(match[1]) if match else None
     if not isinstance(data, dict):
@@ -117,12 +117,12 @@ def metadata_problems(content: str) -> list[str]:
     return problems
 
 
-def _mode(path: str) -> dict[str, Any]:
+def _choose_upload_mode(path: str) -> dict[str, Any]:
     mode = "lfs" if path.endswith(".safetensors") else "regular"
     return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": None}
 
 
-def _handler(hub: UploadHub) -> type[BaseHTTPRequestHandler]:
+def _make_handler(hub: UploadHub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             hub.authorizations.add(self.headers.get("Authorization", ""))

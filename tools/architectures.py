@@ -1,4 +1,4 @@
-"""What transformers knows of architectures, read from its source in milliseconds where importing it takes seconds."""
+"""Architectures of transformers and the keys of their configurations, read from its source without importing it."""
 
 import ast
 import functools
@@ -7,45 +7,46 @@ from pathlib import Path
 
 
 @functools.cache
-def _directory() -> Path:
+def _find_package() -> Path:
     spec = find_spec("transformers")
     assert spec is not None and spec.submodule_search_locations is not None
     return Path(spec.submodule_search_locations[0])
 
 
-def model_types() -> list[str]:
-    """The names that `model_type` may have."""
-    files = (_directory() / "models").glob("*/configuration_*.py")
-    return sorted({name for file in files for name in _classes(file)})
+def list_model_types() -> list[str]:
+    """Return all values of `model_type`."""
+    files = (_find_package() / "models").glob("*/configuration_*.py")
+    return sorted({name for file in files for name in _find_config_classes(file)})
 
 
-def config_keys(model_type: str) -> set[str] | None:
-    """The keys of the architecture's configuration; None where there is no such architecture."""
-    models = _directory() / "models"
-    usual = models / model_type / f"configuration_{model_type}.py"  # most have one of their own; the others are sought
+def find_config_keys(model_type: str) -> set[str] | None:
+    """Return the keys of an architecture's configuration, or None if it does not exist."""
+    models = _find_package() / "models"
+    usual = models / model_type / f"configuration_{model_type}.py"  # most have their own file; others are searched for
     for file in [usual] if usual.is_file() else models.glob("*/configuration_*.py"):
-        found = _classes(file).get(model_type)
+        found = _find_config_classes(file).get(model_type)
         if found is not None:
-            bodies = [found, *(node for node in _tree(_directory() / "configuration_utils.py").body if _is_base(node))]
-            return {key for body in bodies for key in _keys(body)}
+            base_file = _parse_file(_find_package() / "configuration_utils.py")
+            bodies = [found, *(node for node in base_file.body if _is_base_class(node))]
+            return {key for body in bodies for key in _list_class_keys(body)}
     return None
 
 
-def _is_base(node: ast.stmt) -> bool:
+def _is_base_class(node: ast.stmt) -> bool:
     return isinstance(node, ast.ClassDef) and node.name == "PreTrainedConfig"
 
 
 @functools.cache
-def _tree(file: Path) -> ast.Module:
+def _parse_file(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
 @functools.cache
-def _classes(file: Path) -> dict[str, ast.ClassDef]:
-    """model_type to the class that has it, of a configuration file."""
+def _find_config_classes(file: Path) -> dict[str, ast.ClassDef]:
+    """Return model_type to configuration class, for the classes of a file."""
     found = {}
     if "model_type" in file.read_text(encoding="utf-8"):
-        for node in _tree(file).body:
+        for node in _parse_file(file).body:
             for item in node.body if isinstance(node, ast.ClassDef) else []:
                 match item:
                     case ast.Assign(targets=[ast.Name(id="model_type")], value=ast.Constant(value=str(name))):
@@ -54,7 +55,7 @@ def _classes(file: Path) -> dict[str, ast.ClassDef]:
     return found
 
 
-def _keys(node: ast.stmt) -> set[str]:
+def _list_class_keys(node: ast.stmt) -> set[str]:
     assert isinstance(node, ast.ClassDef)
     keys = set()
     for item in node.body:

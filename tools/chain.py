@@ -1,4 +1,4 @@
-"""What a trained model goes back to: the tasks, experiments and commits whose models it started from, by dvc.lock."""
+"""Trace a trained model back to the tasks, experiments and commits that it started from, using dvc.lock."""
 
 from collections.abc import Iterator
 from pathlib import PurePath
@@ -7,79 +7,86 @@ from typing import Any, NamedTuple
 from stages.core.compose import PARAMS
 from stages.core.errors import printable
 from stages.core.starts import NO_START
-from tools.lock_history import Entry, find_lock, hashes_in, parse_entry, value_in
+from tools.lock_history import Entry, find_lock, find_param_value, get_hashes, parse_entry
 
-_MOST = 100  # links, of locks that lead to each other
+_MAX_LINKS = 100  # ends chains of locks that refer to each other
 
 
-class Link(NamedTuple):
-    """A model of a chain."""
+class ChainLink(NamedTuple):
+    """One model of a chain of models that were trained from one another."""
 
     task: str
     rev: str | None
-    """Experiment or commit that trained it; None: this one."""
+    """Experiment or commit that trained the model; None: the current one."""
     md5: str
-    """Of models/TASK."""
+    """DVC's md5 of models/TASK; the empty string if unknown."""
     data: str
-    """In words, the text that it was trained on; empty where its dvc.lock is not known."""
-    origin: str
-    """In words, what the first model of a chain began with; empty where another link follows or it is not known."""
+    """Description of the training text; the empty string if the dvc.lock of `rev` is not available."""
+    initial_weights: str
+    """Description of the weights that the first model of the chain started from; the empty string for the others."""
 
 
-def read_chain(lock: str, task: str) -> list[Link]:
-    """The model of a task, the one that it started from, and so on, by the text of a dvc.lock.
+def read_chain(lock: str, task: str) -> list[ChainLink]:
+    """Return the model of `task` and the models that it started from, newest first.
 
-    Locks at other revisions are asked of git; where it does not know one, the chain ends there.
+    The dvc.lock of another revision is read from git. The chain ends at a revision that git does not have.
+
+    Args:
+        lock: text of the current dvc.lock.
     """
-    links: list[Link] = []
+    links: list[ChainLink] = []
     rev: str | None = None
     md5 = ""
-    while len(links) < _MOST:
+    while len(links) < _MAX_LINKS:
         entry = parse_entry(lock, f"train@{task}")
-        section = {key: value_in(entry, PARAMS.name, f"tasks.{task}.{key}") for key in ("model", "start")}
-        md5 = md5 or hashes_in(entry, "outs").get(f"models/{task}", "")
+        section = {key: find_param_value(entry, PARAMS.name, f"tasks.{task}.{key}") for key in ("model", "start")}
+        md5 = md5 or get_hashes(entry, "outs").get(f"models/{task}", "")
         if not entry:
-            links.append(Link(task, rev, md5, "", ""))
+            links.append(ChainLink(task, rev, md5, "", ""))
             break
         start, file = section["start"], f"conf/model/{section['model']}.yaml"
         started = isinstance(start, str) and start != NO_START
-        origin = None if started else value_in(entry, file, "from")
-        follows = started or isinstance(origin, dict)
-        links.append(Link(task, rev, md5, _data(lock, task), "" if follows else _beginning(entry, file)))
+        pin = None if started else find_param_value(entry, file, "from")
+        follows = started or isinstance(pin, dict)
+        links.append(
+            ChainLink(
+                task, rev, md5, _describe_data(lock, task), "" if follows else _describe_initial_weights(entry, file)
+            )
+        )
         if started:
-            task, md5 = str(start), hashes_in(entry, "deps").get(f"models/{start}", "")
-        elif isinstance(origin, dict):
-            task, rev, md5 = str(origin["task"]), str(origin["rev"]), str(origin["md5"])
+            task, md5 = str(start), get_hashes(entry, "deps").get(f"models/{start}", "")
+        elif isinstance(pin, dict):
+            task, rev, md5 = str(pin["task"]), str(pin["rev"]), str(pin["md5"])
             lock = find_lock(rev) or ""
         else:
             break
     return links
 
 
-def describe_chain(links: list[Link]) -> Iterator[str]:
-    """A line for each link."""
+def describe_chain(links: list[ChainLink]) -> Iterator[str]:
+    """Yield one line of text per model of a chain, and a last line for the initial weights."""
     for number, link in enumerate(links):
-        where = f" of {printable(link.rev)}" if link.rev else ""
+        revision = f" of {printable(link.rev)}" if link.rev else ""
         data = f", trained on {link.data}" if link.data else ", whose dvc.lock is not known here"
         verb = "starts from " if number else ""
-        yield f"{verb}models/{link.task}{where} (md5 {link.md5 or 'not known'}){data}"
-    if links and links[-1].origin:
-        yield f"starts from {links[-1].origin}"
+        yield f"{verb}models/{link.task}{revision} (md5 {link.md5 or 'not known'}){data}"
+    if links and links[-1].initial_weights:
+        yield f"starts from {links[-1].initial_weights}"
 
 
-def _data(lock: str, task: str) -> str:
-    """The text of a task's tokens, in words."""
+def _describe_data(lock: str, task: str) -> str:
+    """Describe the text that a task was tokenized from."""
     tokenized, download = parse_entry(lock, f"tokenize@{task}"), parse_entry(lock, "download")
-    name, path = (value_in(download, PARAMS.name, f"data.{key}") for key in ("name", "path"))
-    sources = value_in(tokenized, PARAMS.name, f"tasks.{task}.sources")
-    raw = hashes_in(download, "outs").get("data/raw", "not known")
+    name, path = (find_param_value(download, PARAMS.name, f"data.{key}") for key in ("name", "path"))
+    sources = find_param_value(tokenized, PARAMS.name, f"tasks.{task}.sources")
+    raw = get_hashes(download, "outs").get("data/raw", "not known")
     chosen = f"the sources {', '.join(map(printable, sources))} of " if isinstance(sources, list) else ""
     return f"{chosen}{printable(name)} ({printable(PurePath(str(path)).name)}, data/raw {raw})"
 
 
-def _beginning(entry: Entry, file: str) -> str:
-    """What a model without a start began with, in words."""
-    values: dict[str, Any] = {key: value_in(entry, file, key) for key in ("from_scratch", "path", "revision")}
+def _describe_initial_weights(entry: Entry, file: str) -> str:
+    """Describe the initial weights of a model that did not start from a model of this project."""
+    values: dict[str, Any] = {key: find_param_value(entry, file, key) for key in ("from_scratch", "path", "revision")}
     if values["from_scratch"] is True:
         return f"fresh weights ({file})"
     revision = f" at {printable(values['revision'])}" if isinstance(values["revision"], str) else ""

@@ -1,9 +1,9 @@
-"""Check the configuration of the current params.yaml, all stages and all problems at once, before any work.
+"""Check the configuration of all stages for the current params.yaml, and report all problems together.
 
 Command python -m tools.check
 
-Composes the config of every stage that dvc.yaml defines, as the stage itself will, checks it against its schema, and
-checks that dvc.yaml declares exactly the values and the inputs that the stage uses.
+Composes the config of every stage that dvc.yaml defines, as the stage does when it runs, and validates it against the
+stage's schema. Also checks that dvc.yaml declares exactly the values and the inputs that each stage uses.
 """
 
 import contextlib
@@ -26,74 +26,93 @@ from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.repo import Repo
 from dvc.scm import SCMError
 
-from stages.core.artifacts import sha256, versions
-from stages.core.compose import GLOBAL_GROUPS, PARAMS, Composition, Params, compose, load, package_of, read_root
-from stages.core.config import CONF, MISSING, conflict_line, find, flat, key_of, nearest, read_yaml
+from stages.core.artifacts import compute_sha256, get_versions
+from stages.core.compose import (
+    GLOBAL_GROUPS,
+    PARAMS,
+    Composition,
+    Params,
+    compose_config,
+    get_package,
+    load_config,
+    read_root,
+)
+from stages.core.config import (
+    CONF,
+    MISSING,
+    find_conflict_line,
+    find_value,
+    flatten_values,
+    get_field_key,
+    read_yaml,
+    suggest_name,
+)
 from stages.core.errors import ConfigError, StageError, printable, printable_lines
-from stages.core.source_code import hash_behaviour, hashed_names
-from stages.core.starts import NO_START, wrong_start
-from stages.download.cleaning import unmet
+from stages.core.source_code import hash_behavior, list_root_modules
+from stages.core.starts import NO_START, find_start_problems
+from stages.download.cleaning import find_unmet_requirements
 from stages.download.files import PATH_LIMIT, find_files
 from stages.score.items import read_items
-from stages.shell.cache import cache_directory
+from stages.shell.cache import get_cache_directory
 from stages.train.checkpoints import LIBRARIES
-from tools.architectures import config_keys, model_types
-from tools.lock_history import find_lock, trained_md5
+from tools.architectures import find_config_keys, list_model_types
+from tools.lock_history import find_lock, find_model_md5
 
 ROOT = CONF.parent
-# Unlike `git restore`, it also works during a merge or rebase.
-RESTORE_LOCK = "run `git checkout HEAD -- dvc.lock`, then `dvc repro`; what finished stages made comes from DVC's cache"
-SOURCES = "data/sources"  # where the stages source@NAME put their records
-_GIVEN_PATHS = {"download": "data.path", "score": "pairs.path"}  # of a user's own files, by the package that reads them
-# What dvc.yaml names for a task that starts from no other.
+# Unlike `git restore`, this also works during a merge or rebase.
+RESTORE_LOCK = "run `git checkout HEAD -- dvc.lock`, then `dvc repro`; finished stages are restored from DVC's cache"
+SOURCES_DIRECTORY = "data/sources"  # the stages source@NAME write their records here
+# Stage package to its key with the path of the user's own files.
+USER_PATH_KEYS = {"download": "data.path", "score": "pairs.path"}
+# dvc.yaml depends on these files for a task that does not start from another task.
 START_FILES = (f"models/{NO_START}", f"data/tokens/{NO_START}/tokenizer")
-WHOLE_FILE = ""  # the key of a params file that dvc.yaml declares as a whole
+WHOLE_FILE = ""  # marker for all keys of a params file
 
 
-class Declared(typing.NamedTuple):
-    """A stage as dvc.yaml defines it, with the values of params.yaml in place."""
+class DeclaredStage(typing.NamedTuple):
+    """A stage of dvc.yaml, with the values of params.yaml filled in."""
 
     name: str
-    """As DVC names it: train@causal."""
+    """DVC's name of the stage: train@causal."""
     stage: str
-    """As conf/ names it: train."""
+    """Name of the stage in conf/: train."""
     item: str | None
-    """The task or source that it runs for."""
+    """The task or source that the stage runs for."""
     deps: set[str]
     outs: set[str]
     params: dict[str, set[str]]
-    """Params file to the dotted keys that are tracked; WHOLE_FILE for all of a file."""
+    """Params file to the dotted keys that DVC tracks; WHOLE_FILE if it tracks the whole file."""
 
 
 def main() -> None:
     try:
         read_yaml(PARAMS)
         with Repo() as repo:
-            stages = list(declared_stages(repo))
-            problems = list(pipeline_problems(repo))
+            stages = list(list_declared_stages(repo))
+            problems = list(find_pipeline_problems(repo))
     except ConfigError as error:
         sys.exit(printable_lines(f"check: {error}"))
     except DvcException as error:
-        sys.exit(printable_lines(f"check: {dvc_problem(error)}"))
+        sys.exit(printable_lines(f"check: {explain_dvc_error(error)}"))
     composed, found = compose_stages(stages)
     problems += found
-    for check in (
-        missing_source,
-        wrong_task_sources,
-        wrong_pairs,
-        unread_params,
-        unread_keys,
-        wrong_architectures,
-        changed_pins,
-        refused_trainings,
+    for find_problems in (
+        find_missing_data,
+        find_task_source_problems,
+        find_pairs_problems,
+        find_unread_params,
+        find_unread_keys,
+        find_architecture_problems,
+        find_changed_pins,
+        find_training_problems,
     ):
-        problems += check([composition for _, composition in composed])
+        problems += find_problems([composition for _, composition in composed])
     for stage, composition in composed:
         if not composition.problems and not composition.missing:
-            problems += undeclared(stage, composition)
-    problems += wrong_start_files()
-    problems += filter(None, [damaged_rwlock()])
-    for warning in other_versions():
+            problems += find_declaration_problems(stage, composition)
+    problems += find_start_file_problems()
+    problems += filter(None, [find_rwlock_problem()])
+    for warning in find_other_versions():
         print(printable_lines(f"check: warning: {warning}"), file=sys.stderr)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
@@ -101,18 +120,19 @@ def main() -> None:
     print(f"check: the configuration of {len(stages)} stages is in order")
 
 
-def dvc_problem(error: DvcException) -> str:
-    """What DVC's `error` means, and what to do about it."""
+def explain_dvc_error(error: DvcException) -> str:
+    """Explain an error of DVC and how to fix its cause."""
     with contextlib.suppress(ConfigError):
-        if problems := list(wrong_starts()):  # which DVC calls a cycle, or items defined as a dependency and an output
+        # DVC reports a wrong start as a cycle, or as a path that is both a dependency and an output.
+        if problems := list(find_task_start_problems()):
             return "\n  ".join(problems)
     for name, remedy in (("dvc.yaml", "keep one of the two sides"), ("dvc.lock", RESTORE_LOCK)):
         file = ROOT / name
-        if file.is_file() and (line := conflict_line(file.read_text(encoding="utf-8", errors="replace"))):
+        if file.is_file() and (line := find_conflict_line(file.read_text(encoding="utf-8", errors="replace"))):
             return f"{name}:{line}: a merge conflict: {remedy}"
-    if "dvc.lock" in str(error):  # which DVC writes in place
-        return f"dvc.lock was cut short, by a kill while DVC wrote it? {RESTORE_LOCK}"
-    if (problem := damaged_rwlock()) is not None:
+    if "dvc.lock" in str(error):  # DVC writes it in place
+        return f"dvc.lock is truncated, probably because DVC was killed while writing it: {RESTORE_LOCK}"
+    if (problem := find_rwlock_problem()) is not None:
         return problem
     if isinstance(error, SCMError):
         return f"{error}, which DVC needs: `git clone` the project, or run `git init` here"
@@ -123,26 +143,26 @@ def dvc_problem(error: DvcException) -> str:
     return f"params.yaml and dvc.yaml do not fit together: {error}"
 
 
-def wrong_starts() -> Iterator[str]:
-    """What keeps tasks from starting from those that they name."""
+def find_task_start_problems() -> Iterator[str]:
+    """Yield why a task cannot start from the task that params.yaml names."""
     tasks = Params().tasks
     for task, section in tasks.items():
-        start, model = find(section, "start"), find(section, "model")
+        start, model = find_value(section, "start"), find_value(section, "model")
         if start is not MISSING:
-            yield from wrong_start(tasks, str(task), start, model if isinstance(model, str) else None)
+            yield from find_start_problems(tasks, str(task), start, model if isinstance(model, str) else None)
 
 
-def wrong_start_files() -> Iterator[str]:
-    """What keeps dvc.yaml from naming a file for a task that starts from no other."""
+def find_start_file_problems() -> Iterator[str]:
+    """Yield problems with the files that dvc.yaml depends on for `start: none`."""
     if NO_START in Params().tasks:
-        yield f"params.yaml: tasks.{NO_START}: `start: {NO_START}` would not name this task: give it another name"
+        yield f"params.yaml: tasks.{NO_START}: `start: {NO_START}` means no start, so rename this task"
     for file in START_FILES:
         if not (ROOT / file).is_file():
-            yield f"{file} is missing, which dvc.yaml names for `start: {NO_START}`: `git checkout HEAD -- {file}`"
+            yield f"{file}: missing; dvc.yaml uses it for `start: {NO_START}`: run `git checkout HEAD -- {file}`"
 
 
-def damaged_rwlock() -> str | None:
-    """What to do about the file by which DVC's processes know of each other, where a kill has cut it short."""
+def find_rwlock_problem() -> str | None:
+    """Return how to fix DVC's .dvc/tmp/rwlock if it is truncated, which happens when DVC is killed while writing it."""
     file = ROOT / ".dvc/tmp/rwlock"
     try:
         json.loads(file.read_text(encoding="utf-8"))
@@ -150,8 +170,8 @@ def damaged_rwlock() -> str | None:
         return None
     except ValueError:
         return (
-            ".dvc/tmp/rwlock was cut short, by a kill while DVC wrote it? When no dvc runs here, remove it"
-            " (rm .dvc/tmp/rwlock): DVC writes a new one"
+            ".dvc/tmp/rwlock is truncated, probably because DVC was killed while writing it: make sure that no dvc is"
+            " running here, then remove it (rm .dvc/tmp/rwlock)"
         )
     return None
 
@@ -159,113 +179,122 @@ def damaged_rwlock() -> str | None:
 # -- dvc.yaml ----------------------------------------------------------------------------------------------------------
 
 
-def declared_stages(repo: Repo) -> Iterator[Declared]:
-    """The stages of dvc.yaml that are packages of stages/."""
+def list_declared_stages(repo: Repo) -> Iterator[DeclaredStage]:
+    """Yield the stages of dvc.yaml that are packages of stages/."""
     for stage in repo.index.stages:
         name, _, item = stage.addressing.partition("@")
-        if _is_ours(name):
+        if is_project_stage(name):
             params = {dep.def_path: set(dep.params) or {WHOLE_FILE} for dep in stage.params}
             deps = {dep.def_path for dep in stage.deps if dep not in stage.params}
             outs = {out.def_path for out in stage.outs}
-            yield Declared(stage.addressing, name, item or None, deps, outs, params)
+            yield DeclaredStage(stage.addressing, name, item or None, deps, outs, params)
 
 
-def pipeline_problems(repo: Repo) -> Iterator[str]:
-    """What dvc.yaml and DVC's own configuration should not have."""
+def find_pipeline_problems(repo: Repo) -> Iterator[str]:
+    """Yield forbidden settings of DVC, and commands in dvc.yaml other than `python -m stages.PACKAGE`."""
     if repo.config.get("hydra", {}).get("enabled"):
         yield (
-            "hydra.enabled is on in DVC's configuration: `dvc exp run` would rewrite params.yaml, and `dvc repro` would"
-            " compose nothing (run `dvc config hydra.enabled false`)"
+            "hydra.enabled is on in DVC's configuration: with it, `dvc exp run` rewrites params.yaml and `dvc repro`"
+            " composes nothing (run `dvc config hydra.enabled false`)"
         )
     for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].items():
         command = str(stage.get("do", stage).get("cmd"))
         if "${" in command:
-            yield f"dvc.yaml: {name}.cmd={command}: DVC passes it to a shell, so that no value may stand in it"
-        elif _is_ours(name) and command != (expected := f"python -m stages.{package_of(name)}"):
+            yield f"dvc.yaml: {name}.cmd={command}: DVC passes it to a shell, so it must not contain ${{...}}"
+        elif is_project_stage(name) and command != (expected := f"python -m stages.{get_package(name)}"):
             yield f"dvc.yaml: {name}.cmd={command}: it should be {expected}"
 
 
-def _is_ours(stage: str) -> bool:
-    """Whether a stage of dvc.yaml is a package of stages/; one of another kind is its user's own business."""
-    return (ROOT / "stages" / package_of(stage) / "__main__.py").is_file()
+def is_project_stage(stage: str) -> bool:
+    """Return True if a stage of dvc.yaml is a package of stages/. Stages that users add are not checked."""
+    return (ROOT / "stages" / get_package(stage) / "__main__.py").is_file()
 
 
-def undeclared(stage: Declared, composition: Composition) -> Iterator[str]:
-    """What dvc.yaml declares for a stage and the stage does not use, and the other way round."""
-    used = used_params(composition)
+def find_declaration_problems(stage: DeclaredStage, composition: Composition) -> Iterator[str]:
+    """Yield differences between the params, deps and outs that dvc.yaml declares and those that the stage uses."""
+    used = get_used_params(composition)
     for file in sorted(used.keys() | stage.params.keys()):
         declared, needed = stage.params.get(file, set()), used.get(file, set())
         if declared == {WHOLE_FILE}:
             declared = set(read_yaml(ROOT / file))
             needed = {key.partition(".")[0] for key in needed}
         for key in sorted(needed - declared):
-            yield f"dvc.yaml: {stage.name} uses {key} of {file}, and params does not declare it"
+            yield f"dvc.yaml: {stage.name} uses {key} of {file}, but its params do not declare it"
         for key in sorted(declared - needed):
-            if find(read_yaml(ROOT / file), key) is MISSING:
-                yield f"{file}: no key {key}, which dvc.yaml tracks for {stage.name}: add it ({key}: null)"
+            if find_value(read_yaml(ROOT / file), key) is MISSING:
+                yield f"{file}: key {key} is missing; dvc.yaml tracks it for {stage.name}: add it ({key}: null)"
                 continue
-            yield f"dvc.yaml: {stage.name} declares {key} of {file}, and does not use it"
-    paths, outs = used_paths(composition), stage.outs
+            yield f"dvc.yaml: {stage.name} declares {key} of {file}, but the stage does not use it"
+    paths, outs = get_used_paths(composition), stage.outs
     for path in sorted(paths - stage.deps - outs):
-        yield f"dvc.yaml: {stage.name} uses {path}, and neither deps nor outs declares it"
+        yield f"dvc.yaml: {stage.name} uses {path}, but neither its deps nor its outs declare it"
     for path in sorted((stage.deps | outs) - paths):
-        yield f"dvc.yaml: {stage.name} declares {path}, and does not use it"
+        yield f"dvc.yaml: {stage.name} declares {path}, but the stage does not use it"
 
 
-def used_params(composition: Composition) -> dict[str, set[str]]:
-    """Params file to the dotted keys of it that a stage uses."""
-    schema = schema_of(composition.stage)
+def get_used_params(composition: Composition) -> dict[str, set[str]]:
+    """Return the dotted keys that a stage uses, by params file."""
+    schema = get_config_class(composition.stage)
     used = {PARAMS.name: set(composition.params)} if composition.params else {}
     files = [*read_root(composition.stage).files, *(f"{group}/{name}" for group, name in composition.chosen.items())]
     for file in files:
-        if keys := used_keys(schema, read_yaml(CONF / f"{file}.yaml"), file.partition("/")[0]):
+        if keys := get_used_keys(schema, read_yaml(CONF / f"{file}.yaml"), file.partition("/")[0]):
             used[f"conf/{file}.yaml"] = keys
     return used
 
 
-def used_keys(schema: Any, values: dict[str, Any], group: str) -> set[str]:
-    """Dotted keys of a group's file that `schema` takes in; a section of which it is a part counts key by key."""
+def get_used_keys(schema: Any, values: dict[str, Any], group: str) -> set[str]:
+    """Return the dotted keys of a group's file that `schema` reads.
+
+    A section is one key if the schema reads all of it. If its dataclass ignores extra keys, each key that the dataclass
+    defines is returned separately.
+    """
     if group not in GLOBAL_GROUPS:
         schema = next(field.type for field in dataclasses.fields(schema) if field.name == group)
     used: set[str] = set()
     for field in dataclasses.fields(schema):
-        if (name := key_of(field)) in values:
+        if (name := get_field_key(field)) in values:
             kind: Any = field.type
             partial = dataclasses.is_dataclass(kind) and kind.__pydantic_config__["extra"] == "ignore"  # type: ignore[union-attr]
-            keys = [f"{name}.{key_of(part)}" for part in dataclasses.fields(kind)] if partial else [name]
+            keys = [f"{name}.{get_field_key(part)}" for part in dataclasses.fields(kind)] if partial else [name]
             used.update(keys)
     return used
 
 
-def used_paths(composition: Composition) -> set[str]:
-    """What a stage reads and writes: its code, its root config, and the paths in its config."""
-    stage, package = composition.stage, package_of(composition.stage)
+def get_used_paths(composition: Composition) -> set[str]:
+    """Return the paths that a stage reads and writes: its code, its root config, and the paths in its config."""
+    stage, package = composition.stage, get_package(composition.stage)
     if stage == "code":
         return {"stages", "conf/code.yaml", str(composition.values["out"])}
     names = {package, *(f"{package}-{name}" for name in composition.chosen.values())}
-    code = {f"code/{name}.json" for name in names.intersection(hashed_names(package))}
+    code = {f"code/{name}.json" for name in names.intersection(list_root_modules(package))}
     paths = {
-        # Without a start, what stands for none in dvc.yaml.
-        path.replace("{start}", NO_START) if (value := find(composition.values, key)) is None else str(value)
+        # The value is None without a start: dvc.yaml then has the path of the placeholder task NO_START.
+        path.replace("{start}", NO_START) if (value := find_value(composition.values, key)) is None else str(value)
         for key, path in read_root(stage).paths.items()
         if "/" in path
     }
-    given = {str(find(composition.values, _GIVEN_PATHS[package]))} if package in _GIVEN_PATHS else set()
+    given = {str(find_value(composition.values, USER_PATH_KEYS[package]))} if package in USER_PATH_KEYS else set()
     return {*code, *paths, *given, f"conf/{stage}.yaml"}
 
 
 # -- conf/ and params.yaml ---------------------------------------------------------------------------------------------
 
 
-def compose_stages(stages: Iterable[Declared]) -> tuple[list[tuple[Declared, Composition]], list[str]]:
-    """The stages whose configs could be composed, and all problems, each once with the stages that have it."""
-    composed: list[tuple[Declared, Composition]] = []
+def compose_stages(stages: Iterable[DeclaredStage]) -> tuple[list[tuple[DeclaredStage, Composition]], list[str]]:
+    """Compose the config of each stage.
+
+    Returns:
+        The stages that could be composed, each with its composition; and the distinct problems, each followed by the
+        names of the stages that have it.
+    """
+    composed: list[tuple[DeclaredStage, Composition]] = []
     found: dict[str, list[str]] = {}
     for stage in stages:
         try:
-            composition = compose(stage.stage, item=stage.item)
+            composition = compose_config(stage.stage, item=stage.item)
             composed.append((stage, composition))
-            problems = list(missing_packages(load(schema_of(stage.stage), composition)))
+            problems = list(find_missing_packages(load_config(get_config_class(stage.stage), composition)))
         except ConfigError as error:
             problems = error.problems
         for problem in problems:
@@ -273,155 +302,164 @@ def compose_stages(stages: Iterable[Declared]) -> tuple[list[tuple[Declared, Com
     return composed, [f"{problem} ({', '.join(names)})" for problem, names in found.items()]
 
 
-def schema_of(stage: str) -> Any:
-    """The config dataclass in the stage's module."""
-    stage = package_of(stage)
+def get_config_class(stage: str) -> Any:
+    """Return the config dataclass of a stage."""
+    stage = get_package(stage)
     name = "".join(word.title() for word in stage.split("_")) + "Config"
     return getattr(importlib.import_module(f"stages.{stage}.stage"), name)
 
 
-def missing_packages(config: Any) -> Iterator[str]:
-    """Libraries of an extra that a stage's config asks for and that are not installed, and files of cleaning steps."""
+def find_missing_packages(config: Any) -> Iterator[str]:
+    """Yield optional libraries that a config needs and that are not installed, and missing files of cleaning steps."""
     framework, hardware = getattr(config, "framework", None), getattr(config, "hardware", None)
     if framework is not None and framework.name == "keras" and find_spec("keras_hub") is None:
         yield "framework=keras: KerasHub is not installed: run `make keras`"
     if hardware is not None and hardware.ray is not None and find_spec("ray") is None:
         yield "hardware.ray: Ray is not installed: run `make ray`"
-    yield from unmet(getattr(getattr(config, "data", None), "clean", []))
+    yield from find_unmet_requirements(getattr(getattr(config, "data", None), "clean", []))
 
 
-def unread_params(compositions: list[Composition]) -> Iterator[str]:
-    """Keys of params.yaml that no stage reads: misspelt ones."""
+def find_unread_params(compositions: list[Composition]) -> Iterator[str]:
+    """Yield keys of params.yaml that no stage reads, probably because of a typo."""
     read = {key for composition in compositions for key in composition.params}
-    for key in dict(flat(read_yaml(PARAMS))).keys() - read:
-        yield f"params.yaml: no stage reads the key {key}; {nearest(key, sorted(read))}"
+    for key in dict(flatten_values(read_yaml(PARAMS))).keys() - read:
+        yield f"params.yaml: no stage reads the key {key}; {suggest_name(key, sorted(read))}"
 
 
-def unread_keys(compositions: list[Composition]) -> Iterator[str]:
-    """Keys of the chosen files that no stage reads: misspelt ones."""
+def find_unread_keys(compositions: list[Composition]) -> Iterator[str]:
+    """Yield keys of the chosen files of conf/ that no stage reads, probably because of a typo."""
     read: dict[str, set[str]] = {}
     for stage in {composition.stage for composition in compositions}:
-        for field in dataclasses.fields(schema_of(stage)):
+        for field in dataclasses.fields(get_config_class(stage)):
             read.setdefault("", set()).add(field.name)
             if dataclasses.is_dataclass(field.type):
-                read.setdefault(field.name, set()).update(key_of(part) for part in dataclasses.fields(field.type))
+                read.setdefault(field.name, set()).update(
+                    get_field_key(part) for part in dataclasses.fields(field.type)
+                )
     chosen = {choice for composition in compositions for choice in composition.chosen.items()}
     for group, name in sorted(chosen):
         known = read[""] if group in GLOBAL_GROUPS else read[group]
         for key in read_yaml(CONF / group / f"{name}.yaml").keys() - known:
-            yield f"conf/{group}/{name}.yaml: no stage reads the key {key}; {nearest(str(key), sorted(known))}"
+            yield f"conf/{group}/{name}.yaml: no stage reads the key {key}; {suggest_name(str(key), sorted(known))}"
 
 
-def chosen_models(compositions: list[Composition]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """File and content of each model configuration that is chosen."""
+def read_chosen_models(compositions: list[Composition]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the file and the content of each chosen model configuration."""
     for name in sorted({item.chosen["model"] for item in compositions if "model" in item.chosen}):
         file = CONF / "model" / f"{name}.yaml"
         yield file, read_yaml(file)
 
 
-def wrong_architectures(compositions: list[Composition]) -> Iterator[str]:
-    """Architectures, and keys of their configurations, that transformers does not know."""
-    for file, model in chosen_models(compositions):
+def find_architecture_problems(compositions: list[Composition]) -> Iterator[str]:
+    """Yield architectures that transformers does not have, and config keys that an architecture does not have."""
+    for file, model in read_chosen_models(compositions):
         config = model.get("config")
         if not isinstance(config, dict) or "model_type" not in config:
             continue
-        known = config_keys(config["model_type"])
+        known = find_config_keys(config["model_type"])
         if known is None:
             name = str(config["model_type"])
-            yield f"{where(file)}: config.model_type={name} is no architecture; {nearest(name, model_types())}"
+            suggestion = suggest_name(name, list_model_types())
+            yield f"{get_relative_path(file)}: config.model_type={name} is not a known architecture; {suggestion}"
             continue
         for key in sorted(set(config) - known):
-            yield f"{where(file)}: config.{key} is no key of {config['model_type']}; {nearest(key, sorted(known))}"
+            suggestion = suggest_name(key, sorted(known))
+            yield f"{get_relative_path(file)}: config.{key} is not a key of {config['model_type']}; {suggestion}"
 
 
-def refused_trainings(compositions: list[Composition]) -> Iterator[str]:
-    """What transformers or peft would refuse of a task's `trainer` or `adapter` section, or ignore.
+def find_training_problems(compositions: list[Composition]) -> Iterator[str]:
+    """Yield values of a task's `trainer` or `adapter` section that transformers or peft would refuse or ignore.
 
-    To ask them takes some seconds of imports: what passed is remembered, for the installed libraries.
+    Importing the two takes several seconds. Values that pass are therefore recorded in the cache directory, together
+    with the versions of the installed libraries, and not tried again.
     """
     for composition in compositions:
         if composition.stage != "train" or composition.problems or composition.missing:
             continue
         try:
-            config = load(schema_of("train"), composition)
+            config = load_config(get_config_class("train"), composition)
         except ConfigError:
-            continue  # said already
+            continue  # reported by compose_stages
         if config.framework.name != "trainer":
             continue
         values = {key: composition.values[key] for key in ("trainer", "learning_rate", "num_train_epochs")}
         if config.adapter is not None:
             values |= {key: composition.values[key] for key in ("adapter", "model")}
         modules = [ROOT / "stages/frameworks/trainer/arguments.py", ROOT / "stages/train/saving.py"]
-        known = json.dumps([values, versions(*LIBRARIES), *map(hash_behaviour, modules)])
-        passed = cache_directory() / "passed" / hashlib.sha256(known.encode()).hexdigest()[:32]
+        known = json.dumps([values, get_versions(*LIBRARIES), *map(hash_behavior, modules)])
+        passed = get_cache_directory() / "passed" / hashlib.sha256(known.encode()).hexdigest()[:32]
         if passed.exists():
             continue
         from stages.frameworks.trainer.arguments import try_arguments
-        from stages.train.saving import try_adapter
+        from stages.train.saving import check_adapter
 
         try:
             try_arguments(config)
             if config.adapter is not None:
-                try_adapter(config.adapter, config.model)
+                check_adapter(config.adapter, config.model)
         except StageError as error:
             yield f"{error} (train@{composition.item})"
             continue
-        with contextlib.suppress(OSError):  # then it is asked again
+        with contextlib.suppress(OSError):  # without the record, the next check tries the values again
             passed.parent.mkdir(parents=True, exist_ok=True)
             passed.touch()
 
 
-def changed_pins(compositions: list[Composition]) -> Iterator[str]:
-    """Local files that are not what their pin says. Weights are hashed anew only if newer than the pin."""
-    for file, model in chosen_models(compositions):
+def find_changed_pins(compositions: list[Composition]) -> Iterator[str]:
+    """Yield pinned local files that are missing or changed. Weights are hashed only if newer than the pin."""
+    for file, model in read_chosen_models(compositions):
         origins = [source.get("from") for source in (model, model.get("tokenizer") or {})]
-        yield from wrong_origins(where(file), *origins)
+        yield from find_pinned_model_problems(get_relative_path(file), *origins)
         for source in (model, model.get("tokenizer") or {}):
             for name, pinned in (source.get("files") or {}).items():
                 path = Path(str(source.get("path"))).expanduser() / name
                 if not path.is_file():
-                    yield f"{where(file)}: {printable(path)} is pinned but not there"
+                    yield f"{get_relative_path(file)}: {printable(path)} is pinned but does not exist"
                     continue
                 newer = path.suffix != ".safetensors" or path.stat().st_mtime > file.stat().st_mtime
-                if newer and sha256(path) != pinned:
-                    shown = printable(path)
-                    yield f"{where(file)}: {shown} changed since its pin (python -m tools.pin_model pins it anew)"
+                if newer and compute_sha256(path) != pinned:
+                    changed = f"{printable(path)} changed since it was pinned"
+                    yield f"{get_relative_path(file)}: {changed} (python -m tools.pin_model pins it again)"
 
 
-def wrong_origins(file: str, model: Any, tokenizer: Any) -> Iterator[str]:
-    """Trained models that are not what their pin says, where git knows their revision, and a tokenizer of another."""
+def find_pinned_model_problems(file: str, model: Any, tokenizer: Any) -> Iterator[str]:
+    """Yield problems with the `from` sections of a model configuration, which pin a trained model and its tokenizer.
+
+    The md5 of a trained model is compared with dvc.lock at the pinned revision, if git has that revision. The
+    tokenizer must come from the same model.
+    """
     valid = [origin for origin in (model, tokenizer) if isinstance(origin, dict) and origin.get("md5")]
     if len(valid) == 2 and model["md5"] != tokenizer["md5"]:
-        whose = [f"models/{origin.get('task')} of {printable(origin.get('rev'))}" for origin in valid]
-        yield f"{file}: from is {whose[0]}, tokenizer.from {whose[1]}: a model goes on with its own tokenizer"
+        names = [f"models/{origin.get('task')} of {printable(origin.get('rev'))}" for origin in valid]
+        yield f"{file}: from is {names[0]}, tokenizer.from {names[1]}: a model continues with its own tokenizer"
     for origin in valid[:1]:
         lock = find_lock(str(origin.get("rev")))
         if lock is None:
-            continue  # a clone without the experiment: the md5 decides
-        md5, task = trained_md5(lock, str(origin.get("task"))), printable(origin.get("task"))
+            continue  # a clone without the experiment; the md5 is checked when the model is read
+        md5, task = find_model_md5(lock, str(origin.get("task"))), printable(origin.get("task"))
         if md5 != origin["md5"]:
             name = Path(file).stem
             yield (
-                f"{file}: models/{task} of {printable(origin.get('rev'))} has the md5 {md5}, and from.md5 is"
+                f"{file}: models/{task} of {printable(origin.get('rev'))} has the md5 {md5}, but from.md5 is"
                 f" {printable(origin['md5'])}: python -m tools.pin_model models/{task} --rev"
-                f" {printable(origin.get('rev'))} --name {name} --force pins what it is now"
+                f" {printable(origin.get('rev'))} --name {name} --force updates the pin"
             )
 
 
-def where(file: Path) -> str:
+def get_relative_path(file: Path) -> str:
     return file.relative_to(ROOT).as_posix()
 
 
-def missing_source(compositions: list[Composition]) -> Iterator[str]:
-    """The user's own text, where it is a local path at which none can be read."""
+def find_missing_data(compositions: list[Composition]) -> Iterator[str]:
+    """Yield problems with a local data.path: it does not exist, or has no files that can be read."""
     for composition in compositions:
-        is_download = package_of(composition.stage) == "download"
-        path = str(find(composition.values, "data.path")) if is_download else "://"
+        is_download = get_package(composition.stage) == "download"
+        path = str(find_value(composition.values, "data.path")) if is_download else "://"
         if "://" in path:
             continue
-        kind = find(composition.values, "data.source")
+        kind = find_value(composition.values, "data.source")
         if kind == "sources":
-            yield from wrong_sources(composition)
+            yield from find_source_problems(composition)
         elif not Path(path).exists():
             yield f"data.path={printable(path, PATH_LIMIT)}: no such file or directory"
         elif kind != "hub":
@@ -431,29 +469,30 @@ def missing_source(compositions: list[Composition]) -> Iterator[str]:
                 yield str(error)
 
 
-def wrong_sources(composition: Composition) -> Iterator[str]:
-    """What keeps a data set of several sources from being what the sources of params.yaml are."""
-    where = f"conf/data/{composition.chosen['data']}.yaml"
+def find_source_problems(composition: Composition) -> Iterator[str]:
+    """Yield differences between a data set of several sources and the `sources` section of params.yaml."""
+    file = f"conf/data/{composition.chosen['data']}.yaml"
     if composition.stage == "source":
-        yield f"sources.{composition.item}.name: {where} consists of sources itself: name a configuration of one"
+        yield f"sources.{composition.item}.name: {file} itself combines sources: name a configuration of one source"
         return
-    if (path := find(composition.values, "data.path")) != SOURCES:
-        yield f"data.path={printable(path)}: data.source=sources ({where}) reads {SOURCES}: set data.path={SOURCES}"
-    known = Params().names("source")
-    for name in find(composition.values, "data.sources") or []:
+    if (path := find_value(composition.values, "data.path")) != SOURCES_DIRECTORY:
+        reads = f"data.source=sources ({file}) reads {SOURCES_DIRECTORY}"
+        yield f"data.path={printable(path)}: {reads}: set data.path={SOURCES_DIRECTORY}"
+    known = Params().list_items("source")
+    for name in find_value(composition.values, "data.sources") or []:
         if name not in known:
             shown = printable(name)
-            yield f"{where}: sources names {shown}: params.yaml has no sources.{shown}; {nearest(str(name), known)}"
-    for directory in sorted(Path(SOURCES).glob("*/")):
+            yield f"{file}: sources names {shown}: params.yaml has no sources.{shown}; {suggest_name(str(name), known)}"
+    for directory in sorted(Path(SOURCES_DIRECTORY).glob("*/")):
         if directory.name not in known:
             remedy = f"remove it (rm -r {shlex.quote(str(directory))})"
             yield f"{printable(directory)} belongs to no source of params.yaml: {remedy}"
 
 
-def wrong_task_sources(compositions: list[Composition]) -> Iterator[str]:
-    """Sources that a task chooses and the data set does not have."""
+def find_task_source_problems(compositions: list[Composition]) -> Iterator[str]:
+    """Yield sources that a task chooses but the data set does not have."""
     for composition in compositions:
-        chosen, data = find(composition.values, "sources"), composition.chosen.get("data")
+        chosen, data = find_value(composition.values, "sources"), composition.chosen.get("data")
         if composition.stage != "tokenize" or not isinstance(chosen, list) or data is None:
             continue
         values = read_yaml(CONF / "data" / f"{data}.yaml")
@@ -461,27 +500,29 @@ def wrong_task_sources(compositions: list[Composition]) -> Iterator[str]:
         for name in chosen:
             if name not in known:
                 key = f"tasks.{composition.item}.sources"
-                has = f"conf/data/{data}.yaml has no such source; {nearest(str(name), known)}"
+                has = f"conf/data/{data}.yaml has no such source; {suggest_name(str(name), known)}"
                 yield f"{key} names {printable(name)}: {has}"
 
 
-def wrong_pairs(compositions: list[Composition]) -> Iterator[str]:
-    """What keeps the items of a stage `score` from being read, and its model from scoring them."""
-    positions = {item.item: find(item.values, "model.max_positions") for item in compositions if item.stage == "train"}
+def find_pairs_problems(compositions: list[Composition]) -> Iterator[str]:
+    """Yield why a `score` stage could not read its pairs, or its model could not score them."""
+    positions = {
+        item.item: find_value(item.values, "model.max_positions") for item in compositions if item.stage == "train"
+    }
     for composition in compositions:
         if composition.stage != "score" or composition.problems or composition.missing:
             continue
-        section, tasks = f"pairs.{composition.item}", Params().names("task")
+        section, tasks = f"pairs.{composition.item}", Params().list_items("task")
         if composition.item not in tasks:
-            yield f"params.yaml: {section}: there is no such task; {nearest(str(composition.item), tasks)}"
+            yield f"params.yaml: {section}: there is no such task; {suggest_name(str(composition.item), tasks)}"
         try:
-            pairs = load(schema_of("score"), composition).pairs
+            pairs = load_config(get_config_class("score"), composition).pairs
         except ConfigError:
-            continue  # said already
+            continue  # reported by compose_stages
         if pairs.context > positions.get(composition.item, pairs.context):
             most = positions[composition.item]
             yield f"pairs.context={pairs.context} is above the model's positions, {most} (score@{composition.item})"
-        if not Path(pairs.path).is_file():  # of a data set of the Hub as well: DVC depends on it
+        if not Path(pairs.path).is_file():  # pairs from the Hub need the file too: it is a dependency in dvc.yaml
             yield f"{section}.path={printable(pairs.path, PATH_LIMIT)}: no such file"
         elif pairs.hub is None:
             try:
@@ -490,19 +531,20 @@ def wrong_pairs(compositions: list[Composition]) -> Iterator[str]:
                 yield str(error)
 
 
-def other_versions() -> Iterator[str]:
-    """Libraries that made the artifacts in another version than the one installed."""
+def find_other_versions() -> Iterator[str]:
+    """Yield artifacts that were made with another version of a library than the installed one."""
     made: dict[tuple[str, str], str] = {}
     for ledger in [*Path("data").glob("**/stats.json"), *Path("reports").glob("train/*/stats.json")]:
         for library, used in json.loads(ledger.read_text(encoding="utf-8")).get("versions", {}).items():
             made.setdefault((library, used), str(ledger.parent))
-    for (library, used), where in sorted(made.items()):
+    for (library, used), directory in sorted(made.items()):
         try:
             installed = version(library)
         except PackageNotFoundError:
             installed = "none"
         if installed != used:
-            yield f"{where} was made with {library} {used}; installed is {installed} (`dvc repro -f` makes all anew)"
+            remedy = "`dvc repro -f` runs all stages again"
+            yield f"{directory} was made with {library} {used}; installed is {installed} ({remedy})"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which experiments are better: differences on the same documents, with intervals, as `make compare` shows them."""
+"""Judge which experiments are better from their differences on the same documents, for `make compare`."""
 
 import json
 import sys
@@ -18,73 +18,76 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.core.errors import StageError, printable
-from stages.figures.scores import Scores, scores_in
-from tools.compare import Row, draw, full_split, width_of
+from stages.figures.scores import Scores, get_scores
+from tools.compare import ExperimentRow, get_full_split, measure_width, print_metrics_table
 from tools.outs import Outs
-from tools.paired import Difference, compare_models, correct_p_values, judge, say_what_would_decide
-from tools.report_data import scores_file, split_ledger
+from tools.paired import Difference, compare_models, correct_p_values, describe_needed_data, judge_difference
+from tools.report_data import get_ledger_path, get_scores_path
 
-SEED_ONLY = " ="
+SEED_ONLY_MARK = " ="
 
 
 class Evaluation(NamedTuple):
-    """A task's model of a revision on the documents of a split."""
+    """Scores of one model (a task of a revision) on the documents of a split."""
 
     name: str
-    """Of the revision."""
+    """Name of the revision."""
     rev: str
     seed: str
-    family: str
-    """All parameters of the task but the seed, as JSON."""
+    seedless_params: str
+    """All parameters of the task except the seed, as JSON."""
     table: pa.Table
-    """Of the documents' scores, as evaluate wrote it."""
+    """Scores table that evaluate wrote, one row per document."""
     scores: Scores
     context: Any
-    """evaluate.context."""
+    """Value of evaluate.context as JSON; None if unknown."""
     num_lossy: int
-    """Documents that the tokenizer does not give back."""
+    """Documents that the tokenizer does not decode to the original text."""
     is_masked: bool
 
 
-class Line(NamedTuple):
-    """A comparison of an experiment, trained with one seed or several, with the baseline."""
+class BaselineComparison(NamedTuple):
+    """Comparison of an experiment with the baseline, each trained with one or more seeds."""
 
     evaluations: list[Evaluation]
-    """Of the experiment, one for each seed."""
-    others: list[Evaluation]
-    """What they are compared with, one for each seed."""
+    """Evaluations of the experiment, one per seed."""
+    baselines: list[Evaluation]
+    """Evaluations of the baseline, one per seed."""
     difference: Difference | None
+    """None if the two are not comparable."""
     reason: str
-    """Why there is no difference; empty where there is one."""
-    is_seed: bool
-    """Whether only the seed is another."""
+    """Reason why the two are not comparable; the empty string if they are."""
+    is_seed_only: bool
+    """True if the experiment differs from the baseline only in the seed."""
 
     @property
     def names(self) -> list[str]:
         return [evaluation.name for evaluation in self.evaluations]
 
 
-def read_evaluation(row: Row, task: str, split: str, outs: Outs) -> Evaluation | None:
-    """The evaluation of a revision; None where its scores are in no cache or were never written."""
-    full = full_split(split)
-    content, ledger = (outs.read(row.rev, path) for path in (scores_file(task, full), split_ledger(task, full)))
+def read_evaluation(row: ExperimentRow, task: str, split: str, outs: Outs) -> Evaluation | None:
+    """Read the scores of a task of a revision; None if they are not in the cache or were never written."""
+    full = get_full_split(split)
+    content, ledger = (
+        outs.read_out(row.rev, path) for path in (get_scores_path(task, full), get_ledger_path(task, full))
+    )
     if content is None or ledger is None:
         return None
     table = pq.read_table(BytesIO(content))
-    others = set(map(task_of, row.metrics)) - {task}
+    other_tasks = set(map(get_column_task, row.metrics)) - {task}
     params = {
         heading: param.value
         for heading, param in row.params.items()
-        if heading.replace(":", ".").partition(".")[0] not in others
+        if heading.replace(":", ".").partition(".")[0] not in other_tasks
     }
     seed = params.pop("seed", "")
     return Evaluation(
         name=row.name,
         rev=row.rev,
         seed=seed,
-        family=json.dumps(params, sort_keys=True),
+        seedless_params=json.dumps(params, sort_keys=True),
         table=table,
-        scores=scores_in(table, "bits_after"),
+        scores=get_scores(table, "bits_after"),
         context=params.get(f"{task}: evaluate.context"),
         num_lossy=int(json.loads(ledger).get("documents_lossy", 0)),
         is_masked=any(name == f"{task} pseudo_bpb" for name in row.metrics),
@@ -92,79 +95,98 @@ def read_evaluation(row: Row, task: str, split: str, outs: Outs) -> Evaluation |
 
 
 def find_obstacle(ours: Evaluation, other: Evaluation) -> str:
-    """Why the figures of two evaluations do not compare; empty where they do."""
+    """Return the reason why two evaluations are not comparable; the empty string if they are."""
     columns = (evaluation.table.select(["record", "bytes"]) for evaluation in (ours, other))
     if not next(columns).equals(next(columns)):
         return "other documents"
     if ours.context != other.context:
         return f"evaluate.context {ours.context}, not {other.context}"
-    if not np.array_equal(ours.scores.num_tokens, other.scores.num_tokens):  # another tokenizer
+    # num_tokens: [num_documents]. Other counts on the same documents mean another tokenizer.
+    if not np.array_equal(ours.scores.num_tokens, other.scores.num_tokens):
         if ours.is_masked:
             return "another tokenizer"
         if ours.num_lossy or other.num_lossy:
-            return "another tokenizer, of which one is lossy"
+            return "another tokenizer, and one of the two is lossy"
     return ""
 
 
-def compare_with(baseline: Evaluation, evaluations: list[Evaluation]) -> list[Line]:
-    """A line for each experiment but the baseline; several that differ only in the seed are one."""
+def compare_with_baseline(baseline: Evaluation, evaluations: list[Evaluation]) -> list[BaselineComparison]:
+    """Compare evaluations with the baseline.
+
+    Evaluations that differ only in the seed form one comparison. Other seeds of the baseline are each compared with it.
+    """
     families: dict[str, dict[str, Evaluation]] = defaultdict(dict)
-    families[baseline.family][baseline.seed] = baseline
-    lines = []
+    families[baseline.seedless_params][baseline.seed] = baseline
+    incomparable = []
     for evaluation in evaluations:
         if reason := find_obstacle(evaluation, baseline):
-            lines.append(Line([evaluation], [baseline], None, reason, False))
+            incomparable.append(BaselineComparison([evaluation], [baseline], None, reason, False))
         else:
-            families[evaluation.family].setdefault(evaluation.seed, evaluation)
-    own = families.pop(baseline.family)
-    others = [_compare(family, own, is_seed=False) for family in families.values()]
-    seeds = [
-        _compare({seed: evaluation}, {baseline.seed: baseline}, is_seed=True)
-        for seed, evaluation in own.items()
+            families[evaluation.seedless_params].setdefault(evaluation.seed, evaluation)
+    baseline_family = families.pop(baseline.seedless_params)
+    comparable = [_compare_seeds(family, baseline_family, is_seed_only=False) for family in families.values()]
+    other_seeds = [
+        _compare_seeds({seed: evaluation}, {baseline.seed: baseline}, is_seed_only=True)
+        for seed, evaluation in baseline_family.items()
         if evaluation is not baseline
     ]
-    return [*others, *seeds, *lines]
+    return [*comparable, *other_seeds, *incomparable]
 
 
-def _compare(ours: Mapping[str, Evaluation], others: Mapping[str, Evaluation], is_seed: bool) -> Line:
+def _compare_seeds(
+    ours: Mapping[str, Evaluation], others: Mapping[str, Evaluation], is_seed_only: bool
+) -> BaselineComparison:
     num_bytes = next(iter(ours.values())).scores.num_bytes
-    difference = compare_models(_bits_by_seed(ours), _bits_by_seed(others), num_bytes)
-    return Line(list(ours.values()), list(others.values()), difference, "", is_seed)
+    difference = compare_models(_get_bits_by_seed(ours), _get_bits_by_seed(others), num_bytes)
+    return BaselineComparison(list(ours.values()), list(others.values()), difference, "", is_seed_only)
 
 
-def _bits_by_seed(model: Mapping[str, Evaluation]) -> dict[str, npt.NDArray[np.float64]]:
+def _get_bits_by_seed(model: Mapping[str, Evaluation]) -> dict[str, npt.NDArray[np.float64]]:
     return {seed: evaluation.scores.bits for seed, evaluation in model.items()}
 
 
-def judge_all(lines: Sequence[Line]) -> list[tuple[str, str]]:
-    """The verdict of each comparison, corrected for their number, and what would decide one that is not decided."""
-    tested = [line.difference for line in lines if line.difference is not None and not line.difference.is_none]
+def judge_comparisons(comparisons: Sequence[BaselineComparison]) -> list[tuple[str, str]]:
+    """Judge comparisons, with p-values corrected for their number.
+
+    Returns:
+        Per comparison: the verdict; and a description of the data that would decide it, empty unless it is undecided.
+    """
+    tested = [
+        comparison.difference
+        for comparison in comparisons
+        if comparison.difference is not None and not comparison.difference.is_zero
+    ]
     corrected = iter(correct_p_values([difference.p_value for difference in tested]))
     verdicts = []
-    for line in lines:
-        difference = line.difference
+    for comparison in comparisons:
+        difference = comparison.difference
         if difference is None:
             verdicts.append(("not comparable", ""))
             continue
-        verdict = judge(difference, 1.0 if difference.is_none else next(corrected))
+        verdict = judge_difference(difference, 1.0 if difference.is_zero else next(corrected))
         undecided = verdict == "not decided"
-        verdicts.append((verdict, say_what_would_decide(difference, len(tested)) if undecided else ""))
+        verdicts.append((verdict, describe_needed_data(difference, len(tested)) if undecided else ""))
     return verdicts
 
 
-def make_pairs_table(lines: Sequence[Line]) -> Table:
-    """A row for each comparison."""
-    with_seeds = any(line.difference is not None and line.difference.num_seeds != (1, 1) for line in lines)
+def make_pairs_table(comparisons: Sequence[BaselineComparison]) -> Table:
+    """Return a table with one row per comparison."""
+    with_seeds = any(
+        comparison.difference is not None and comparison.difference.num_seeds != (1, 1) for comparison in comparisons
+    )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("experiment", no_wrap=True)
     for heading in ("difference", "95 % interval", "documents\nbetter", *(["seeds"] if with_seeds else [])):
         table.add_column(heading, no_wrap=True, justify="right")
     for heading in ("verdict", "to decide: more"):
         table.add_column(heading, no_wrap=True)
-    for line, (verdict, to_decide) in zip(lines, judge_all(lines), strict=True):
-        name, difference = Text("\n".join(line.names) + (SEED_ONLY if line.is_seed else "")), line.difference
+    for comparison, (verdict, to_decide) in zip(comparisons, judge_comparisons(comparisons), strict=True):
+        name, difference = (
+            Text("\n".join(comparison.names) + (SEED_ONLY_MARK if comparison.is_seed_only else "")),
+            comparison.difference,
+        )
         if difference is None:
-            table.add_row(name, *["-"] * (4 if with_seeds else 3), Text(printable(line.reason)), "")
+            table.add_row(name, *["-"] * (4 if with_seeds else 3), Text(printable(comparison.reason)), "")
             continue
         table.add_row(
             name,
@@ -178,118 +200,130 @@ def make_pairs_table(lines: Sequence[Line]) -> Table:
     return table
 
 
-def describe_table(task: str, lines: list[Line], baseline: str, split: str) -> str:
-    """The table's title."""
-    documents = [line.difference.num_documents for line in lines if line.difference is not None]
+def format_table_title(task: str, comparisons: list[BaselineComparison], baseline: str, split: str) -> str:
+    """Return the title of a task's table of comparisons."""
+    documents = [comparison.difference.num_documents for comparison in comparisons if comparison.difference is not None]
     on = f", on the same {documents[0]:,} documents ({split})" if documents else ""
     return f"{task}: difference from {printable(baseline)} in bits per byte{on}"
 
 
-def describe_verdicts(lines: list[Line]) -> Iterator[str]:
-    """What one has to know to read the verdicts."""
-    differences = [line.difference for line in lines if line.difference is not None]
+def explain_verdicts(comparisons: list[BaselineComparison]) -> Iterator[str]:
+    """Yield notes on how to read the verdicts."""
+    differences = [comparison.difference for comparison in comparisons if comparison.difference is not None]
     if len(differences) > 1:
-        yield "Verdicts hold for all comparisons of a table at once (Holm), an interval only for its own."
-    if any(line.is_seed for line in lines):
-        yield f"{SEED_ONLY.strip()}: only the seed differs"
+        yield "Verdicts are corrected for all comparisons of a table (Holm); each interval is for its row only."
+    if any(comparison.is_seed_only for comparison in comparisons):
+        yield f"{SEED_ONLY_MARK.strip()}: only the seed differs"
     if any(difference.num_seeds == (1, 1) for difference in differences):
-        yield "With one seed each, what another seed would change is not in the interval (dvc exp run -S seed=43)."
+        yield "With one seed each, the interval does not include variation between seeds (dvc exp run -S seed=43)."
 
 
-def find_baseline(rows: list[Row], against: str | None) -> Row | None:
-    """The row that the others are compared with: the one called `against`, or else that of the last commit."""
+def find_baseline(rows: list[ExperimentRow], against: str | None) -> ExperimentRow | None:
+    """Return the row named `against`, or by default that of the last commit (without a commit: the first row)."""
     if against is not None:
         return next((row for row in rows if row.name == against or row.rev.startswith(against)), None)
     return next((row for row in rows if row.is_commit), rows[0])
 
 
-def leave_out_stale_metrics(rows: list[Row], found: list[dict[str, Any]], outs: Outs) -> list[Row]:
-    """The rows without the metrics of tasks that they have from another: an experiment may have run only one task."""
+def drop_stale_metrics(rows: list[ExperimentRow], found: list[dict[str, Any]], outs: Outs) -> list[ExperimentRow]:
+    """Remove metrics that were computed with other parameters than the row's, and rows that then have none.
+
+    An experiment that ran only one task has the other tasks' metrics from an earlier run.
+    """
     params = {revision["rev"]: (revision.get("data") or {}).get("params") or {} for revision in found}
-    kept = []
+    updated = []
     for row in rows:
-        stale = outs.stale_stages(row.rev, params[row.rev])
-        kept.append(
+        stale = outs.find_stale_stages(row.rev, params[row.rev])
+        updated.append(
             row._replace(
-                metrics={name: value for name, value in row.metrics.items() if f"evaluate@{task_of(name)}" not in stale}
+                metrics={
+                    name: value
+                    for name, value in row.metrics.items()
+                    if f"evaluate@{get_column_task(name)}" not in stale
+                }
             )
         )
-    return [row for row in kept if row.metrics]
+    return [row for row in updated if row.metrics]
 
 
-def stale_metrics(before: list[Row], after: list[Row]) -> Iterator[tuple[Row, str]]:
-    """Rows and tasks of which the metrics are left out."""
-    kept = {(row.rev, row.name): set(map(task_of, row.metrics)) for row in after}
+def list_stale_metrics(before: list[ExperimentRow], after: list[ExperimentRow]) -> Iterator[tuple[ExperimentRow, str]]:
+    """Yield each row and task with metrics in `before` but not in `after`."""
+    remaining = {(row.rev, row.name): set(map(get_column_task, row.metrics)) for row in after}
     for row in before:
-        for task in dict.fromkeys(map(task_of, row.metrics)):
-            if task not in kept.get((row.rev, row.name), ()):
+        for task in dict.fromkeys(map(get_column_task, row.metrics)):
+            if task not in remaining.get((row.rev, row.name), ()):
                 yield row, task
 
 
-def task_of(column: str) -> str:
-    """The task of a column of metrics."""
+def get_column_task(column: str) -> str:
+    """Return the task of a metric's column heading."""
     return column.partition(" ")[0]
 
 
-class Comparison(NamedTuple):
-    """How the experiments compare with a baseline."""
+class ComparisonResult(NamedTuple):
+    """Comparisons of all experiments with a baseline."""
 
-    rows: list[Row]
-    """Those with figures of their own."""
-    baseline: str
-    """Its name."""
-    lines: dict[str, list[Line]]
-    """By task."""
+    rows: list[ExperimentRow]
+    """Rows with metrics that match their parameters."""
+    baseline_name: str
+    comparisons: dict[str, list[BaselineComparison]]
+    """Task to its comparisons."""
     unread: list[str]
-    """Experiments and tasks of which the scores of documents are in no cache."""
+    """Experiments, as `NAME (TASK)`, without document scores in the cache."""
 
 
 def compare_rows(
-    rows: list[Row], found: list[dict[str, Any]], split: str, against: str | None, outs: Outs
-) -> Comparison:
-    """Compare the experiments of `rows` with the baseline, each task of its own.
+    rows: list[ExperimentRow], found: list[dict[str, Any]], split: str, against: str | None, outs: Outs
+) -> ComparisonResult:
+    """Compare the experiments of `rows` with the baseline, separately for each task.
 
     Raises:
-        StageError: if no figures are of their own parameters, or if there is no baseline.
+        StageError: if no row has metrics that match its parameters, or if `against` is not among the rows.
     """
-    rows = leave_out_stale_metrics(rows, found, outs)
+    rows = drop_stale_metrics(rows, found, outs)
     if not rows:
-        raise StageError("all figures are of other parameters than the present ones: run `dvc repro`")
+        raise StageError("all metrics were computed with other parameters than the current ones: run `dvc repro`")
     baseline = find_baseline(rows, against)
     if baseline is None:
         names = printable(", ".join(row.name for row in rows), 2000)
-        raise StageError(f"--against {printable(against)}: no experiment and no commit shown; there are {names}")
-    lines: dict[str, list[Line]] = {}
+        raise StageError(f"--against {printable(against)}: no such experiment or commit is shown; there are {names}")
+    comparisons: dict[str, list[BaselineComparison]] = {}
     unread: list[str] = []
-    for task in dict.fromkeys(task_of(column) for row in rows for column in row.metrics):
-        own = [row for row in rows if any(task_of(column) == task for column in row.metrics)]
-        evaluations = {row.name: read_evaluation(row, task, split, outs) for row in own}
+    for task in dict.fromkeys(get_column_task(column) for row in rows for column in row.metrics):
+        task_rows = [row for row in rows if any(get_column_task(column) == task for column in row.metrics)]
+        evaluations = {row.name: read_evaluation(row, task, split, outs) for row in task_rows}
         unread += [f"{name} ({task})" for name, evaluation in evaluations.items() if evaluation is None]
-        if (of_baseline := evaluations.get(baseline.name)) is not None:
-            lines[task] = compare_with(of_baseline, [item for item in evaluations.values() if item is not None])
-    return Comparison(rows, baseline.name, lines, unread)
+        if (baseline_evaluation := evaluations.get(baseline.name)) is not None:
+            comparisons[task] = compare_with_baseline(
+                baseline_evaluation, [item for item in evaluations.values() if item is not None]
+            )
+    return ComparisonResult(rows, baseline.name, comparisons, unread)
 
 
 def compare_pairs(
-    rows: list[Row], found: list[dict[str, Any]], split: str, against: str | None, console: Console
-) -> list[Row]:
-    """Print the table of metrics and, below it, how the experiments compare with the baseline; the rows shown."""
+    rows: list[ExperimentRow], found: list[dict[str, Any]], split: str, against: str | None, console: Console
+) -> list[ExperimentRow]:
+    """Print the table of metrics and the comparisons with the baseline; return the rows shown."""
     try:
         with Repo() as repo:
             comparison = compare_rows(rows, found, split, against, Outs(repo))
     except StageError as error:
         sys.exit(f"compare: {error}")
-    shown, (rows, baseline, lines, unread) = rows, comparison
-    draw(rows, console, {(name, task) for task in lines for line in lines[task] if line.reason for name in line.names})
-    for task, of_task in lines.items():
-        if of_task:
-            table = make_pairs_table(of_task)
-            print(f"\n{describe_table(task, of_task, baseline, split)}")
-            Console(highlight=False, width=max(console.width, width_of(table, console))).print(table)
-    for said in describe_verdicts([line for of_task in lines.values() for line in of_task]):
-        print(said)
-    if left_out := [f"{row.name} ({task})" for row, task in stale_metrics(shown, rows)]:
-        print(f"\nNot shown, since they are of other parameters (`dvc repro` computes them): {', '.join(left_out)}")
+    shown, (rows, baseline, comparisons, unread) = rows, comparison
+    print_metrics_table(
+        rows,
+        console,
+        {(name, task) for task in comparisons for line in comparisons[task] if line.reason for name in line.names},
+    )
+    for task, task_comparisons in comparisons.items():
+        if task_comparisons:
+            table = make_pairs_table(task_comparisons)
+            print(f"\n{format_table_title(task, task_comparisons, baseline, split)}")
+            Console(highlight=False, width=max(console.width, measure_width(table, console))).print(table)
+    for note in explain_verdicts([line for task_comparisons in comparisons.values() for line in task_comparisons]):
+        print(note)
+    if left_out := [f"{row.name} ({task})" for row, task in list_stale_metrics(shown, rows)]:
+        print(f"\nNot shown because they were computed with other parameters (run `dvc repro`): {', '.join(left_out)}")
     if unread:
-        print(f"\nNot compared, since the scores of their documents are in no cache (`dvc pull`): {', '.join(unread)}")
+        print(f"\nNot compared because their document scores are not in the cache (`dvc pull`): {', '.join(unread)}")
     return rows

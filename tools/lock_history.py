@@ -1,4 +1,4 @@
-"""The entries of stages in dvc.lock, now and at earlier commits and experiments."""
+"""Entries of stages in dvc.lock: in the workspace, at earlier commits and in experiments."""
 
 import functools
 import itertools
@@ -18,54 +18,54 @@ from stages.core.config import MISSING
 from stages.core.errors import printable
 
 LOCK = "dvc.lock"
-_MOST = 100  # revisions of each kind that are looked through, newest first
-# dvc also keeps refs of its own there: refs/exps/stash, refs/exps/exec/EXEC_HEAD.
+_MAX_REVISIONS = 100  # searched revisions of each kind, the newest first
+# Leaves out DVC's internal refs: refs/exps/stash, refs/exps/exec/EXEC_HEAD.
 _EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)")
 
 Entry = dict[str, Any]
-"""What dvc.lock has of a stage: cmd, deps, params, outs."""
+"""Entry of a stage in dvc.lock: cmd, deps, params, outs."""
 
 
 class Revision(NamedTuple):
-    """A commit of this branch or an experiment."""
+    """Commit of this branch, or an experiment."""
 
     name: str
-    """Such as `commit 3f2a1b7` or `experiment foxy-lamb`."""
+    """Display name: `commit 3f2a1b7`, `experiment foxy-lamb`."""
     lock: str
-    """Its dvc.lock."""
+    """Text of its dvc.lock."""
 
-    def entry(self, stage: str) -> Entry:
-        """What it has of a stage; empty if it has none."""
+    def get_entry(self, stage: str) -> Entry:
+        """Return the entry of a stage; empty if there is none."""
         return parse_entry(self.lock, stage)
 
 
 @functools.cache
 def parse_entry(lock: str, stage: str) -> Entry:
-    """The entry of a stage in the text of a dvc.lock; empty if there is none.
+    """Return the entry of a stage in the text of a dvc.lock; empty if there is none.
 
-    Only the lines of this stage are parsed: the whole file would take 50 ms, for each of a hundred revisions.
+    Only the lines of this stage are parsed. Parsing the whole file takes 50 ms, for each of a hundred revisions.
     """
     found = re.search(rf"^  {re.escape(stage)}:\n((?:   .*\n|\n)*)", lock, flags=re.MULTILINE)
-    return {} if found is None else load_mapping(found[1])
+    return {} if found is None else parse_mapping(found[1])
 
 
-def load_mapping(text: str) -> dict[str, Any]:
-    """The mapping in the YAML `text` of a dvc.lock or of a part of it; empty if there is none."""
+def parse_mapping(text: str) -> dict[str, Any]:
+    """Parse the YAML `text` of a dvc.lock or a part of it; empty if it is not a mapping."""
     try:
-        # Ten times as fast as the loader in Python, where it is there.
+        # libyaml's loader, if it is installed, is ten times as fast as the one in Python.
         value = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError:  # a file cut short
+    except yaml.YAMLError:  # a truncated file
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def read_lock_at(rev: str) -> str:
-    """The text of dvc.lock at a revision; empty if there is none."""
-    return _git("show", f"{rev}:{LOCK}")
+    """Return the text of dvc.lock at a revision; empty if there is none."""
+    return _run_git("show", f"{rev}:{LOCK}")
 
 
 def resolve_revision(repo: Repo, rev: str) -> str:
-    """The commit of a revision or of an experiment.
+    """Return the commit hash of a revision or an experiment.
 
     Raises:
         ValueError: if git knows neither.
@@ -74,13 +74,13 @@ def resolve_revision(repo: Repo, rev: str) -> str:
         return str(resolve_rev(repo.scm, rev))
     except DvcException:
         raise ValueError(
-            f"git knows no commit and no experiment {printable(rev)} (`dvc exp list --all-commits`); one of another"
-            " repository comes with `dvc exp pull REMOTE NAME`"
+            f"git knows no commit and no experiment {printable(rev)} (`dvc exp list --all-commits`); fetch an"
+            " experiment of another repository with `dvc exp pull REMOTE NAME`"
         ) from None
 
 
 def find_lock(rev: str) -> str | None:
-    """The text of dvc.lock at a commit or an experiment; None where git does not know it."""
+    """Return the text of dvc.lock at a commit or an experiment; None if git does not know the revision."""
     try:
         with Repo() as repo:
             return read_lock_at(resolve_revision(repo, rev))
@@ -89,17 +89,17 @@ def find_lock(rev: str) -> str | None:
 
 
 def is_experiment(repo: Repo, rev: str) -> bool:
-    """Whether `rev` is the name of an experiment."""
+    """Return True if `rev` is the name of an experiment."""
     return bool(resolve_name(repo.scm, rev).get(rev))
 
 
-def trained_md5(lock: str, task: str) -> str | None:
-    """The md5 of models/TASK in the text of a dvc.lock; None if it has none."""
-    return hashes_in(parse_entry(lock, f"train@{task}"), "outs").get(f"models/{task}")
+def find_model_md5(lock: str, task: str) -> str | None:
+    """Return the md5 of models/TASK in the text of a dvc.lock, or None."""
+    return get_hashes(parse_entry(lock, f"train@{task}"), "outs").get(f"models/{task}")
 
 
 def read_lock() -> str:
-    """The text of the workspace's dvc.lock; empty if there is none."""
+    """Return the text of the workspace's dvc.lock; empty if there is none."""
     try:
         return Path(LOCK).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -108,55 +108,57 @@ def read_lock() -> str:
 
 @functools.cache
 def read_revisions() -> tuple[Revision, ...]:
-    """Commits of the current branch that changed dvc.lock, and experiments; the newest first, commits before them.
+    """Return the commits of the current branch that changed dvc.lock, then the experiments, each newest first.
 
-    Of revisions with the same dvc.lock, only the first is there.
+    Revisions with the same dvc.lock are listed once, as the first of them.
     """
-    named = [*_commits(), *_experiments()]
-    locks = _read_locks([commit for commit, _ in named])
-    seen: dict[str, Revision] = {}
-    for (_, name), lock in zip(named, locks, strict=True):
+    commits_with_names = [*_list_commits(), *_list_experiments()]
+    locks = _read_locks([commit for commit, _ in commits_with_names])
+    by_lock: dict[str, Revision] = {}
+    for (_, name), lock in zip(commits_with_names, locks, strict=True):
         if lock:
-            seen.setdefault(lock, Revision(name, lock))
-    return tuple(seen.values())
+            by_lock.setdefault(lock, Revision(name, lock))
+    return tuple(by_lock.values())
 
 
-def value_in(entry: Entry, file: str, key: str) -> Any:
-    """The value of a dotted key of a params file in an entry; MISSING if it has none."""
+def find_param_value(entry: Entry, file: str, key: str) -> Any:
+    """Return the value of a dotted key of a params file in an entry; MISSING if it has none."""
     values = (entry.get("params") or {}).get(file) or {}
-    # A tracked key is dotted itself (`tasks.causal.model`); what is left may lead into its value.
+    # A tracked key may contain dots (`tasks.causal.model`). The rest of `key` is a path inside its value.
     for tracked in sorted(values, key=len, reverse=True):
         if key == tracked or key.startswith(f"{tracked}."):
             value = values[tracked]
-            for step in filter(None, key[len(tracked) :].split(".")):
-                value = value.get(step, MISSING) if isinstance(value, dict) else MISSING
+            for name in filter(None, key[len(tracked) :].split(".")):
+                value = value.get(name, MISSING) if isinstance(value, dict) else MISSING
             return value
     return MISSING
 
 
-def hashes_in(entry: Entry, section: str) -> dict[str, str]:
-    """Path to hash of the `deps` or `outs` of an entry."""
+def get_hashes(entry: Entry, section: str) -> dict[str, str]:
+    """Return the hash of each path in the `deps` or `outs` of an entry."""
     return {item["path"]: str(item.get("md5", "")) for item in entry.get(section) or []}
 
 
-def _commits() -> Iterator[tuple[str, str]]:
-    lines = _git("log", f"--max-count={_MOST}", "--format=%H %h", "HEAD", "--", LOCK).splitlines()
+def _list_commits() -> Iterator[tuple[str, str]]:
+    lines = _run_git("log", f"--max-count={_MAX_REVISIONS}", "--format=%H %h", "HEAD", "--", LOCK).splitlines()
     for commit, short in (line.split() for line in lines):
         yield commit, f"commit {short}"
 
 
-def _experiments() -> Iterator[tuple[str, str]]:
-    refs = _git("for-each-ref", "--sort=-creatordate", "--format=%(objectname) %(refname)", "refs/exps").splitlines()
+def _list_experiments() -> Iterator[tuple[str, str]]:
+    refs = _run_git(
+        "for-each-ref", "--sort=-creatordate", "--format=%(objectname) %(refname)", "refs/exps"
+    ).splitlines()
     named = ((line.split(" ", 1)[0], _EXPERIMENT.fullmatch(line.split(" ", 1)[1])) for line in refs)
     found = ((commit, f"experiment {name[1]}") for commit, name in named if name)
-    yield from itertools.islice(found, _MOST)
+    yield from itertools.islice(found, _MAX_REVISIONS)
 
 
 def _read_locks(commits: list[str]) -> list[str]:
-    """The text of dvc.lock in each of `commits`, by one process; empty where there is none."""
+    """Return the text of dvc.lock at each of `commits`, read by a single process; empty if it has none."""
     command = ["git", "cat-file", "--batch"]
-    asked = "".join(f"{commit}:{LOCK}\n" for commit in commits).encode()
-    answer = subprocess.run(command, input=asked, check=False, capture_output=True).stdout
+    request = "".join(f"{commit}:{LOCK}\n" for commit in commits).encode()
+    answer = subprocess.run(command, input=request, check=False, capture_output=True).stdout
     texts, start = [], 0
     for _ in commits:
         end = answer.index(b"\n", start)
@@ -167,19 +169,19 @@ def _read_locks(commits: list[str]) -> list[str]:
     return texts
 
 
-def _git(*arguments: str) -> str:
-    """What a command of git prints; empty if it fails, as in a repository without a commit."""
-    done = subprocess.run(["git", *arguments], check=False, capture_output=True, text=True, errors="replace")
-    return done.stdout if done.returncode == 0 else ""
+def _run_git(*arguments: str) -> str:
+    """Return the output of a git command; empty if it fails, as in a repository without a commit."""
+    process = subprocess.run(["git", *arguments], check=False, capture_output=True, text=True, errors="replace")
+    return process.stdout if process.returncode == 0 else ""
 
 
-def read_committed(file: str, most: int = 30) -> Iterator[str]:
-    """The texts of `file` in the last commits of this branch that changed it, the newest first."""
-    for commit in _git("log", f"--max-count={most}", "--format=%H", "HEAD", "--", file).split():
-        yield _git("show", f"{commit}:{file}")
+def read_committed_versions(file: str, max_commits: int = 30) -> Iterator[str]:
+    """Yield the text of `file` at the last `max_commits` commits of this branch that changed it, the newest first."""
+    for commit in _run_git("log", f"--max-count={max_commits}", "--format=%H", "HEAD", "--", file).split():
+        yield _run_git("show", f"{commit}:{file}")
 
 
-def changed_files(path: str) -> list[str]:
-    """The files at or below `path` that differ from the last commit, by git."""
-    lines = _git("status", "--porcelain", "--untracked-files=all", "-z", "--", path).split("\0")
+def list_changed_files(path: str) -> list[str]:
+    """Return the files at or below `path` that differ from the last commit according to git."""
+    lines = _run_git("status", "--porcelain", "--untracked-files=all", "-z", "--", path).split("\0")
     return [line[3:] for line in lines if line]

@@ -1,6 +1,6 @@
-"""What moved most between two models of a task: the documents and groups that decide a difference in bits per byte.
+"""Largest changes between two models of a task: the documents and groups that decide a difference in bits per byte.
 
-A document or group moves the difference by its bits: long documents move it more than short ones that change as much.
+Changes are measured in bits, so a long document counts for more than a short one with the same bits per byte.
 """
 
 from collections.abc import Sequence
@@ -14,134 +14,146 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from stages.core.artifacts import to_numpy
-from stages.figures.groups import group_columns, rows_by_value
-from stages.tokens.vocabulary import rust_errors
-from tools.compare_pairs import Evaluation, Line
+from stages.figures.groups import get_group_columns, split_rows_by_value
+from stages.tokens.vocabulary import convert_rust_errors
+from tools.compare_pairs import BaselineComparison, Evaluation
 from tools.outs import Outs
 from tools.paired import Difference, compare_models
-from tools.report_data import token_bits_file, tokenizer_file
+from tools.report_data import get_token_bits_path, get_tokenizer_path
 
-MOST_DOCUMENTS = 3
-"""Documents shown of those that got better, and of those that got worse."""
-MOST_GROUPS = 10
-_MOST_SEGMENTS, _MOST_CHARACTERS = 160, 1200  # of a document
+MAX_DOCUMENTS = 3
+"""Number of improved documents shown, and of documents that got worse."""
+MAX_GROUPS = 10
+_MAX_SEGMENTS, _MAX_CHARACTERS = 160, 1200  # of an excerpt
 
 
 class Segment(NamedTuple):
-    """A piece of text that ends where tokens of both models end."""
+    """Piece of text that ends at a token boundary of both models."""
 
     text: str
     bits: float
-    """Difference of the bits that it takes: negative where the first model predicts it better."""
+    """Difference in bits; negative if the first model predicts the text better."""
 
 
 class Excerpt(NamedTuple):
-    """The part of a document that differs most."""
+    """Part of a document with the largest changes."""
 
     segments: list[Segment]
     begins_late: bool
-    """Whether text of the document comes before it."""
+    """True if the document has text before the excerpt."""
     ends_early: bool
 
 
 class MovedDocument(NamedTuple):
     record: int
-    """Its number in the split."""
+    """Record number within the split."""
     q_id: str
-    """Empty where records have none."""
+    """Empty if records have none."""
     source: str
     num_bytes: int
     bits: float
-    """Difference of the document's bits."""
+    """Difference in bits over the document."""
     excerpt: Excerpt | None
-    """None where the bits of its tokens could not be read, or where the two tokenizers spell it differently."""
+    """None if the bits per token could not be read, or the two tokenizers decode the document differently."""
 
 
 class MovedGroup(NamedTuple):
     group: str
     value: str
     bits: float
-    """Difference of the bits of its documents."""
+    """Difference in bits over the documents of the group."""
     difference: Difference
 
 
 class Moved(NamedTuple):
-    """What moved most in one comparison."""
+    """Largest changes of one comparison."""
 
     better: list[MovedDocument]
     worse: list[MovedDocument]
     groups: list[MovedGroup]
 
 
-def find_moved(line: Line, task: str, split: str, outs: Outs) -> Moved:
-    """What moved most in a comparison that has a difference.
+def find_moved(comparison: BaselineComparison, task: str, split: str, outs: Outs) -> Moved:
+    """Find the documents and groups with the largest changes in a comparison that has a difference.
 
     Args:
-        split: its full name.
+        split: full name of the split.
     """
-    bits = _mean_bits(line.evaluations) - _mean_bits(line.others)
+    bits = _average_bits(comparison.evaluations) - _average_bits(comparison.baselines)
     order = np.argsort(bits, kind="stable")
-    better = [row for row in order[:MOST_DOCUMENTS].tolist() if bits[row] < 0]
-    worse = [row for row in order[::-1][:MOST_DOCUMENTS].tolist() if bits[row] > 0]
-    excerpts = read_excerpts(line, task, split, [*better, *worse], outs)
-    documents = [_describe(line, row, float(bits[row]), excerpts.get(row)) for row in [*better, *worse]]
-    return Moved(documents[: len(better)], documents[len(better) :], find_moved_groups(line))
+    better = [row for row in order[:MAX_DOCUMENTS].tolist() if bits[row] < 0]
+    worse = [row for row in order[::-1][:MAX_DOCUMENTS].tolist() if bits[row] > 0]
+    excerpts = read_excerpts(comparison, task, split, [*better, *worse], outs)
+    documents = [
+        _build_moved_document(comparison, row, float(bits[row]), excerpts.get(row)) for row in [*better, *worse]
+    ]
+    return Moved(documents[: len(better)], documents[len(better) :], find_moved_groups(comparison))
 
 
-def _mean_bits(evaluations: Sequence[Evaluation]) -> npt.NDArray[np.float64]:
-    """Bits of each document, averaged over seeds, [num_documents]."""
+def _average_bits(evaluations: Sequence[Evaluation]) -> npt.NDArray[np.float64]:
+    """Average the bits of each document over seeds: `[num_documents]`, float64."""
     mean: npt.NDArray[np.float64] = np.mean([evaluation.scores.bits for evaluation in evaluations], axis=0)
     return mean
 
 
-def _describe(line: Line, row: int, bits: float, excerpt: Excerpt | None) -> MovedDocument:
-    table = line.others[0].table
+def _build_moved_document(
+    comparison: BaselineComparison, row: int, bits: float, excerpt: Excerpt | None
+) -> MovedDocument:
+    table = comparison.baselines[0].table
     values = table.slice(row, 1).to_pylist()[0]
     q_id = values.get("q_id") or ""
     return MovedDocument(values["record"], q_id, values["source"], values["bytes"], bits, excerpt)
 
 
-def find_moved_groups(line: Line) -> list[MovedGroup]:
-    """The values of groups that moved most, of the groups that have several values."""
-    num_bytes, found = line.others[0].scores.num_bytes, []
-    for group, values in group_columns(line.others[0].table).items():
-        parts = list(rows_by_value(values, num_bytes))
+def find_moved_groups(comparison: BaselineComparison) -> list[MovedGroup]:
+    """Return the group values with the largest changes, considering only groups with several values."""
+    num_bytes, found = comparison.baselines[0].scores.num_bytes, []
+    for group, values in get_group_columns(comparison.baselines[0].table).items():
+        parts = list(split_rows_by_value(values, num_bytes))
         for value, rows, _ in parts if len(parts) > 1 else []:
             if num_bytes[rows].any():
                 ours, others = (
-                    {item.seed: item.scores.bits[rows] for item in model} for model in (line.evaluations, line.others)
+                    {item.seed: item.scores.bits[rows] for item in model}
+                    for model in (comparison.evaluations, comparison.baselines)
                 )
                 difference = compare_models(ours, others, num_bytes[rows])
                 found.append(MovedGroup(group, value, difference.value * int(num_bytes[rows].sum()), difference))
-    return sorted(found, key=lambda moved: -abs(moved.bits))[:MOST_GROUPS]
+    return sorted(found, key=lambda moved: -abs(moved.bits))[:MAX_GROUPS]
 
 
-def read_excerpts(line: Line, task: str, split: str, rows: Sequence[int], outs: Outs) -> dict[int, Excerpt]:
-    """Excerpts of the documents in `rows` of the tables of scores, as far as they can be read and spelt."""
+def read_excerpts(
+    comparison: BaselineComparison, task: str, split: str, rows: Sequence[int], outs: Outs
+) -> dict[int, Excerpt]:
+    """Return excerpts of the documents at `rows` of the score tables, except those that cannot be decoded."""
     models = []
-    for model in (line.evaluations, line.others):
-        spelling = outs.read(model[0].rev, tokenizer_file(task))
-        read = [_read_tokens(outs.read(item.rev, token_bits_file(task, split)), rows) for item in model]
-        if spelling is None or not all(read):
+    for model in (comparison.evaluations, comparison.baselines):
+        tokenizer_json = outs.read_out(model[0].rev, get_tokenizer_path(task))
+        seeds = [_read_tokens(outs.read_out(item.rev, get_token_bits_path(task, split)), rows) for item in model]
+        if tokenizer_json is None or not all(seeds):
             return {}
-        with rust_errors("the tokenizer of a compared model"):
-            tokenizer = Tokenizer.from_buffer(spelling)
-        tokens = {row: (read[0][row][0], np.mean([of[row][1] for of in read], axis=0)) for row in rows}
-        models.append({row: _spell(tokenizer, *tokens[row]) for row in rows})
+        with convert_rust_errors("the tokenizer of a compared model"):
+            tokenizer = Tokenizer.from_buffer(tokenizer_json)
+        # Token ids of the first seed, which all seeds share, and bits averaged over seeds: both [num_tokens].
+        tokens = {row: (seeds[0][row][0], np.mean([seed[row][1] for seed in seeds], axis=0)) for row in rows}
+        models.append({row: _decode_text(tokenizer, *tokens[row]) for row in rows})
     ours, others = models
-    return {row: cut(found) for row in rows if (found := align(ours[row], others[row])) is not None}
+    return {row: cut_excerpt(found) for row in rows if (found := align_texts(ours[row], others[row])) is not None}
 
 
 def _read_tokens(
     content: bytes | None, rows: Sequence[int]
 ) -> dict[int, tuple[npt.NDArray[np.integer], npt.NDArray[np.float32]]]:
-    """Token ids and bits of the documents in `rows`, from a file of evaluate's; nothing where there is none."""
+    """Read the documents at `rows` from the content of a token-bits file of evaluate; empty if it is None.
+
+    Returns:
+        Row to token ids `[num_tokens]`, uint16 or uint32, and bits `[num_tokens]`, float32.
+    """
     if content is None:
         return {}
     found = {}
     with pq.ParquetFile(BytesIO(content)) as file:
         sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-        ends = np.cumsum(sizes)
+        ends = np.cumsum(sizes)  # [num_row_groups], number of rows up to the end of each
         for number in np.unique(np.searchsorted(ends, rows, side="right")).tolist():
             table = file.read_row_group(number, columns=["input_ids", "bits"])
             first = int(ends[number]) - sizes[number]
@@ -152,35 +164,39 @@ def _read_tokens(
     return found
 
 
-class Spelt(NamedTuple):
-    """The text of a document's tokens."""
+class DecodedText(NamedTuple):
+    """Text of a document, decoded from its tokens."""
 
     text: str
     ends: npt.NDArray[np.int64]
-    """[num_pieces] characters of the text up to the end of each piece: of a token, or of several that share one."""
+    """`[num_pieces]`, characters up to the end of each piece, which is one token or several that share a character."""
     bits: npt.NDArray[np.float64]
-    """[num_pieces] of the tokens up to that end."""
+    """`[num_pieces]`, sum of the bits of all tokens up to the end of each piece."""
 
 
-def _spell(tokenizer: Tokenizer, ids: npt.NDArray[np.integer], bits: npt.NDArray[np.floating]) -> Spelt:
+def _decode_text(tokenizer: Tokenizer, ids: npt.NDArray[np.integer], bits: npt.NDArray[np.floating]) -> DecodedText:
+    """Decode the tokens of a document; `ids` and `bits` are `[num_tokens]`."""
     stream, pieces, ends = DecodeStream(skip_special_tokens=False), [], []
     for number, token in enumerate(ids.tolist()):
         piece = stream.step(tokenizer, token)
-        if piece is not None:  # else the token ends within a character
+        if piece is not None:  # otherwise the token ends inside a character
             pieces.append(piece)
             ends.append(number)
-    return Spelt("".join(pieces), np.cumsum([*map(len, pieces)], dtype=np.int64), np.cumsum(bits, dtype=float)[ends])
+    return DecodedText(
+        "".join(pieces), np.cumsum([*map(len, pieces)], dtype=np.int64), np.cumsum(bits, dtype=float)[ends]
+    )
 
 
-def align(ours: Spelt, others: Spelt) -> list[Segment] | None:
-    """The shortest pieces that end where tokens of both end, and the differences of their bits.
+def align_texts(ours: DecodedText, others: DecodedText) -> list[Segment] | None:
+    """Split the text at the token boundaries that both models share, with the difference in bits of each piece.
 
-    None where the tokens do not spell the same text.
+    Returns None if the tokens of the two models decode to different texts.
     """
     if ours.text != others.text:
         return None
-    ends, of_ours, of_others = np.intersect1d(ours.ends, others.ends, return_indices=True)
-    bits = np.diff(ours.bits[of_ours] - others.bits[of_others], prepend=0)
+    # Shared ends and their indices in both models; differences of the cumulative bits give the bits of each piece.
+    ends, our_indices, other_indices = np.intersect1d(ours.ends, others.ends, return_indices=True)  # [num_segments]
+    bits = np.diff(ours.bits[our_indices] - others.bits[other_indices], prepend=0)  # [num_segments]
     starts = [0, *ends.tolist()]
     return [
         Segment(ours.text[start:end], value)
@@ -188,14 +204,15 @@ def align(ours: Spelt, others: Spelt) -> list[Segment] | None:
     ]
 
 
-def cut(segments: list[Segment]) -> Excerpt:
-    """The part of at most some segments and characters whose bits differ most, taken without their signs."""
-    # [num_segments + 1] of the segments before each: so many characters, and so much difference.
+def cut_excerpt(segments: list[Segment]) -> Excerpt:
+    """Return the part with the largest sum of absolute changes, limited in segments and in characters."""
+    # [num_segments + 1], prefix sums of the characters and absolute changes of the segments.
     characters = np.cumsum([0, *(len(segment.text) for segment in segments)])
     moved = np.cumsum([0, *(abs(segment.bits) for segment in segments)])
+    # [num_segments], the end of the longest excerpt from each start; it has at least one segment.
     starts = np.arange(len(segments))
-    ends = np.searchsorted(characters, characters[:-1] + _MOST_CHARACTERS, side="right") - 1
-    ends = np.minimum(np.maximum(ends, starts + 1), starts + _MOST_SEGMENTS).clip(max=len(segments))
+    ends = np.searchsorted(characters, characters[:-1] + _MAX_CHARACTERS, side="right") - 1
+    ends = np.minimum(np.maximum(ends, starts + 1), starts + _MAX_SEGMENTS).clip(max=len(segments))
     start = int(np.argmax(moved[ends] - moved[starts]))
     end = int(ends[start])
     return Excerpt(segments[start:end], start > 0, end < len(segments))

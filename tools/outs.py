@@ -1,7 +1,7 @@
-"""What revisions' stages wrote: their locks, and files of their outs from DVC's cache.
+"""Outputs of stages at a revision: its dvc.lock, and the content of its outs from DVC's cache.
 
-DVC's own file system reads outs too, from remotes as well, at half a second a revision: too long for a table of many
-experiments, so that it is asked only for what the cache lacks.
+DVCFileSystem also reads outs, including those in remotes, but takes half a second per revision. That is too slow for a
+table of many experiments, so it is only used for files that the cache lacks.
 """
 
 import functools
@@ -14,14 +14,14 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc_data.index import DataIndexDirError
 
-from stages.core.config import MISSING, find
-from stages.core.dvc_cache import DvcCache, is_directory
+from stages.core.config import MISSING, find_value
+from stages.core.dvc_cache import DvcCache, is_directory_md5
 from tools.compare import WORKSPACE
-from tools.lock_history import load_mapping, read_lock, read_lock_at
+from tools.lock_history import parse_mapping, read_lock, read_lock_at
 
 
 class Outs:
-    """Locks and outs of revisions, of which `workspace` is one."""
+    """Reads dvc.lock and outs of revisions; the revision `workspace` is the working tree."""
 
     def __init__(self, repo: Repo) -> None:
         self._cache = DvcCache(repo)
@@ -30,20 +30,20 @@ class Outs:
         self._open_revision = functools.cache(lambda rev: DVCFileSystem(rev=None if rev == WORKSPACE else rev))
 
     def _read_lock(self, rev: str) -> dict[str, Any]:
-        """What dvc.lock says of each stage; nothing where there is no lock or it cannot be read."""
-        stages = load_mapping(read_lock() if rev == WORKSPACE else read_lock_at(rev)).get("stages")
+        """Return the entries of dvc.lock by stage; empty if there is no lock or it cannot be parsed."""
+        stages = parse_mapping(read_lock() if rev == WORKSPACE else read_lock_at(rev)).get("stages")
         return stages if isinstance(stages, dict) else {}
 
-    def read(self, rev: str, path: str) -> bytes | None:
-        """The content of an out, or of a file in one; None where there is none, or no cache and no remote has it."""
+    def read_out(self, rev: str, path: str) -> bytes | None:
+        """Read an out, or a file inside one; None if it does not exist or neither a cache nor a remote has it."""
         if rev == WORKSPACE and Path(path).is_file():
             return Path(path).read_bytes()
-        out, md5 = next(((out, md5) for out, md5 in self._outs(rev) if f"{path}/".startswith(f"{out}/")), ("", ""))
+        out, md5 = next(((out, md5) for out, md5 in self._list_outs(rev) if f"{path}/".startswith(f"{out}/")), ("", ""))
         if out != path and (files := self._list_files(md5)) is not None:
             md5 = files.get(path.removeprefix(f"{out}/"), "")
         if not md5:
             return None
-        if not is_directory(md5) and (file := self._cache.file(md5)).is_file():
+        if not is_directory_md5(md5) and (file := self._cache.get_path(md5)).is_file():
             return file.read_bytes()
         try:
             content: bytes = self._open_revision(rev).read_bytes(path)
@@ -52,49 +52,50 @@ class Outs:
         return content
 
     def read_texts(self, rev: str, paths: Sequence[str]) -> Iterator[str | None]:
-        """The text of each path; None as in `read`."""
+        """Yield the text of each path; None as in `read_out`."""
         for path in paths:
-            content = self.read(rev, path)
+            content = self.read_out(rev, path)
             yield None if content is None else content.decode()
 
-    def stale_stages(self, rev: str, params: dict[str, Any]) -> set[str]:
-        """Stages whose outs at a revision are not what its parameters and its other outs would give.
+    def find_stale_stages(self, rev: str, params: dict[str, Any]) -> set[str]:
+        """Return the stages whose outs at a revision do not match its parameters and its other outs.
 
-        An experiment that ran one task leaves the other's as they were.
+        This happens in an experiment that only ran one task: the outs of the other tasks stay as they were.
 
         Args:
-            params: of the revision, as `dvc exp show --json` has them: file to its data.
+            params: params files of the revision with their data, as in `dvc exp show --json`.
         """
         lock = self.read_lock(rev)
-        made = dict(self._outs(rev))
-        for path, md5 in list(made.items()):
-            made |= {
-                f"{path}/{name}": hashed for name, hashed in (self._list_files(md5) or {}).items() if path == "code"
+        out_hashes = dict(self._list_outs(rev))
+        for path, md5 in list(out_hashes.items()):
+            # Stages depend on the files in code/, which is a single out.
+            out_hashes |= {
+                f"{path}/{name}": file_md5 for name, file_md5 in (self._list_files(md5) or {}).items() if path == "code"
             }
-        makers = {out["path"]: name for name, stage in lock.items() for out in stage.get("outs", [])}
+        writers = {out["path"]: name for name, stage in lock.items() for out in stage.get("outs", [])}
         stale = {
             name
             for name, stage in lock.items()
-            if any(_differs(params, file, keys) for file, keys in stage.get("params", {}).items())
-            or any(made.get(dep["path"], dep.get("md5")) != dep.get("md5") for dep in stage.get("deps", []))
+            if any(_has_other_values(params, file, keys) for file, keys in stage.get("params", {}).items())
+            or any(out_hashes.get(dep["path"], dep.get("md5")) != dep.get("md5") for dep in stage.get("deps", []))
         }
-        while behind := {
+        while downstream := {
             name
             for name, stage in lock.items()
-            if name not in stale and any(makers.get(dep["path"]) in stale for dep in stage.get("deps", []))
+            if name not in stale and any(writers.get(dep["path"]) in stale for dep in stage.get("deps", []))
         }:
-            stale |= behind
+            stale |= downstream
         return stale
 
-    def _outs(self, rev: str) -> Iterator[tuple[str, str]]:
-        """Path and hash of each out of a revision."""
+    def _list_outs(self, rev: str) -> Iterator[tuple[str, str]]:
+        """Yield path and hash of each out of a revision."""
         for stage in self.read_lock(rev).values():
             yield from ((out["path"], out.get("md5", "")) for out in stage.get("outs", []))
 
 
-def _differs(params: dict[str, Any], file: str, locked: dict[str, Any]) -> bool:
-    """Whether a revision's `file` has other values than those that a stage was run with; False if it was not read."""
+def _has_other_values(params: dict[str, Any], file: str, locked: dict[str, Any]) -> bool:
+    """Return True if a value in `file` differs from the `locked` one; False if the file was not read."""
     values = (params.get(file) or {}).get("data")
     if values is None:
         return False
-    return any(find(values, key) not in (value, MISSING) for key, value in locked.items())
+    return any(find_value(values, key) not in (value, MISSING) for key, value in locked.items())

@@ -1,7 +1,7 @@
-"""Differences between models on the same documents, in pairs: how large, how certain, and what would decide them.
+"""Paired differences between models on the same documents: size, uncertainty, and the data needed to decide them.
 
-Standard errors of two models' figures say nothing about their difference: a document that is hard for one is hard for
-the other. So the difference is taken document by document.
+The standard errors of two models' figures say nothing about their difference, because a document that is hard for one
+model is hard for the other too. Differences are therefore computed document by document.
 """
 
 import bisect
@@ -17,54 +17,54 @@ from scipy.special import stdtr, stdtrit
 _Bits = npt.NDArray[np.float64]
 
 CONFIDENCE, POWER = 0.95, 0.8
-_MOST_DOCUMENTS = 10**12
-"""More than anyone has."""
+_MAX_DOCUMENTS = 10**12
+"""Upper bound of the search, more documents than any corpus has."""
 
 
 class Difference(NamedTuple):
-    """Bits per byte of one model less those of another."""
+    """Bits per byte of one model minus those of another."""
 
     value: float
-    """Negative where the first is better."""
+    """Difference in bits per byte; negative if the first model is better."""
     error_of_documents: float
     """Standard error over documents."""
     error_of_seeds: float
-    """Standard error over seeds; 0 where both models were trained with a single one, which tells nothing of it."""
+    """Standard error over seeds; 0 if both models have a single seed, which leaves it unknown."""
     freedom_of_documents: float
-    """Degrees of freedom of the first."""
+    """Degrees of freedom of `error_of_documents`."""
     freedom_of_seeds: int
-    """Degrees of freedom of the second, 0 where there is a single seed on both sides."""
+    """Degrees of freedom of `error_of_seeds`; 0 if both models have a single seed."""
     share_better: float
-    """Share of the documents that take fewer bits."""
+    """Share of the documents for which the first model takes fewer bits."""
     num_documents: int
     num_seeds: tuple[int, int]
-    """Of the one and the other."""
+    """Number of seeds of the first and of the second model."""
 
     @property
-    def is_none(self) -> bool:
-        """Whether the models are the same, as far as these documents tell."""
+    def is_zero(self) -> bool:
+        """True if the models give identical results on these documents."""
         return self.value == self.error == 0
 
     @property
     def error(self) -> float:
-        """Standard error, over documents and seeds."""
+        """Standard error over documents and seeds together."""
         return math.hypot(self.error_of_documents, self.error_of_seeds)
 
     @property
     def freedom(self) -> float:
-        """Degrees of freedom of the two errors together."""
-        return _degrees_of_freedom(self._variances(1.0))
+        """Degrees of freedom of `error`."""
+        return _combine_degrees_of_freedom(self._scale_variances(1.0))
 
-    def _variances(self, times: float) -> list[tuple[float, float]]:
-        """Each variance and its degrees of freedom, with so many times the documents."""
+    def _scale_variances(self, scale: float) -> list[tuple[float, float]]:
+        """Return both variances with their degrees of freedom, for `scale` times as many documents."""
         return [
-            (self.error_of_documents**2 / times, self.freedom_of_documents * times),
+            (self.error_of_documents**2 / scale, self.freedom_of_documents * scale),
             (self.error_of_seeds**2, self.freedom_of_seeds),
         ]
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Confidence interval of 95 %."""
+        """Confidence interval of 95 %, in bits per byte."""
         if self.error == math.inf:
             return -math.inf, math.inf
         reach = float(stdtrit(self.freedom, (1 + CONFIDENCE) / 2)) * self.error
@@ -72,54 +72,55 @@ class Difference(NamedTuple):
 
     @property
     def p_value(self) -> float:
-        """Probability of a difference at least as large between models that are equally good; two-sided."""
+        """Two-sided p-value of the hypothesis that the models are equally good."""
         if self.error in (0, math.inf):
             return 0.0 if self.value and not self.error else 1.0
         return float(2 * stdtr(self.freedom, -abs(self.value) / self.error))
 
-    def documents_needed(self, num_comparisons: int = 1) -> int | None:
-        """Documents with which a difference of this size would be found in POWER of all cases.
+    def estimate_documents_needed(self, num_comparisons: int = 1) -> int | None:
+        """Return the number of documents with which a difference of this size is found with probability POWER.
 
-        None where no number of documents would do: there is no difference, or seeds alone hide it.
+        Returns None if no number of documents is enough: the difference is zero, or the error over seeds is too large.
 
         Args:
-            num_comparisons: how many differences are looked for at once.
+            num_comparisons: number of differences that are tested together.
         """
         level = 1 - (1 - CONFIDENCE) / 2 / num_comparisons
 
         def is_found(number: int) -> bool:
-            variances = self._variances(number / self.num_documents)
+            variances = self._scale_variances(number / self.num_documents)
             error = math.sqrt(sum(variance for variance, _ in variances))
-            freedom = _degrees_of_freedom(variances)
+            freedom = _combine_degrees_of_freedom(variances)
             return abs(self.value) >= (float(stdtrit(freedom, level)) + NormalDist().inv_cdf(POWER)) * error
 
-        if self.num_documents < 2 or not self.value or not is_found(_MOST_DOCUMENTS):
+        if self.num_documents < 2 or not self.value or not is_found(_MAX_DOCUMENTS):
             return None
-        return bisect.bisect_left(range(_MOST_DOCUMENTS), True, lo=2, key=is_found)
+        return bisect.bisect_left(range(_MAX_DOCUMENTS), True, lo=2, key=is_found)
 
 
 def compare_models(
     ours: Mapping[str, _Bits], others: Mapping[str, _Bits], num_bytes: npt.NDArray[np.int64]
 ) -> Difference:
-    """The difference between two models, each trained with one seed or with several.
+    """Compute the difference between two models, each trained with one or several seeds.
 
-    Over documents: the ratio estimator of the pairs' differences, averaged over seeds. Over seeds: the variance of the
-    differences where both have the same seeds, else that of the figures, taken to be the same for both models. The
-    variances add up, since documents and seeds are drawn independently; how seeds differ from document to document
-    counts in both, so that the sum is on the safe side.
+    The error over documents is that of the ratio estimator of the paired differences, averaged over seeds. The error
+    over seeds comes from the variance of the differences if both models have the same seeds. Otherwise it comes from
+    the variance of the figures, assumed to be equal for both models. The variances are added, because documents and
+    seeds are drawn independently. The interaction of both is counted twice, so the sum is conservative.
 
     Args:
-        ours: seed to the bits of each document, [num_documents].
-        others: the same of the other model, or of the same model before a change.
-        num_bytes: [num_documents], of the documents' text.
+        ours: bits of each document by seed, `[num_documents]`, float64.
+        others: the same for the other model, or for the same model before a change.
+        num_bytes: bytes of text of each document, `[num_documents]`, int64.
     """
     total = int(num_bytes.sum())
+    # [num_seeds, num_documents] averaged to [num_documents] for both models.
     bits = np.mean(list(ours.values()), axis=0) - np.mean(list(others.values()), axis=0)
     value, error_of_documents, freedom = _estimate_ratio(bits, num_bytes)
-    if ours.keys() == others.keys():
+    if ours.keys() == others.keys():  # one list of differences by seed, otherwise one list of figures per model
         figures = [[(ours[seed] - others[seed]).sum() / total for seed in ours]]
     else:
-        figures = [[found.sum() / total for found in model.values()] for model in (ours, others)]
+        figures = [[seed_bits.sum() / total for seed_bits in model.values()] for model in (ours, others)]
     variance_of_seeds, freedom_of_seeds = _pool_variance(figures)
     return Difference(
         value=value,
@@ -134,40 +135,44 @@ def compare_models(
 
 
 def _estimate_ratio(bits: _Bits, num_bytes: npt.NDArray[np.int64]) -> tuple[float, float, float]:
-    """sum(bits) / sum(num_bytes), its standard error over documents, and the error's degrees of freedom.
+    """Return sum(bits) / sum(num_bytes), its standard error over documents, and the error's degrees of freedom.
 
-    The jackknife (Cochran 1977, section 6.17) rather than the linear approximation, which is too small for few
-    documents of very different lengths; long documents count for more, so that there are as many degrees of freedom as
-    documents of equal length would give (Kish 1965, section 8.2). A single document says nothing about others.
+    The error is the jackknife's (Cochran 1977, section 6.17): the linear approximation is too small for a few documents
+    of very different lengths. Long documents count for more, so the degrees of freedom are those of the equivalent
+    number of documents of equal length (Kish 1965, section 8.2). The error of a single document is infinite.
+
+    Args:
+        bits: `[num_documents]`, float64.
+        num_bytes: `[num_documents]`, int64.
     """
     total, number = int(num_bytes.sum()), len(bits)
     value = math.fsum(bits) / total
     if number < 2:
         return value, math.inf, 1.0
-    without = (value * total - bits) / (total - num_bytes)  # the ratio of all documents but one
+    without = (value * total - bits) / (total - num_bytes)  # [num_documents], the ratio without each document
     error = math.sqrt((number - 1) / number * math.fsum((without - value) ** 2))
     return value, error, max(1.0, total**2 / float((num_bytes.astype(np.float64) ** 2).sum()) - 1)
 
 
 def _pool_variance(figures: Sequence[Sequence[float]]) -> tuple[float, int]:
-    """The variance of a sum or difference of means, one of each of `figures`, and its degrees of freedom.
+    """Return the variance of a sum or difference of the means of `figures`, and its degrees of freedom.
 
-    0 and 0 where there is a single figure of each.
+    Both are 0 if every sequence has a single figure.
     """
-    freedom = sum(len(of) - 1 for of in figures)
-    squares = sum(float(np.var(of)) * len(of) for of in figures)
-    return (squares / freedom * sum(1 / len(of) for of in figures), freedom) if freedom else (0.0, 0)
+    freedom = sum(len(values) - 1 for values in figures)
+    squares = sum(float(np.var(values)) * len(values) for values in figures)
+    return (squares / freedom * sum(1 / len(values) for values in figures), freedom) if freedom else (0.0, 0)
 
 
-def _degrees_of_freedom(parts: Sequence[tuple[float, float]]) -> float:
-    """Of a sum of variances, each with its own degrees of freedom (Satterthwaite 1946)."""
+def _combine_degrees_of_freedom(parts: Sequence[tuple[float, float]]) -> float:
+    """Combine the degrees of freedom of a sum of (variance, degrees of freedom) `parts` (Satterthwaite 1946)."""
     total = sum(variance for variance, _ in parts)
     squares = sum(variance**2 / freedom for variance, freedom in parts if freedom > 0)
     return total**2 / squares if squares > 0 else 1.0
 
 
 def correct_p_values(p_values: Sequence[float]) -> list[float]:
-    """The p-values of comparisons made at once, corrected for their number (Holm 1979)."""
+    """Correct the p-values of several comparisons for their number (Holm 1979)."""
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -175,20 +180,20 @@ def correct_p_values(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def judge(difference: Difference, corrected_p: float) -> str:
-    """better, worse, the same, or not decided."""
-    if difference.is_none:
+def judge_difference(difference: Difference, corrected_p: float) -> str:
+    """Return the verdict: better, worse, the same, or not decided."""
+    if difference.is_zero:
         return "the same"
     if corrected_p <= 1 - CONFIDENCE:
         return "better" if difference.value < 0 else "worse"
     return "not decided"
 
 
-def say_what_would_decide(difference: Difference, num_comparisons: int) -> str:
-    """What it takes to decide a difference that is not: so many more documents, or more seeds."""
+def describe_needed_data(difference: Difference, num_comparisons: int) -> str:
+    """Say how many more documents, or that more seeds, are needed to decide an undecided difference."""
     if difference.num_documents < 2:
         return "more documents"
-    needed = difference.documents_needed(num_comparisons)
+    needed = difference.estimate_documents_needed(num_comparisons)
     if needed is None:
         return "more seeds" if difference.value and difference.error_of_seeds else ""
     return f"{max(1, needed - difference.num_documents):,} documents"

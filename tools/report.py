@@ -1,9 +1,9 @@
-"""Write reports/report.html: experiments, loss curves, metrics, samples and data on one page that needs no network.
+"""Write reports/report.html, a self-contained page with experiments, loss curves, metrics, samples and data.
 
 Command python -m tools.report [-n 3 | --all-commits | ...]
 
-Options are those of `dvc exp show` that choose revisions; without any, they are the workspace, the last commit and the
-experiments that started from it.
+The options are those of `dvc exp show` that choose revisions. The default is the workspace, the last commit and the
+experiments based on it.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from dvc.repo import Repo
 from stages.core.artifacts import write_json
 from stages.train.watchers import is_running
 from tools.outs import Outs
-from tools.report_data import live_runs, read_runs
-from tools.report_page import render
-from tools.report_pairs import plot_points, read_compared
+from tools.report_data import read_live_runs, read_runs
+from tools.report_page import render_page
+from tools.report_pairs import build_plot_points, read_comparisons
 
 OUT = Path("reports/report.html")
 LIVE = Path("reports/train")
-"""Where the live curves of trainings are."""
+"""Directory of the live curves of trainings."""
 PLOTS = Path("reports/compare")
-"""Where the differences between experiments are, a file a task, for `dvc plots`."""
+"""Directory of the differences between experiments, one file per task, for `dvc plots`."""
 
 
 def main() -> None:
@@ -34,24 +34,24 @@ def main() -> None:
     )
     _, options = parser.parse_known_args()
     command = ["dvc", "exp", "show", "--json", *options]
-    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if shown.returncode:  # DVC has said why
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if process.returncode:  # DVC has printed the reason
         sys.exit("report: `dvc exp show` failed")
-    revisions = json.loads(shown.stdout)
+    revisions = json.loads(process.stdout)
     with Repo() as repo:
         outs = Outs(repo)
         runs = read_runs(revisions, outs.read_texts)
-        compared = read_compared(revisions, outs)
-    live = live_runs(LIVE, is_running)
+        compared = read_comparisons(revisions, outs)
+    live = read_live_runs(LIVE, is_running)
     if not live and not any(run.metrics for run in runs):
         sys.exit("report: no results yet: run `dvc repro` first")
-    page = render(runs, compared, live)
+    page = render_page(runs, compared, live)
     PLOTS.mkdir(parents=True, exist_ok=True)
     for task in compared:
-        write_json(PLOTS / f"{task.task}.json", plot_points(task))
-    aside = OUT.with_name(f".tmp-{OUT.name}")
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(OUT)
+        write_json(PLOTS / f"{task.task}.json", build_plot_points(task))
+    temporary_file = OUT.with_name(f".tmp-{OUT.name}")
+    temporary_file.write_text(page, encoding="utf-8")
+    temporary_file.replace(OUT)
     print(f"{OUT}: {len(runs)} runs, {OUT.stat().st_size / 1e6:.1f} MB. Open it in a browser.")
 
 

@@ -1,4 +1,4 @@
-"""What the report shows, read from DVC: each revision's params, metrics, curves, samples and ledgers."""
+"""Data of the report, read from DVC: params, metrics, curves, samples and ledgers of each revision."""
 
 import contextlib
 import csv
@@ -8,108 +8,112 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.core.config import flat as flatten
-from stages.figures.names import SHORT_SPLITS, TOKENS, full_names
-from tools.compare import flat, name_of, revisions
+from stages.core.config import flatten_values as flatten
+from stages.figures.names import SHORT_SPLITS, TOKENS_DIRECTORY, expand_metric_names
+from tools.compare import flatten_params, get_revision_name, list_revisions
 
 SPLITS = ("train", "validation", "test")
 
 
-class Run(NamedTuple):
-    """A revision: the workspace, a commit or an experiment."""
+class ReportRun(NamedTuple):
+    """Revision shown in the report: the workspace, a commit or an experiment."""
 
     name: str
     kind: str
-    """workspace, commit, experiment, or live of a training whose curves are not in its out yet."""
+    """workspace, commit or experiment; live for a training that has not written its outs yet."""
     state: str
-    """Why there are no results: "queued", say, or DVC's words on what failed; empty where there are."""
+    """Reason for missing results, for example "queued" or DVC's error message; empty if there are results."""
     created: str
-    """When it was committed, in ISO 8601 to the minute; empty for the workspace."""
+    """Commit time in ISO 8601, to the minute; empty for the workspace."""
     params: dict[str, str]
-    """Each under the name that `-S` knows it by, its value as JSON."""
+    """Values as JSON, by the names that `-S` uses."""
     metrics: dict[str, float]
-    """Such as causal.validation.bits_per_byte."""
+    """Values by dotted name, for example causal.validation.bits_per_byte."""
     groups: dict[str, dict[str, Any]]
-    """Task to all that evaluate wrote of it into metrics.json, by group as well, where that could be read."""
+    """Full metrics.json of evaluate, including the metrics by group, for each task with a readable file."""
     files: dict[str, str]
-    """Path to text of the small outs that could be read."""
+    """Text of each small out that could be read, by path."""
     missing: list[str]
-    """The outs that could not: in no cache."""
+    """Outs that could not be read, because no cache has them."""
 
 
-def read_runs(shown: list[dict[str, Any]], read: Callable[[str, list[str]], Iterator[str | None]]) -> list[Run]:
-    """A run for each row of `dvc exp show --json`.
+def read_runs(
+    exp_show: list[dict[str, Any]], read_texts: Callable[[str, list[str]], Iterator[str | None]]
+) -> list[ReportRun]:
+    """Read one run per row of `dvc exp show --json`.
 
-    `read(rev, paths)` gives the text of each path at a revision, None where there is none.
+    `read_texts(rev, paths)` returns the text of each path at a revision, None if it cannot be read.
     """
     runs = []
-    for row in revisions(shown):
+    for row in list_revisions(exp_show):
         data = row.get("data") or {}
-        # What is queued or failed holds the figures of the commit it starts from: they are not its own.
-        files = {} if failure(row) else data.get("metrics") or {}
-        params = dict(flat(data.get("params") or {}))
-        paths = list(dict.fromkeys([*small_outs(files), *score_files(files, params)]))
-        texts = dict(zip(paths, read(row["rev"], paths), strict=True)) if paths else {}
-        groups = dict(all_metrics(files, texts))
-        figures = dict(numbers(files, groups))
+        # A queued or failed experiment has the metrics of the commit it is based on, which are not its own.
+        files = {} if describe_failure(row) else data.get("metrics") or {}
+        params = dict(flatten_params(data.get("params") or {}))
+        paths = list(dict.fromkeys([*list_small_outs(files), *list_score_files(files, params)]))
+        texts = dict(zip(paths, read_texts(row["rev"], paths), strict=True)) if paths else {}
+        groups = dict(read_all_metrics(files, texts))
+        figures = dict(list_metrics(files, groups))
         runs.append(
-            Run(
-                name=name_of(row),
-                kind=kind(row),
-                state=failure(row) or ("" if figures else "no metrics"),
+            ReportRun(
+                name=get_revision_name(row),
+                kind=classify_row(row),
+                state=describe_failure(row) or ("" if figures else "no metrics"),
                 created=(data.get("timestamp") or "")[:16],
                 params=params,
                 metrics=figures,
                 groups=groups,
                 files={path: text for path, text in texts.items() if text is not None},
-                missing=sorted({out_of(path) for path, text in texts.items() if text is None}),
+                missing=sorted({get_out_path(path) for path, text in texts.items() if text is None}),
             )
         )
     return runs
 
 
-def kind(row: dict[str, Any]) -> str:
-    if "executor" in row:  # one that runs in the workspace has its revision
+def classify_row(row: dict[str, Any]) -> str:
+    if "executor" in row:  # an experiment that runs in the workspace has the revision "workspace"
         return "experiment"
     return "workspace" if row["rev"] == "workspace" else "commit"
 
 
-def all_metrics(files: dict[str, Any], texts: dict[str, str | None]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each task, and all of its metrics, of those whose metrics.json in `texts` fits what the metrics files have."""
-    for task, splits in metrics_of(files):
-        text = texts.get(metrics_file(task))
+def read_all_metrics(files: dict[str, Any], texts: dict[str, str | None]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield tasks with their full metrics, if metrics.json in `texts` agrees with the metrics files."""
+    for task, splits in list_task_metrics(files):
+        text = texts.get(get_metrics_path(task))
         found = json.loads(text).get(task, {}) if text is not None else {}
-        # In a workspace after `git checkout` without `dvc checkout`, they are those of another commit.
-        if found and headlines(task, splits).items() <= dict(leaves(task, found)).items():
+        # After `git checkout` without `dvc checkout`, metrics.json in the workspace belongs to another commit.
+        if found and list_headline_metrics(task, splits).items() <= dict(flatten_metrics(task, found)).items():
             yield task, found
 
 
-def numbers(files: dict[str, Any], found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:
-    """Each metric of a split under its dotted name: all that were `found`, else those of the metrics files."""
-    for task, splits in metrics_of(files):
-        yield from (dict(leaves(task, found[task])) if task in found else headlines(task, splits)).items()
+def list_metrics(files: dict[str, Any], found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:
+    """Yield metrics by dotted name: the full metrics in `found`, otherwise those of the metrics files."""
+    for task, splits in list_task_metrics(files):
+        yield from (
+            dict(flatten_metrics(task, found[task])) if task in found else list_headline_metrics(task, splits)
+        ).items()
 
 
-def headlines(task: str, splits: dict[str, Any]) -> dict[str, float]:
-    """The headline metrics of a task in a metrics file, each under its full dotted name."""
-    return dict(leaves(task, full_names(splits) if is_short(splits) else splits))
+def list_headline_metrics(task: str, splits: dict[str, Any]) -> dict[str, float]:
+    """Return the headline metrics of a task in a metrics file by full dotted name."""
+    return dict(flatten_metrics(task, expand_metric_names(splits) if has_headlines_only(splits) else splits))
 
 
-def metrics_of(files: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each task and what the metrics files have of it; a file that could not be read has none."""
+def list_task_metrics(files: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each task with its section in the metrics files, skipping files that could not be read."""
     for file in files.values():
         for task, splits in (file.get("data") or {}).items():
             if isinstance(splits, dict):
                 yield task, splits
 
 
-def is_short(splits: dict[str, Any]) -> bool:
-    """Whether a metrics file holds the headline metrics; in an earlier version of the project it holds all metrics."""
+def has_headlines_only(splits: dict[str, Any]) -> bool:
+    """Return True for headline metrics; metrics files of earlier versions of the project have all metrics."""
     return SHORT_SPLITS["validation"] in splits
 
 
-def leaves(task: str, splits: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of each split, without those by group and those of sources that are only evaluated."""
+def flatten_metrics(task: str, splits: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of each split, except metrics by group and those of sources that are only evaluated."""
     for split, figures in splits.items():
         if split != "texts":
             for name, value in flatten(figures if isinstance(figures, dict) else {}):
@@ -117,102 +121,103 @@ def leaves(task: str, splits: dict[str, Any]) -> Iterator[tuple[str, float]]:
                     yield f"{task}.{split}.{name}", value
 
 
-def failure(row: dict[str, Any]) -> str:
-    """Why a row has no results of its own; empty where it should have."""
+def describe_failure(row: dict[str, Any]) -> str:
+    """Return the reason why a row has no results of its own; empty if it should have results."""
     if row.get("error"):
         return f"failed: {row['error']['msg']}"
     state = (row.get("executor") or {}).get("state", "success")
     return "" if state == "success" else str(state)
 
 
-def tasks(metrics: list[dict[str, float]]) -> list[str]:
-    """The tasks that any row has figures of."""
+def list_tasks(metrics: list[dict[str, float]]) -> list[str]:
+    """List the tasks for which any row has metrics."""
     return list(dict.fromkeys(name.split(".")[0] for figures in metrics for name in figures))
 
 
-def small_outs(files: dict[str, Any]) -> Iterator[str]:
-    """The files that the report reads of the tasks in metrics files."""
-    for task, splits in metrics_of(files):
-        yield from ledger_files(task)
-        yield from (curve_file(task, split) for split in SPLITS[:2])
-        yield samples_file(task)
-        if is_short(splits):
-            yield metrics_file(task)
+def list_small_outs(files: dict[str, Any]) -> Iterator[str]:
+    """Yield the files that the report reads for the tasks in the metrics files."""
+    for task, splits in list_task_metrics(files):
+        yield from list_ledger_files(task)
+        yield from (get_curve_path(task, split) for split in SPLITS[:2])
+        yield get_samples_path(task)
+        if has_headlines_only(splits):
+            yield get_metrics_path(task)
 
 
-def score_files(files: dict[str, Any], params: dict[str, str]) -> Iterator[str]:
-    """The accuracies of the tasks in metrics files that `params` has pairs for; others may be left in the workspace."""
-    yield from (score_file(task) for task, _ in metrics_of(files) if f"pairs.{task}.path" in params)
+def list_score_files(files: dict[str, Any], params: dict[str, str]) -> Iterator[str]:
+    """Yield the accuracy files of tasks with pairs in `params`; other tasks may have stale files in the workspace."""
+    yield from (get_accuracy_path(task) for task, _ in list_task_metrics(files) if f"pairs.{task}.path" in params)
 
 
-def ledger_files(task: str) -> list[str]:
+def list_ledger_files(task: str) -> list[str]:
     kinds = (f"data/{kind}/{task}" for kind in ("tokens", "blocks"))
     return ["data/raw/stats.json", *(f"{kind}/{split}/stats.json" for kind in kinds for split in SPLITS)]
 
 
-def split_ledger(task: str, split: str) -> str:
+def get_ledger_path(task: str, split: str) -> str:
     return f"data/tokens/{task}/{split}/stats.json"
 
 
-def scores_file(task: str, split: str) -> str:
+def get_scores_path(task: str, split: str) -> str:
     return f"reports/evaluate/{task}/{split}.parquet"
 
 
-def token_bits_file(task: str, split: str) -> str:
-    return f"reports/evaluate/{task}/{TOKENS}/{split}.parquet"
+def get_token_bits_path(task: str, split: str) -> str:
+    return f"reports/evaluate/{task}/{TOKENS_DIRECTORY}/{split}.parquet"
 
 
-def tokenizer_file(task: str) -> str:
+def get_tokenizer_path(task: str) -> str:
     return f"data/tokens/{task}/tokenizer/tokenizer.json"
 
 
-def curve_file(task: str, split: str) -> str:
+def get_curve_path(task: str, split: str) -> str:
     return f"reports/train/{task}/plots/metrics/{split}/loss.tsv"
 
 
-def live_runs(reports: Path, is_running: Callable[[Path], bool]) -> dict[str, Run]:
-    """Task to a run with the live curves of its training below `reports`, which runs or was interrupted."""
+def read_live_runs(reports: Path, is_running: Callable[[Path], bool]) -> dict[str, ReportRun]:
+    """Read the live curves below `reports` of trainings that are running or were interrupted, by task."""
     found = {}
     for directory in sorted(reports.glob(".live-*")):
         task, files = directory.name.removeprefix(".live-"), {}
         for split in SPLITS[:2]:
             with contextlib.suppress(OSError, ValueError):
                 text = (directory / f"{split}.tsv").read_text(encoding="utf-8")
-                files[curve_file(task, split)] = text[: text.rfind("\n") + 1]  # the last line may be half written
+                files[get_curve_path(task, split)] = text[: text.rfind("\n") + 1]  # the last line may be incomplete
         if files:
             state = "running" if is_running(directory) else "interrupted"
-            found[task] = Run(f"{task} ({state})", "live", state, "", {}, {}, {}, files, [])
+            found[task] = ReportRun(f"{task} ({state})", "live", state, "", {}, {}, {}, files, [])
     return found
 
 
-def metrics_file(task: str) -> str:
+def get_metrics_path(task: str) -> str:
     return f"reports/evaluate/{task}/metrics.json"
 
 
-def samples_file(task: str) -> str:
+def get_samples_path(task: str) -> str:
     return f"reports/samples/{task}.md"
 
 
-def score_file(task: str) -> str:
+def get_accuracy_path(task: str) -> str:
     return f"reports/score/{task}/metrics.json"
 
 
-def out_of(path: str) -> str:
-    """The out of dvc.yaml that holds `path`."""
+def get_out_path(path: str) -> str:
+    """Return the out of dvc.yaml that contains `path`."""
     return path if path.endswith(".md") else "/".join(path.split("/")[: 2 if path.startswith("data/raw/") else 3])
 
 
-def curve(text: str) -> list[tuple[int, float]]:
-    """(step, loss) pairs of a file that dvclive wrote."""
+def parse_curve(text: str) -> list[tuple[int, float]]:
+    """Parse the (step, loss) pairs of a TSV file written by dvclive."""
     return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(io.StringIO(text), delimiter="\t")]
 
 
-def alike(runs: list[Run], paths: list[str]) -> list[tuple[list[Run], list[str | None]]]:
-    """Runs whose files are the same, and the files' texts, None for one that is missing; none for runs without any.
+def group_identical_runs(runs: list[ReportRun], paths: list[str]) -> list[tuple[list[ReportRun], list[str | None]]]:
+    """Group runs with identical files and return each group with the files' texts, None for a missing file.
 
-    An experiment that changes one task leaves the other's as they were, and the workspace is often the last experiment.
+    Runs without any of the files are left out. Identical files are common: an experiment that changes one task keeps
+    the files of the other, and the workspace is often the same as the last experiment.
     """
-    groups: dict[tuple[str | None, ...], list[Run]] = {}
+    groups: dict[tuple[str | None, ...], list[ReportRun]] = {}
     for run in runs:
         texts = tuple(run.files.get(path) for path in paths)
         if any(text is not None for text in texts):
@@ -220,14 +225,14 @@ def alike(runs: list[Run], paths: list[str]) -> list[tuple[list[Run], list[str |
     return [(members, list(texts)) for texts, members in groups.items()]
 
 
-class Step(NamedTuple):
-    """What a stage handed on."""
+class FlowStep(NamedTuple):
+    """Output of a stage in the data flow."""
 
     unit: str
     counts: tuple[tuple[str, int], ...]
-    """By split."""
+    """(split, count) pairs."""
     notes: tuple[str, ...]
-    """What was dropped or added on the way here."""
+    """Notes on items that were dropped or added in this step."""
 
     @property
     def total(self) -> int:
@@ -237,68 +242,70 @@ class Step(NamedTuple):
 Ledgers = dict[str, dict[str, Any]]  # by split
 
 
-def flow(task: str, runs: list[Run]) -> list[list[tuple[list[Run], Step]]]:
-    """Records, documents, tokens and blocks: what each came to, and in which runs. Empty where there are no ledgers."""
-    columns: list[dict[Step, list[Run]]] = [{}, {}, {}, {}]
+def build_flow(task: str, runs: list[ReportRun]) -> list[list[tuple[list[ReportRun], FlowStep]]]:
+    """Return the steps records, documents, tokens and blocks, each variant with its runs; empty without ledgers."""
+    columns: list[dict[FlowStep, list[ReportRun]]] = [{}, {}, {}, {}]
     for run in runs:
-        if task not in tasks([run.metrics]):  # its records are another task's
+        if task not in list_tasks([run.metrics]):  # its records belong to another task
             continue
-        for column, step in zip(columns, steps(task, run.files), strict=True):
+        for column, step in zip(columns, build_steps(task, run.files), strict=True):
             if step is not None:
                 column.setdefault(step, []).append(run)
     return [[(members, step) for step, members in column.items()] for column in columns if column]
 
 
-def steps(task: str, files: dict[str, str]) -> tuple[Step | None, ...]:
-    """The four of a run; None for one whose ledgers are missing."""
+def build_steps(task: str, files: dict[str, str]) -> tuple[FlowStep | None, ...]:
+    """Return the four steps of a run; None for a step whose ledgers are missing."""
 
-    def ledgers(kind: str) -> Ledgers | None:
+    def read_ledgers(kind: str) -> Ledgers | None:
         texts = {split: files.get(f"data/{kind}/{task}/{split}/stats.json") for split in SPLITS}
         return {split: json.loads(text) for split, text in texts.items() if text} if all(texts.values()) else None
 
-    raw, tokens, blocks = files.get("data/raw/stats.json"), ledgers("tokens"), ledgers("blocks")
+    raw, tokens, blocks = files.get("data/raw/stats.json"), read_ledgers("tokens"), read_ledgers("blocks")
     return (
-        record_step(json.loads(raw)) if raw else None,
-        document_step(tokens, json.loads(raw) if raw else None) if tokens else None,
-        token_step(tokens) if tokens else None,
-        block_step(blocks) if blocks else None,
+        build_record_step(json.loads(raw)) if raw else None,
+        build_document_step(tokens, json.loads(raw) if raw else None) if tokens else None,
+        build_token_step(tokens) if tokens else None,
+        build_block_step(blocks) if blocks else None,
     )
 
 
-def record_step(raw: dict[str, Any]) -> Step:
+def build_record_step(raw: dict[str, Any]) -> FlowStep:
     skipped = {name.replace("_", " "): count for name, count in raw["records_skipped"].items() if count}
-    why = f" ({', '.join(f'{name}: {count:,}' for name, count in skipped.items())})" if skipped else ""
-    lost = raw["answers_dropped"] + raw["answers_of_duplicates"]
+    reasons = f" ({', '.join(f'{name}: {count:,}' for name, count in skipped.items())})" if skipped else ""
+    num_lost = raw["answers_dropped"] + raw["answers_of_duplicates"]
     notes = (
-        f"{raw['records_in']:,} read, {sum(skipped.values()):,} dropped{why}",
-        f"{raw['answers_in']:,} answers in them, {lost:,} dropped (empty, deleted or a duplicate's)",
+        f"{raw['records_in']:,} read, {sum(skipped.values()):,} dropped{reasons}",
+        f"{raw['answers_in']:,} answers in them, {num_lost:,} dropped (empty, deleted or a duplicate's)",
     )
-    return Step("records", tuple(raw["records_out"].items()), notes)
+    return FlowStep("records", tuple(raw["records_out"].items()), notes)
 
 
-def document_step(tokens: Ledgers, raw: dict[str, Any] | None) -> Step:
-    fewer = raw is not None and total(tokens, "documents") < sum(raw["records_out"].values())
-    note = f"one of each record{' of the chosen sources' if fewer else ''}, {total(tokens, 'bytes'):,} bytes of text"
-    return Step("documents", by_split(tokens, "documents"), (note,))
+def build_document_step(tokens: Ledgers, raw: dict[str, Any] | None) -> FlowStep:
+    fewer = raw is not None and count_total(tokens, "documents") < sum(raw["records_out"].values())
+    note = (
+        f"one of each record{' of the chosen sources' if fewer else ''}, {count_total(tokens, 'bytes'):,} bytes of text"
+    )
+    return FlowStep("documents", count_by_split(tokens, "documents"), (note,))
 
 
-def token_step(tokens: Ledgers) -> Step:
-    special = total(tokens, "tokens") - total(tokens, "text_tokens")
+def build_token_step(tokens: Ledgers) -> FlowStep:
+    special = count_total(tokens, "tokens") - count_total(tokens, "text_tokens")
     notes = (
         "none dropped: no document is cut short",
-        f"{special:,} of them special: they say where documents begin and end",
+        f"{special:,} of them special: they mark where documents begin and end",
     )
-    return Step("tokens", by_split(tokens, "tokens"), notes)
+    return FlowStep("tokens", count_by_split(tokens, "tokens"), notes)
 
 
-def block_step(blocks: Ledgers) -> Step:
-    note = f"{total(blocks, 'dropped'):,} tokens dropped: less than a block was left at each split's end"
-    return Step(f"blocks of {blocks['train']['block_size']:,} tokens", by_split(blocks, "blocks"), (note,))
+def build_block_step(blocks: Ledgers) -> FlowStep:
+    note = f"{count_total(blocks, 'dropped'):,} tokens dropped: less than a block was left at each split's end"
+    return FlowStep(f"blocks of {blocks['train']['block_size']:,} tokens", count_by_split(blocks, "blocks"), (note,))
 
 
-def by_split(ledgers: Ledgers, key: str) -> tuple[tuple[str, int], ...]:
+def count_by_split(ledgers: Ledgers, key: str) -> tuple[tuple[str, int], ...]:
     return tuple((split, ledger[key]) for split, ledger in ledgers.items())
 
 
-def total(ledgers: Ledgers, key: str) -> int:
-    return sum(count for _, count in by_split(ledgers, key))
+def count_total(ledgers: Ledgers, key: str) -> int:
+    return sum(count for _, count in count_by_split(ledgers, key))

@@ -1,8 +1,8 @@
-"""The report as one HTML page: tables, figures for plotly, samples and flows. It asks no network for anything.
+"""HTML page of the report: tables, plotly figures, samples and data flows. The page makes no network requests.
 
-What experiments and models are called and what they say is text that anyone may have written: the template escapes all
-of it, plotly's labels are escaped as it reads them, samples are Markdown without links, pictures or HTML, and the
-page's own policy refuses every script but the two it brings and every request.
+Names of experiments and models, and generated text, are untrusted. The template escapes all of them, plotly's labels
+are escaped for plotly, samples are rendered as Markdown without links, pictures or HTML, and the page's content
+security policy blocks all requests and all scripts except its own two.
 """
 
 import base64
@@ -21,19 +21,28 @@ from plotly.offline import get_plotlyjs
 
 from stages.core.errors import printable
 from stages.score.accuracy import SCORES
-from tools.report_data import Run, alike, curve, curve_file, flow, samples_file, score_file, tasks
-from tools.report_pairs import ComparedTask, compared_parts
-from tools.report_parts import Cell, Figure, GroupTable, axis, number_cell, shortened, shown
+from tools.report_data import (
+    ReportRun,
+    build_flow,
+    get_accuracy_path,
+    get_curve_path,
+    get_samples_path,
+    group_identical_runs,
+    list_tasks,
+    parse_curve,
+)
+from tools.report_pairs import ComparedTask, build_compared_parts
+from tools.report_parts import Cell, Figure, GroupTable, build_axis, build_number_cell, format_number, shorten_name
 
 HERE = Path(__file__).parent
-NUM_COLORS = 8  # of report_page.css
+NUM_COLORS = 8  # defined in report_page.css
 MARKDOWN = MarkdownIt("zero").enable(["blockquote", "table", "emphasis", "backticks", "escape", "newline"])
 COUNTS = ("documents", "bytes")
-COMPARES = {
-    "bits_per_byte": "Bits per UTF-8 byte of text, less is better. It compares between all rows that were evaluated on"
+COMPARABLE_METRICS = {
+    "bits_per_byte": "Bits per UTF-8 byte of text; lower is better. It can be compared between all rows evaluated on"
     " the same documents, whatever their block_size and tokenizer.",
-    "pseudo_bits_per_byte": "Bits per UTF-8 byte of text, less is better. It compares between rows with the same"
-    " tokenizer, and never with bits_per_byte.",
+    "pseudo_bits_per_byte": "Bits per UTF-8 byte of text; lower is better. It can only be compared between rows with"
+    " the same tokenizer, and never with bits_per_byte.",
 }
 
 
@@ -42,84 +51,87 @@ class Column(NamedTuple):
     group: str
     label: str
     extra: bool
-    """Whether it is hidden at first."""
+    """If True, the column is hidden until the user shows all metrics."""
 
 
-def render(
-    runs: list[Run], compared: Sequence[ComparedTask] = (), live: Mapping[str, Run] = MappingProxyType({})
+def render_page(
+    runs: list[ReportRun], compared: Sequence[ComparedTask] = (), live: Mapping[str, ReportRun] = MappingProxyType({})
 ) -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        compared: how the runs compare, by task; none where there is nothing to compare.
-        live: task to a training whose curves are shown with the others'.
+        compared: comparisons between the runs, one per task; empty if there is nothing to compare.
+        live: trainings without outs yet, by task; their curves are drawn too.
     """
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     scripts = [get_plotlyjs(), (HERE / "report_page.js").read_text(encoding="utf-8")]
-    named = tasks([run.metrics for run in runs])
-    params, columns = differing_params(runs), metric_columns(runs)
-    twin = workspace_twin(runs)
-    drawn = [run for run in runs if twin is None or run.kind != "workspace"]
+    tasks = list_tasks([run.metrics for run in runs])
+    params, columns = find_differing_params(runs), build_metric_columns(runs)
+    twin = find_workspace_twin(runs)
+    plotted_runs = [run for run in runs if twin is None or run.kind != "workspace"]
     return environment.get_template("report_page.html").render(
         style=Markup((HERE / "report_page.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
-        policy=" ".join(f"'sha256-{digest(script)}'" for script in scripts),
+        policy=" ".join(f"'sha256-{hash_script(script)}'" for script in scripts),
         runs=runs,
         twin=twin,
-        params=[split_name(param) for param in params],
+        params=[split_param_name(param) for param in params],
         columns=columns,
-        rows=[(run, [cell(run, key) for key in [*params, *(column.key for column in columns)]]) for run in runs],
+        rows=[(run, [build_cell(run, key) for key in [*params, *(column.key for column in columns)]]) for run in runs],
         curves={
-            task: curves_of(task, [*drawn, live[task]] if task in live else drawn)
-            for task in dict.fromkeys([*named, *live])
+            task: build_curves(task, [*plotted_runs, live[task]] if task in live else plotted_runs)
+            for task in dict.fromkeys([*tasks, *live])
         },
-        bars=[(bars_of(key, drawn), COMPARES[key.rpartition(".")[2]]) for key in chosen_metrics(columns)],
-        pairs=[compared_parts(task) for task in compared],
-        groups={task: tables for task in named if (tables := group_tables(task, drawn))},
-        scores={task: tables for task in named if (tables := score_tables(task, drawn))},
-        samples={task: samples_of(task, drawn) for task in named},
-        flows={task: flow(task, drawn) for task in named},
-        label=label,
+        bars=[
+            (build_bars(key, plotted_runs), COMPARABLE_METRICS[key.rpartition(".")[2]])
+            for key in choose_metrics(columns)
+        ],
+        pairs=[build_compared_parts(task) for task in compared],
+        groups={task: tables for task in tasks if (tables := build_group_tables(task, plotted_runs))},
+        scores={task: tables for task in tasks if (tables := build_score_tables(task, plotted_runs))},
+        samples={task: render_samples(task, plotted_runs) for task in tasks},
+        flows={task: build_flow(task, plotted_runs) for task in tasks},
+        label=join_run_names,
     )
 
 
-def differing_params(runs: list[Run]) -> list[str]:
-    """The params whose values are not the same in all runs."""
+def find_differing_params(runs: list[ReportRun]) -> list[str]:
+    """Return the params with different values in the runs."""
     params = [run.params for run in runs if run.params]
     keys = dict.fromkeys(key for values in params for key in values)
     return [key for key in keys if len({values.get(key) for values in params}) > 1]
 
 
-def digest(script: str) -> str:
-    """By which a content security policy knows a script."""
+def hash_script(script: str) -> str:
+    """Return the SHA-256 hash of a script in base64, for the content security policy."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def workspace_twin(runs: list[Run]) -> str | None:
-    """The commit or experiment that the workspace is as, so that figures need not show it twice."""
+def find_workspace_twin(runs: list[ReportRun]) -> str | None:
+    """Return the commit or experiment identical to the workspace, which figures then show only once."""
     workspace = next((run for run in runs if run.kind == "workspace"), None)
     if workspace is None:
         return None
-    holds = (workspace.params, workspace.metrics, workspace.files)
+    content = (workspace.params, workspace.metrics, workspace.files)
     others = (run for run in runs if run is not workspace)
-    return next((run.name for run in others if (run.params, run.metrics, run.files) == holds), None)
+    return next((run.name for run in others if (run.params, run.metrics, run.files) == content), None)
 
 
-def split_name(param: str) -> tuple[str, str]:
-    """The file of a param, empty for params.yaml, and its key there."""
+def split_param_name(param: str) -> tuple[str, str]:
+    """Split a param into its file, empty for params.yaml, and its key."""
     file, colon, key = param.partition(":")
     return (file, key) if colon else ("", param)
 
 
-def metric_columns(runs: list[Run]) -> list[Column]:
-    """The figures that compare, validation first; then all others, hidden until they are asked for."""
+def build_metric_columns(runs: list[ReportRun]) -> list[Column]:
+    """Return the comparable metrics, validation first, then all other metrics as hidden columns."""
     keys = list(dict.fromkeys(key for run in runs for key in run.metrics))
 
     def column(key: str) -> Column:
         group, _, name = key.rpartition(".")
-        return Column(key, group.replace(".", " "), name, name not in COMPARES)
+        return Column(key, group.replace(".", " "), name, name not in COMPARABLE_METRICS)
 
     def order(column: Column) -> tuple[bool, bool]:
         return column.extra, not column.group.endswith("validation")
@@ -127,42 +139,44 @@ def metric_columns(runs: list[Run]) -> list[Column]:
     return sorted(map(column, keys), key=order)
 
 
-def chosen_metrics(columns: list[Column]) -> list[str]:
-    """One chooses among experiments by these."""
+def choose_metrics(columns: list[Column]) -> list[str]:
+    """Return the metrics by which to choose among experiments."""
     return [column.key for column in columns if not column.extra and column.group.endswith("validation")]
 
 
-def cell(run: Run, key: str) -> Cell:
-    """A param, or a metric with the digits that one compares by."""
+def build_cell(run: ReportRun, key: str) -> Cell:
+    """Build the cell of a param, or of a metric with the digits needed for comparisons."""
     if key in run.params:
         value = json.loads(run.params[key])
         return Cell(value if isinstance(value, str) else run.params[key], run.params[key])
     if key in run.metrics:
-        return number_cell(run.metrics[key])
+        return build_number_cell(run.metrics[key])
     return Cell("", "")
 
 
-def label(members: list[Run]) -> str:
+def join_run_names(members: list[ReportRun]) -> str:
     return ", ".join(run.name for run in members)
 
 
-def color(run: Run, runs: list[Run]) -> str:
-    """The same for a run in every figure."""
+def get_color(run: ReportRun, runs: list[ReportRun]) -> str:
+    """Return the CSS variable of a run's color, the same in every figure."""
     return f"--series-{runs.index(run) % NUM_COLORS}"
 
 
 class Curves(NamedTuple):
     figure: Figure
     rows: list[tuple[str, str, str, str]]
-    """Runs, steps, last training loss, lowest validation loss with its step."""
+    """Run names, number of steps, last training loss, and lowest validation loss with its step."""
 
 
-def curves_of(task: str, runs: list[Run]) -> Curves | None:
-    """Training and validation loss of all runs of a task; None where there are no curves. Runs alike share a line."""
+def build_curves(task: str, runs: list[ReportRun]) -> Curves | None:
+    """Build the loss curves of a task, one line for identical runs; None if there are no curves."""
     traces, rows = [], []
-    for members, texts in alike(runs, [curve_file(task, split) for split in ("train", "validation")]):
-        name = label(members)
-        training, validation = (curve(text) if text else [] for text in texts)
+    for members, texts in group_identical_runs(
+        runs, [get_curve_path(task, split) for split in ("train", "validation")]
+    ):
+        name = join_run_names(members)
+        training, validation = (parse_curve(text) if text else [] for text in texts)
         kinds = (
             ("training", training, "lines", {"width": 1.5}),
             ("validation", validation, "lines+markers", {"dash": "dot"}),
@@ -170,13 +184,13 @@ def curves_of(task: str, runs: list[Run]) -> Curves | None:
         for kind, points, mode, line in kinds:
             traces.append(
                 {
-                    "name": html.escape(shortened(name, 48)),
+                    "name": html.escape(shorten_name(name, 48)),
                     "legendgroup": name,
                     "showlegend": kind == "training",
                     "x": [step for step, _ in points],
                     "y": [loss for _, loss in points],
                     "mode": mode,
-                    "line": {**line, "color": color(members[0], runs)},
+                    "line": {**line, "color": get_color(members[0], runs)},
                     "marker": {"size": 8},
                     "hovertemplate": f"%{{y:.4f}} at step %{{x}}<extra>{html.escape(name)}, {kind}</extra>",
                 }
@@ -186,33 +200,35 @@ def curves_of(task: str, runs: list[Run]) -> Curves | None:
             (
                 name,
                 str(max((step for step, _ in [*training, *validation]), default="")),
-                shown(training[-1][1]) if training else "",
-                f"{shown(lowest)} at step {step}" if lowest is not None else "",
+                format_number(training[-1][1]) if training else "",
+                f"{format_number(lowest)} at step {step}" if lowest is not None else "",
             )
         )
     if not rows:
         return None
-    axes = {"xaxis": axis("step"), "yaxis": axis("loss (nats per predicted token)")}
+    axes = {"xaxis": build_axis("step"), "yaxis": build_axis("loss (nats per predicted token)")}
     layout = {
         **axes,
         "legend": {"orientation": "h", "x": 0, "yref": "container", "y": 0, "yanchor": "bottom"},
         "margin": {"l": 56, "r": 8, "t": 32, "b": 40},
     }
-    ends = "; ".join(f"{name}: {lowest or 'no validation loss'}" for name, _, _, lowest in rows)
-    alt = f"Training and validation loss of {task} by step, a line for each run. Lowest validation loss of {ends}."
-    # Named one by one: left to itself, plotly also offers to upload the figure to its makers.
+    lowest_losses = "; ".join(f"{name}: {lowest or 'no validation loss'}" for name, _, _, lowest in rows)
+    alt = (
+        f"Training and validation loss of {task} by step, one line per run. Lowest validation loss of {lowest_losses}."
+    )
+    # An explicit list, because plotly's default buttons include an upload to its makers.
     buttons = [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]]
     config = {"modeBarButtons": buttons, "toImageButtonOptions": {"filename": f"loss-{task}"}}
     return Curves(Figure(f"Loss of {task}", {"data": traces, "layout": layout, "config": config}, alt, 420), rows)
 
 
-def bars_of(key: str, runs: list[Run]) -> Figure:
-    """A metric of all runs that have it, beside the same of the model before training."""
+def build_bars(key: str, runs: list[ReportRun]) -> Figure:
+    """Build the bars of a metric: all runs that have it, each next to its model before training."""
     group, _, name = key.rpartition(".")
     found = [run for run in runs if key in run.metrics]
     base = f"{group}.base_{name}"
-    # Category names need not be unique, nor short: bars stand at positions, which names label.
-    places = list(range(len(found)))
+    # Names may be long and need not be unique, so bars have numeric positions with names as tick labels.
+    positions = list(range(len(found)))
     after = {
         "name": "after training",
         "x": [run.metrics[key] for run in found],
@@ -222,7 +238,7 @@ def bars_of(key: str, runs: list[Run]) -> Figure:
             "thickness": 1,
             "width": 3,
         },
-        "marker": {"color": [color(run, runs) for run in found]},
+        "marker": {"color": [get_color(run, runs) for run in found]},
         "insidetextfont": {"color": "--paper"},
     }
     before = {
@@ -231,15 +247,21 @@ def bars_of(key: str, runs: list[Run]) -> Figure:
         "marker": {"color": "--base"},
         "insidetextfont": {"color": "--ink"},
     }
-    common = {"type": "bar", "orientation": "h", "y": places, "texttemplate": "%{x:.4f}", "insidetextanchor": "start"}
+    common = {
+        "type": "bar",
+        "orientation": "h",
+        "y": positions,
+        "texttemplate": "%{x:.4f}",
+        "insidetextanchor": "start",
+    }
     common |= {"textposition": "inside", "hovertemplate": "%{x:.4f}<extra>%{fullData.name}</extra>"}
     names = {
-        "tickvals": places,
-        "ticktext": [html.escape(shortened(run.name, 24)) for run in found],
+        "tickvals": positions,
+        "ticktext": [html.escape(shorten_name(run.name, 24)) for run in found],
         "autorange": "reversed",
     }
     layout = {
-        "xaxis": axis("bits per byte", rangemode="tozero"),
+        "xaxis": build_axis("bits per byte", rangemode="tozero"),
         "yaxis": {
             "automargin": True,
             "showgrid": False,
@@ -254,117 +276,134 @@ def bars_of(key: str, runs: list[Run]) -> Figure:
         "margin": {"l": 8, "r": 16, "t": 32, "b": 40},
     }
     title = f"{group.replace('.', ', ')}: {name}"
-    each = "; ".join(f"{run.name} {before_after(run, key, base)}" for run in found)
+    values = "; ".join(f"{run.name} {format_before_after(run, key, base)}" for run in found)
     return Figure(
         title,
         {"data": [{**common, **after}, {**common, **before}], "layout": layout, "config": {"displayModeBar": False}},
-        f"{title}, a pair of bars for each run, after and before training: {each}.",
+        f"{title}, one pair of bars per run, after and before training: {values}.",
         96 + 56 * len(found),
     )
 
 
-def before_after(run: Run, key: str, base: str) -> str:
-    before = f" (before training {shown(run.metrics[base])})" if base in run.metrics else ""
-    return f"{shown(run.metrics[key])}{before}"
+def format_before_after(run: ReportRun, key: str, base: str) -> str:
+    before = f" (before training {format_number(run.metrics[base])})" if base in run.metrics else ""
+    return f"{format_number(run.metrics[key])}{before}"
 
 
-def group_tables(task: str, runs: list[Run]) -> list[GroupTable]:
-    """The tables of a task: of its sources for evaluation only, and of each group that has more than one value."""
-    alike: dict[str, list[Run]] = {}
+def build_group_tables(task: str, runs: list[ReportRun]) -> list[GroupTable]:
+    """Build a task's tables: of sources that are only evaluated, and of each group with more than one value."""
+    identical: dict[str, list[ReportRun]] = {}
     for run in runs:
         if task in run.groups:
-            alike.setdefault(json.dumps(run.groups[task]), []).append(run)
-    found = {label(members): members[0].groups[task] for members in alike.values()}
-    tables = [group_table(task, "text", {name: metrics.get("texts", {}) for name, metrics in found.items()}, True)]
-    by_place = {name: dict(groups_by_place(metrics)) for name, metrics in found.items()}
-    for place in dict.fromkeys(place for places in by_place.values() for place in places):
-        by_group = {name: places.get(place, {}) for name, places in by_place.items()}
+            identical.setdefault(json.dumps(run.groups[task]), []).append(run)
+    metrics_by_name = {join_run_names(members): members[0].groups[task] for members in identical.values()}
+    tables = [
+        build_group_table(
+            task, "text", {name: metrics.get("texts", {}) for name, metrics in metrics_by_name.items()}, True
+        )
+    ]
+    by_text = {name: dict(list_groups_by_text(metrics)) for name, metrics in metrics_by_name.items()}
+    for text in dict.fromkeys(text for texts in by_text.values() for text in texts):
+        by_group = {name: texts.get(text, {}) for name, texts in by_text.items()}
         for group in dict.fromkeys(group for groups in by_group.values() for group in groups):
             values = {name: groups.get(group, {}) for name, groups in by_group.items()}
             if any(len(figures) > 1 for figures in values.values()):
-                tables.append(group_table(f"{task}, {place}", group, values, place == "validation"))
+                tables.append(build_group_table(f"{task}, {text}", group, values, text == "validation"))
     return [table for table in tables if table.rows]
 
 
-def groups_by_place(metrics: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What was evaluated, and its figures by group."""
+def list_groups_by_text(metrics: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each evaluated split or text with its metrics by group."""
     for split in ("validation", "test"):
         yield split, metrics.get(split, {}).get("groups", {})
     for name, figures in metrics.get("texts", {}).items():
         yield f"text {name}", figures.get("groups", {})
 
 
-def group_table(where: str, group: str, found: dict[str, dict[str, dict[str, Any]]], opened: bool) -> GroupTable:
-    """The table of a group; `found` has, by runs, the figures of each of its values."""
+def build_group_table(scope: str, group: str, found: dict[str, dict[str, dict[str, Any]]], opened: bool) -> GroupTable:
+    """Build the table of a group; `found` maps run names to the metrics of each value of the group."""
     largest: dict[str, dict[str, Any]] = {}
     for values in found.values():
         largest |= {value: figures for value, figures in values.items() if value not in largest}
-    names = (name for figures in largest.values() for name in figures if name in COMPARES)
+    names = (name for figures in largest.values() for name in figures if name in COMPARABLE_METRICS)
     metric = next(names, "bits per byte")
     rows = [
         (
             printable(value),
             [
-                *(number_cell(largest[value][count]) for count in COUNTS),
-                *(group_cell(values.get(value, {}), metric) for values in found.values()),
+                *(build_number_cell(largest[value][count]) for count in COUNTS),
+                *(build_group_cell(values.get(value, {}), metric) for values in found.values()),
             ],
         )
         for value in sorted(largest, key=lambda value: -largest[value]["bytes"])
     ]
-    return GroupTable(f"{where}: {metric} by {printable(group)}", opened, printable(group), COUNTS, list(found), rows)
+    return GroupTable(f"{scope}: {metric} by {printable(group)}", opened, printable(group), COUNTS, list(found), rows)
 
 
-def score_tables(task: str, runs: list[Run]) -> list[GroupTable]:
-    """Accuracy on minimal pairs and questions, of all and by group; runs with other items have tables of their own."""
-    found = [(label(members), json.loads(texts[0] or "")[task]) for members, texts in alike(runs, [score_file(task)])]
+def build_score_tables(task: str, runs: list[ReportRun]) -> list[GroupTable]:
+    """Build the accuracy tables of minimal pairs and questions, overall and by group, one set per set of items."""
+    found = [
+        (join_run_names(members), json.loads(texts[0] or "")[task])
+        for members, texts in group_identical_runs(runs, [get_accuracy_path(task)])
+    ]
     tables = []
-    for digest in dict.fromkeys(figures["digest"] for _, figures in found):
-        same = {name: figures for name, figures in found if figures["digest"] == digest}
+    for items_digest in dict.fromkeys(figures["digest"] for _, figures in found):
+        same = {name: figures for name, figures in found if figures["digest"] == items_digest}
         first = next(iter(same.values()))
         method = first["method"].replace("_", "-")
-        totals = {name: {score: shares(figures, score) for score in SCORES} for name, figures in same.items()}
-        tables.append(score_table(f"{task}: accuracy on {first['items']:,} items by {method}", "score", totals, True))
+        totals = {name: {score: get_shares(figures, score) for score in SCORES} for name, figures in same.items()}
+        tables.append(
+            build_score_table(f"{task}: accuracy on {first['items']:,} items by {method}", "score", totals, True)
+        )
         for group in dict.fromkeys(group for figures in same.values() for group in figures["groups"]):
             values = {
-                name: {value: shares(some) for value, some in figures["groups"].get(group, {}).items()}
+                name: {
+                    value: get_shares(group_figures)
+                    for value, group_figures in figures["groups"].get(group, {}).items()
+                }
                 for name, figures in same.items()
             }
-            tables.append(score_table(f"{task}: accuracy by {printable(group)}", printable(group), values, False))
+            tables.append(build_score_table(f"{task}: accuracy by {printable(group)}", printable(group), values, False))
     return tables
 
 
-def shares(figures: dict[str, Any], score: str = "sum") -> dict[str, Any]:
-    """The number of items, and the share of them that is correct, with its interval."""
+def get_shares(figures: dict[str, Any], score: str = "sum") -> dict[str, Any]:
+    """Return the number of items and the share of correct ones with its interval."""
     return {"items": figures["items"], **figures["accuracy"][score]}
 
 
-def score_table(caption: str, heading: str, found: dict[str, dict[str, dict[str, Any]]], opened: bool) -> GroupTable:
-    """The table of accuracies; `found` has, by runs, the `shares` of each row."""
+def build_score_table(
+    caption: str, heading: str, found: dict[str, dict[str, dict[str, Any]]], opened: bool
+) -> GroupTable:
+    """Build a table of accuracies; `found` maps run names to the result of `get_shares` for each row."""
     rows = []
     for name in dict.fromkeys(name for values in found.values() for name in values):
         items = next(values[name]["items"] for values in found.values() if name in values)
-        cells = [share_cell(values[name]) if name in values else Cell("", "") for values in found.values()]
-        rows.append((printable(name), [number_cell(items), *cells]))
+        cells = [build_share_cell(values[name]) if name in values else Cell("", "") for values in found.values()]
+        rows.append((printable(name), [build_number_cell(items), *cells]))
     return GroupTable(caption, opened, heading, ("items",), list(found), rows)
 
 
-def share_cell(shares: dict[str, Any]) -> Cell:
-    """An accuracy with its interval."""
-    text = "{share:.1%} ({low:.1%} to {high:.1%})".format_map(shares)
-    return Cell(text, json.dumps(shares["share"]))
+def build_share_cell(accuracy: dict[str, Any]) -> Cell:
+    """Build the cell of an accuracy with its interval."""
+    text = "{share:.1%} ({low:.1%} to {high:.1%})".format_map(accuracy)
+    return Cell(text, json.dumps(accuracy["share"]))
 
 
-def group_cell(figures: dict[str, Any], metric: str) -> Cell:
-    """A figure with its standard error, and that before training."""
+def build_group_cell(figures: dict[str, Any], metric: str) -> Cell:
+    """Build the cell of a metric with its standard error and its value before training."""
     if metric not in figures:
         return Cell("", "")
-    error = f" ± {shown(figures[error_name])}" if (error_name := f"{metric}_se") in figures else ""
-    return Cell(f"{shown(figures[metric])}{error} ({shown(figures[f'base_{metric}'])})", json.dumps(figures[metric]))
+    error = f" ± {format_number(figures[error_name])}" if (error_name := f"{metric}_se") in figures else ""
+    return Cell(
+        f"{format_number(figures[metric])}{error} ({format_number(figures[f'base_{metric}'])})",
+        json.dumps(figures[metric]),
+    )
 
 
-def samples_of(task: str, runs: list[Run]) -> list[tuple[str, Markup]]:
-    """Runs and what their model says, without the page's title; those that say the same once."""
+def render_samples(task: str, runs: list[ReportRun]) -> list[tuple[str, Markup]]:
+    """Render the samples of each group of identical runs, without the title of the Markdown file."""
     return [
-        (label(members), Markup(MARKDOWN.render((texts[0] or "").partition("\n")[2])))
-        for members, texts in alike(runs, [samples_file(task)])
+        (join_run_names(members), Markup(MARKDOWN.render((texts[0] or "").partition("\n")[2])))
+        for members, texts in group_identical_runs(runs, [get_samples_path(task)])
     ]

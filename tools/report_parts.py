@@ -1,4 +1,4 @@
-"""What the parts of the report are made of: figures, tables and their cells."""
+"""Building blocks of the report: figures, tables and their cells."""
 
 import json
 from typing import Any, NamedTuple
@@ -7,33 +7,33 @@ from typing import Any, NamedTuple
 class Figure(NamedTuple):
     title: str
     spec: dict[str, Any]
-    """What plotly draws; a color that begins with -- is a variable of report_page.css."""
+    """plotly's data and layout; a color that begins with -- is a variable of report_page.css."""
     alt: str
     height: int
-    """In pixels."""
+    """Height in pixels."""
 
 
 class Cell(NamedTuple):
     text: str
     value: str
-    """What to sort by, as JSON; empty where there is nothing."""
+    """Sort key as JSON; empty if there is no value."""
 
 
 class GroupTable(NamedTuple):
-    """A metric of the values of a group, or of the sources that are only evaluated."""
+    """Table of a metric by group value, or by source that is only evaluated."""
 
     caption: str
     opened: bool
-    """Whether it is shown at first."""
+    """If True, the table is expanded when the page opens."""
     heading: str
-    """What the rows are."""
+    """Column heading of the row names."""
     counts: tuple[str, ...]
     runs: list[str]
     rows: list[tuple[str, list[Cell]]]
-    """Each value with its counts, and the metric of each run."""
+    """Row names, each with the cells of its counts and of the metric per run."""
 
 
-def axis(title: str, **more: Any) -> dict[str, Any]:
+def build_axis(title: str, **more: Any) -> dict[str, Any]:
     return {
         "title": {"text": title, "standoff": 8},
         "gridcolor": "--rule",
@@ -43,13 +43,13 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def number_cell(number: float) -> Cell:
-    return Cell(shown(number), json.dumps(number))
+def build_number_cell(number: float) -> Cell:
+    return Cell(format_number(number), json.dumps(number))
 
 
-def shown(number: float) -> str:
+def format_number(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:.4f}"
 
 
-def shortened(name: str, most: int) -> str:
+def shorten_name(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"

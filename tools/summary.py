@@ -1,4 +1,4 @@
-"""Say what the last run trained, its metrics before and after, and what to try next.
+"""Print the models of the last run with their metrics before and after training, and the next steps.
 
 Command python -m tools.summary
 """
@@ -17,7 +17,7 @@ from stages.core.compose import PARAMS
 from stages.core.config import read_yaml
 from stages.core.errors import StageError, printable, printable_lines
 
-NEXT = """\
+NEXT_STEPS = """\
 Samples are in reports/samples/, the models in models/. Next (after `source .venv/bin/activate`):
   dvc exp run -S block_size=256
   make compare"""
@@ -34,18 +34,18 @@ def main() -> None:
             report = Path(f"reports/evaluate/{task}/metrics.json")
             model = Text(printable(section["model"]))
             if report.is_file():
-                table.add_row(task, model, *change(read_json(report)[task]["test"]))
+                table.add_row(task, model, *format_change(read_json(report)[task]["test"]))
             else:
                 print(f"summary: {task} is not evaluated yet: run `dvc repro`", file=sys.stderr)
     except StageError as error:
         sys.exit(printable_lines(f"summary: {error}"))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    console.print(NEXT, markup=False)
+    console.print(NEXT_STEPS, markup=False)
 
 
-def change(metrics: dict[str, Any]) -> tuple[str, str, str, str]:
-    """The metric that compares, before and after training, and by what share it changed."""
+def format_change(metrics: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Format the comparable metric: name, value before and after training, and relative change."""
     name = next(key for key in metrics if key.endswith("bits_per_byte") and not key.startswith("base_"))
     before, after = metrics[f"base_{name}"], metrics[name]
     return name, f"{before:.3f}", f"{after:.3f}", f"{(after - before) / before:+.0%}"

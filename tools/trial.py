@@ -1,8 +1,9 @@
-"""Run a stage for `make plan` and time what it does: the stage itself, on a part of its work, in this process.
+"""Run a stage on part of its work in this process, and time it for `make plan`.
 
 Command python -m tools.trial STAGE REPORT KEY=VALUE...
 
-REPORT is the JSON file to write: see Report. A training ends after TRIAL_STEPS steps that took TRIAL_SECONDS.
+REPORT is the JSON file to write (see TrialReport). A training ends when it has made at least TRIAL_STEPS steps and has
+run for at least TRIAL_SECONDS.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.artifacts import write_json
-from stages.core.compose import compose, load, stage_of
+from stages.core.compose import compose_config, identify_stage, load_config
 from stages.figures.scores import Scores
 from stages.shell.app import run
 
@@ -26,30 +27,30 @@ TRIAL_SECONDS = 3.0
 
 
 @dataclasses.dataclass
-class Call:
-    """A call of a function that works through documents or blocks."""
+class TimedCall:
+    """Timed call of a function that scores documents or blocks."""
 
-    what: str
-    """documents or blocks"""
+    unit: str
+    """Unit of work: documents or blocks."""
     done: int
-    """Number of tokens of these documents, or of blocks."""
+    """Number of scored tokens, or of blocks."""
     documents: int
-    """Number of documents; 0 for blocks."""
+    """Number of scored documents; 0 for blocks."""
     available: int
-    """Number of documents from which they were chosen; 0 for blocks."""
+    """Number of documents from which the scored ones were chosen; 0 for blocks."""
     seconds: float
 
 
 @dataclasses.dataclass
-class Report:
-    """What a stage did, in seconds."""
+class TrialReport:
+    """Times of a stage, in seconds."""
 
-    calls: list[Call]
-    """Of a baseline or an evaluation, in order."""
+    calls: list[TimedCall]
+    """Calls of a baseline or an evaluation, in order."""
     marks: dict[str, list[float]]
-    """Of a training: `step`, `evaluate`, `save`: each from the end of what came before it."""
+    """Durations in a training by event: `step`, `evaluate`, `save`, each measured from the end of the last event."""
     fingerprint: str | None
-    """By which a training that runs to its end remembers its plan."""
+    """Fingerprint under which the plan of the full training is stored."""
 
 
 def main() -> None:
@@ -57,58 +58,61 @@ def main() -> None:
     sys.argv[1:3] = []
     module = importlib.import_module(f"stages.{stage}.stage")
     schema = getattr(module, f"{stage.title()}Config")
-    run(stage, schema, functools.partial(observe, stage, module.main, file))
+    run(stage, schema, functools.partial(time_stage, stage, module.main, file))
 
 
-def observe(stage: str, work: Callable[[Any], None], file: str, config: Any) -> None:
-    """Do the `work` of a stage on `config` and write the Report."""
-    report = Report(calls=[], marks={}, fingerprint=None)
+def time_stage(stage: str, work: Callable[[Any], None], file: str, config: Any) -> None:
+    """Call `work`, the main function of a stage, with `config` and write the TrialReport to `file`."""
+    report = TrialReport(calls=[], marks={}, fingerprint=None)
     with time_steps(report.marks) if stage == "train" else time_calls(report.calls):
         work(config)
     if stage == "train":
-        report.fingerprint = fingerprint()
+        report.fingerprint = compute_full_fingerprint()
     write_json(file, dataclasses.asdict(report))
 
 
-def fingerprint() -> str | None:
-    """The name of the training of which this one is a trial: that of params.yaml, without overrides.
+def compute_full_fingerprint() -> str | None:
+    """Return the fingerprint of the full training, which is that of params.yaml without overrides.
 
-    None where the model that it will go on from is not trained yet.
+    Returns None if the training starts from a model that is not trained yet.
     """
-    from stages.train.stage import TrainConfig, name_of
+    from stages.train.stage import TrainConfig, compute_run_fingerprint
 
-    name, item = stage_of("train", os.environ.get("DVC_STAGE", ""), [])
-    config = load(TrainConfig, compose(name, [], item))
-    return name_of(config) if config.start is None or Path(config.start).is_dir() else None
+    name, item = identify_stage("train", os.environ.get("DVC_STAGE", ""), [])
+    config = load_config(TrainConfig, compose_config(name, [], item))
+    return compute_run_fingerprint(config) if config.start is None or Path(config.start).is_dir() else None
 
 
 @contextlib.contextmanager
-def time_calls(calls: list[Call]) -> Iterator[None]:
-    """Add to `calls` each call of the functions that score documents and blocks."""
+def time_calls(calls: list[TimedCall]) -> Iterator[None]:
+    """Record each call of the functions that score documents and blocks in `calls`."""
     from stages.figures import metrics
     from stages.model import block_loss
 
-    def documents(arguments: tuple[Any, ...], scored: tuple[Scores, Any]) -> tuple[str, int, int, int]:
+    def count_documents(arguments: tuple[Any, ...], scored: tuple[Scores, Any]) -> tuple[str, int, int, int]:
         return "documents", int(scored[0].num_tokens.sum()), len(arguments[3]), len(arguments[2])
 
-    def blocks(arguments: tuple[Any, ...], _: float) -> tuple[str, int, int, int]:
+    def count_blocks(arguments: tuple[Any, ...], _: float) -> tuple[str, int, int, int]:
         return "blocks", len(arguments[2]), 0, 0
 
-    with _timed(metrics, "score_documents", documents, calls), _timed(block_loss, "block_loss", blocks, calls):
+    with (
+        _time_function(metrics, "score_documents", count_documents, calls),
+        _time_function(block_loss, "compute_block_loss", count_blocks, calls),
+    ):
         yield
 
 
 @contextlib.contextmanager
-def _timed(
-    module: Any, name: str, measure: Callable[..., tuple[str, int, int, int]], calls: list[Call]
+def _time_function(
+    module: Any, name: str, count_work: Callable[..., tuple[str, int, int, int]], calls: list[TimedCall]
 ) -> Iterator[None]:
-    """Have a function of `module` add a Call to `calls` each time."""
+    """Replace a function of `module` by a version that records a TimedCall in `calls`."""
     function = getattr(module, name)
 
     def timed(*arguments: Any) -> Any:
         started = time.perf_counter()
         result = function(*arguments)
-        calls.append(Call(*measure(arguments, result), seconds=time.perf_counter() - started))
+        calls.append(TimedCall(*count_work(arguments, result), seconds=time.perf_counter() - started))
         return result
 
     setattr(module, name, timed)
@@ -120,9 +124,9 @@ def _timed(
 
 @contextlib.contextmanager
 def time_steps(marks: dict[str, list[float]]) -> Iterator[None]:
-    """Add to `marks` what the steps of a training, its evaluations and its checkpoints take, and end it early.
+    """Record the durations of a training's steps, evaluations and checkpoints in `marks`, and end it early.
 
-    Both frameworks tell the callbacks of a CallbackHandler what they do.
+    Both frameworks report these events to the callbacks of a CallbackHandler.
     """
     from transformers import TrainerCallback
     from transformers.trainer_callback import CallbackHandler
@@ -142,9 +146,9 @@ def time_steps(marks: dict[str, list[float]]) -> Iterator[None]:
         def on_save(self, *_: Any, **__: Any) -> None:
             self._mark("save")
 
-        def _mark(self, what: str) -> None:
+        def _mark(self, event: str) -> None:
             now = time.perf_counter()
-            marks.setdefault(what, []).append(now - self._last)
+            marks.setdefault(event, []).append(now - self._last)
             self._last = now
 
     initialize = CallbackHandler.__init__

@@ -1,8 +1,8 @@
-"""Stage `baseline@TASK`: the model's block-independent figures before training, untrained or pretrained.
+"""Stage `baseline@TASK`: the untrained or pretrained model -> its block-independent metrics before training.
 
-Reads   data/tokens/TASK/, the columns source, groups and q_id of data/raw/{validation,test}.parquet, the sources that
-        evaluate.texts names in data/sources/NAME/, the model's pinned checkpoint if it has one, models/START/ where the
-        task starts from another one
+Reads   data/tokens/TASK/, the columns source, groups and q_id of data/raw/{validation,test}.parquet, data/sources/NAME/
+        for each source in evaluate.texts, the model's pinned checkpoint if it has one, models/START/ if the task starts
+        from another one
 Writes  metrics/baseline/TASK.json, reports/baseline/TASK/{validation,test,texts-NAME}.parquet (the scores of each
         document: stages/figures/scores.py) and samples.json
 Command python -m stages.baseline task=causal
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from pydantic import ValidationInfo, field_validator
 
-from stages.core.artifacts import check_out, staged, write_json
-from stages.core.config import Seed, part
-from stages.figures.groups import document_figures
-from stages.figures.names import EVALUATED, EVALUATED_FILES, SAMPLES, TEXTS, with_texts_apart
+from stages.core.artifacts import check_output_path, write_directory, write_json
+from stages.core.config import Seed, config_view
+from stages.figures.groups import compute_document_figures
+from stages.figures.names import EVALUATED, EVALUATED_FILES, SAMPLES_FILE, TEXTS_PREFIX, separate_texts
 from stages.figures.schema import Evaluate, Samples, check_prompts
-from stages.figures.scores import add_scores, describe_records, write_scores
-from stages.figures.texts import open_texts, source_files
+from stages.figures.scores import add_scores, read_record_columns, write_scores
+from stages.figures.texts import find_source_files, open_texts
 from stages.model.hardware import Hardware
 from stages.model.lean_import import import_lean
 from stages.model.schema import Model, ObjectiveName, check_task
@@ -29,28 +29,28 @@ from stages.tokens.vocabulary import Vocabulary
 log = logging.getLogger(__name__)
 
 
-@part
+@config_view
 class BaselineConfig:
     task: str
-    """Name of the task, under which the metrics stand."""
+    """Name of the task, and key of its metrics."""
     data: FlattenData
     flatten: Flatten | None = None
-    """The task's own way to make documents of records; null: that of conf/data."""
+    """Rules of this task for turning records into documents; null: those of conf/data."""
     model: Model
     objective: ObjectiveName
     hardware: Hardware
     seed: Seed
-    """Of the initial weights."""
+    """Seed of the initial weights."""
     evaluate: Evaluate
     samples: Samples
     start: str | None
-    """Directory of the trained model that training goes on from; null: it begins with `model`."""
+    """Directory of the trained model that training starts from; null: it starts from `model`."""
     tokens: str
     """Directory of tokenize's shards."""
     raw: str
     """Directory of download's Parquet files."""
     sources: str
-    """Directory of the sources that evaluate.texts names."""
+    """Directory of the sources in evaluate.texts."""
     out: str
     """File of the metrics to write."""
     report: str
@@ -58,7 +58,7 @@ class BaselineConfig:
 
     @field_validator("objective")
     @classmethod
-    def _is_the_models(cls, objective: ObjectiveName, info: ValidationInfo) -> ObjectiveName:
+    def _check_objective_fits_model(cls, objective: ObjectiveName, info: ValidationInfo) -> ObjectiveName:
         model = info.data.get("model")
         if model is not None:
             check_task(model, objective.name)
@@ -66,7 +66,7 @@ class BaselineConfig:
 
     @field_validator("evaluate")
     @classmethod
-    def _fits_the_model(cls, evaluate: Evaluate, info: ValidationInfo) -> Evaluate:
+    def _check_context_fits_model(cls, evaluate: Evaluate, info: ValidationInfo) -> Evaluate:
         model = info.data.get("model")
         if model is not None and evaluate.context > model.max_positions:
             raise ValueError(
@@ -76,7 +76,7 @@ class BaselineConfig:
 
     @field_validator("samples")
     @classmethod
-    def _suit_the_objective(cls, samples: Samples, info: ValidationInfo) -> Samples:
+    def _check_prompts_fit_objective(cls, samples: Samples, info: ValidationInfo) -> Samples:
         objective = info.data.get("objective")
         if objective is not None:
             check_prompts(samples, objective.name)
@@ -84,41 +84,42 @@ class BaselineConfig:
 
 
 def main(config: BaselineConfig) -> None:
-    check_out(config.out)
-    check_out(config.report, EVALUATED_FILES)
+    check_output_path(config.out)
+    check_output_path(config.report, EVALUATED_FILES)
     import_lean(config.hardware, config.model.attention)
     from stages.figures.metrics import choose_documents, score_documents
     from stages.figures.samples import make_samples
     from stages.model.models import prepare_torch
     from stages.model.objectives import make_objective
-    from stages.model.start import build_start
+    from stages.model.start import build_start_model
 
     prepare_torch(config.hardware)
     evaluate, tokens = config.evaluate, Path(config.tokens)
     flatten = choose_flatten(config.flatten, config.data)
     documents = open_texts(evaluate, Path(config.sources), flatten, tokens)
     vocabulary = Vocabulary.read(tokens)
-    model = build_start(config.model, config.start, tokens, config.seed).to(config.hardware.device)
+    model = build_start_model(config.model, config.start, tokens, config.seed).to(config.hardware.device)
     objective = make_objective(config.objective.name, vocabulary)
     metric, tables, figures = objective.document_metric, {}, {}
     for name, texts in documents.items():
         numbers = choose_documents(len(texts), evaluate.max_documents)
-        described = describe_records(_record_files(config, name), texts.records(numbers))
-        at_once = config.hardware.evaluate_batch_tokens
-        scores, _ = score_documents(model, objective, texts, numbers, evaluate.context, at_once)
-        tables[name], figures[name] = add_scores(described, scores, "bits_before"), document_figures(metric, scores)
+        records = read_record_columns(_find_record_files(config, name), texts.get_records(numbers))
+        batch_tokens = config.hardware.evaluate_batch_tokens
+        scores, _ = score_documents(model, objective, texts, numbers, evaluate.context, batch_tokens)
+        tables[name] = add_scores(records, scores, "bits_before")
+        figures[name] = compute_document_figures(metric, scores)
         log.info("%s %s before training: %.4f", name, metric, figures[name][metric])
     positions, tokenizer = config.model.max_positions, tokens / "tokenizer"
     samples = make_samples(config.samples, config.objective.name, model, positions, tokenizer, vocabulary, flatten)
-    with staged(config.report, EVALUATED_FILES) as directory:
-        write_json(directory / SAMPLES, samples)
+    with write_directory(config.report, EVALUATED_FILES) as directory:
+        write_json(directory / SAMPLES_FILE, samples)
         for name, table in tables.items():
             write_scores(directory / f"{name}.parquet", table)
-    write_json(config.out, {config.task: with_texts_apart(figures)})
+    write_json(config.out, {config.task: separate_texts(figures)})
 
 
-def _record_files(config: BaselineConfig, name: str) -> list[Path]:
-    """Download's files of the records of which open_texts gives the documents under `name`."""
+def _find_record_files(config: BaselineConfig, name: str) -> list[Path]:
+    """Return the Parquet files of download with the records of the documents that open_texts returns as `name`."""
     if name in EVALUATED:
         return [Path(config.raw) / f"{name}.parquet"]
-    return source_files(Path(config.sources), name.removeprefix(TEXTS))
+    return find_source_files(Path(config.sources), name.removeprefix(TEXTS_PREFIX))

@@ -1,30 +1,30 @@
-"""Stage `code`: the modules of stages/ -> for each stage, hashes of those that it imports.
+"""Stage `code`: the modules of stages/ -> hashes of the modules that each stage imports.
 
 Reads   stages/
-Writes  code/STAGE.json, for train one for each framework: module to the hash of what it does
+Writes  code/STAGE.json, for train one file per framework: module to the hash of its behavior
 Command python -m stages.code
 """
 
 import logging
 
-from stages.core.artifacts import staged, write_json
-from stages.core.config import part
-from stages.core.source_code import hash_code, hashed_names, list_stages
+from stages.core.artifacts import write_directory, write_json
+from stages.core.config import config_view
+from stages.core.source_code import hash_code, list_root_modules, list_stages
 
 log = logging.getLogger(__name__)
 
 
-@part
+@config_view
 class CodeConfig:
     out: str
     """Directory to write."""
 
 
 def main(config: CodeConfig) -> None:
-    names = [name for stage in list_stages() for name in hashed_names(stage)]
+    names = [name for stage in list_stages() for name in list_root_modules(stage)]
     modules: set[str] = set()
-    # Of the files, one is expected: the others were different ones before a stage was added.
-    with staged(config.out, [f"{names[0]}.json"]) as directory:
+    # Expect only one of the files: an earlier version of the directory may have been written with other stages.
+    with write_directory(config.out, [f"{names[0]}.json"]) as directory:
         for name in names:
             hashes = hash_code(name)
             write_json(directory / f"{name}.json", hashes)

@@ -1,1 +1,1 @@
-"""What every stage uses: errors, configuration, artifacts, pins."""
+"""Modules that every stage uses: errors, configuration, artifacts, pins."""

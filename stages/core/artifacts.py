@@ -1,4 +1,4 @@
-"""Artifacts on disk: directories that appear whole, Arrow shards of token ids, and the `stats.json` ledgers."""
+"""Artifacts on disk: directories written atomically, Arrow shards of token ids, and the `stats.json` ledgers."""
 
 import contextlib
 import errno
@@ -23,48 +23,50 @@ from stages.core.config import CONF
 from stages.core.errors import StageError, printable
 
 SPLITS = ("train", "validation", "test")
-TokenIds = npt.NDArray[Any]  # uint16 or uint32, as token_dtype says
+TokenIds = npt.NDArray[Any]  # uint16 or uint32: see choose_token_dtype
 Marks = npt.NDArray[np.uint8]
-"""What is known of each token beside its id, as a sum of COUNTED, SEGMENT_START and TEMPLATE."""
+"""Flags of each token: a sum of COUNTED, SEGMENT_START and TEMPLATE."""
 
 COUNTED = 1
 """The token counts: it is predicted in training and, unless it is a control token, in evaluation."""
 SEGMENT_START = 2
-"""A segment begins here: with isolated documents, attention and positions restart."""
+"""First token of a segment: with isolated documents, attention and positions restart here."""
 TEMPLATE = 4
 """A control token that a chat template puts into a document."""
 
-# Of a shard, about: where it ends is decided by the data alone, so that the same text gives the same files whatever
-# wrote them. Small enough that a cluster has work for many, large enough that DVC sees few files.
+# Approximate size of a shard. Only the data decide where a shard ends, so that the same text gives the same files with
+# any number of processes. Small enough for many workers of a cluster, large enough that DVC tracks few files.
 SHARD_BYTES = 256 * 2**20
-_CHECKSUMS = "shards.json"  # beside the shards: name to checksum
+_CHECKSUMS = "shards.json"  # in the directory of the shards: file name to checksum
 
-_REMAKE = "delete {} and run `dvc repro`, which makes it anew"
+_REMAKE = "delete {} and run `dvc repro` to create it again"
 
 
 @contextlib.contextmanager
-def staged(path: str | Path, expected: Sequence[str]) -> Iterator[Path]:
-    """A directory to fill. It takes the place of `path` when the block ends well, and vanishes when it does not.
+def write_directory(path: str | Path, expected: Sequence[str]) -> Iterator[Path]:
+    """Yield a temporary directory to fill, which replaces `path` if the block succeeds and is deleted if it fails.
 
-    What was at `path` stays there until then.
+    Until then the previous artifact stays at `path`.
 
     Args:
-        expected: files that the artifact has; a directory at `path` without them is not one, and is left alone.
+        expected: files that every artifact of this kind has. A directory at `path` without them is something else
+            and is not replaced.
 
     Raises:
-        StageError: if `path` is not a place for an artifact, or if files are missing when the block ends.
+        StageError: if `path` cannot be written (see `check_output_path`), or if an expected file is missing when the
+            block ends.
     """
     final = Path(path)
-    check_out(path, expected)
+    check_output_path(path, expected)
     final.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(final)
-    aside = _aside_of(final)
+    _remove_abandoned_directories(final)
+    aside = _make_temporary_path(final)
     aside.mkdir()
     handle = os.open(aside, os.O_RDONLY)
     try:
-        lock(handle)
+        lock_handle(handle)
         yield aside
-        # Not only its name: another process may have removed it, and what was written since have made it again.
+        # Compare inodes: another process may have removed the directory, and later writes may have created it again.
         lost = not aside.is_dir() or aside.stat().st_ino != os.fstat(handle).st_ino
         missing = [name for name in expected if not (aside / name).exists()]
         if lost or missing:
@@ -75,51 +77,56 @@ def staged(path: str | Path, expected: Sequence[str]) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def check_out(path: str | Path, expected: Sequence[str] = ()) -> None:
-    """Raise StageError unless an artifact may take the place of what is at `path`, if anything is.
+def check_output_path(path: str | Path, expected: Sequence[str] = ()) -> None:
+    """Check that an artifact may be written to `path`.
 
     Args:
-        expected: files that a directory there must have; none: only a file may be there.
+        expected: files that an existing directory at `path` must have; empty: the artifact is a file.
+
+    Raises:
+        StageError: if `path` contains the workspace, is a symbolic link, or is not an artifact of this kind.
     """
     final, refused = Path(path), f"out={str(path)!r} cannot be written"
     workspace = {Path.cwd(), CONF.parent}
     if (
         not str(path).strip()
         or final.name in ("", "..")
-        or any(place.is_relative_to(final.resolve()) for place in workspace)
+        or any(directory.is_relative_to(final.resolve()) for directory in workspace)
     ):
-        raise StageError(f"{refused}: it holds the workspace; name a new directory or file")
+        raise StageError(f"{refused}: it contains the workspace; name a new directory or file")
     if final.is_symlink() and expected:
-        raise StageError(f"{refused}: it is a symbolic link; name the place that it leads to")
+        raise StageError(f"{refused}: it is a symbolic link; name its target instead")
     if not final.exists():
         return
     if final.is_dir() != bool(expected):
-        raise StageError(f"{refused}: there is a {'directory' if final.is_dir() else 'file'} of that name")
+        raise StageError(f"{refused}: a {'directory' if final.is_dir() else 'file'} of that name exists")
     names = {entry.name for entry in final.iterdir()} if expected else set()
     hidden = any(name.startswith(".") for name in names)
     if names and (hidden or not all((final / name).exists() for name in expected)):
-        raise StageError(f"{refused}: this stage did not make the directory that is there; name another, or remove it")
+        raise StageError(
+            f"{refused}: the directory exists and was not written by this stage; name another or remove it"
+        )
 
 
-def _aside_of(final: Path) -> Path:
-    """A name beside `final` that no other process has, of what is to take its place."""
+def _make_temporary_path(final: Path) -> Path:
+    """Return a unique path in the directory of `final` for the artifact that will replace it."""
     return final.with_name(f".tmp-{final.name}-{uuid.uuid4().hex[:12]}")
 
 
-def _remove_abandoned(final: Path) -> None:
-    """Remove what killed runs left beside `final`; what a running process fills is locked by it, and stays."""
-    for left in final.parent.glob(f".tmp-{glob.escape(final.name)}-*"):
+def _remove_abandoned_directories(final: Path) -> None:
+    """Remove temporary directories that killed runs left for `final`. A running process has locked its own."""
+    for abandoned in final.parent.glob(f".tmp-{glob.escape(final.name)}-*"):
         with contextlib.suppress(OSError):
-            handle = os.open(left, os.O_RDONLY)
+            handle = os.open(abandoned, os.O_RDONLY)
             try:
-                lock(handle)
-                shutil.rmtree(left)
+                lock_handle(handle)
+                shutil.rmtree(abandoned)
             finally:
                 os.close(handle)
 
 
-def lock(handle: int) -> None:
-    """Lock an open file or directory until it is closed, by this process's end at the latest.
+def lock_handle(handle: int) -> None:
+    """Lock an open file or directory until it is closed or this process ends.
 
     Raises:
         OSError: if another process has locked it.
@@ -128,9 +135,9 @@ def lock(handle: int) -> None:
 
 
 def _replace_directory(new: Path, final: Path) -> None:
-    """Rename `new` to `final`. What was there is moved aside, and removed when `new` is in place."""
-    old = _aside_of(final)
-    for _ in range(10):  # another process may put its own there between the two renames
+    """Rename `new` to `final`. The previous directory is moved aside and removed afterwards."""
+    old = _make_temporary_path(final)
+    for _ in range(10):  # another process may write `final` between the two renames
         with contextlib.suppress(FileNotFoundError):
             final.rename(old)
         try:
@@ -144,40 +151,44 @@ def _replace_directory(new: Path, final: Path) -> None:
         finally:
             shutil.rmtree(old, ignore_errors=True)
     else:
-        raise StageError(f"{final} is written by other processes over and over: run the stage again when they are done")
+        raise StageError(f"other processes keep replacing {final}: run the stage again when they are done")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` to `path`, which appears whole."""
-    check_out(path)
+    """Write `text` to `path` atomically, in UTF-8."""
+    check_output_path(path)
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = _aside_of(final)
+    aside = _make_temporary_path(final)
     try:
         aside.write_text(text, encoding="utf-8")
         aside.replace(final)
     finally:
-        aside.unlink(missing_ok=True)  # there only if writing failed
+        aside.unlink(missing_ok=True)  # exists only if writing failed
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` to `path` as JSON that reads well and is the same for the same value."""
+    """Write `value` to `path` as indented JSON; equal values give equal bytes."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON value in the file `path`, which a stage wrote."""
+    """Read the JSON value in a file that a stage wrote.
+
+    Raises:
+        StageError: if the file is not JSON.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise damaged(path, printable(error)) from None
+        raise make_damage_error(path, printable(error)) from None
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`, which came from outside.
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read the JSON object in a file that the user or the Hub provided.
 
     Raises:
-        StageError: if there is none in it.
+        StageError: if the file is not JSON, or its value is not an object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -188,18 +199,21 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def versions(*libraries: str) -> dict[str, str]:
-    """The installed versions of `libraries`, for a ledger."""
+def get_versions(*libraries: str) -> dict[str, str]:
+    """Return the installed versions of `libraries`, for a ledger."""
     return {name: version(name) for name in sorted(libraries)}
 
 
-def token_dtype(vocab_size: int) -> npt.DTypeLike:
-    """uint16 where ids below `vocab_size` fit, else uint32."""
+def choose_token_dtype(vocab_size: int) -> npt.DTypeLike:
+    """Return uint16 if all ids below `vocab_size` fit, otherwise uint32."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
 def to_numpy(array: pa.Array) -> npt.NDArray[Any]:
-    """A view of an Arrow array of integers without nulls. (Arrow's own `to_numpy` imports pandas, a second's work.)"""
+    """Return an Arrow array of integers without nulls as a numpy view, [len(array)] of the same dtype.
+
+    Arrow's own `to_numpy` imports pandas, which takes a second.
+    """
     _, values = array.buffers()
     view = (
         np.frombuffer(values, dtype=array.type.to_pandas_dtype())
@@ -210,19 +224,19 @@ def to_numpy(array: pa.Array) -> npt.NDArray[Any]:
 
 
 def to_arrow(values: npt.NDArray[Any]) -> pa.Array:
-    """An Arrow array of integers on the memory of the one-dimensional `values`."""
+    """Return the numbers `values` [num_values] as an Arrow array that shares their memory."""
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
 
 
-def shard_name(number: int) -> str:
-    """The file of a split's shard `number`, from 0."""
+def get_shard_name(number: int) -> str:
+    """Return the file name of shard `number` of a split; numbers start at 0."""
     return f"shard-{number:05d}.arrow"
 
 
 def write_shard(file: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> str:
-    """Write record batches, an empty one where there are none, to a shard and return its checksum.
+    """Write record batches to a shard, and return its checksum.
 
-    The bytes are a function of the sequence of batches.
+    Without batches, the shard has one empty batch. The same sequence of batches gives the same bytes.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     writer = pa.ipc.new_file(str(file), schema)
@@ -232,29 +246,32 @@ def write_shard(file: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
         if not writer.stats.num_record_batches:
             writer.write_batch(pa.RecordBatch.from_pylist([], schema=schema))
     except BaseException:
-        with contextlib.suppress(OSError):  # the disk may be full: what failed first is what counts
+        with contextlib.suppress(OSError):  # the disk may be full: report the first error
             writer.close()
         raise
     writer.close()
-    return checksum(file)
+    return compute_checksum(file)
 
 
 def write_checksums(directory: Path, checksums: Sequence[str]) -> None:
-    """Write those of the shards in `directory` beside them, in order.
+    """Write the checksums of the shards in `directory`, in order, to a file in it.
 
-    Arrow has none, and a flipped bit of an id would be another token.
+    Arrow files have no checksums, and a flipped bit in an id gives another token.
     """
-    write_json(directory / _CHECKSUMS, {shard_name(number): value for number, value in enumerate(checksums)})
+    write_json(directory / _CHECKSUMS, {get_shard_name(number): value for number, value in enumerate(checksums)})
 
 
-def sha256(file: Path) -> str:
-    """`sha256:` and the hex digest of the file's bytes."""
+def compute_sha256(file: Path) -> str:
+    """Return `sha256:` and the hexadecimal digest of the file's bytes."""
     with file.open("rb") as stream:
         return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def checksum(file: Path) -> str:
-    """`crc32:` and the hexadecimal CRC-32 of the file's bytes: against damage, at 2.5 GB/s; not against forgery."""
+def compute_checksum(file: Path) -> str:
+    """Return `crc32:` and the hexadecimal CRC-32 of the file's bytes.
+
+    It runs at 2.5 GB/s and detects damage, but not forgery.
+    """
     value = 0
     with file.open("rb") as stream:
         while chunk := stream.read(2**20):
@@ -262,88 +279,101 @@ def checksum(file: Path) -> str:
     return f"crc32:{value:08x}"
 
 
-def shard_batches(directory: str | Path) -> Iterator[pa.RecordBatch]:
-    """The record batches of all shards in `directory`, in order, memory-mapped."""
-    for file, written in shard_files(directory).items():
-        check_shard(file, written)
+def read_batches(directory: str | Path) -> Iterator[pa.RecordBatch]:
+    """Yield the memory-mapped record batches of all shards in `directory`, in order.
+
+    Raises:
+        StageError: if a shard is missing or damaged.
+    """
+    for file, expected in list_shards(directory).items():
+        check_shard(file, expected)
         yield from read_shard(file)
 
 
 def read_shard(file: Path) -> Iterator[pa.RecordBatch]:
-    """The record batches of a shard, memory-mapped."""
+    """Yield the memory-mapped record batches of a shard, without checking its checksum."""
     try:
         with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
             for index in range(reader.num_record_batches):
                 yield reader.get_batch(index)
     except pa.ArrowInvalid as error:
-        raise damaged(file, error) from None
+        raise make_damage_error(file, error) from None
 
 
-def shard_files(directory: str | Path) -> dict[Path, str]:
-    """The shards in `directory`, in order, with the checksums that they were written with."""
+def list_shards(directory: str | Path) -> dict[Path, str]:
+    """Return the shards in `directory`, in order, with their expected checksums.
+
+    Raises:
+        StageError: if there are none, or if they are not the files of the checksums.
+    """
     files = sorted(Path(directory).glob("shard-*.arrow"))
     if not files:
-        raise StageError(f"{directory} holds no shards: run `dvc repro`")
+        raise StageError(f"{directory} has no shards: run `dvc repro`")
     written = read_json(Path(directory) / _CHECKSUMS)
     if not isinstance(written, dict) or [file.name for file in files] != list(written):
-        raise StageError(f"{directory}: the shards are not those that {_CHECKSUMS} names: {_REMAKE.format(directory)}")
+        raise StageError(f"{directory}: the shards do not match {_CHECKSUMS}: {_REMAKE.format(directory)}")
     return {file: written[file.name] for file in files}
 
 
-def check_shard(file: Path, written: str) -> None:
-    """Raise StageError if a shard is not what was written with the checksum `written`."""
-    if not file.is_file() or checksum(file) != written:
-        raise damaged(file, "not the bytes that were written")
+def check_shard(file: Path, expected: str) -> None:
+    """Raise StageError if the checksum of a shard is not `expected`."""
+    if not file.is_file() or compute_checksum(file) != expected:
+        raise make_damage_error(file, "its checksum does not match")
 
 
-def damaged(path: str | Path, how: object) -> StageError:
-    """The error of an artifact that is not what a stage wrote."""
-    return StageError(f"{path} is damaged ({how}): {_REMAKE.format(path)}")
+def make_damage_error(path: str | Path, reason: object) -> StageError:
+    """Return the error for an artifact that was changed after a stage wrote it."""
+    return StageError(f"{path} is damaged ({reason}): {_REMAKE.format(path)}")
 
 
-def record_column(batches: Iterable[pa.RecordBatch]) -> npt.NDArray[np.int64] | None:
-    """[num_documents] the column `record` of a split of tokens.
+def read_record_column(batches: Iterable[pa.RecordBatch]) -> npt.NDArray[np.int64] | None:
+    """Return the column `record` of a split of tokens, [num_documents] int64.
 
-    None where tokenize has left out no source: document i is record i then.
+    None if the split has no such column: tokenize left out no source, and document i is record i.
     """
     columns = [to_numpy(batch.column("record")) for batch in batches if "record" in batch.schema.names]
     return np.concatenate(columns) if columns else None
 
 
 class Documents:
-    """A split of tokens, memory-mapped: `documents[i]` is the ids of document i as stored, control tokens included."""
+    """A memory-mapped split of tokens.
+
+    `documents[i]` is the token ids of document i as stored, [num_tokens] uint16 or uint32, control tokens included.
+    """
 
     def __init__(self, directory: str | Path) -> None:
-        batches = list(shard_batches(directory))
+        batches = list(read_batches(directory))
         columns = [batch.column("input_ids") for batch in batches]
-        # The ids of a batch as one array, and where its documents end in it.
+        # Per batch: all token ids [num_tokens], and the boundaries of its documents in them [num_documents + 1].
         self._values = [to_numpy(column.values) for column in columns]
         self._offsets = [to_numpy(column.offsets) for column in columns]
-        self._first = np.cumsum([0, *(len(column) for column in columns)])
+        self._first = np.cumsum([0, *(len(column) for column in columns)])  # [num_batches + 1] first document
         self._marks = [to_numpy(batch.column("marks").values) for batch in batches] if has_marks(batches) else None
-        self.num_bytes = _concatenate(batches, "num_bytes")
-        """[num_documents] int64, of all text in UTF-8."""
-        self.num_counted_bytes = self.num_bytes if self._marks is None else _concatenate(batches, "num_counted_bytes")
-        """[num_documents] int64, of the text that counts."""
-        records = record_column(batches)
+        self.num_bytes = _concatenate_column(batches, "num_bytes")
+        """Bytes of the whole text in UTF-8, [num_documents] int64."""
+        self.num_counted_bytes = (
+            self.num_bytes if self._marks is None else _concatenate_column(batches, "num_counted_bytes")
+        )
+        """Bytes of the text that counts, [num_documents] int64."""
+        records = read_record_column(batches)
         self.records: npt.NDArray[np.int64] = np.arange(len(self)) if records is None else records
-        """[num_documents] number of the record of download that each document was made of."""
+        """Number of the record of download that each document comes from, [num_documents] int64."""
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def __getitem__(self, index: int) -> TokenIds:
-        batch, tokens = self._find(index)
+        batch, tokens = self._locate(index)
         ids: TokenIds = self._values[batch][tokens]
         return ids
 
-    def marks(self, index: int) -> Marks | None:
-        """The marks of the tokens of document `index`; None where all of its tokens count."""
-        batch, tokens = self._find(index)
+    def get_marks(self, index: int) -> Marks | None:
+        """Return the marks of document `index`, [num_tokens] uint8; None if there are none: all tokens count."""
+        batch, tokens = self._locate(index)
         return None if self._marks is None else self._marks[batch][tokens]
 
-    def _find(self, index: int) -> tuple[int, slice]:
-        """The batch that holds document `index`, and its tokens there."""
+    def _locate(self, index: int) -> tuple[int, slice]:
+        """Return the batch of document `index`, and the slice of its tokens in the batch."""
         batch = int(np.searchsorted(self._first, index, side="right")) - 1
         row = index - int(self._first[batch])
         start, end = self._offsets[batch][row : row + 2].tolist()
@@ -351,42 +381,43 @@ class Documents:
 
 
 def has_marks(batches: Sequence[pa.RecordBatch]) -> bool:
-    """Whether tokens or blocks carry marks."""
+    """Return True if the batches of tokens or blocks have a column of marks."""
     return "marks" in batches[0].schema.names
 
 
-def _concatenate(batches: Sequence[pa.RecordBatch], name: str) -> npt.NDArray[np.int64]:
-    """A column of integers over all batches."""
+def _concatenate_column(batches: Sequence[pa.RecordBatch], name: str) -> npt.NDArray[np.int64]:
+    """Return a column of integers over all batches, [num_rows] int64."""
     return np.concatenate([to_numpy(batch.column(name)).astype(np.int64) for batch in batches])
 
 
 class Blocks:
-    """A split of blocks, memory-mapped: `blocks[[3, 1]]` is an array [2, block_size] of token ids."""
+    """A memory-mapped split of blocks: `blocks[[3, 1]]` is an array [2, block_size] of token ids."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = directory
-        batches = [batch for batch in shard_batches(directory) if len(batch)]
+        batches = [batch for batch in read_batches(directory) if len(batch)]
         columns = [batch.column("input_ids") for batch in batches]
         if not columns:
-            raise StageError(f"{directory} holds no blocks: fewer tokens than block_size")
+            raise StageError(f"{directory} has no blocks: the split has fewer tokens than block_size")
         self.block_size = int(columns[0].type.list_size)
+        # Per batch: [num_blocks, block_size].
         self._values = [to_numpy(column.values).reshape(-1, self.block_size) for column in columns]
         self._marks: list[Marks] | None = None
         if has_marks(batches):
             self._marks = [to_numpy(batch.column("marks").values).reshape(-1, self.block_size) for batch in batches]
-        self._first = np.cumsum([0, *(len(column) for column in columns)])
+        self._first = np.cumsum([0, *(len(column) for column in columns)])  # [num_batches + 1] first block
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def __getitem__(self, indices: Sequence[int]) -> TokenIds:
-        return self._rows(self._values, indices)
+        return self._gather_rows(self._values, indices)
 
-    def marks(self, indices: Sequence[int]) -> Marks | None:
-        """The marks of the tokens of some blocks, [num_blocks, block_size]; None where all tokens count."""
-        return None if self._marks is None else self._rows(self._marks, indices)
+    def get_marks(self, indices: Sequence[int]) -> Marks | None:
+        """Return the marks of blocks, [len(indices), block_size] uint8; None if there are none: all tokens count."""
+        return None if self._marks is None else self._gather_rows(self._marks, indices)
 
-    def _rows(self, batches: Sequence[npt.NDArray[Any]], indices: Sequence[int]) -> npt.NDArray[Any]:
+    def _gather_rows(self, batches: Sequence[npt.NDArray[Any]], indices: Sequence[int]) -> npt.NDArray[Any]:
         rows = []
         for index in indices:
             batch = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -394,8 +425,11 @@ class Blocks:
         return np.stack(rows)
 
 
-def free_copy(source: Path, target: Path, leave: Sequence[str] = ()) -> None:
-    """Copy the files of the directory `source` into `target`, without their modes and times, but for `leave`."""
+def copy_files(source: Path, target: Path, exclude: Sequence[str] = ()) -> None:
+    """Copy the files of the directory `source` into `target`, except those named in `exclude`.
+
+    Modes and times are not copied, so the copies are writable.
+    """
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.name not in leave:
+        if file.is_file() and file.name not in exclude:
             (target / file.name).write_bytes(file.read_bytes())

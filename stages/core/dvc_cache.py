@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-_DIRECTORY = ".dir"  # how the md5 of a directory ends
+_DIRECTORY = ".dir"  # suffix of the md5 of a directory
 
 
-def is_directory(md5: str) -> bool:
-    """Whether an md5 sum is that of a directory's listing."""
+def is_directory_md5(md5: str) -> bool:
+    """Return True if an md5 sum is that of a directory listing."""
     return md5.endswith(_DIRECTORY)
 
 
 class DvcCache:
-    """DVC's cache of a repository on this machine."""
+    """The local DVC cache of a repository."""
 
     def __init__(self, repo: Any) -> None:
         """
@@ -22,13 +22,16 @@ class DvcCache:
         """
         self._local = repo.cache.local
 
-    def file(self, md5: str) -> Path:
-        """Where the cache keeps `md5`, if it has it."""
+    def get_path(self, md5: str) -> Path:
+        """Return the path of the file with this md5 sum in the cache; the file may not exist."""
         return Path(self._local.oid_to_path(md5))
 
     def list_files(self, md5: str) -> dict[str, str] | None:
-        """Relative path to md5 of the files of a directory; None for one that the cache does not have, or a file."""
-        file = self.file(md5)
-        if not is_directory(md5) or not file.is_file():
+        """Return the files of a directory, relative path to md5.
+
+        None if `md5` is that of a file, or if the listing is not in the cache.
+        """
+        file = self.get_path(md5)
+        if not is_directory_md5(md5) or not file.is_file():
             return None
         return {entry["relpath"]: entry["md5"] for entry in json.loads(file.read_bytes())}

@@ -1,4 +1,4 @@
-"""Environment variables in which libraries find settings that DVC cannot see, and that change the bytes of a result."""
+"""Environment variables that change the results of libraries. DVC does not track them."""
 
 import logging
 import os
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 log = logging.getLogger(__name__)
 
-# Prefixes of what the documentation of the libraries names. Most are read when a library is loaded.
-_CHANGE_RESULTS = (
-    # OpenMP: how many threads share a sum, and how.
+# Prefixes of variables in the documentation of the libraries. Most are read when a library is loaded.
+_RESULT_PREFIXES = (
+    # OpenMP: the number of threads that share a sum, and their schedule.
     *("OMP_", "KMP_"),
     # Matrix products and instruction sets on the CPU: torch, MKL, oneDNN (formerly DNNL, MKL-DNN), BLAS, numpy.
     *("ATEN_", "MKL_", "ONEDNN_", "DNNL_", "MKLDNN_", "TORCH_MKLDNN_", "TORCH_LINEAR_"),
@@ -20,10 +20,10 @@ _CHANGE_RESULTS = (
     *("PYTORCH_MPS_FAST_MATH", "PYTORCH_MPS_PREFER_METAL"),
     # Compilation.
     *("PYTORCH_JIT", "PYTORCH_TENSOREXPR", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TORCH_COMPILE", "TORCH_DYNAMO_"),
-    # Kernels that transformers takes instead of torch's.
+    # Kernels that transformers uses instead of torch's.
     *("TRANSFORMERS_DISABLE_DEEPGEMM", "TRANSFORMERS_SDPA_", "USE_HUB_KERNELS"),
 )
-# Of these prefixes, but only about speed, memory, places and what is printed.
+# Variables with these prefixes that only affect speed, memory, thread placement or output.
 _HARMLESS = dict.fromkeys(
     (
         *("OMP_AFFINITY_FORMAT", "OMP_DISPLAY_AFFINITY", "OMP_DISPLAY_ENV"),
@@ -33,8 +33,9 @@ _HARMLESS = dict.fromkeys(
         *("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_WORKER_START"),
     )
 )
-# The order in which NCCL adds up gradients. Clusters may not work without these: part of what a run is known by.
-_COLLECTIVES = (
+# Variables that affect the order in which NCCL adds gradients. A cluster may need them, so they are not refused but are
+# part of a run's fingerprint.
+_COLLECTIVE_PREFIXES = (
     *("NCCL_ALGO", "NCCL_BUFFSIZE", "NCCL_COLLNET_", "NCCL_GRAPH_FILE", "NCCL_MAX_", "NCCL_MIN_", "NCCL_MNNVL_"),
     *("NCCL_NCHANNELS", "NCCL_NTHREADS", "NCCL_NVLS_", "NCCL_P2P_", "NCCL_PROTO", "NCCL_SHM_DISABLE"),
     *("NCCL_TOPO_FILE", "NCCL_TUNER_"),
@@ -42,39 +43,39 @@ _COLLECTIVES = (
 
 
 def find_variables(prefixes: tuple[str, ...], ours: Mapping[str, str | None]) -> list[str]:
-    """Names of the variables that begin with one of `prefixes`; one that has its value in `ours` is left out.
+    """Return the names of the set variables that begin with one of `prefixes`, except those allowed by `ours`.
 
     Args:
-        ours: values by name; None: any value.
+        ours: allowed value by name; None: any value is allowed.
     """
     found = [name for name in os.environ if name.startswith(prefixes)]
     return [name for name in found if name not in ours or ours[name] not in (None, os.environ[name])]
 
 
 def drop_environment_variables(prefixes: tuple[str, ...], ours: Mapping[str, str | None]) -> list[str]:
-    """Remove the variables that `find_variables` finds, with a warning for each; their names."""
+    """Remove the variables that `find_variables` finds, with a warning for each, and return their names."""
     found = find_variables(prefixes, ours)
     for name in found:
-        log.warning("%s is ignored: what trains a model stands in conf/", name)
+        log.warning("%s is ignored: settings of training belong in conf/", name)
         del os.environ[name]
     return found
 
 
-def variables_that_change_results(*harmless: str) -> list[str]:
-    """Names of the variables that are set and would change a result; those named in `harmless` are left out."""
-    return find_variables(_CHANGE_RESULTS, {**_HARMLESS, **dict.fromkeys(harmless)})
+def find_result_variables(*harmless: str) -> list[str]:
+    """Return the names of the set variables that change results, except those in `harmless`."""
+    return find_variables(_RESULT_PREFIXES, {**_HARMLESS, **dict.fromkeys(harmless)})
 
 
-def settings_of_collectives() -> dict[str, str]:
-    """The variables that change what several GPUs compute together, with their values."""
-    return {name: os.environ[name] for name in sorted(find_variables(_COLLECTIVES, {}))}
+def read_collective_settings() -> dict[str, str]:
+    """Return the set variables that change the results of collective operations of GPUs, with their values."""
+    return {name: os.environ[name] for name in sorted(find_variables(_COLLECTIVE_PREFIXES, {}))}
 
 
 def restart_without_settings() -> None:
-    """Start this program again in this process if variables that would change its results are set, without them.
+    """If variables that change results are set, replace this process by the same program without them.
 
-    It is too late to remove them only: numpy has been loaded by now, with its BLAS.
+    Removing them from the environment is too late: numpy and its BLAS are already loaded.
     """
-    if drop_environment_variables(_CHANGE_RESULTS, _HARMLESS):
+    if drop_environment_variables(_RESULT_PREFIXES, _HARMLESS):
         sys.stderr.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,7 +1,7 @@
-"""Random numbers that are a function of their counter alone: splitmix64.
+"""Counter-based random numbers: splitmix64.
 
-Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014. Unlike a generator that advances,
-it gives a position the same numbers whatever was drawn before it, in whichever process.
+Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014. Unlike a generator with a state,
+it gives a position the same numbers in every process, regardless of the numbers drawn before.
 """
 
 import numpy as np
@@ -14,22 +14,30 @@ _SHIFT_1, _SHIFT_2, _SHIFT_3 = np.uint64(30), np.uint64(27), np.uint64(31)
 _MULTIPLY_1, _MULTIPLY_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
-def mix(values: Uint64) -> Uint64:
-    """splitmix64's output function, elementwise: a bijection of uint64 that scatters neighbours."""
+def mix_bits(values: Uint64) -> Uint64:
+    """Apply splitmix64's output function elementwise: a bijection of uint64 that scatters neighbors."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> _SHIFT_1)) * _MULTIPLY_1
         values = (values ^ (values >> _SHIFT_2)) * _MULTIPLY_2
     return values ^ (values >> _SHIFT_3)
 
 
-def random_uint64(seed: int, stream: int, counters: npt.ArrayLike, num_draws: int) -> Uint64:
-    """Random numbers [len(counters), num_draws]; row i depends only on (seed, stream, counters[i])."""
-    return random_uint64_at(seed, stream, np.asarray(counters, np.uint64)[:, None], np.arange(num_draws))
+def draw_uint64(seed: int, stream: int, counters: npt.ArrayLike, num_draws: int) -> Uint64:
+    """Return random numbers, [len(counters), num_draws] uint64; row i depends only on (seed, stream, counters[i])."""
+    return draw_uint64_at(seed, stream, np.asarray(counters, np.uint64)[:, None], np.arange(num_draws))
 
 
-def random_uint64_at(seed: int, stream: int, counters: npt.ArrayLike, draws: npt.ArrayLike) -> Uint64:
-    """Those of the numbers of `random_uint64` in the rows of `counters` and the columns `draws`, broadcast together."""
-    key = mix(mix(np.array(seed, np.uint64)) + np.array(stream, np.uint64))
+def draw_uint64_at(seed: int, stream: int, counters: npt.ArrayLike, draws: npt.ArrayLike) -> Uint64:
+    """Return the numbers of `draw_uint64` at the given counters and columns.
+
+    Args:
+        counters: counters of the rows, any shape that broadcasts with `draws`.
+        draws: indices of the columns.
+
+    Returns:
+        uint64 of the broadcast shape.
+    """
+    key = mix_bits(mix_bits(np.array(seed, np.uint64)) + np.array(stream, np.uint64))
     with np.errstate(over="ignore"):
-        keys = mix(key + _GAMMA + np.asarray(counters, np.uint64))
-        return mix(keys + _GAMMA * (np.asarray(draws, np.uint64) + np.uint64(1)))
+        keys = mix_bits(key + _GAMMA + np.asarray(counters, np.uint64))
+        return mix_bits(keys + _GAMMA * (np.asarray(draws, np.uint64) + np.uint64(1)))

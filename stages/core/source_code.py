@@ -1,8 +1,8 @@
-"""What of the project's code decides the result of a stage: the modules that it imports, and what each of them does.
+"""Hashes of the code that determines the result of a stage: of each module that the stage imports.
 
-A module is known by a hash of its syntax tree, in which comments and formatting do not appear, without docstrings and
-without the texts of log lines and errors. So a reworded message makes no stage run again, and a changed behaviour makes
-exactly those run that import the module.
+The hash of a module is that of its syntax tree, which has no comments and formatting, without docstrings and the texts
+of log lines and errors. So a reworded message re-runs no stage, and a change of behavior re-runs exactly the stages
+that import the module.
 """
 
 import ast
@@ -17,8 +17,8 @@ from stages.core.errors import StageError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
-# Imports by a name that only the config knows: a stage to the package of which it imports one subpackage. It has hashes
-# for each of them.
+# Imports by a name from the config: stage to the package from which it imports one subpackage. The stage has one file
+# of hashes per subpackage.
 DYNAMIC_IMPORTS = {"train": "stages.frameworks"}
 
 _LOG_METHODS = {"critical", "debug", "error", "exception", "info", "log", "warning"}
@@ -28,71 +28,74 @@ _TEXT = ast.Constant("text")
 
 
 def list_stages() -> list[str]:
-    """Names of the stages: the packages that can be run, without the one that writes these hashes."""
+    """Return the names of the stages: the packages that can be run, except `code`, which writes these hashes."""
     return sorted(file.parent.name for file in PACKAGE.glob("*/__main__.py") if file.parent.name != "code")
 
 
-def hashed_names(stage: str) -> dict[str, list[str]]:
-    """Name to the modules whose imports count: STAGE, or STAGE-CHOICE for each choice of its dynamic import."""
+def list_root_modules(stage: str) -> dict[str, list[str]]:
+    """Map names of hash files to the modules at which their imports start.
+
+    The names are STAGE, or STAGE-CHOICE for each choice of a dynamic import.
+    """
     main = f"{PACKAGE.name}.{stage}.__main__"
     if stage not in DYNAMIC_IMPORTS:
         return {stage: [main]}
     package = DYNAMIC_IMPORTS[stage]
-    names = sorted(file.parent.name for file in _file(package).parent.glob("*/__init__.py"))
+    names = sorted(file.parent.name for file in _get_file(package).parent.glob("*/__init__.py"))
     return {f"{stage}-{name}": [main, f"{package}.{name}"] for name in names}
 
 
 def hash_code(name: str) -> dict[str, str]:
-    """The modules that are imported under a name of `hashed_names`, each with the hash of what it does."""
-    roots = hashed_names(name.partition("-")[0])[name]
-    modules = set().union(*(imported_modules(root) for root in roots))
-    return {module: hash_behaviour(_file(module)) for module in sorted(modules)}
+    """Map each module imported under a name of `list_root_modules` to its `hash_behavior`."""
+    roots = list_root_modules(name.partition("-")[0])[name]
+    modules = set().union(*(find_imported_modules(root) for root in roots))
+    return {module: hash_behavior(_get_file(module)) for module in sorted(modules)}
 
 
-def imported_modules(module: str) -> set[str]:
-    """The project's modules that are loaded with `module`, itself included: transitively, lazy imports as well."""
+def find_imported_modules(module: str) -> set[str]:
+    """Return the project's modules that `module` imports transitively, lazy imports and `module` itself included."""
     found: set[str] = set()
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
+    pending = [module]
+    while pending:
+        name = pending.pop()
         if name not in found:
             found.add(name)
-            waiting += [*direct_imports(name), *_packages(name)]
+            pending += [*find_direct_imports(name), *_list_parent_packages(name)]
     return found
 
 
 @functools.cache
-def direct_imports(module: str) -> tuple[str, ...]:
-    """The project's modules that `module` imports by name, at its top or inside functions."""
+def find_direct_imports(module: str) -> tuple[str, ...]:
+    """Return the project's modules that `module` itself imports by name, at the top level or inside functions."""
     root = PACKAGE.name
     names: list[str] = []
-    for node in ast.walk(_WithoutTypeChecking().visit(_parse(_file(module)))):
+    for node in ast.walk(_RemoveTypeChecking().visit(_parse_module(_get_file(module)))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{module}: a relative import"
             base = node.module or ""
-            # `from package import name`: the name may be a module or something that the package defines.
-            names += [base, *(name for alias in node.names if _exists(name := f"{base}.{alias.name}"))]
+            # `from package import name`: the name may be a module or an object that the package defines.
+            names += [base, *(name for alias in node.names if _is_module(name := f"{base}.{alias.name}"))]
     return tuple(dict.fromkeys(name for name in names if name.partition(".")[0] == root))
 
 
-def _packages(module: str) -> Iterator[str]:
-    """The packages around a module, whose `__init__.py` run before it."""
+def _list_parent_packages(module: str) -> Iterator[str]:
+    """Yield the packages that contain a module; Python runs their `__init__.py` before it."""
     while module := module.rpartition(".")[0]:
         yield module
 
 
-def _file(module: str) -> Path:
+def _get_file(module: str) -> Path:
     path = PACKAGE.parent.joinpath(*module.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def _exists(module: str) -> bool:
-    return module.startswith(f"{PACKAGE.name}.") and _file(module).is_file()
+def _is_module(module: str) -> bool:
+    return module.startswith(f"{PACKAGE.name}.") and _get_file(module).is_file()
 
 
-def _parse(file: Path) -> ast.Module:
+def _parse_module(file: Path) -> ast.Module:
     try:
         return ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:
@@ -100,38 +103,38 @@ def _parse(file: Path) -> ast.Module:
 
 
 @functools.cache
-def hash_behaviour(file: Path) -> str:
-    """Hexadecimal SHA-256 of what the module in `file` does, the same under every version of Python."""
-    return _hash(_without_texts(_parse(file)))
+def hash_behavior(file: Path) -> str:
+    """Return the hexadecimal SHA-256 of the behavior of a module, which is the same under every version of Python."""
+    return _hash_nodes(_strip_texts(_parse_module(file)))
 
 
 def hash_source(source: str) -> str:
-    """`hash_behaviour` of a module with the text `source`.
+    """Return the `hash_behavior` of a module with the text `source`.
 
     Raises:
-        SyntaxError, ValueError: if it is not Python.
+        SyntaxError, ValueError: if the text is not Python.
     """
-    return _hash(_without_texts(ast.parse(source)))
+    return _hash_nodes(_strip_texts(ast.parse(source)))
 
 
 def hash_definitions(source: str) -> dict[str, str]:
-    """The parts of a module with the text `source`, each with the hash of what it does.
+    """Map each part of a module with the text `source` to the hash of its behavior.
 
     A part is a function, a class, a method (`Class.method`), a variable, or all imports or other statements of the
     module (`imports`, `statements`). The hash of a class does not cover its methods.
 
     Raises:
-        SyntaxError, ValueError: if it is not Python.
+        SyntaxError, ValueError: if the text is not Python.
     """
     parts: dict[str, list[ast.AST]] = {}
-    for node in _without_texts(ast.parse(source)).body:
-        for name, part in _definitions(node):
+    for node in _strip_texts(ast.parse(source)).body:
+        for name, part in _split_definitions(node):
             parts.setdefault(name, []).append(part)
-    return {name: _hash(nodes) for name, nodes in parts.items()}
+    return {name: _hash_nodes(nodes) for name, nodes in parts.items()}
 
 
-def _definitions(node: ast.stmt) -> Iterator[tuple[str, ast.AST]]:
-    """The parts of a statement at the top of a module, by name."""
+def _split_definitions(node: ast.stmt) -> Iterator[tuple[str, ast.AST]]:
+    """Yield the name and syntax tree of each part of a top-level statement."""
     if isinstance(node, ast.ClassDef):
         methods = [item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
         yield from ((f"{node.name}.{method.name}", method) for method in methods)
@@ -149,27 +152,30 @@ def _definitions(node: ast.stmt) -> Iterator[tuple[str, ast.AST]]:
         yield "statements", node
 
 
-def _without_texts(tree: ast.Module) -> ast.Module:
-    """`tree`, which is changed, with nothing in it but what decides a result."""
-    cleaned: ast.Module = _WithoutTexts().visit(_WithoutTypeChecking().visit(tree))
+def _strip_texts(tree: ast.Module) -> ast.Module:
+    """Remove from `tree`, in place, everything that does not affect a result."""
+    cleaned: ast.Module = _RemoveTexts().visit(_RemoveTypeChecking().visit(tree))
     return cleaned
 
 
-def _hash(node: Any) -> str:
-    return hashlib.sha256(json.dumps(_plain(node)).encode()).hexdigest()
+def _hash_nodes(node: Any) -> str:
+    return hashlib.sha256(json.dumps(_to_json(node)).encode()).hexdigest()
 
 
-def _plain(node: Any) -> Any:
-    """A syntax tree as JSON. Empty fields are left out: versions of Python add fields that old code leaves empty."""
+def _to_json(node: Any) -> Any:
+    """Convert a syntax tree to JSON values.
+
+    Empty fields are left out: new versions of Python add fields, which are empty for existing code.
+    """
     if isinstance(node, ast.AST):
-        fields = {name: _plain(value) for name, value in ast.iter_fields(node) if value is not None and value != []}
+        fields = {name: _to_json(value) for name, value in ast.iter_fields(node) if value is not None and value != []}
         return [type(node).__name__, fields]
     if isinstance(node, list):
-        return [_plain(item) for item in node]
+        return [_to_json(item) for item in node]
     return [type(node).__name__, repr(node)]
 
 
-class _WithoutTypeChecking(ast.NodeTransformer):
+class _RemoveTypeChecking(ast.NodeTransformer):
     """Removes `if TYPE_CHECKING:` blocks, which never run."""
 
     def visit_If(self, node: ast.If) -> Any:
@@ -178,8 +184,8 @@ class _WithoutTypeChecking(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-class _WithoutTexts(ast.NodeTransformer):
-    """Removes docstrings, and replaces the strings of log lines and errors by one and the same text."""
+class _RemoveTexts(ast.NodeTransformer):
+    """Removes docstrings, and replaces all strings of log lines and errors by one constant."""
 
     def visit_Expr(self, node: ast.Expr) -> Any:
         if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -195,7 +201,7 @@ class _WithoutTexts(ast.NodeTransformer):
         return node
 
     def visit_Call(self, node: ast.Call) -> Any:
-        if not _is_message(node.func):
+        if not _is_message_call(node.func):
             return self.generic_visit(node)
         node.func = self.visit(node.func)
         node.args = [_ReplaceStrings().visit(argument) for argument in node.args]
@@ -210,13 +216,13 @@ class _ReplaceStrings(ast.NodeTransformer):
         return _TEXT
 
     def visit_BinOp(self, node: ast.BinOp) -> Any:
-        """Texts put together are a text, and so are those that `%` fills in."""
+        """Replace an operation on texts, such as `+` or `%`, by one text."""
         node = ast.BinOp(self.visit(node.left), node.op, self.visit(node.right))
         return _TEXT if _TEXT in (node.left, node.right) else node
 
 
-def _is_message(function: ast.expr) -> bool:
-    """Whether a call takes texts for people: of a logger, of an error or a warning."""
+def _is_message_call(function: ast.expr) -> bool:
+    """Return True if a call creates a message for people: a log line, an error or a warning."""
     if isinstance(function, ast.Attribute):
         if function.attr in _LOG_METHODS:
             logger = function.value.func if isinstance(function.value, ast.Call) else function.value

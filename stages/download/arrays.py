@@ -1,7 +1,7 @@
-"""Arrow arrays from numpy's and back, without copies where there need be none.
+"""Conversions between Arrow and numpy arrays, without copies if possible, and operations on Arrow lists and texts.
 
-Arrow's own ways (`pyarrow.array`, `scalar`, `to_numpy`) import pandas where it is installed: half a second of every
-process.
+Arrow's own functions (`pyarrow.array`, `scalar`, `to_numpy`) import pandas if it is installed, which takes each process
+half a second.
 """
 
 from typing import Any
@@ -18,39 +18,40 @@ Ints = npt.NDArray[np.int64]
 
 
 def from_bools(values: Bools) -> pa.BooleanArray:
-    """An Arrow array of truth values, [len(values)]."""
-    return pa.Array.from_buffers(pa.bool_(), len(values), [None, _pack(values)])
+    """Convert `values`, [num_values], bool, to an Arrow array."""
+    return pa.Array.from_buffers(pa.bool_(), len(values), [None, _pack_bits(values)])
 
 
 def to_bools(array: pa.BooleanArray) -> Bools:
-    """The values of an Arrow array without nulls, [len(array)]."""
+    """Convert an Arrow array without nulls to numpy, [len(array)], bool."""
+    # Arrow stores 8 values per byte; a slice begins `array.offset` bits into the buffer.
     bits = np.frombuffer(array.buffers()[1] or b"", np.uint8)
     return np.unpackbits(bits, count=array.offset + len(array), bitorder="little")[array.offset :].astype(np.bool_)
 
 
-def _pack(values: Bools) -> pa.Buffer:
+def _pack_bits(values: Bools) -> pa.Buffer:
     return pa.py_buffer(np.packbits(values, bitorder="little"))
 
 
-def take(array: pa.Array, positions: Ints, is_null: Bools | None = None) -> pa.Array:
-    """The values at `positions`, [num_positions]; null where `is_null`."""
-    validity = None if is_null is None else _pack(~is_null)
+def take_values(array: pa.Array, positions: Ints, is_null: Bools | None = None) -> pa.Array:
+    """Take the values at `positions`, [num_positions], int64; null where `is_null`, [num_positions], is True."""
+    validity = None if is_null is None else _pack_bits(~is_null)
     buffers = [validity, pa.py_buffer(np.ascontiguousarray(positions))]
     return array.take(pa.Array.from_buffers(pa.int64(), len(positions), buffers))
 
 
-def repeat(text: str, number: int) -> pa.StringArray:
-    """`text` in each of `number` places."""
+def repeat_text(text: str, number: int) -> pa.StringArray:
+    """Return an array of `number` copies of `text`, [number]."""
     return pa.repeat(to_scalar(text), number)
 
 
 def fill_null(array: pa.Array, filler: str | int) -> pa.Array:
-    """`array` with `filler` in the place of nulls."""
+    """Replace the nulls of `array` by `filler`."""
     return pc.fill_null(array, to_scalar(filler).cast(array.type)) if array.null_count else array
 
 
 def to_scalar(value: str | int) -> pa.Scalar:
-    """`value` as a string or a 64-bit integer of Arrow."""
+    """Convert `value` to an Arrow scalar: a string or a 64-bit integer."""
     if isinstance(value, int):
         return to_arrow(np.array([value]))[0]
     content = value.encode()
@@ -59,39 +60,59 @@ def to_scalar(value: str | int) -> pa.Scalar:
 
 
 def make_lists(offsets: Ints, values: pa.Array, is_null: Bools | None = None) -> pa.ListArray:
-    """Lists of `values`, of which those of each list begin at `offsets`, [num_lists + 1]."""
+    """Group `values` into lists.
+
+    Args:
+        offsets: index of each list's first value, and of the end of the last list, [num_lists + 1], int64.
+        values: values of all lists, one after the other, [num_values].
+        is_null: True for lists that are null, [num_lists], bool; None: no nulls.
+    """
     starts = to_arrow(offsets.astype(np.int32))
     return pa.ListArray.from_arrays(starts, values, mask=None if is_null is None else from_bools(is_null))
 
 
-def combine(column: pa.ChunkedArray) -> pa.Array:
-    """The values of a column in one piece."""
-    if column.num_chunks == 1:  # of which combine_chunks makes a copy
+def merge_chunks(column: pa.ChunkedArray) -> pa.Array:
+    """Return the values of a column as a single array."""
+    if column.num_chunks == 1:  # combine_chunks would copy it
         return column.chunk(0)
-    whole = column.combine_chunks()
-    return whole.chunk(0) if isinstance(whole, pa.ChunkedArray) else whole
+    combined = column.combine_chunks()
+    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
 
 
-def text_offsets(texts: pa.StringArray) -> Ints:
-    """Where each text begins in the buffer of their bytes, and where the last ends, [len(texts) + 1]."""
+def get_text_offsets(texts: pa.StringArray) -> Ints:
+    """Return the byte offset of each text in the buffer of `texts`, and of the end, [len(texts) + 1], int64."""
     offsets = np.frombuffer(texts.buffers()[1] or bytes(4), np.int32).astype(np.int64)
     return offsets[texts.offset : texts.offset + len(texts) + 1]
 
 
-def list_offsets(lists: pa.ListArray) -> Ints:
-    """Where the items of each list begin among those of all (`flatten`), and where the last end, [len(lists) + 1]."""
+def compute_list_offsets(lists: pa.ListArray) -> Ints:
+    """Return the index of each list's first item in `lists.flatten()`, and of the end, [len(lists) + 1], int64."""
     lengths = to_numpy(fill_null(pc.list_value_length(lists), 0))
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def sum_by(offsets: Ints, values: npt.NDArray[Any]) -> Ints:
-    """Sums of the values of each record, which begin at `offsets`, [num_records + 1]."""
+def sum_per_record(offsets: Ints, values: npt.NDArray[Any]) -> Ints:
+    """Sum `values`, [num_values], over each record, whose values begin at `offsets`, [num_records + 1], int64.
+
+    Returns:
+        [num_records], int64.
+    """
+    # Differences of the cumulative sum, [num_values + 1], at the bounds of the records. Empty records have 0.
     sums: Ints = np.diff(np.concatenate([[0], np.cumsum(values, dtype=np.int64)])[offsets])
     return sums
 
 
-def ranges(starts: Ints, lengths: Ints) -> Ints:
-    """start, start + 1, ... for each start, as many as its length, [sum of lengths]."""
-    behind = np.cumsum(lengths) - lengths
-    places: Ints = np.arange(lengths.sum()) + np.repeat(starts - behind, lengths)
-    return places
+def concatenate_ranges(starts: Ints, lengths: Ints) -> Ints:
+    """Concatenate the ranges [start, start + length).
+
+    Args:
+        starts: [num_ranges], int64.
+        lengths: [num_ranges], int64.
+
+    Returns:
+        [sum of lengths], int64.
+    """
+    # Position of each range in the result, [num_ranges]. A running index plus (start - position) counts from start.
+    positions = np.cumsum(lengths) - lengths
+    indices: Ints = np.arange(lengths.sum()) + np.repeat(starts - positions, lengths)
+    return indices

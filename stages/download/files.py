@@ -1,4 +1,4 @@
-"""Which files a path names: local ones, those of a URL, of which format, and of which split."""
+"""Files at a path or URL, with their formats, compressions and splits."""
 
 import logging
 import os
@@ -21,39 +21,40 @@ FORMATS = {
 }  # fmt: skip
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 _OWN_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
-PATH_LIMIT = 1000  # characters of a path in a message
-_NAMES = 20  # files that a log line names
+PATH_LIMIT = 1000  # maximum number of characters of a path in a message
+_MAX_LISTED_FILES = 20  # in a log line
 
 
 def find_files(path: str) -> list[tuple[Any, str]]:
-    """The readable files at `path` (a file, a directory or a URL), each with its file system, sorted by name.
+    """Return the readable files at `path` (a file, a directory or a URL) with their file systems, sorted by name.
 
     Raises:
-        StageError: if there are none, or what is there cannot be read.
+        StageError: if there are no readable files.
     """
     shown = printable(path, PATH_LIMIT)
     try:
-        file_system, root = _file_system(path)
-        # Over HTTP, what is refused is taken for absent unless strict, and isdir reads the whole file and takes one
-        # with links in it for a directory.
+        file_system, root = _open_file_system(path)
+        # Over HTTP, `exists` returns False for a refused request unless strict, and `isdir` reads the whole file and
+        # returns True if it contains links.
         options = {"strict": True} if is_web(path) else {}
         if not file_system.exists(root, **options):
             files = []
-        elif not (is_web(path) and format_of(root)) and file_system.isdir(root):
-            files = _files_below(file_system, root)
+        elif not (is_web(path) and get_format(root)) and file_system.isdir(root):
+            files = _list_data_files(file_system, root)
         else:
             files = [root]
             _refuse_special(file_system, root)
-            if not format_of(root):
+            if not get_format(root):
                 raise StageError(
-                    f"data.path={shown}: unknown format; give it one of {', '.join(FORMATS)} (.gz, .zst may follow)"
+                    f"data.path={shown}: unknown format; its name must end in {', '.join(FORMATS)} (.gz, .zst may"
+                    " follow)"
                 )
     except StageError:
         raise
     except Exception as error:
-        if reason := describe_web(error):
+        if reason := explain_web_error(error):
             raise StageError(f"data.path={shown}: {reason}") from None
-        if isinstance(error, OSError) and error.errno is not None:  # the system's
+        if isinstance(error, OSError) and error.errno is not None:  # of the operating system
             raise
         if isinstance(error, ImportError | OSError | ValueError):
             raise StageError(f"data.path={shown}: {printable(error)}") from None
@@ -70,24 +71,24 @@ def is_web(path: str) -> bool:
     return path.startswith(("http://", "https://"))
 
 
-def _file_system(path: str) -> tuple[Any, str]:
-    """The file system that `path` is on, and its name there."""
-    if "://" not in path:  # whatever else fsspec would see in its name
+def _open_file_system(path: str) -> tuple[Any, str]:
+    """Return the file system of `path`, and its name in that file system."""
+    if "://" not in path:  # fsspec would give other characters in the name a meaning
         return fsspec.filesystem("file"), str(Path.cwd() / path)
     if is_web(path):
-        from stages.download.web import client
+        from stages.download.web import create_client
 
-        return tuple(fsspec.core.url_to_fs(path, get_client=client))
+        return tuple(fsspec.core.url_to_fs(path, get_client=create_client))
     return tuple(fsspec.core.url_to_fs(path))
 
 
-def _files_below(file_system: Any, root: str) -> list[str]:
-    """The files of a known format below the directory `root`; those that are left out are logged.
+def _list_data_files(file_system: Any, root: str) -> list[str]:
+    """Return the files of a known format below the directory `root`; log the files that are left out.
 
     Raises:
-        StageError: if a directory there is a link, which DVC does not follow, or an entry is no file.
+        StageError: if an entry is a link to a directory, which DVC does not follow, or is not a regular file.
     """
-    entries = _local_entries(root) if is_local(file_system) else file_system.find(root)
+    entries = _list_local_entries(root) if is_local(file_system) else file_system.find(root)
     found = sorted(file for file in entries if not _is_hidden(file.removeprefix(root)))
     if is_local(file_system):
         for file in found:
@@ -97,50 +98,50 @@ def _files_below(file_system: Any, root: str) -> list[str]:
                     f"{printable(file, PATH_LIMIT)} is a link to a directory, which DVC does not track: copy the"
                     " directory there, or set data.path to it"
                 )
-    files = [file for file in found if format_of(file)]
+    files = [file for file in found if get_format(file)]
     if len(files) < len(found):
         log.info("%s: %d files of other formats left out", printable(root, PATH_LIMIT), len(found) - len(files))
-    texts = [file for file in files if format_of(file) == "text"]
+    texts = [file for file in files if get_format(file) == "text"]
     if len(texts) == len(files) or not texts:
         return files
-    # README.md and LICENSE.txt of a data set are no records.
-    names = ", ".join(printable(PurePosixPath(file).name, 60) for file in texts[:_NAMES])
-    more = f" and {len(texts) - _NAMES} more" if len(texts) > _NAMES else ""
-    log.info("%s: plain text beside data files left out: %s%s", printable(root, PATH_LIMIT), names, more)
-    return [file for file in files if format_of(file) != "text"]
+    # In a directory of data files, README.md and LICENSE.txt are not records.
+    names = ", ".join(printable(PurePosixPath(file).name, 60) for file in texts[:_MAX_LISTED_FILES])
+    more = f" and {len(texts) - _MAX_LISTED_FILES} more" if len(texts) > _MAX_LISTED_FILES else ""
+    log.info("%s: plain text next to data files left out: %s%s", printable(root, PATH_LIMIT), names, more)
+    return [file for file in files if get_format(file) != "text"]
 
 
-def _local_entries(root: str) -> Iterator[str]:
-    """What is below `root` and no directory, links to directories included; hidden directories are not entered.
+def _list_local_entries(root: str) -> Iterator[str]:
+    """Yield the files and the links to directories below `root`, without entering hidden directories.
 
-    Unlike fsspec's `find`, raises the system's error where a directory cannot be read.
+    Unlike fsspec's `find`, raise the system's error if a directory cannot be read.
     """
 
-    def fail(error: OSError) -> None:
+    def raise_error(error: OSError) -> None:
         raise error
 
-    for directory, directories, files in os.walk(root, onerror=fail):
+    for directory, directories, files in os.walk(root, onerror=raise_error):
         links = [name for name in directories if Path(directory, name).is_symlink()]
         directories[:] = [name for name in directories if not name.startswith(".")]
         yield from (os.path.join(directory, name) for name in [*files, *links])  # noqa: PTH118 (ten times faster)
 
 
 def is_local(file_system: Any) -> bool:
-    """Whether `file_system` is that of this machine."""
+    """Return True if `file_system` is the local one."""
     return "file" in file_system.protocol
 
 
 def _refuse_special(file_system: Any, file: str) -> None:
-    """Raise StageError if `file` is there, but no regular file: reading a FIFO waits for a writer."""
+    """Raise StageError if `file` exists but is not a regular file: reading a FIFO would wait for a writer."""
     local = Path(file)
     if is_local(file_system) and local.exists() and not local.is_file() and not local.is_dir():
         raise StageError(
-            f"{printable(file, PATH_LIMIT)} is a FIFO, a socket or a device: put a file with its content in its place"
+            f"{printable(file, PATH_LIMIT)} is a FIFO, a socket or a device: replace it by a file with its content"
         )
 
 
 def _refuse_unreadable(path: str) -> None:
-    """Raise the system's own error where `path` cannot be looked at: fsspec takes that for an absent file."""
+    """Raise the system's error if `path` cannot be accessed, which fsspec reports as an absent file."""
     local = Path(path)
     if os.path.lexists(local):
         local.stat()
@@ -148,37 +149,38 @@ def _refuse_unreadable(path: str) -> None:
             next(local.iterdir(), None)
 
 
-def describe_web(error: BaseException) -> str:
-    """Words for an error of the HTTP client; the empty string for all others."""
-    if "aiohttp" not in sys.modules:  # whose import takes a while
+def explain_web_error(error: BaseException) -> str:
+    """Describe an error of the HTTP client, for a message; return the empty string for other errors."""
+    if "aiohttp" not in sys.modules:  # slow to import
         return ""
-    from stages.download.web import describe
+    from stages.download.web import explain_client_error
 
-    return describe(error)
+    return explain_client_error(error)
 
 
-def format_of(file: str) -> str | None:
-    """The format that the name of `file` says, compression aside."""
-    name = _without_query(file)
+def get_format(file: str) -> str | None:
+    """Return the format that the suffix of `file` indicates, ignoring compression; None if it is unknown."""
+    name = _strip_query(file)
     return FORMATS.get(PurePosixPath(name.stem).suffix if name.suffix in _COMPRESSIONS else name.suffix)
 
 
-def compression_of(file: str) -> str | None:
-    """The compression that the name of `file` says."""
-    return _COMPRESSIONS.get(_without_query(file).suffix)
+def get_compression(file: str) -> str | None:
+    """Return the compression that the suffix of `file` indicates; None if it is not compressed."""
+    return _COMPRESSIONS.get(_strip_query(file).suffix)
 
 
 def _is_hidden(file: str) -> bool:
-    """Whether the name of `file`, or of a directory that it is in, begins with a dot."""
+    """Return True if any component of the path `file` begins with a dot."""
     return any(step.startswith(".") for step in PurePosixPath(file).parts)
 
 
-def _without_query(file: str) -> PurePosixPath:
+def _strip_query(file: str) -> PurePosixPath:
+    """Return `file` in lower case, without the query of a URL."""
     return PurePosixPath((file.split("?")[0] if is_web(file) else file).lower())
 
 
-def own_split(name: str) -> str | None:
-    """The split that a file or split called `name` is by its own account."""
+def infer_split(name: str) -> str | None:
+    """Return the split that `name`, of a file or a source's split, indicates; None if it indicates none."""
     match = _OWN_SPLIT.match(PurePosixPath(name).name) or _OWN_SPLIT.fullmatch(PurePosixPath(name).parent.name)
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""JSON Lines, read as columns: pyarrow's parser where every line is one regular object, as of nearly all files."""
+"""JSON Lines read as columns by pyarrow's parser, for the usual case that every line is one regular object."""
 
 import itertools
 import json
@@ -14,58 +14,64 @@ from stages.core.artifacts import to_arrow
 from stages.download.arrays import Ints
 from stages.download.columns import IrregularError, SourceColumns
 
-_SAMPLE = 20  # lines whose values say of which types the columns are
-_NESTED = 200  # brackets in a line, with more of which it may be nested too deeply for Python's parser
+_SAMPLE_LINES = 20  # number of lines from which the types of the columns are inferred
+_MAX_BRACKETS = 200  # per line; with more, it may be nested too deeply for Python's parser
 
-_Tree = dict[str, Any]  # name of a field to the tree of those in it that are used; an empty one: its own value is
+_Tree = dict[str, Any]  # field name to the tree of its fields in use; an empty tree: the value itself is used
 
 
-def parse_lines(content: bytes, names: Sequence[str], required: Iterable[str]) -> SourceColumns:
-    """The columns `names` of JSON objects, one a line.
+def parse_json_lines(content: bytes, names: Sequence[str], required: Iterable[str]) -> SourceColumns:
+    """Parse lines that have one JSON object each to columns.
 
     Args:
         content: the lines.
-        required: those of the columns that every record must have.
+        names: the columns to read.
+        required: the columns that every record must have.
+
+    Returns:
+        The columns `names`, [num_lines]; unknown fields are ignored.
 
     Raises:
-        IrregularError: if a line holds anything but one object, or something that is wrong or may be; or if the values
-            of a column are of several types.
+        IrregularError: if a line is not a single object, if it is invalid or could be, or if the values of a column
+            have several types.
     """
     starts, ends = _find_lines(content)
-    tree = _tree_of(names)
-    sample = [_load(content[start:end]) for start, end in zip(starts[:_SAMPLE], ends[:_SAMPLE], strict=True)]
-    fields = [pa.field(name, _infer(_values(sample, name), below)) for name, below in tree.items()]
+    tree = _build_tree(names)
+    sample = [
+        _parse_json(content[start:end]) for start, end in zip(starts[:_SAMPLE_LINES], ends[:_SAMPLE_LINES], strict=True)
+    ]
+    fields = [pa.field(name, _infer_type(_collect_values(sample, name), below)) for name, below in tree.items()]
     options = pa.json.ParseOptions(
         explicit_schema=pa.schema(fields), newlines_in_values=False, unexpected_field_behavior="ignore"
     )
     reading = pa.json.ReadOptions(use_threads=False, block_size=len(content) + 1)
     try:
         table = pa.json.read_json(pa.BufferReader(content), reading, options)
-    except pa.ArrowInvalid:  # a repeated key, a value of another type, no JSON
-        raise IrregularError("not of these types") from None
+    except pa.ArrowInvalid:  # a repeated key, a value of another type, invalid JSON
+        raise IrregularError("not of the inferred types") from None
     if table.num_rows != len(starts):
-        raise IrregularError("not an object a line")
+        raise IrregularError("not one object per line")
     (batch,) = table.combine_chunks().to_batches()
-    nested = _without_variants(batch, tree)
+    nested = _drop_unused_variants(batch, tree)
     if any("." in name and name not in nested.schema.names and f'"{name}"'.encode() in content for name in required):
-        raise IrregularError("nested and flattened")  # flattened, but null
-    return SourceColumns(nested, _count_brackets(content, starts) <= _NESTED, null_may_be_absent=True)
+        raise IrregularError("nested and flattened")  # the flattened values are null
+    return SourceColumns(nested, _count_brackets(content, starts) <= _MAX_BRACKETS, null_may_be_absent=True)
 
 
 def _find_lines(content: bytes) -> tuple[Ints, Ints]:
-    """Where the lines begin and where they end, [num_lines] each.
+    """Return the byte offsets of the starts and ends of the lines, [num_lines] each, int64.
 
     Raises:
-        IrregularError: unless the content is UTF-8, and each line begins and ends as an object does, so that none goes
-            on in the next.
+        IrregularError: if the content is not UTF-8, or if a line does not begin with `{` and end with `}`; no object
+            may span several lines.
     """
-    # As a string, without a copy.
+    # Validate the content as an Arrow string of 1 element, without a copy. offsets: [2], int64.
     offsets = to_arrow(np.array([0, len(content)])).buffers()[1]
     try:
         pa.Array.from_buffers(pa.large_string(), 1, [None, offsets, pa.py_buffer(content)]).validate(full=True)
     except pa.ArrowInvalid:
         raise IrregularError("not UTF-8") from None
-    characters = np.frombuffer(content, np.uint8)
+    characters = np.frombuffer(content, np.uint8)  # [num_bytes]
     ends = np.flatnonzero(characters == ord("\n"))
     if not content.endswith(b"\n"):
         ends = np.append(ends, len(content))
@@ -73,39 +79,43 @@ def _find_lines(content: bytes) -> tuple[Ints, Ints]:
     if (ends == starts).any():
         raise IrregularError("blank lines")
     if (characters[starts] != ord("{")).any() or (characters[ends - 1] != ord("}")).any():
-        raise IrregularError("not an object a line")
-    if _holds_inf(characters):
+        raise IrregularError("not one object per line")
+    if _has_inf(characters):
         raise IrregularError("Inf")
     return starts, ends
 
 
 def _count_brackets(content: bytes, starts: Ints) -> Ints:
-    """Opening brackets in each line, [num_lines], as many as it is nested at most."""
+    """Count the opening brackets in each line, [num_lines], int64: an upper bound of its nesting depth."""
     characters = np.frombuffer(content, np.uint8)
+    # Byte offsets of all brackets, [num_brackets]; then the number of brackets before each line.
     brackets = np.flatnonzero((characters == ord("{")) | (characters == ord("[")))
     return np.diff(np.searchsorted(brackets, np.append(starts, len(content))))
 
 
-def _holds_inf(characters: npt.NDArray[np.uint8]) -> bool:
-    """Whether `Inf` is a word of these: pyarrow takes it for the number for which JSON in Python has Infinity alone."""
+def _has_inf(characters: npt.NDArray[np.uint8]) -> bool:
+    """Return True if `characters`, [num_bytes], contain the word `Inf`.
+
+    Pyarrow parses it as a number; Python's parser only accepts `Infinity`.
+    """
     found = np.flatnonzero(characters[:-3] == ord("I"))
-    for place, letter in ((1, "n"), (2, "f")):
-        found = found[characters[found + place] == ord(letter)]
+    for offset, letter in ((1, "n"), (2, "f")):
+        found = found[characters[found + offset] == ord(letter)]
     return not all(chr(code).isalnum() for code in characters[found + 3].tolist())
 
 
-def _load(line: bytes) -> Any:
+def _parse_json(line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
         raise IrregularError("not JSON") from None
 
 
-def _tree_of(names: Iterable[str]) -> _Tree:
-    """The columns `names` as fields within fields, and each by its whole name as well, as flattened records have it.
+def _build_tree(names: Iterable[str]) -> _Tree:
+    """Build the tree of the columns `names`, each both as nested fields and under its dotted name (flattened records).
 
     Raises:
-        IrregularError: if a column is used of which a field is used, too.
+        IrregularError: if both a column and one of its fields are used.
     """
     tree: _Tree = {}
     leaves, inner = set(), set()
@@ -122,33 +132,39 @@ def _tree_of(names: Iterable[str]) -> _Tree:
     return tree
 
 
-def _values(objects: Iterable[Any], name: str) -> list[Any]:
+def _collect_values(objects: Iterable[Any], name: str) -> list[Any]:
     return [item[name] for item in objects if isinstance(item, Mapping) and item.get(name) is not None]
 
 
-def _infer(values: Sequence[Any], tree: _Tree) -> pa.DataType:
-    """The type of a field of which these are some values that are not null, and `tree` the fields in it that are used.
+def _infer_type(values: Sequence[Any], tree: _Tree) -> pa.DataType:
+    """Infer the type of a field from a sample of its values.
+
+    Args:
+        values: values other than null.
+        tree: the fields in use within this field.
 
     Raises:
-        IrregularError: if they are of several types, or of floats, of which pyarrow takes whole numbers for some.
+        IrregularError: if the values have several types, or are floats, some of which pyarrow reads as integers.
     """
     if values and all(isinstance(value, list) for value in values):
         items = [item for item in itertools.chain.from_iterable(values) if item is not None]
-        return pa.list_(_infer(items, tree))
+        return pa.list_(_infer_type(items, tree))
     kinds = {type(value) for value in values}
     if tree and kinds <= {dict}:
-        return pa.struct([pa.field(name, _infer(_values(values, name), below)) for name, below in tree.items()])
+        return pa.struct(
+            [pa.field(name, _infer_type(_collect_values(values, name), below)) for name, below in tree.items()]
+        )
     types = {str: pa.string(), bool: pa.bool_(), int: pa.int64()}
     if len(kinds) > 1 or not kinds <= types.keys():
         raise IrregularError("several types")
     return types[kinds.pop()] if kinds else pa.string()
 
 
-def _without_variants(batch: pa.RecordBatch, tree: _Tree) -> pa.RecordBatch:
-    """`batch` without the columns of flattened records where records are nested.
+def _drop_unused_variants(batch: pa.RecordBatch, tree: _Tree) -> pa.RecordBatch:
+    """Drop the columns of flattened records if the records are nested, and the nested ones if they are flattened.
 
     Raises:
-        IrregularError: if some are nested and some flattened.
+        IrregularError: if some records are nested and others are flattened.
     """
     for name in tree:
         first, dot, _ = name.partition(".")

@@ -1,12 +1,12 @@
-"""Personal data in texts: e-mail addresses, public IP addresses and phone numbers, replaced by their kind."""
+"""Masking of personal data in texts: e-mail addresses, public IP addresses and phone numbers."""
 
 import ipaddress
 import re
 from collections import Counter
 from collections.abc import Collection
 
-# Every quantifier is bounded, so that time grows linearly. What follows a closing bracket is left alone, as after a
-# letter or digit: text that was masked does not change when it is masked again.
+# All quantifiers are bounded, so that the time is linear. No pattern matches directly after a closing bracket, a letter
+# or a digit, so that masking a masked text again does not change it.
 _EMAIL = re.compile(r"(?<![\w.+\]-])[\w+-][\w.+%-]{0,63}@(?:[^\W_][\w-]{0,62}\.){1,8}[^\W\d_]{2,24}(?![\w-])")
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _IPV4 = rf"(?<![\w.\]-])(?:{_OCTET}\.){{3}}{_OCTET}(?![\w-]|\.\w)"
@@ -21,8 +21,8 @@ _PHONE = re.compile(
 _PATTERNS = {"email": _EMAIL, "ip": _IP, "phone": _PHONE}
 
 
-def mask(text: str, kinds: Collection[str]) -> tuple[str, Counter[str]]:
-    """`text` with [email], [ip] and [phone] in place of these, and how many of each kind there were."""
+def mask_personal_data(text: str, kinds: Collection[str]) -> tuple[str, Counter[str]]:
+    """Replace personal data by [email], [ip] and [phone]; return the text and the number of replacements by kind."""
     found: Counter[str] = Counter()
     for kind, pattern in _PATTERNS.items():
         if kind in kinds:
@@ -38,7 +38,7 @@ def mask(text: str, kinds: Collection[str]) -> tuple[str, Counter[str]]:
 
 
 def _is_public(address: str) -> bool:
-    """Whether `address` can belong to someone; 127.0.0.1 and 192.168.0.1 do not, nor does a time of day."""
+    """Return True if `address` is a public IP address, unlike 127.0.0.1, 192.168.0.1 or a time of day."""
     try:
         return ipaddress.ip_address(address).is_global
     except ValueError:

@@ -1,4 +1,4 @@
-"""Records as files of five formats hold them."""
+"""Readers of records from files in five formats: Parquet, JSON Lines, JSON, CSV and plain text."""
 
 import contextlib
 import csv
@@ -20,106 +20,109 @@ import pyarrow.parquet as pq
 from stages.core.errors import StageError, printable
 from stages.download.files import (
     PATH_LIMIT,
-    compression_of,
-    describe_web,
+    explain_web_error,
     find_files,
-    format_of,
+    get_compression,
+    get_format,
+    infer_split,
     is_local,
     is_web,
-    own_split,
 )
-from stages.download.records import BadRecordError, RepeatedKeys, Row, columns_read
+from stages.download.records import BadRecordError, RepeatedKeys, Row, list_used_columns
 from stages.download.schema import SourceData
 
-# How files begin that are not what the name says. None is the beginning of text.
+# First bytes of files with a misleading name. Text begins with none of them.
 _SIGNATURES = {
     b"\x1f\x8b": "gzip (.gz)",
     b"\x28\xb5\x2f\xfd": "zstd (.zst)",
     b"\xfd7zXZ": "xz (.xz)",
     b"PAR1\x15": "Parquet (.parquet)",
-    b"PK\x03\x04": "a zip archive (none is unpacked)",
+    b"PK\x03\x04": "a zip archive (archives are not supported)",
     b"\xff\xfe": "UTF-16 text (only UTF-8 is read)",
     b"\xfe\xff": "UTF-16 text (only UTF-8 is read)",
 }
 
 
-PART_BYTES = 4 * 2**20  # of a part, about
+PART_BYTES = 4 * 2**20  # approximate size of a part
 _PART_ROWS = 1000
-_PIECE_BYTES = 2**18  # read at once
+_READ_BYTES = 2**18  # bytes per read
 
 
 class FileRange(NamedTuple):
-    """Bytes of a local file, for a process that reads them itself."""
+    """Range of bytes of a local file, which a worker process reads itself."""
 
     path: str
     start: int
     end: int
 
     def read(self) -> bytes:
-        """The bytes."""
+        """Return the bytes."""
         with Path(self.path).open("rb") as stream:
             stream.seek(self.start)
             return stream.read(self.end - self.start)
 
 
 class Part(NamedTuple):
-    """Consecutive records of a file, as yet unread: what a process is given."""
+    """Consecutive, unparsed records of a file: the unit of work of a process."""
 
-    where: str
-    """The file."""
+    location: str
+    """Path of the file, for messages."""
     split: str | None
-    """The source's own split, where it has one."""
-    first: int
+    """The source's own split, if it has one."""
+    first_number: int
     """Number of the first line or row."""
     content: bytes | FileRange | pa.RecordBatch | list[Row]
-    """Lines of JSON, where in a file such lines are, columns, or rows."""
+    """Lines of JSON, the range of a file with lines of JSON, columns, or rows."""
     names: list[str]
-    """All columns of the file, of which `content` may have only those that are used."""
+    """Names of all columns of the file; `content` may only have those in use."""
 
 
-def read(data: SourceData) -> Iterator[Row]:
-    """The rows of the files that `data` describes, in order (files by name)."""
+def read_rows(data: SourceData) -> Iterator[Row]:
+    """Yield the rows of the files that `data` describes, in the order of the file names."""
     for file_system, file in find_files(data.path):
-        yield from read_rows(file_system, file, data.text_record, columns_read(data))
+        yield from read_file_rows(file_system, file, data.text_record, list_used_columns(data))
 
 
-def read_rows(
+def read_file_rows(
     file_system: Any, file: str, text_record: str = "file", columns: Collection[str] | None = None
 ) -> Iterator[Row]:
-    """The rows of `file`.
+    """Yield the rows of `file`.
 
     Args:
-        columns: those that are used (dotted names go into nested fields), where the format can leave out others; None:
-            all.
+        columns: names of the columns in use (dotted names select nested fields); formats that can skip the others do.
+            None: all columns.
+
+    Raises:
+        StageError: if the file cannot be read.
     """
-    split, where = own_split(file), printable(file, PATH_LIMIT)
-    with _reading(file_system, file) as stream:
-        if format_of(file) == "parquet":
-            places = _parquet(stream, columns)
+    split, location = infer_split(file), printable(file, PATH_LIMIT)
+    with _open_content(file_system, file) as stream:
+        if get_format(file) == "parquet":
+            records = _read_parquet(stream, columns)
         else:
-            places = _places(stream, str(format_of(file)), text_record)
-        for place, value in places:
-            yield Row(f"{where}:{place}", split, value)
+            records = _read_numbered_records(stream, str(get_format(file)), text_record)
+        for number, value in records:
+            yield Row(f"{location}:{number}", split, value)
 
 
-def read_parts(data: SourceData) -> Iterator[Part]:
-    """The records of the files that `data` describes in parts, in order (files by name)."""
+def read_file_parts(data: SourceData) -> Iterator[Part]:
+    """Yield the records of the files that `data` describes in parts, in the order of the file names."""
     for file_system, file in find_files(data.path):
-        split, where, kind = own_split(file), printable(file, PATH_LIMIT), format_of(file)
-        with _reading(file_system, file) as stream:
+        split, location, kind = infer_split(file), printable(file, PATH_LIMIT), get_format(file)
+        with _open_content(file_system, file) as stream:
             if kind == "parquet":
-                yield from _table_parts(stream, where, split, columns_read(data))
-            elif kind == "jsonl" and is_local(file_system) and compression_of(file) is None:
-                yield from _range_parts(stream, file, where, split)
+                yield from _read_table_parts(stream, location, split, list_used_columns(data))
+            elif kind == "jsonl" and is_local(file_system) and get_compression(file) is None:
+                yield from _read_range_parts(stream, file, location, split)
             elif kind == "jsonl":
-                yield from _line_parts(stream, where, split)
+                yield from _read_line_parts(stream, location, split)
             else:
-                places = _places(stream, str(kind), data.text_record)
-                yield from row_parts(Row(f"{where}:{place}", split, value) for place, value in places)
+                records = _read_numbered_records(stream, str(kind), data.text_record)
+                yield from group_into_parts(Row(f"{location}:{number}", split, value) for number, value in records)
 
 
-def row_parts(rows: Iterable[Row]) -> Iterator[Part]:
-    """The rows in parts, each of one split; those before an error come first."""
+def group_into_parts(rows: Iterable[Row]) -> Iterator[Part]:
+    """Group rows into parts of a single split. Rows before an error are yielded before it is raised."""
     found: list[Row] = []
     size, failure = 0, None
     iterator = iter(rows)
@@ -143,13 +146,13 @@ def row_parts(rows: Iterable[Row]) -> Iterator[Part]:
         raise failure
 
 
-def _line_parts(stream: Any, where: str, split: str | None) -> Iterator[Part]:
-    """Parts that end at line ends; those before an error come first."""
+def _read_line_parts(stream: Any, location: str, split: str | None) -> Iterator[Part]:
+    """Yield parts that end at line ends. Lines before an error are yielded before it is raised."""
     number, waiting, size, failure = 1, list[bytes](), 0, None
     ended = False
     while not ended:
         try:
-            piece = stream.read1(_PIECE_BYTES)
+            piece = stream.read1(_READ_BYTES)
         except Exception as error:
             piece, failure = b"", error
         ended = not piece
@@ -163,162 +166,168 @@ def _line_parts(stream: Any, where: str, split: str | None) -> Iterator[Part]:
         if failure is not None:  # in the middle of a line
             content = content[: content.rfind(b"\n") + 1]
         if content:
-            yield Part(where, split, number, content, [])
+            yield Part(location, split, number, content, [])
             number += _count_lines(content)
     if failure is not None:
         raise failure
 
 
-def _range_parts(stream: Any, file: str, where: str, split: str | None) -> Iterator[Part]:
-    """The same of a file that other processes can read: it is read here as well, but for its line ends alone."""
+def _read_range_parts(stream: Any, file: str, location: str, split: str | None) -> Iterator[Part]:
+    """Yield parts of a file that the workers read themselves. Here it is only read to find and count line ends."""
     number, start = 1, 0
     while content := stream.read(PART_BYTES):
         rest = b"" if content.endswith(b"\n") else stream.readline()
         end = start + len(content) + len(rest)
-        yield Part(where, split, number, FileRange(file, start, end), [])
+        yield Part(location, split, number, FileRange(file, start, end), [])
         number, start = number + _count_lines(content) + _count_lines(rest), end
 
 
 def _count_lines(content: bytes) -> int:
-    # In a third of the time of bytes.count.
+    # Takes a third of the time of bytes.count.
     return int(np.count_nonzero(np.frombuffer(content, np.uint8) == ord("\n")))
 
 
-def _table_parts(stream: Any, where: str, split: str | None, columns: Collection[str]) -> Iterator[Part]:
+def _read_table_parts(stream: Any, location: str, split: str | None, columns: Collection[str]) -> Iterator[Part]:
     number = 1
-    for names, batch in _parquet_batches(stream, columns):
-        yield Part(where, split, number, batch, names)
+    for names, batch in _read_parquet_batches(stream, columns):
+        yield Part(location, split, number, batch, names)
         number += batch.num_rows
 
 
 @contextlib.contextmanager
-def _reading(file_system: Any, file: str) -> Iterator[Any]:
-    """The decompressed bytes of `file`; within, errors of reading it are those that say what is wrong with it."""
-    where, kind = printable(file, PATH_LIMIT), format_of(file)
+def _open_content(file_system: Any, file: str) -> Iterator[Any]:
+    """Open the decompressed bytes of `file`, and translate errors of reading it to messages with its path."""
+    location, kind = printable(file, PATH_LIMIT), get_format(file)
     try:
-        with _open(file_system, file, whole=kind != "parquet") as stream:
+        with _open_decompressed(file_system, file, whole=kind != "parquet") as stream:
             if kind == "parquet":
                 yield stream
             else:
                 lines = io.BufferedReader(stream)
-                _refuse_other_content(lines.peek(8), where)
+                _check_signature(lines.peek(8), location)
                 yield lines
-    except _UnreadableError as error:
-        raise StageError(f"{where}:{error}") from None
+    except _UnreadableFileError as error:
+        raise StageError(f"{location}:{error}") from None
     except Exception as error:
-        if reason := describe_web(error):
-            raise StageError(f"{where}: {reason}") from None
-        if isinstance(error, FileNotFoundError):  # over HTTP without a number
-            raise StageError(f"{where}: no such file") from None
-        if isinstance(error, OSError) and error.errno is not None:  # the system's; decompressors' have no number
+        if reason := explain_web_error(error):
+            raise StageError(f"{location}: {reason}") from None
+        if isinstance(error, FileNotFoundError):  # over HTTP, without an errno
+            raise StageError(f"{location}: no such file") from None
+        # Errors of the operating system have an errno; those of decompressors do not.
+        if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, error.strerror or str(error), error.filename or file) from None
         if isinstance(error, EOFError | OSError | zlib.error | lzma.LZMAError | pa.ArrowInvalid):
-            raise StageError(f"{where} is damaged or cut short: {printable(error)}") from None
+            raise StageError(f"{location} is damaged or cut short: {printable(error)}") from None
         raise
 
 
-def _places(stream: Any, kind: str, text_record: str) -> Iterator[tuple[int, Any]]:
-    """Line and value of each record of a file that is no Parquet file."""
-    return _text(stream, text_record) if kind == "text" else {"jsonl": _jsonl, "json": _json, "csv": _csv}[kind](stream)
+def _read_numbered_records(stream: Any, kind: str, text_record: str) -> Iterator[tuple[int, Any]]:
+    """Yield the line number and value of each record of a file, of any format except Parquet."""
+    return (
+        _read_text(stream, text_record)
+        if kind == "text"
+        else {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv}[kind](stream)
+    )
 
 
-def _refuse_other_content(beginning: bytes, file: str) -> None:
-    """Raise StageError if a file of text begins as none does."""
+def _check_signature(beginning: bytes, file: str) -> None:
+    """Raise StageError if a file begins with the signature of another format."""
     for signature, content in _SIGNATURES.items():
         if beginning.startswith(signature):
-            raise StageError(f"{file} holds {content}, not what its name says: rename or convert it")
+            raise StageError(f"{file} contains {content}, but its name says otherwise: rename or convert it")
 
 
-def _open(file_system: Any, file: str, whole: bool) -> Any:
-    """The decompressed bytes of `file`.
+def _open_decompressed(file_system: Any, file: str, whole: bool) -> Any:
+    """Open the decompressed bytes of `file`.
 
     Args:
-        whole: read from beginning to end: over HTTP in one answer, since not every server sends parts.
+        whole: if True, the file is read from beginning to end: over HTTP in a single response, since not every server
+            supports range requests.
     """
     options = {"block_size": 0} if whole and is_web(file) else {}
-    compression = compression_of(file)
+    compression = get_compression(file)
     if compression != "zstd":
         return file_system.open(file, "rb", compression=compression, **options)
-    # fsspec's reader gives no lines, ends at the first of several frames, and takes a truncated file for a whole one.
+    # fsspec's zstd reader has no lines, stops after the first of several frames, and does not detect truncation.
     stream = pa.PythonFile(file_system.open(file, "rb", **options), mode="r")
     return io.BufferedReader(pa.CompressedInputStream(stream, compression))
 
 
-class _UnreadableError(Exception):
-    """A file of which no one can say what its records are, so that none can be left out; says where, and why."""
+class _UnreadableFileError(Exception):
+    """A file that cannot be divided into records, so that none can be skipped; the message is `LINE: REASON`."""
 
 
-def _decode(line: bytes) -> str | BadRecordError:
+def _decode_utf8(line: bytes) -> str | BadRecordError:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         return BadRecordError(f"not UTF-8 (byte {error.start} of the line)")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which `json` would take the last of two equal keys."""
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object that remembers repeated keys, of which `json` silently takes the last."""
     found = dict(pairs)
     return found if len(found) == len(pairs) else RepeatedKeys(pairs)
 
 
-def _repeated(names: Iterable[str]) -> str:
-    """The first of `names` that is there more than once, for a message."""
+def _find_repeated_name(names: Iterable[str]) -> str:
+    """Return the first of `names` that is repeated, for a message."""
     return printable(repr(next(name for name, count in Counter(names).items() if count > 1)))
 
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8, at the beginning of a file
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # UTF-8, at the beginning of a file
+_DECODER = json.JSONDecoder(object_pairs_hook=_build_object)
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def _not_json(error: Exception) -> BadRecordError:
+def _build_json_error(error: Exception) -> BadRecordError:
     return BadRecordError(f"not JSON: {printable(error)}")
 
 
-def parse_line(line: bytes) -> Any:
-    """The JSON value that a line holds, or a BadRecordError."""
-    text = _decode(line)
+def parse_json_line(line: bytes) -> Any:
+    """Parse a line of JSON; return its value, or a BadRecordError."""
+    text = _decode_utf8(line)
     if isinstance(text, BadRecordError):
         return text
     try:
         return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
-        return _not_json(error)
+        return _build_json_error(error)
 
 
-def _jsonl(stream: Any) -> Iterator[tuple[int, Any]]:
+def _read_jsonl(stream: Any) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(stream, 1):
         line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
         if line.strip():
-            yield number, parse_line(line)
+            yield number, parse_json_line(line)
 
 
-def _json(stream: Any) -> Iterator[tuple[int, Any]]:
-    """Records of an array, of lines as in .jsonl, or of values over several lines each, one after the other.
+def _read_json(stream: Any) -> Iterator[tuple[int, Any]]:
+    """Yield the records of a JSON array, of JSON Lines, or of concatenated JSON values that span several lines.
 
-    All but lines are read whole, and counted by value instead of by line.
+    Only JSON Lines are streamed and numbered by line; otherwise the file is read into memory, and values are numbered.
     """
     head = [b""]
     while not (beginning := b"".join(head).removeprefix(BYTE_ORDER_MARK).strip()) and (line := stream.readline()):
         head.append(line)
     is_array = beginning.startswith(b"[")
-    if not is_array and not _goes_on(beginning):
-        yield from _jsonl(itertools.chain(head[1:], stream))
+    if not is_array and not _is_incomplete_json(beginning):
+        yield from _read_jsonl(itertools.chain(head[1:], stream))
         return
-    text = _decode(b"".join([*head, stream.read()]).removeprefix(BYTE_ORDER_MARK))
+    text = _decode_utf8(b"".join([*head, stream.read()]).removeprefix(BYTE_ORDER_MARK))
     if isinstance(text, BadRecordError):
-        raise _UnreadableError(f"1: {text}")
+        raise _UnreadableFileError(f"1: {text}")
     number = 0
     try:
-        for value in _array(text) if is_array else _sequence(text):
+        for value in _parse_array(text) if is_array else _parse_sequence(text):
             number += 1
             yield number, value
     except (ValueError, RecursionError) as error:
-        raise _UnreadableError(f"{number + 1}: {_not_json(error)}") from None
+        raise _UnreadableFileError(f"{number + 1}: {_build_json_error(error)}") from None
 
 
-def _goes_on(line: bytes) -> bool:
-    """Whether the JSON value that begins in `line` does not end there."""
+def _is_incomplete_json(line: bytes) -> bool:
+    """Return True if the JSON value that begins in `line` does not end in it."""
     try:
         json.loads(line)
     except json.JSONDecodeError as error:
@@ -328,63 +337,63 @@ def _goes_on(line: bytes) -> bool:
     return False
 
 
-def _array(text: str) -> Iterator[Any]:
-    """The values of the JSON array that `text` is."""
-    position = _after_space(text, text.index("[") + 1)
+def _parse_array(text: str) -> Iterator[Any]:
+    """Yield the values of a JSON array."""
+    position = _skip_space(text, text.index("[") + 1)
     ended = text.startswith("]", position)
     while not ended:
         value, position = _DECODER.raw_decode(text, position)
         yield value
-        position = _after_space(text, position)
+        position = _skip_space(text, position)
         ended = text.startswith("]", position)
         if not ended and not text.startswith(",", position):
             raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
         if not ended:
-            position = _after_space(text, position + 1)
-    if (position := _after_space(text, position + 1)) < len(text):
+            position = _skip_space(text, position + 1)
+    if (position := _skip_space(text, position + 1)) < len(text):
         raise json.JSONDecodeError("Extra data", text, position)
 
 
-def _sequence(text: str) -> Iterator[Any]:
-    """The JSON values in `text`, one after the other."""
-    position = _after_space(text, 0)
+def _parse_sequence(text: str) -> Iterator[Any]:
+    """Yield concatenated JSON values."""
+    position = _skip_space(text, 0)
     while position < len(text):
         value, position = _DECODER.raw_decode(text, position)
         yield value
-        position = _after_space(text, position)
+        position = _skip_space(text, position)
 
 
-def _after_space(text: str, position: int) -> int:
+def _skip_space(text: str, position: int) -> int:
     match = _SPACE.match(text, position)
     assert match is not None
     return match.end()
 
 
-def _parquet(stream: Any, columns: Collection[str] | None) -> Iterator[tuple[int, Any]]:
+def _read_parquet(stream: Any, columns: Collection[str] | None) -> Iterator[tuple[int, Any]]:
     number = 0
-    for names, batch in _parquet_batches(stream, columns):
-        for value in _rows(batch):
+    for names, batch in _read_parquet_batches(stream, columns):
+        for value in _convert_rows(batch):
             number += 1
-            yield number, with_unread(value, names)
+            yield number, add_unread_columns(value, names)
 
 
-def with_unread(value: Any, names: Sequence[str]) -> Any:
-    """A row of Parquet with all columns of its file, so that messages can name those that are not read."""
+def add_unread_columns(value: Any, names: Sequence[str]) -> Any:
+    """Add the unread columns of a Parquet file to a row, so that error messages can list them."""
     return value if isinstance(value, BadRecordError) else dict.fromkeys(names, ...) | value
 
 
-def _parquet_batches(stream: Any, columns: Collection[str] | None) -> Iterator[tuple[list[str], pa.RecordBatch]]:
-    """The names of all columns of a file, and a batch of those that are used."""
+def _read_parquet_batches(stream: Any, columns: Collection[str] | None) -> Iterator[tuple[list[str], pa.RecordBatch]]:
+    """Yield the names of all columns of a file with each batch of the columns in use."""
     file = pq.ParquetFile(stream)
     try:
         schema = file.schema_arrow
-        _refuse_repeated(schema)
-        leaves = [leaf for field in schema for leaf in _leaves(field.name, field.type)]
+        _refuse_repeated_names(schema)
+        leaves = [leaf for field in schema for leaf in _list_leaves(field.name, field.type)]
     except UnicodeDecodeError:
-        raise _UnreadableError("1: the name of a column is not UTF-8: rename it") from None
+        raise _UnreadableFileError("1: the name of a column is not UTF-8: rename it") from None
     used = None
     if columns is not None and len(leaves) == len(file.schema):
-        # The leaves of both schemas are in the same order, but paths in Parquet's have steps for the items of lists.
+        # Both schemas list the leaves in the same order, but paths in the Parquet schema have steps for list items.
         paths = [file.schema.column(number).path for number in range(len(leaves))]
         used = [path for path, leaf in zip(paths, leaves, strict=True) if _is_used(leaf, columns)]
     for batch in iterate_batches(file, used, _PART_ROWS):
@@ -394,41 +403,41 @@ def _parquet_batches(stream: Any, columns: Collection[str] | None) -> Iterator[t
 def iterate_batches(
     file: pq.ParquetFile, columns: Sequence[str] | None = None, size: int = 1024
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of at most `size` rows, of which none is of two row groups."""
-    # Asked for all row groups at once, Arrow keeps what it has read of a file until its end.
+    """Yield batches of at most `size` rows, none of which spans two row groups."""
+    # If asked for all row groups in one call, Arrow keeps everything it has read in memory until the end.
     for group in range(file.num_row_groups):
         yield from file.iter_batches(size, row_groups=[group], columns=columns)
 
 
-def _refuse_repeated(fields: Iterable[pa.Field], within: str = "") -> None:
-    """Raise _UnreadableError if two of `fields`, or two fields nested in one of them, have one name."""
+def _refuse_repeated_names(fields: Iterable[pa.Field], within: str = "") -> None:
+    """Raise _UnreadableFileError if two of `fields`, or two fields nested in one of them, have the same name."""
     fields = list(fields)
     names = [f"{within}{field.name}" for field in fields]
     if len(set(names)) < len(names):
-        raise _UnreadableError(f"1: the file has two columns {_repeated(names)}: rename one")
+        raise _UnreadableFileError(f"1: the file has two columns {_find_repeated_name(names)}: rename one")
     for name, field in zip(names, fields, strict=True):
-        _refuse_repeated(_nested(field.type), f"{name}.")
+        _refuse_repeated_names(_get_nested_fields(field.type), f"{name}.")
 
 
-def _nested(kind: pa.DataType) -> list[pa.Field]:
-    """The fields of a struct, or of the structs in a list."""
+def _get_nested_fields(kind: pa.DataType) -> list[pa.Field]:
+    """Return the fields of a struct type, or of the structs in a list type."""
     while _is_list(kind):
         kind = kind.value_type
     return [kind.field(number) for number in range(kind.num_fields)] if pa.types.is_struct(kind) else []
 
 
-def _leaves(name: str, kind: pa.DataType) -> Iterator[str]:
-    """The dotted names of the values that a column consists of; lists add no step to them."""
+def _list_leaves(name: str, kind: pa.DataType) -> Iterator[str]:
+    """Yield the dotted names of the leaf values of a column, without steps for lists."""
     if isinstance(kind, pa.BaseExtensionType):
-        yield from _leaves(name, kind.storage_type)
+        yield from _list_leaves(name, kind.storage_type)
     elif pa.types.is_map(kind):
-        yield from _leaves(name, kind.key_type)
-        yield from _leaves(name, kind.item_type)
+        yield from _list_leaves(name, kind.key_type)
+        yield from _list_leaves(name, kind.item_type)
     elif _is_list(kind):
-        yield from _leaves(name, kind.value_type)
+        yield from _list_leaves(name, kind.value_type)
     elif pa.types.is_struct(kind):
-        for field in _nested(kind):
-            yield from _leaves(f"{name}.{field.name}", field.type)
+        for field in _get_nested_fields(kind):
+            yield from _list_leaves(f"{name}.{field.name}", field.type)
     else:
         yield name
 
@@ -444,57 +453,57 @@ def _is_used(leaf: str, columns: Collection[str]) -> bool:
 _VALUE_ERRORS = (ArithmeticError, LookupError, NotImplementedError, TypeError, ValueError)
 
 
-def _rows(batch: pa.RecordBatch) -> list[Any]:
-    """The rows of `batch`, with a BadRecordError in place of one that holds a value that Python has not."""
+def _convert_rows(batch: pa.RecordBatch) -> list[Any]:
+    """Convert the rows of `batch` to dicts; a row with a value that Python cannot represent is a BadRecordError."""
     try:
         return list(batch.to_pylist())
     except _VALUE_ERRORS:
-        return [read_row(batch, number) for number in range(batch.num_rows)]
+        return [convert_row(batch, number) for number in range(batch.num_rows)]
 
 
-def read_row(batch: pa.RecordBatch, number: int) -> dict[str, Any] | BadRecordError:
-    """A row of `batch`, or a BadRecordError where it holds a value that Python has not."""
+def convert_row(batch: pa.RecordBatch, number: int) -> dict[str, Any] | BadRecordError:
+    """Convert a row of `batch` to a dict; return a BadRecordError if Python cannot represent one of its values."""
     row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             row[name] = column[number].as_py()
         except _VALUE_ERRORS as error:
             return BadRecordError(
-                f"column {printable(repr(name))} holds a value that cannot be read: {printable(error)}"
+                f"column {printable(repr(name))} contains a value that cannot be read: {printable(error)}"
             )
     return row
 
 
-def _csv(stream: Any) -> Iterator[tuple[int, Any]]:
-    """The rows below the header, each at its first line.
+def _read_csv(stream: Any) -> Iterator[tuple[int, Any]]:
+    """Yield the rows below the header with the number of their first line.
 
-    Columns at the end without a name, as spreadsheets write them, are left out while they are empty.
+    Trailing columns without a name, which spreadsheets write, are left out if they are empty.
     """
     csv.field_size_limit(2**31 - 1)
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     header: list[str] = []
     num_columns = 0
-    for number, cells in _cells(csv.reader(lines, strict=True)):
+    for number, cells in _read_csv_rows(csv.reader(lines, strict=True)):
         if not num_columns:
-            header = _header(number, cells)
-            num_columns = _without_empty_end(header)
+            header = _parse_header(number, cells)
+            num_columns = _count_cells(header)
         elif isinstance(cells, BadRecordError):
             yield number, cells
         elif not num_columns <= len(cells) <= len(header):
-            yield number, BadRecordError(f"{len(cells)} columns, not as many as the header's {len(header)}")
-        elif (end := _without_empty_end(cells)) > num_columns:
-            yield number, BadRecordError(f"column {end} holds {printable(repr(cells[end - 1]))}, but has no name")
+            yield number, BadRecordError(f"{len(cells)} columns, but the header has {len(header)}")
+        elif (end := _count_cells(cells)) > num_columns:
+            yield number, BadRecordError(f"column {end} contains {printable(repr(cells[end - 1]))}, but has no name")
         else:
             yield number, dict(zip(header[:num_columns], cells, strict=False))
 
 
-def _without_empty_end(cells: Sequence[str]) -> int:
-    """How many of `cells` there are up to the last that is not blank."""
+def _count_cells(cells: Sequence[str]) -> int:
+    """Count the cells up to the last one that is not blank."""
     return next((number for number in range(len(cells), 0, -1) if cells[number - 1].strip()), 0)
 
 
-def _cells(reader: Any) -> Iterator[tuple[int, list[str] | BadRecordError]]:
-    """The rows that are not empty, each at its first line."""
+def _read_csv_rows(reader: Any) -> Iterator[tuple[int, list[str] | BadRecordError]]:
+    """Yield the rows that are not empty with the number of their first line."""
     while True:
         number = reader.line_num + 1
         try:
@@ -503,8 +512,8 @@ def _cells(reader: Any) -> Iterator[tuple[int, list[str] | BadRecordError]]:
         except StopIteration:
             return
         except csv.Error as error:
-            if reader.line_num > number:  # there may be many records in it
-                raise _UnreadableError(
+            if reader.line_num > number:  # the quoted text may span many records
+                raise _UnreadableFileError(
                     f"{number}: not CSV: a quote that opens there does not close as it should up to line"
                     f" {reader.line_num} ({error}): close it, or double it if it is text"
                 ) from None
@@ -516,26 +525,30 @@ def _cells(reader: Any) -> Iterator[tuple[int, list[str] | BadRecordError]]:
                 yield number, cells
 
 
-def _header(number: int, cells: list[str] | BadRecordError) -> list[str]:
-    """The names of the columns; empty ones at the end are none."""
+def _parse_header(number: int, cells: list[str] | BadRecordError) -> list[str]:
+    """Check the names of the columns and return the cells of the header, including empty ones at the end.
+
+    Raises:
+        _UnreadableFileError: if names are missing or repeated.
+    """
     if isinstance(cells, BadRecordError):
-        raise _UnreadableError(f"{number}: the header is {cells}")
-    names = cells[: _without_empty_end(cells)]
+        raise _UnreadableFileError(f"{number}: the header is {cells}")
+    names = cells[: _count_cells(cells)]
     if not names:
-        raise _UnreadableError(f"{number}: the header has no names: write one above each column")
+        raise _UnreadableFileError(f"{number}: the header has no names: write one above each column")
     if names.count("") > 1:
-        first, second = itertools.islice((place for place, name in enumerate(names, 1) if not name), 2)
-        raise _UnreadableError(f"{number}: the header has no name for columns {first} and {second}: write them")
+        first, second = itertools.islice((column for column, name in enumerate(names, 1) if not name), 2)
+        raise _UnreadableFileError(f"{number}: the header has no name for columns {first} and {second}: write them")
     if len(set(names)) < len(names):
-        raise _UnreadableError(f"{number}: the header has two columns {_repeated(names)}: rename one")
+        raise _UnreadableFileError(f"{number}: the header has two columns {_find_repeated_name(names)}: rename one")
     return cells
 
 
-def _text(stream: Any, text_record: str) -> Iterator[tuple[int, Any]]:
-    """Records of plain text, {"title": "", "answers.text": text}; a paragraph ends at an empty line."""
+def _read_text(stream: Any, text_record: str) -> Iterator[tuple[int, Any]]:
+    """Yield the records of plain text, {"title": "", "answers.text": text}; an empty line ends a paragraph."""
     start, lines = 1, list[str]()
-    for number, line in enumerate(_lines(stream), 1):
-        text = _decode(line.encode("utf-8", "surrogateescape"))
+    for number, line in enumerate(_read_lines(stream), 1):
+        text = _decode_utf8(line.encode("utf-8", "surrogateescape"))
         if isinstance(text, BadRecordError):
             yield number, text
             continue
@@ -552,10 +565,10 @@ def _text(stream: Any, text_record: str) -> Iterator[tuple[int, Any]]:
         yield start, {"title": "", "answers.text": text if text_record == "file" else text.rstrip("\n")}
 
 
-def _lines(stream: Any) -> Iterator[str]:
-    """The lines of a text, each but the last with \\n at its end, for which \\r\\n, \\r and \\r\\r\\n may stand."""
+def _read_lines(stream: Any) -> Iterator[str]:
+    """Yield the lines of a text with line ends \\r\\n, \\r and \\r\\r\\n replaced by \\n."""
     last = ""
     for line in io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=""):
-        if line != "\r\n" or not last.endswith("\r"):  # else the end of a line that was converted twice
+        if line != "\r\n" or not last.endswith("\r"):  # otherwise \r\r\n: a line end that was converted twice
             yield re.sub("\r\n?$", "\n", line)
         last = line

@@ -4,8 +4,8 @@ Reads   the source that conf/data/NAME.yaml describes (files at data.path, a dat
 Writes  data/raw/{train,validation,test}.parquet (all.parquet where split is null) and the ledger data/raw/stats.json
 Command python -m stages.download
 
-Parts of the source are read, cleaned and hashed by several processes where it is large; this one puts what they give
-in order, leaves out duplicates and writes. So nothing depends on their number.
+If the source is large, several processes read, clean and hash parts of it. The main process puts the results in order,
+leaves out duplicates and writes the files, so the output does not depend on the number of processes.
 """
 
 import functools
@@ -20,36 +20,36 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.core.artifacts import SPLITS, staged, write_json
-from stages.core.config import part
+from stages.core.artifacts import SPLITS, write_directory, write_json
+from stages.core.config import config_view
 from stages.core.errors import StageError
 from stages.download.arrays import Ints, from_bools
 from stages.download.batches import Batch, Rules
-from stages.download.cleaning import REMOVED, unmet
+from stages.download.cleaning import SAMPLES_FILE, find_unmet_requirements
 from stages.download.columns import count_characters
 from stages.download.duplicates import ExactDuplicates, NearDuplicates, SignatureFile, Signatures
 from stages.download.ledger import Ledger
-from stages.download.parts import read_part, source_parts
+from stages.download.parts import read_mixed_parts, read_part
 from stages.download.records import FILTERED, KEPT, MALFORMED, assign_splits, record_schema
 from stages.download.schema import SourceData
-from stages.download.sources import Part, iterate_batches, read_parts, row_parts
+from stages.download.sources import Part, group_into_parts, iterate_batches, read_file_parts
 from stages.download.writer import SplitWriter
 from stages.shell.tasks import Workers
 
 log = logging.getLogger(__name__)
 
 ALL = "all"
-"""The file of records that are in no split."""
+"""Name of the file with all records, if data.split is null."""
 
-# Held-out documents at most that are looked for where near duplicates are only counted.
-_NEAR_DUPLICATES_OF = 20_000
+# Maximum number of held-out documents to look for, if near duplicates are only counted.
+_MAX_COUNTED_DOCUMENTS = 20_000
 
 
-@part
+@config_view
 class DownloadConfig:
     data: SourceData
     source: str
-    """Name under which the records are filed."""
+    """Name of the source, written to the column `source` of each record."""
     out: str
     """Directory to write."""
 
@@ -59,12 +59,12 @@ def main(config: DownloadConfig) -> None:
     log.info("reading %s", data.hub.id if data.hub else data.path)
     splits = (ALL,) if data.split is None else SPLITS
     ledger = Ledger(splits, data.clean)
-    if problem := next(unmet(data.clean), None):
+    if problem := next(find_unmet_requirements(data.clean), None):
         raise StageError(problem)
     parts, commit = _open_source(data)
     rules = Rules(data, None if data.source == "sources" else config.source)
     with (
-        staged(config.out, ["stats.json", *(f"{split}.parquet" for split in splits)]) as directory,
+        write_directory(config.out, ["stats.json", *(f"{split}.parquet" for split in splits)]) as directory,
         Workers() as workers,
         ExitStack() as stack,
     ):
@@ -72,8 +72,8 @@ def main(config: DownloadConfig) -> None:
         schema = record_schema(data.groups, data.columns.roles is not None)
         writers = {split: SplitWriter(directory / f"{split}.parquet", schema) for split in splits}
         signatures = {split: SignatureFile(stack.enter_context(TemporaryFile(dir=directory))) for split in splits}
-        for batch in _distinct(_first_records(batches, data, ledger), data, ledger):
-            for split, records in _by_split(batch, data, ledger):
+        for batch in _drop_exact_duplicates(_take_first_records(batches, data, ledger), data, ledger):
+            for split, records in _divide_by_split(batch, data, ledger):
                 writers[split].write(records.table, records.num_characters)
                 ledger.add_kept(split, records.table)
                 if records.signatures is not None:
@@ -83,27 +83,27 @@ def main(config: DownloadConfig) -> None:
         if data.needs_signatures:
             leaking = _find_near_duplicates(signatures, ledger, find_all=data.deduplicate == "near")
             if data.deduplicate == "near" and len(leaking):
-                _drop_from_train(directory, leaking, ledger)
-        ledger.check(data)
+                _rewrite_train(directory, leaking, ledger)
+        ledger.check_counts(data)
         if data.clean:
-            ledger.cleaning.write_samples(directory / REMOVED)
+            ledger.cleaning.write_samples(directory / SAMPLES_FILE)
         write_json(directory / "stats.json", ledger.as_json(data, commit))
-    ledger.warn(data)
-    log.info("%d records -> %s (%s)", ledger.records_in, config.out, ledger.summary())
+    ledger.log_warnings(data)
+    log.info("%d records -> %s (%s)", ledger.records_in, config.out, ledger.format_summary())
 
 
 def _open_source(data: SourceData) -> tuple[Iterator[Part], str | None]:
-    """The source in parts, in order, and the commit that it is at if it is a data set of the Hub."""
+    """Return the parts of the source in order, and its commit if it is a data set of the Hub."""
     if data.hub is None:
-        return source_parts(data) if data.source == "sources" else read_parts(data), None
+        return read_mixed_parts(data) if data.source == "sources" else read_file_parts(data), None
     from stages.download.hub_data import read_hub, resolve_commit
 
     commit = resolve_commit(data.hub)
-    return row_parts(read_hub(data.hub, commit, whole=data.max_records is None)), commit
+    return group_into_parts(read_hub(data.hub, commit, whole=data.max_records is None)), commit
 
 
-def _first_records(batches: Iterator[Batch], data: SourceData, ledger: Ledger) -> Iterator[Batch]:
-    """The batches up to data.max_records records that pass the filter, entered into the ledger.
+def _take_first_records(batches: Iterator[Batch], data: SourceData, ledger: Ledger) -> Iterator[Batch]:
+    """Yield the batches up to data.max_records records that pass the filter, and add them to the ledger.
 
     Raises:
         StageError: if one of these records is malformed and data.on_bad_record is `error`.
@@ -114,34 +114,35 @@ def _first_records(batches: Iterator[Batch], data: SourceData, ledger: Ledger) -
             return
         if data.max_records is not None:
             passed = np.cumsum(batch.verdicts != FILTERED)
-            batch = batch.until(int(np.searchsorted(passed, data.max_records - ledger.num_passed)) + 1)
-        first_malformed = _first(batch, MALFORMED)
+            batch = batch.take_first(int(np.searchsorted(passed, data.max_records - ledger.num_passed)) + 1)
+        first_malformed = _find_first(batch, MALFORMED)
         if data.on_bad_record == "error" and first_malformed is not None:
-            _check_own_split(batch.until(first_malformed), data)
+            _check_own_split(batch.take_first(first_malformed), data)
             raise StageError(
-                f"{batch.first[MALFORMED]} (in conf/data, columns, filter, groups and split.key name yours, and"
-                " on_bad_record: skip leaves such records out)"
+                f"{batch.first_messages[MALFORMED]} (in conf/data, columns, filter, groups, split.key name the columns;"
+                " on_bad_record: skip leaves malformed records out)"
             )
         _check_own_split(batch, data)
-        ledger.add(batch)
+        ledger.add_batch(batch)
         yield batch
 
 
-def _first(batch: Batch, verdict: int) -> int | None:
-    """Number of the first record with this verdict."""
+def _find_first(batch: Batch, verdict: int) -> int | None:
+    """Return the index of the first record with this verdict, or None if there is none."""
     found = np.flatnonzero(batch.verdicts == verdict)
     return int(found[0]) if len(found) else None
 
 
 def _check_own_split(batch: Batch, data: SourceData) -> None:
+    """Raise StageError if the source's own splits are asked for, but the kept records have none."""
     if data.split is not None and data.split.by == "source" and batch.own_split is None and len(batch.table):
         raise StageError(
-            f"{batch.first[KEPT]}: split.by: source needs files or splits named train, validation and test"
+            f"{batch.first_messages[KEPT]}: split.by: source needs files or splits named train, validation and test"
         )
 
 
-def _distinct(batches: Iterator[Batch], data: SourceData, ledger: Ledger) -> Iterator[Batch]:
-    """The batches, without documents that came before where data.deduplicate says so."""
+def _drop_exact_duplicates(batches: Iterator[Batch], data: SourceData, ledger: Ledger) -> Iterator[Batch]:
+    """Count exact duplicates, and drop them from the batches unless data.deduplicate is `none`."""
     seen = ExactDuplicates()
     for batch in batches:
         is_new = seen.add(batch.digests)
@@ -153,28 +154,29 @@ def _distinct(batches: Iterator[Batch], data: SourceData, ledger: Ledger) -> Ite
             yield batch.select(is_new)
 
 
-def _by_split(batch: Batch, data: SourceData, ledger: Ledger) -> list[tuple[str, Batch]]:
-    """Splits, each with those kept records of `batch` that belong to it."""
+def _divide_by_split(batch: Batch, data: SourceData, ledger: Ledger) -> list[tuple[str, Batch]]:
+    """Return each split with the kept records of `batch` that belong to it."""
     if data.split is None or data.split.by == "source":
         return [(ALL if data.split is None else str(batch.own_split), batch)] if len(batch.table) else []
-    ledger.add_split_keys(batch.points)
-    numbers = assign_splits(batch.points, data.split)
+    ledger.add_split_keys(batch.split_hashes)
+    numbers = assign_splits(batch.split_hashes, data.split)
     return [(split, batch.select(numbers == number)) for number, split in enumerate(SPLITS)]
 
 
 def _find_near_duplicates(signatures: dict[str, SignatureFile], ledger: Ledger, find_all: bool) -> Ints:
-    """Enter into the ledger how many held-out documents have a near duplicate in train.
+    """Count the held-out documents that have a near duplicate in train, and add the counts to the ledger.
 
     Args:
-        signatures: of the documents of each split.
-        find_all: look for all held-out documents; else for _NEAR_DUPLICATES_OF, evenly spaced.
+        signatures: split to the signatures of its documents.
+        find_all: if True, look for all held-out documents; otherwise for at most _MAX_COUNTED_DOCUMENTS of them, evenly
+            spaced.
 
     Returns:
-        numbers of those documents of train, [num_near_duplicates] in ascending order.
+        Indices of the near duplicates in train, [num_near_duplicates], int64, in ascending order.
     """
     held_out = ledger.records_out["validation"] + ledger.records_out["test"]
-    step = 1 if find_all else max(1, -(-held_out // _NEAR_DUPLICATES_OF))
-    index = NearDuplicates(list(_every(chain(signatures["validation"].read(), signatures["test"].read()), step)))
+    step = 1 if find_all else max(1, -(-held_out // _MAX_COUNTED_DOCUMENTS))
+    index = NearDuplicates(list(_take_every(chain(signatures["validation"].read(), signatures["test"].read()), step)))
     leaked, leaking = set[int](), set[int]()
     first = 0
     for batch in signatures["train"].read():
@@ -191,20 +193,20 @@ def _find_near_duplicates(signatures: dict[str, SignatureFile], ledger: Ledger, 
     return np.array(sorted(leaking), np.int64)
 
 
-def _every(batches: Iterator[Signatures], step: int) -> Iterator[Signatures]:
-    """The first of all items of `batches`, and each `step` items behind it."""
+def _take_every(batches: Iterator[Signatures], step: int) -> Iterator[Signatures]:
+    """Take every `step`-th item, starting with the first and counting across `batches`."""
     first = 0
     for batch in batches:
         yield batch[-first % step :: step]
         first += len(batch)
 
 
-def _drop_from_train(directory: Path, numbers: Ints, ledger: Ledger) -> None:
-    """Leave the records with these numbers, [num_dropped] in ascending order, out of train."""
-    whole, file = directory / "whole.parquet", directory / "train.parquet"
-    file.rename(whole)
-    writer, first = SplitWriter(file, pq.read_schema(whole)), 0
-    for batch in iterate_batches(pq.ParquetFile(whole)):
+def _rewrite_train(directory: Path, numbers: Ints, ledger: Ledger) -> None:
+    """Rewrite the file of train without the records at the indices `numbers`, [num_dropped], int64, ascending."""
+    complete, file = directory / "whole.parquet", directory / "train.parquet"
+    file.rename(complete)
+    writer, first = SplitWriter(file, pq.read_schema(complete)), 0
+    for batch in iterate_batches(pq.ParquetFile(complete)):
         table = pa.Table.from_batches([batch])
         is_kept = np.isin(np.arange(first, first + len(table)), numbers, invert=True)
         dropped, kept = table.filter(from_bools(~is_kept)), table.filter(from_bools(is_kept))
@@ -212,4 +214,4 @@ def _drop_from_train(directory: Path, numbers: Ints, ledger: Ledger) -> None:
         writer.write(kept, count_characters(kept))
         first += len(table)
     writer.close()
-    whole.unlink()
+    complete.unlink()

@@ -1,4 +1,4 @@
-"""Writes the records of a split to Parquet, in row groups that the records alone decide."""
+"""Writing of the records of a split to Parquet, in row groups that only depend on the records."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -8,17 +8,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# A row group, which later stages read whole, ends after so many records or after the record that takes its texts past
-# so many characters.
+# Maximum number of records per row group, and the number of characters after which a row group ends. Later stages read
+# whole row groups into memory.
 ROW_GROUP, ROW_GROUP_CHARACTERS = 1024, 8 * 2**20
 
 
 class SplitWriter:
-    """Writes records to a Parquet file; the same records give the same file, whatever tables they come in."""
+    """Writer of a Parquet file. The file only depends on the records, not on their division into tables."""
 
     def __init__(self, file: Path, schema: pa.Schema) -> None:
-        # Texts hardly repeat: a dictionary of them costs time in writing and in reading. Nobody looks for a range of
-        # texts. Checksums: zstd alone lets some flipped bits through as other text.
+        # No dictionary: texts rarely repeat, and it slows down writing and reading. No statistics: no reader selects a
+        # range of texts. Checksums: zstd without them decodes some flipped bits to other text.
         self._writer = pq.ParquetWriter(
             file,
             schema,
@@ -28,13 +28,18 @@ class SplitWriter:
             write_page_checksum=True,
         )
         self._waiting: list[pa.Table] = []
-        self._thread = ThreadPoolExecutor(1)  # compresses a row group while the next one is put together
+        self._thread = ThreadPoolExecutor(1)  # compresses a row group while the next one is collected
         self._written: Future[None] | None = None
         self._num_rows = self._num_characters = 0
 
     def write(self, table: pa.Table, num_characters: npt.NDArray[np.int64]) -> None:
-        """Add the records of `table`, whose texts have so many characters, [num_records]."""
-        ends = np.cumsum(num_characters)  # [num_records]
+        """Add records.
+
+        Args:
+            table: [num_records].
+            num_characters: number of characters in the texts of each record, [num_records], int64.
+        """
+        ends = np.cumsum(num_characters)  # characters up to the end of each record, [num_records]
         start = characters_before = 0
         while start < len(table):
             by_characters = np.searchsorted(ends, ROW_GROUP_CHARACTERS - self._num_characters + characters_before) + 1
@@ -47,7 +52,7 @@ class SplitWriter:
                 self._flush()
 
     def _flush(self) -> None:
-        # In one piece: the pages of a column would end where its pieces do.
+        # As a single chunk, since a page of a column would end at every chunk.
         row_group = pa.concat_tables(self._waiting).combine_chunks()
         self._wait()
         self._written = self._thread.submit(self._writer.write_table, row_group)
@@ -55,7 +60,7 @@ class SplitWriter:
         self._num_rows = self._num_characters = 0
 
     def close(self) -> None:
-        """Write what is left, and end the file."""
+        """Write the remaining records, and close the file."""
         if self._waiting:
             self._flush()
         self._wait()
@@ -63,6 +68,6 @@ class SplitWriter:
         self._writer.close()
 
     def _wait(self) -> None:
-        """Raise what went wrong with the row group before, once that is written."""
+        """Wait until the previous row group is written, and raise its error if there was one."""
         if self._written is not None:
             self._written.result()

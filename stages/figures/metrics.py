@@ -1,8 +1,9 @@
-"""What the metrics are made of: the bits of documents and the loss over blocks, in fp32, whatever the batch size.
+"""Bits of documents, from which the metrics are computed, in fp32 and independent of the batch size.
 
-`bits_per_byte` and `pseudo_bits_per_byte` depend on the model, the documents and `evaluate.context` alone; the first
-may be compared between runs of any block_size and between lossless tokenizers, the second within one tokenizer, and
-neither with the other. The loss over blocks and its perplexity belong to the run's block_size and tokenizer.
+`bits_per_byte` and `pseudo_bits_per_byte` depend only on the model, the documents and `evaluate.context`. The first
+can be compared between runs with any block_size and between lossless tokenizers, the second within one tokenizer; the
+two cannot be compared with each other. The loss over blocks and its perplexity (stages/model/block_loss.py) are
+specific to the run's block_size and tokenizer.
 """
 
 import math
@@ -15,80 +16,95 @@ import torch
 
 from stages.figures.scores import Scores, TokenBits
 from stages.figures.texts import Texts
-from stages.model.block_loss import row_sums
+from stages.model.block_loss import sum_by_row
 from stages.model.loss import TokenLoss
-from stages.model.objectives import Objective, Text, Window
+from stages.model.objectives import DocumentText, Objective, Window
 from stages.model.precision import full_precision
-from stages.model.processes import of_all, rank, summed, world_size
+from stages.model.processes import gather_from_all, get_rank, get_world_size, sum_over_processes
 
-_WINDOWS_AT_ONCE = 8192  # sorted by length together, so that batches hold windows of like length
+_POOL_SIZE = 8192  # windows that are sorted by length together, so that a batch has windows of similar length
 
 
 def score_documents(
     model: Any, objective: Objective, texts: Texts, records: npt.NDArray[np.int64], context: int, batch_tokens: int
 ) -> tuple[Scores, list[TokenBits]]:
-    """The scores of the documents numbered `records`, in windows of at most `context` tokens, and their tokens'."""
-    mine = slice(rank(), None, world_size())  # of several processes, each takes its share
+    """Score documents in windows of at most `context` tokens. Several processes share the work.
+
+    Args:
+        records: numbers of the documents, ascending, [num_documents] int64.
+        batch_tokens: maximum number of tokens per batch, padding included.
+
+    Returns:
+        The scores of all documents, and the bits of each document's tokens, on every process.
+    """
+    own = slice(get_rank(), None, get_world_size())  # the documents of this process
     num_bytes: list[int] = []
     tokens: list[TokenBits] = []
 
-    def read() -> Iterator[Text]:
-        for text in texts.read(records[mine]):
+    def read_own_texts() -> Iterator[DocumentText]:
+        for text in texts.read_texts(records[own]):
             num_bytes.append(text.num_bytes)
             tokens.append(TokenBits(text.ids, np.zeros(len(text.ids), np.float32)))
             yield text
 
-    def keep(window: Window, nats: npt.NDArray[np.float64]) -> None:
-        tokens[window.document].bits[window.places] = nats / math.log(2)
+    def store_bits(window: Window, nats: npt.NDArray[np.float64]) -> None:
+        tokens[window.document_index].bits[window.document_positions] = nats / math.log(2)
 
-    columns = np.zeros((3, len(records)))  # bytes, tokens, nats
-    windows = objective.windows(read(), context)
-    nats, num_tokens = document_nats(model, windows, len(records[mine]), batch_tokens, keep)
-    columns[:, mine] = num_bytes, num_tokens, nats
-    columns = summed(columns)
+    columns = np.zeros((3, len(records)))  # [3, num_documents]: bytes, tokens, nats
+    windows = objective.build_windows(read_own_texts(), context)
+    nats, num_tokens = compute_document_nats(model, windows, len(records[own]), batch_tokens, store_bits)
+    columns[:, own] = num_bytes, num_tokens, nats
+    columns = sum_over_processes(columns)
     scores = Scores(columns[0].astype(np.int64), columns[1].astype(np.int64), columns[2] / math.log(2))
-    shares = of_all(tokens)
-    # The documents go round the processes, as `mine` says.
+    shares = gather_from_all(tokens)
+    # Documents are dealt to the processes in turn (see `own`): document i is the (i // n)-th of process i % n.
     return scores, [shares[number % len(shares)][number // len(shares)] for number in range(len(records))]
 
 
-def choose_documents(total: int, most: int | None) -> npt.NDArray[np.int64]:
-    """Indices of at most `most` of `total` documents, evenly spaced."""
-    number = total if most is None else min(total, most)
-    return np.arange(number, dtype=np.int64) * total // max(number, 1)
+def choose_documents(num_documents: int, max_documents: int | None) -> npt.NDArray[np.int64]:
+    """Return the indices of at most `max_documents` documents, evenly spaced, [num_chosen] int64; None: all."""
+    num_chosen = num_documents if max_documents is None else min(num_documents, max_documents)
+    return np.arange(num_chosen, dtype=np.int64) * num_documents // max(num_chosen, 1)
 
 
-def document_nats(
+def compute_document_nats(
     model: Any,
     windows: Iterator[Window],
     num_documents: int,
     batch_tokens: int,
-    keep: Callable[[Window, npt.NDArray[np.float64]], None] | None = None,
+    on_window: Callable[[Window, npt.NDArray[np.float64]], None] | None = None,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Sum of -ln p over the tokens of each document, and their number; each [num_documents].
+    """Sum -ln p over the predicted tokens of each document.
 
     Args:
-        keep: called for each window with -ln p of its targets, [num_predicted].
+        on_window: called for each window with -ln p of its targets, [num_targets] float64.
+
+    Returns:
+        The sums, [num_documents] float64, and the numbers of predicted tokens, [num_documents] int64.
     """
     nats, num_tokens = np.zeros(num_documents), np.zeros(num_documents, np.int64)
     loss = TokenLoss(model)
     with full_precision(model), loss.hidden_outputs():
-        for batch in length_batches(windows, batch_tokens):
+        for batch in batch_by_length(windows, batch_tokens):
             counts = [len(window.targets) for window in batch]
-            of_targets = window_nats(model, loss, batch)
-            documents = [window.document for window in batch]
-            np.add.at(nats, documents, row_sums(of_targets, np.repeat(np.arange(len(batch)), counts), len(batch)))
+            target_nats = compute_window_nats(model, loss, batch)  # [sum(counts)]
+            documents = [window.document_index for window in batch]
+            # Sum per window first, [len(batch)]; several windows of the batch may be of the same document.
+            np.add.at(nats, documents, sum_by_row(target_nats, np.repeat(np.arange(len(batch)), counts), len(batch)))
             np.add.at(num_tokens, documents, counts)
-            if keep is not None:
-                for window, own in zip(batch, np.split(of_targets, np.cumsum(counts)[:-1]), strict=True):
-                    keep(window, own)
+            if on_window is not None:
+                for window, window_nats in zip(batch, np.split(target_nats, np.cumsum(counts)[:-1]), strict=True):
+                    on_window(window, window_nats)
     return nats, num_tokens
 
 
-def length_batches(windows: Iterator[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """The windows in batches of at most `batch_tokens` tokens, padding included, of like length."""
+def batch_by_length(windows: Iterator[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Yield batches of windows of similar length, with at most `batch_tokens` tokens, padding included.
+
+    A window that is longer than that is a batch of one.
+    """
     while True:
-        pool = [window for _, window in zip(range(_WINDOWS_AT_ONCE), windows, strict=False)]
+        pool = [window for _, window in zip(range(_POOL_SIZE), windows, strict=False)]
         if not pool:
             return
         pool.sort(key=lambda window: -len(window.input_ids))
@@ -99,8 +115,11 @@ def length_batches(windows: Iterator[Window], batch_tokens: int) -> Iterator[lis
             start += rows
 
 
-def window_nats(model: Any, loss: TokenLoss, windows: Sequence[Window]) -> npt.NDArray[np.float64]:
-    """-ln p of the targets of all windows, one window after the other, from within loss.hidden_outputs()."""
+def compute_window_nats(model: Any, loss: TokenLoss, windows: Sequence[Window]) -> npt.NDArray[np.float64]:
+    """Return -ln p of the targets of all windows, concatenated in their order, [num_targets] float64.
+
+    Call it within `loss.hidden_outputs()`.
+    """
     longest = max(len(window.input_ids) for window in windows)
     padding = getattr(model.config, "pad_token_id", None) or 0
     input_ids = torch.full((len(windows), longest), padding, dtype=torch.int64)
@@ -110,9 +129,11 @@ def window_nats(model: Any, loss: TokenLoss, windows: Sequence[Window]) -> npt.N
         attention[row, : len(window.input_ids)] = 1
     padded = not bool(attention.all())
     device = model.device
+    # [len(windows), longest, width]: hidden states or logits, see hidden_outputs.
     outputs = model(input_ids.to(device), attention_mask=attention.to(device) if padded else None).logits
+    # Index pairs (row, position) of all targets, [num_targets] each.
     rows = np.repeat(np.arange(len(windows)), [len(window.targets) for window in windows])
     positions = np.concatenate([window.positions for window in windows])
     targets = torch.from_numpy(np.concatenate([window.targets for window in windows])).to(device)
     selected = outputs[torch.from_numpy(rows).to(device), torch.from_numpy(positions).to(device)]
-    return loss.each(selected, targets).double().cpu().numpy()
+    return loss.compute_nats(selected, targets).double().cpu().numpy()

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from stages.core.config import Positive, Seed, whole
+from stages.core.config import Positive, Seed, config_section
 
 
 def _check_once(names: list[str]) -> list[str]:
@@ -16,34 +16,38 @@ def _check_once(names: list[str]) -> list[str]:
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 
 
-@whole
+@config_section
 class Evaluate:
     context: Annotated[int, Field(ge=4)]
-    """Tokens in a window of bits_per_byte and pseudo_bits_per_byte."""
+    """Tokens per window of bits_per_byte and pseudo_bits_per_byte."""
     max_documents: Positive | None
-    """Documents evaluated, evenly spaced over the split; null: all."""
+    """Maximum number of documents to evaluate, evenly spaced over the split; null: all."""
     texts: Annotated[list[Name], AfterValidator(_check_once)]
-    """Sources of params.yaml, all of whose records are evaluated as well, before and after training."""
+    """Sources of params.yaml that are also evaluated, with all their records, before and after training."""
     include_prompts: bool = False
-    """Metrics of documents are over all text, prompts included; false: over the text that counts."""
+    """If true, metrics of documents cover all text, prompts included; if false, only the text that counts."""
 
 
-@whole
+@config_section
 class Samples:
     seed: Seed
-    """Of the sampling (causal)."""
+    """Seed of the sampling (causal)."""
     max_new_tokens: Positive | None = None
-    """Tokens generated after a prompt (causal)."""
+    """Maximum number of tokens generated after a prompt (causal)."""
     temperature: Annotated[float, Field(gt=0.0)] | None = None
     """Sampling temperature (causal)."""
     top_k: Positive
-    """causal: sampled from this many most likely tokens; mlm: this many tokens are shown."""
+    """Number of most likely tokens to sample from (causal) or to show (mlm)."""
     prompts: list[str]
-    """causal: beginnings to complete; mlm: sentences with one {mask}."""
+    """Beginnings to complete (causal), or sentences with one {mask} (mlm)."""
 
 
 def check_prompts(samples: Samples, objective: str) -> None:
-    """Raise ValueError unless `samples` says what a model of this objective needs."""
+    """Check that `samples` has the values and prompts that the objective needs.
+
+    Raises:
+        ValueError: with one problem per line.
+    """
     problems = []
     if objective == "causal":
         missing = [key for key in ("max_new_tokens", "temperature") if getattr(samples, key) is None]

@@ -1,1 +1,1 @@
-"""Training loops: one package each, behind the function `fit`; stages/train/stage.py imports the chosen one."""
+"""Training loops: one package per framework, with the function `fit`. stages/train/stage.py imports the chosen one."""

@@ -1,4 +1,4 @@
-"""Files of pinned checkpoints and tokenizers: in a local directory, DVC's cache, the Hub or its cache."""
+"""Find the files of pinned checkpoints and tokenizers in a local directory, DVC's cache, or the Hub and its cache."""
 
 import hashlib
 import logging
@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.core.artifacts import read_object, sha256
+from stages.core.artifacts import compute_sha256, read_json_object
 from stages.core.dvc_cache import DvcCache
 from stages.core.errors import StageError, printable
-from stages.core.pins import Pinned, TrainedAt
-from stages.hub.client import ANSWER_SECONDS, FAILURES, explain, hub_unreachable, page_of
+from stages.core.pins import PinnedSource, TrainedModel
+from stages.hub.client import FAILURES, REQUEST_TIMEOUT_SECONDS, explain_hub_error, find_hub_problem, format_page_url
 
 log = logging.getLogger(__name__)
 
@@ -28,27 +28,27 @@ VOCABULARY_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
-CONVERT = (
-    "pickled weights can run code when they are read, so they are not: where you trust them, convert them with"
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+CONVERT_HINT = (
+    "pickled weights can run code when they are loaded, so they are refused: if you trust them, convert them with"
     " transformers' from_pretrained(DIRECTORY) and save_pretrained(DIRECTORY), which writes model.safetensors"
 )
 SINGLE_WEIGHTS, SHARDED_WEIGHTS = "model.safetensors", "model.safetensors.index.json"
 
-# Architectures that number positions from pad_token_id + 1 on, so that the first of their embeddings are never used.
+# Architectures that number positions from pad_token_id + 1; they never use the position embeddings before it.
 OFFSET_POSITIONS = ("camembert", "roberta", "xlm-roberta")
 
-_WAYS_ON = {
+_OFFLINE_REMEDIES = {
     "model": "a model from a local directory (python -m tools.pin_model DIRECTORY)",
     "dataset": "a local file with the same records",
 }
 
 
-class _NoneFoundError(StageError):
-    """A source that has none of the files without which it is of no use."""
+class _NoRequiredFileError(StageError):
+    """The source has none of the required files."""
 
 
-def pinned_files(
+def find_pinned_files(
     key: str,
     path: str,
     revision: str | None,
@@ -57,92 +57,98 @@ def pinned_files(
     required: Sequence[str],
     kind: str = "model",
 ) -> dict[str, Path]:
-    """The files of `names` that the pinned source has, by name; at least one of `required` is among them.
+    """Find the files of a pinned source, downloading them from the Hub if needed.
 
     Args:
-        key: the config key that names the source, for errors.
-        path: a local directory with `hashes`, or a Hub repository with a `revision`.
-        kind: of the repository, `model` or `dataset`.
+        key: config key of the source, for error messages.
+        path: local directory (with `hashes`) or Hub repository (with `revision`).
+        names: file names to look for.
+        required: file names of which at least one must exist.
+        kind: kind of the Hub repository, `model` or `dataset`.
+
+    Returns:
+        A map from file name to path, with the files of `names` that exist.
 
     Raises:
-        StageError: if the source cannot be reached, is not what its pin says, or has none of `required`.
+        StageError: if the source cannot be reached, differs from its pin, or has none of the `required` files.
     """
     if hashes is not None:
-        found = _local(key, path, hashes, names)
+        found = _find_local_files(key, path, hashes, names)
     else:
-        found = _hub(key, path, str(revision), names, required, kind)
+        found = _find_hub_files(key, path, str(revision), names, required, kind)
     if not any(name in found for name in required):
-        raise _NoneFoundError(f"{key}.path={printable(path)} has none of {', '.join(required)}")
+        raise _NoRequiredFileError(f"{key}.path={printable(path)} has none of {', '.join(required)}")
     return found
 
 
-def source_files(key: str, source: Pinned, names: Sequence[str], required: Sequence[str]) -> dict[str, Path]:
-    """The files of `names` that a section of conf/model has, by name; as `pinned_files`."""
+def find_source_files(key: str, source: PinnedSource, names: Sequence[str], required: Sequence[str]) -> dict[str, Path]:
+    """Find the files of a section of conf/model that has a pin; see `find_pinned_files`."""
     if source.from_ is None:
-        return pinned_files(key, str(source.path), source.revision, source.files, names, required)
-    found = _trained(key, source.from_, names)
+        return find_pinned_files(key, str(source.path), source.revision, source.files, names, required)
+    found = _find_trained_files(key, source.from_, names)
     if not any(name in found for name in required):
-        raise _NoneFoundError(f"{key}.from={source.from_.place} has none of {', '.join(required)}")
+        raise _NoRequiredFileError(f"{key}.from={source.from_.description} has none of {', '.join(required)}")
     return found
 
 
-def _trained(key: str, trained: TrainedAt, names: Sequence[str]) -> dict[str, Path]:
-    """The files of `names` that a trained model has, in DVC's cache."""
+def _find_trained_files(key: str, trained: TrainedModel, names: Sequence[str]) -> dict[str, Path]:
+    """Find the files of a trained model in DVC's cache."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    what = f"{key}.from={trained.place} ({trained.md5})"
+    subject = f"{key}.from={trained.description} ({trained.md5})"
     try:
         with Repo() as repo:
             cache = DvcCache(repo)
     except DvcException as error:
-        raise StageError(f"{what} cannot be looked for in DVC's cache: {error}") from None
+        raise StageError(f"{subject}: cannot read DVC's cache: {error}") from None
     listed = cache.list_files(str(trained.md5))
-    found = {name: cache.file(listed[name]) for name in names if name in listed} if listed is not None else {}
+    found = {name: cache.get_path(listed[name]) for name in names if name in listed} if listed is not None else {}
     missing = [name for name, file in found.items() if not file.is_file()]
     if listed is None or missing:
         raise StageError(
-            f"{what} is not in DVC's cache{f', or not with {missing[0]}' if missing else ''}: fetch it with"
-            f" {trained.pin_command} --force; where git does not know {trained.rev}, with `dvc exp pull REMOTE"
+            f"{subject} is not in DVC's cache{f', or lacks {missing[0]} there' if missing else ''}: fetch it with"
+            f" {trained.pin_command} --force; if git does not know {trained.rev}, run `dvc exp pull REMOTE"
             f" {trained.rev}` first"
         )
     for name, file in found.items():
         with file.open("rb") as stream:
             if hashlib.file_digest(stream, "md5").hexdigest() != listed[name]:
                 raise StageError(
-                    f"{what}: {name} is damaged in DVC's cache ({file}): remove that file, and fetch it again"
+                    f"{subject}: {name} is damaged in DVC's cache ({file}): remove that file, and fetch it again"
                 )
     return found
 
 
-def only_pickles(directory: Path) -> str:
-    """`, only FILE` for the first pickle that `directory` holds by its name; empty where there is none."""
-    pickles = sorted(file for file in directory.iterdir() if file.suffix in PICKLES)
+def format_only_pickle(directory: Path) -> str:
+    """Return `, only FILE` for the first pickle in `directory`, by name; an empty string if there is no pickle."""
+    pickles = sorted(file for file in directory.iterdir() if file.suffix in PICKLE_SUFFIXES)
     return f", only {printable(pickles[0])}" if pickles else ""
 
 
-def weights_files(key: str, source: Pinned) -> dict[str, Path]:
-    """The safetensors files of a pinned checkpoint, with the index where there are several."""
+def find_weights_files(key: str, source: PinnedSource) -> dict[str, Path]:
+    """Find the safetensors files of a pinned checkpoint; include the index if the weights are sharded."""
     required = (SINGLE_WEIGHTS, SHARDED_WEIGHTS)
     try:
-        found = source_files(key, source, required, required)
-    except _NoneFoundError as error:
-        only = only_pickles(Path(str(source.path)).expanduser()) if source.files is not None else ""
-        raise StageError(f"{error}{only}: {CONVERT}") from None
+        found = find_source_files(key, source, required, required)
+    except _NoRequiredFileError as error:
+        only = format_only_pickle(Path(str(source.path)).expanduser()) if source.files is not None else ""
+        raise StageError(f"{error}{only}: {CONVERT_HINT}") from None
     if SINGLE_WEIGHTS in found:
         return {SINGLE_WEIGHTS: found[SINGLE_WEIGHTS]}
-    for shard in shard_names(found[SHARDED_WEIGHTS]):
-        found |= source_files(key, source, [shard], [shard])
+    for shard in read_shard_names(found[SHARDED_WEIGHTS]):
+        found |= find_source_files(key, source, [shard], [shard])
     return found
 
 
-def shard_names(index: Path) -> list[str]:
-    """The files that an index of sharded weights names: safetensors beside it.
+def read_shard_names(index: Path) -> list[str]:
+    """Read the names of the safetensors files from an index of sharded weights, sorted.
 
     Raises:
-        StageError: if it names any other file, elsewhere or of another format, or is no such index.
+        StageError: if the file is not an index of weights, or if it names a file in another directory or of another
+            format.
     """
-    content = read_object(index)
+    content = read_json_object(index)
     shards = content.get("weight_map")
     if not isinstance(shards, dict) or not shards or not isinstance(content.get("metadata"), dict):
         raise StageError(f"{printable(index)} is not an index of weights: it needs the objects weight_map and metadata")
@@ -150,13 +156,17 @@ def shard_names(index: Path) -> list[str]:
         if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
             raise StageError(
                 f"{printable(index)} names {printable(repr(shard))}: weights are only read from *.safetensors files"
-                " beside it"
+                " in the same directory"
             )
     return sorted(set(shards.values()))
 
 
-def usable_positions(settings: Mapping[str, Any]) -> int | None:
-    """Tokens that a model with the configuration `settings` can attend to; None where nothing bounds them."""
+def count_usable_positions(settings: Mapping[str, Any]) -> int | None:
+    """Return the maximum number of tokens of a model with the configuration `settings`; None if there is no limit.
+
+    Raises:
+        StageError: if one of the values in `settings` is not an integer.
+    """
     for key in ("n_positions", "max_position_embeddings", "pad_token_id"):
         if not isinstance(settings.get(key), int | None):
             raise StageError(f"config.json: {key}={printable(repr(settings[key]))} is not an integer")
@@ -166,7 +176,7 @@ def usable_positions(settings: Mapping[str, Any]) -> int | None:
     return positions
 
 
-def _local(key: str, path: str, hashes: dict[str, str], names: Sequence[str]) -> dict[str, Path]:
+def _find_local_files(key: str, path: str, hashes: dict[str, str], names: Sequence[str]) -> dict[str, Path]:
     directory = Path(path).expanduser()
     if not directory.is_dir():
         raise StageError(f"{key}.path={printable(path)} is not a directory on this machine")
@@ -177,20 +187,22 @@ def _local(key: str, path: str, hashes: dict[str, str], names: Sequence[str]) ->
             continue  # not pinned, not used
         if not file.is_file():
             raise StageError(
-                f"{printable(file)} is pinned but not there: python -m tools.pin_model pins the directory anew"
+                f"{printable(file)} is pinned but does not exist: restore it, or run python -m tools.pin_model to pin"
+                " the directory again"
             )
-        if sha256(file) != hashes[name]:
+        if compute_sha256(file) != hashes[name]:
             raise StageError(
-                f"{printable(file)} is not the pinned file (its hash differs): python -m tools.pin_model pins it anew"
+                f"{printable(file)} is not the pinned file (its hash differs): run python -m tools.pin_model to pin it"
+                " again"
             )
         found[name] = file
     return found
 
 
-def _hub(
+def _find_hub_files(
     key: str, repository: str, revision: str, names: Sequence[str], required: Sequence[str], kind: str
 ) -> dict[str, Path]:
-    # Unlike transformers' own look-up, a cached revision costs no request and a dead network costs seconds.
+    # Unlike the lookup of transformers, this makes no request for a cached revision and fails fast without a network.
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -204,26 +216,29 @@ def _hub(
             unknown.append(name)
     if not unknown:
         return found
-    unreachable = hub_unreachable()
+    unreachable = find_hub_problem()
     if unreachable:
-        if any(name in found for name in required):  # a cache that other tools filled does not know what is absent
+        # A cache filled by other tools does not record which files the repository lacks.
+        if any(name in found for name in required):
             return found
         raise StageError(
             f"{key}.path={printable(repository)} (revision {revision}) is not in the cache, and the Hub cannot be"
             f" reached: {unreachable}\n"
-            f"  Ways on: {_WAYS_ON[kind]}, or HF_HOME set to a cache that holds a copy."
+            f"  Use {_OFFLINE_REMEDIES[kind]}, or set HF_HOME to a cache that has a copy."
         )
     log.info("fetching %s at %s from the Hub", repository, revision[:12])
     for name in unknown:
         try:
             found[name] = Path(
-                hf_hub_download(repository, name, revision=revision, repo_type=kind, etag_timeout=ANSWER_SECONDS)
+                hf_hub_download(
+                    repository, name, revision=revision, repo_type=kind, etag_timeout=REQUEST_TIMEOUT_SECONDS
+                )
             )
-        except RemoteEntryNotFoundError:  # not its base class, which a server that fails half-way raises as well
+        except RemoteEntryNotFoundError:  # not its base class, which is also raised if the server fails
             continue
         except FAILURES as error:
             raise StageError(
                 f"{key}.path={printable(repository)} (revision {revision}): {name} could not be fetched:"
-                f" {explain(error, page_of(repository, 'datasets/' if kind == 'dataset' else ''))}"
+                f" {explain_hub_error(error, format_page_url(repository, 'datasets/' if kind == 'dataset' else ''))}"
             ) from None
     return found

@@ -1,4 +1,4 @@
-"""Starts the processes of a stage on a Ray cluster, by Ray Train, which starts them anew where one is lost."""
+"""Runs a stage in several processes on a Ray cluster, through Ray Train, which restarts them if one is lost."""
 
 import contextlib
 import copy
@@ -13,35 +13,35 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.core.environment import variables_that_change_results
+from stages.core.environment import find_result_variables
 from stages.core.errors import StageError
-from stages.shell.app import describe_error, start_logging
-from stages.shell.cache import cache_directory
+from stages.shell.app import format_error, start_logging
+from stages.shell.cache import get_cache_directory
 from stages.shell.interruption import Interrupted, end_on_signals
-from stages.shell.ray_cluster import connected
+from stages.shell.ray_cluster import connect_to_cluster
 
 log = logging.getLogger(__name__)
 
-BEST = "best_at_step"  # by which Ray keeps the best checkpoint beside the newest
+BEST_METRIC = "best_at_step"  # metric by which Ray retains the best checkpoint in addition to the newest
 
 
 def run_on_ray(stage: str, work: Callable[[Any], None], config: Any, name: str | None) -> None:
-    """Do `work(config)` in the processes that config.hardware.ray describes.
+    """Run `work(config)` in the processes that config.hardware.ray describes.
 
     Args:
-        name: of the run, by which its checkpoints are found again; None: it makes none.
+        name: name for the checkpoints of the run, stable across restarts; None: the stage writes no checkpoints.
 
     Raises:
-        StageError: the error of a process, or what went wrong with the cluster.
-        Interrupted: if Ctrl-C ended them.
+        StageError: the error of a process or of the cluster.
+        Interrupted: if Ctrl-C stopped the processes.
     """
-    ray = connected()
+    ray = connect_to_cluster()
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-    class EndAtOnce(UserCallback):  # type: ignore[misc]
-        """Tries nothing again where a process failed by what it was given."""
+    class FailOnStageError(UserCallback):  # type: ignore[misc]
+        """Prevents restarts after a StageError, which would occur again."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for error in worker_exceptions.values():
@@ -51,31 +51,31 @@ def run_on_ray(stage: str, work: Callable[[Any], None], config: Any, name: str |
     hardware, settings = config.hardware, config.hardware.ray
     resources = {"CPU": hardware.num_threads} | ({"GPU": 1} if hardware.device == "cuda" else {})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fitting = sum(min(int(node.get(kind, 0)) // number for kind, number in resources.items()) for node in nodes)
-    if settings.workers > fitting:
+    num_fitting = sum(min(int(node.get(kind, 0)) // number for kind, number in resources.items()) for node in nodes)
+    if settings.workers > num_fitting:
         log.warning(
-            "hardware.ray.workers=%d, of %s each, and %d fit the machines of the cluster: waiting for more",
+            "hardware.ray.workers=%d with %s each, but the cluster only has room for %d: waiting for more machines",
             settings.workers,
-            ", ".join(f"{number} {kind}" for kind, number in resources.items()),
-            fitting,
+            " and ".join(f"{number} {kind}" for kind, number in resources.items()),
+            num_fitting,
         )
-    filesystem, root = storage(settings.storage)
+    filesystem, root = open_storage(settings.storage)
     best = {}
     if name and config.trainer.get("load_best_model_at_end"):
-        best = {"checkpoint_score_attribute": BEST, "checkpoint_score_order": "max"}
+        best = {"checkpoint_score_attribute": BEST_METRIC, "checkpoint_score_order": "max"}
     run = RunConfig(
         name=name or f"{stage}-{uuid.uuid4().hex}",
         storage_path=root,
         storage_filesystem=filesystem,
         failure_config=FailureConfig(max_failures=settings.max_failures),
         checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoints.keep if name else None, **best),
-        callbacks=[EndAtOnce()],
-        logging_config=LoggingConfig(log_level="CRITICAL"),  # what it would tell, this function tells
+        callbacks=[FailOnStageError()],
+        logging_config=LoggingConfig(log_level="CRITICAL"),  # this function reports the same errors
     )
-    described = {"stage": stage, "work": work, "config": config, "directory": str(Path.cwd())}
+    job = {"stage": stage, "work": work, "config": config, "directory": str(Path.cwd())}
     trainer = TorchTrainer(
         _worker_main,
-        train_loop_config=described,
+        train_loop_config=job,
         torch_config=TorchConfig(backend=hardware.backend),
         scaling_config=ScalingConfig(
             num_workers=settings.workers, use_gpu=hardware.device == "cuda", resources_per_worker=resources
@@ -86,32 +86,34 @@ def run_on_ray(stage: str, work: Callable[[Any], None], config: Any, name: str |
     try:
         trainer.fit()
         done = True
-    except SystemExit:  # how Ray ends the process of a run that Ctrl-C aborted
+    except SystemExit:  # raised by Ray after Ctrl-C
         raise Interrupted(signal.SIGINT) from None
     except TrainingFailedError as error:
         if isinstance(error, ControllerError) and isinstance(error.controller_failure, StageError):
             raise error.controller_failure from None
         causes = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-        said = "; ".join(f"process {rank}: {describe_error(cause)}" for rank, cause in sorted(causes.items())) or str(
-            error
-        )
+        errors = [f"process {rank}: {format_error(cause)}" for rank, cause in sorted(causes.items())]
+        message = "; ".join(errors) or str(error)
         raise StageError(
-            f"{said[:1000]}\n  tried {1 + settings.max_failures} times (hardware.ray.max_failures)"
+            f"{message[:1000]}\n  tried {1 + settings.max_failures} times (hardware.ray.max_failures)"
         ) from None
     finally:
-        end_on_signals()  # as before
-        if done or name is None:  # found again, it would be gone on from at its end
+        end_on_signals()  # Ray has replaced the signal handlers
+        if done or name is None:  # a run of the same name would resume from its end
             try:
                 filesystem.delete_dir(f"{root}/{run.name}")
             except Exception as error:
-                log.warning("%s/%s could not be removed: %s", root, run.name, describe_error(error))
+                log.warning("%s/%s could not be removed: %s", root, run.name, format_error(error))
 
 
-def storage(url: str | None) -> tuple[Any, str]:
-    """The file system of pyarrow, and the path in it where Ray keeps runs.
+def open_storage(url: str | None) -> tuple[Any, str]:
+    """Return the pyarrow file system and the path in it where Ray stores runs; create that directory.
+
+    Args:
+        url: hardware.ray.storage; None: a directory in the cache directory.
 
     Raises:
-        StageError: if nothing can be written there.
+        StageError: if `url` is invalid, or the directory is not writable.
     """
     import fsspec
     import pyarrow.fs
@@ -120,12 +122,12 @@ def storage(url: str | None) -> tuple[Any, str]:
         raise StageError(f"hardware.ray.storage={url} is neither a directory nor a URL such as s3://bucket/path")
     try:
         if url is None or "://" not in url:
-            place = Path(url).resolve() if url else cache_directory() / "ray"
+            place = Path(url).resolve() if url else get_cache_directory() / "ray"
             filesystem, path = pyarrow.fs.LocalFileSystem(), str(place)
         else:
             found, path = fsspec.core.url_to_fs(url)
             if "memory" in found.protocol:
-                raise StageError(f"hardware.ray.storage={url}: the memory of a process is shared with no other")
+                raise StageError(f"hardware.ray.storage={url}: processes cannot share a file system in memory")
             filesystem, path = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(found)), path.rstrip("/")
         filesystem.create_dir(path, recursive=True)
         with filesystem.open_output_stream(f"{path}/.writable"):
@@ -133,64 +135,65 @@ def storage(url: str | None) -> tuple[Any, str]:
         filesystem.delete_file(f"{path}/.writable")
     except StageError:
         raise
-    except Exception as error:  # each file system has its own
-        raise StageError(f"hardware.ray.storage={url}: nothing can be written there: {describe_error(error)}") from None
+    except Exception as error:  # each file system raises different exceptions
+        raise StageError(f"hardware.ray.storage={url}: it is not writable: {format_error(error)}") from None
     return filesystem, path
 
 
-def _worker_main(described: dict[str, Any]) -> None:
-    """What each process does."""
-    from stages.model.processes import rank
+def _worker_main(job: dict[str, Any]) -> None:
+    """Entry point of each process; `job` is the train_loop_config of `run_on_ray`."""
+    from stages.model.processes import get_rank
 
-    # A worker has the environment of its machine's `ray start`, and torch is loaded.
-    if names := variables_that_change_results("OMP_NUM_THREADS"):  # which Ray sets, and hardware.num_threads overrides
+    # A worker has the environment of `ray start` on its machine, and has already loaded torch.
+    if names := find_result_variables("OMP_NUM_THREADS"):  # set by Ray, and overridden by hardware.num_threads
         raise StageError(
-            f"{', '.join(names)}: set where Ray was started, and would change the result: run `ray stop`, unset it, and"
-            " `ray start` again"
+            f"{', '.join(names)}: set when Ray was started, and would change the result: run `ray stop`, unset it, and"
+            " run `ray start` again"
         )
-    os.chdir(described["directory"])
-    if rank():
+    os.chdir(job["directory"])
+    if get_rank():
         logging.disable(logging.INFO)
-    start_logging(described["stage"])
-    described["work"](described["config"])
+    start_logging(job["stage"])
+    job["work"](job["config"])
 
 
 @contextlib.contextmanager
-def own_checkpoints() -> Iterator[str]:
-    """A directory for this process's checkpoints, with those that the run has in Ray's storage.
+def copy_reported_checkpoints() -> Iterator[str]:
+    """Yield a directory for the checkpoints of this process, with copies of those in Ray's storage.
 
-    Each process writes its own part of a checkpoint there; Ray puts the parts together in its storage.
+    Each process writes its part of a checkpoint there; Ray combines the parts in its storage.
     """
     from ray.train import get_all_reported_checkpoints, get_context
     from ray.train.huggingface.transformers import RayTrainReportCallback
 
-    from stages.model.processes import rank
+    from stages.model.processes import get_rank
 
-    # Not a temporary one, that a process which is killed would leave behind for ever.
-    directory = cache_directory() / "ray-processes" / f"{get_context().get_experiment_name()}-{rank()}"
+    # Not a temporary directory, which a killed process would never remove.
+    directory = get_cache_directory() / "ray-processes" / f"{get_context().get_experiment_name()}-{get_rank()}"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     try:
         for reported in get_all_reported_checkpoints():
             with reported.checkpoint.as_directory() as whole:
-                place = Path(whole) / RayTrainReportCallback.CHECKPOINT_NAME
-                step = json.loads((place / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-                shutil.copytree(place, directory / f"checkpoint-{step}")
+                checkpoint = Path(whole) / RayTrainReportCallback.CHECKPOINT_NAME
+                step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+                shutil.copytree(checkpoint, directory / f"checkpoint-{step}")
         yield str(directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def reporting() -> Any:
-    """A callback that has Ray put a checkpoint's parts together and keep it, with how it ranks among the others."""
+def create_report_callback() -> Any:
+    """Create the callback that makes Ray combine the parts of a checkpoint and store it with its rank."""
     from ray.train.huggingface.transformers import RayTrainReportCallback
 
     class Report(RayTrainReportCallback):  # type: ignore[misc]
         def on_save(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-            # The later of two best ones is the better; those that are not go before them, however new they are.
-            told = copy.copy(state)
+            # The rank of a best checkpoint is its step, since the latest best one is the best of all. Any other
+            # checkpoint has rank -1, so that Ray removes it first.
+            reported = copy.copy(state)
             best = state.global_step if state.best_global_step == state.global_step else -1
-            told.log_history = [*state.log_history, {BEST: best}]
-            super().on_save(args, told, control, **named)
+            reported.log_history = [*state.log_history, {BEST_METRIC: best}]
+            super().on_save(args, reported, control, **named)
 
     return Report()

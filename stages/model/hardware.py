@@ -4,26 +4,29 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stages.core.config import Positive, whole
+from stages.core.config import Positive, config_section
 from stages.core.errors import StageError
 
 
-@whole
+@config_section
 class Launch:
-    """Several processes, each with the weights and a share of every batch; train and evaluate run in them."""
+    """Several processes for train and evaluate, started by torch's launcher.
+
+    Each process has a copy of the weights and computes its share of every batch.
+    """
 
     processes_per_machine: Positive | None
-    """Processes on each machine; null: one a GPU."""
+    """Number of processes per machine; null: one per GPU."""
     machines: Positive
-    """Machines, on each of which the stage's command is started."""
+    """Number of machines; the command of the stage is started on each."""
     rendezvous: str | None
-    """HOST:PORT of one of the machines, where they find each other; null: this one, where started_by starts them."""
+    """HOST:PORT of the machine at which all of them meet; null: this machine, which requires started_by."""
     started_by: list[str] | None = None
-    """Words before a command that start it on every machine (srun's); null: it is started by hand on each."""
+    """Words that, put before a command, run it on every machine (such as srun); null: the user runs it on each."""
 
     @field_validator("rendezvous")
     @classmethod
-    def _is_a_place(cls, rendezvous: str | None) -> str | None:
+    def _check_rendezvous(cls, rendezvous: str | None) -> str | None:
         if rendezvous is not None:
             host, _, port = rendezvous.rpartition(":")
             if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -31,67 +34,72 @@ class Launch:
         return rendezvous
 
     @model_validator(mode="after")
-    def _meets_somewhere(self) -> "Launch":
+    def _check_machines_can_meet(self) -> "Launch":
         if self.machines > 1 and self.rendezvous is None and not self.started_by:
             raise ValueError(
-                f"launch.machines={self.machines} needs launch.rendezvous, HOST:PORT of one of them, or started_by"
+                f"launch.machines={self.machines} needs launch.rendezvous, the HOST:PORT of one of them, or started_by"
             )
         return self
 
 
-@whole
+@config_section
 class RayTrain:
-    """Several processes of a Ray cluster, each with the weights and a share of every batch."""
+    """Several processes on a Ray cluster, started by Ray Train.
+
+    Each process has a copy of the weights and computes its share of every batch.
+    """
 
     workers: Positive
-    """Processes, each with num_threads CPUs, and a GPU where device is cuda."""
+    """Number of processes; each gets num_threads CPUs, and one GPU if device is cuda."""
     max_failures: Annotated[int, Field(ge=0)]
-    """Times that they start anew from the last checkpoint when one is lost."""
+    """Maximum number of restarts from the last checkpoint after a process is lost."""
     storage: str | None
-    """Where checkpoints are kept, on a disk that the machines share or at any fsspec URL; null: the cache directory."""
+    """Directory on a disk that the machines share, or an fsspec URL, for checkpoints; null: the cache directory."""
 
 
-@whole
+@config_section
 class Hardware:
     device: Literal["cpu", "cuda", "mps"]
-    """Where the model is trained and evaluated, as torch names it."""
+    """Device for training and evaluation, by its name in torch."""
     num_threads: Positive
-    """Threads of a process on the CPU."""
+    """Number of CPU threads per process."""
     per_device_batch_size: Positive | None
-    """Sequences at once on a device; null: its share of batch_size. Less means gradient accumulation."""
+    """Sequences per forward pass on a device; null: its share of batch_size. Fewer means gradient accumulation."""
     evaluate_batch_tokens: Positive
-    """Tokens at once in evaluation, on a device; changes no figure."""
+    """Tokens per forward pass in evaluation, per device; changes no figure."""
     launch: Launch | None = None
-    """Processes by torch's own launcher; null: one."""
+    """Settings of torch's launcher; null: the stage runs in one process."""
     ray: RayTrain | None = None
-    """Processes by Ray Train."""
+    """Settings of Ray Train; null: the stage does not use Ray."""
 
     @model_validator(mode="after")
-    def _has_one_launcher(self) -> "Hardware":
+    def _check_single_launcher(self) -> "Hardware":
         if self.launch is not None and self.ray is not None:
-            raise ValueError("hardware.launch and hardware.ray both start processes: give one")
+            raise ValueError("hardware.launch and hardware.ray both start processes: set only one of them")
         return self
 
     @property
     def backend(self) -> str:
-        """What several processes talk by, as torch.distributed names it."""
+        """Communication backend of several processes, by its name in torch.distributed."""
         return "cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo"
 
     @property
-    def processes(self) -> int | None:
-        """How many work together; None: as many as there are GPUs."""
+    def num_processes(self) -> int | None:
+        """Number of processes that work together; None: one per GPU."""
         if self.ray is not None:
             return self.ray.workers
         if self.launch is None:
             return 1
-        here = self.launch.processes_per_machine
-        return None if here is None else here * self.launch.machines
+        per_machine = self.launch.processes_per_machine
+        return None if per_machine is None else per_machine * self.launch.machines
 
 
-def find_device(hardware: Hardware) -> None:
-    """Raise StageError if torch finds no hardware.device here."""
+def check_device(hardware: Hardware) -> None:
+    """Raise StageError if torch finds no hardware.device on this machine."""
     import torch
 
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[hardware.device]:
-        raise StageError(f"hardware.device={hardware.device}: torch finds no such device here; use hardware=cpu")
+        raise StageError(
+            f"hardware.device={hardware.device}: torch finds no such device on this machine; use hardware=cpu"
+        )

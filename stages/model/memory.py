@@ -1,4 +1,4 @@
-"""The memory of the process."""
+"""Memory allocation settings of the process."""
 
 import ctypes
 import sys
@@ -7,9 +7,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse freed memory: given back, it comes anew page by page, which takes a tenth of a training step.
+    """Make glibc reuse freed memory instead of returning it to the system.
 
-    A process holds its peak until it ends. Other C libraries are left as they are.
+    Returned memory has to be mapped again page by page, which takes a tenth of a training step. The process keeps its
+    peak memory until it ends. Does nothing with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

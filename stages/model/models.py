@@ -1,4 +1,7 @@
-"""Models: built from a configuration or loaded from a pinned checkpoint of safetensors, never by remote code."""
+"""Models, built from a configuration or loaded from a pinned checkpoint in safetensors format.
+
+Code that comes with a checkpoint is never run.
+"""
 
 import copy
 import itertools
@@ -15,68 +18,71 @@ import transformers
 from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
-from stages.core.artifacts import read_object
-from stages.core.config import nearest
+from stages.core.artifacts import read_json_object
+from stages.core.config import suggest_name
 from stages.core.environment import drop_environment_variables
 from stages.core.errors import StageError, printable
 from stages.hub.files import (
     OFFSET_POSITIONS,
     SHARDED_WEIGHTS,
     SINGLE_WEIGHTS,
-    shard_names,
-    source_files,
-    usable_positions,
-    weights_files,
+    count_usable_positions,
+    find_source_files,
+    find_weights_files,
+    read_shard_names,
 )  # fmt: skip
-from stages.model.attention import use_parts_on_cpu
-from stages.model.hardware import Hardware, find_device
+from stages.model.attention import use_attention_in_parts
+from stages.model.hardware import Hardware, check_device
 from stages.model.memory import keep_freed_memory
 from stages.model.schema import Model
 from stages.tokens.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
-# Accelerate takes precision, accumulation, compilation and more from these, where DVC cannot see them.
-_SETTINGS_OF_OTHERS = ("ACCELERATE_", "FSDP_")
+# Prefixes of variables that set Accelerate's precision, accumulation, compilation and more; DVC does not track them.
+_LIBRARY_VARIABLES = ("ACCELERATE_", "FSDP_")
 _LAUNCHER_VARIABLES = ("LOCAL_RANK", "MASTER_", "RANK", "WORLD_SIZE")
 
 _CONFIG_FILES = ("config.json", "generation_config.json")
 _AUTO_CLASS = {"causal": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM"}
 
-# Far above what is trained here: building more than that would fill the memory, or never end. (GPT-3 has 96 layers and
-# 0.64 TiB.)
-MOST_MODULES, MOST_BYTES = 10_000, 2**40
-# Numbers of a configuration that say how many modules or labels are made, one after the other.
-_COUNT = re.compile(r"(n_layer|n_head|layers|heads|blocks|experts|stages|depths|types|labels)$")
-_MOST_ANY = 2**53  # of any other integer
+# Limits of a configuration, far above the models trained here. Building a larger model would fill the memory or never
+# end. (GPT-3 has 96 layers and 0.64 TiB.)
+MAX_MODULES, MAX_MODEL_BYTES = 10_000, 2**40
+# Keys of a configuration that set how many modules or labels are created, one by one.
+_COUNT_KEY = re.compile(r"(n_layer|n_head|layers|heads|blocks|experts|stages|depths|types|labels)$")
+_MAX_INTEGER = 2**53  # limit of any other number
 
 
 def prepare_torch(hardware: Hardware) -> None:
-    """Set threads and what saves a CPU memory and time, quiet libraries, and refuse a device that is not there.
+    """Set the number of threads, enable the CPU optimizations and silence the libraries.
 
     Raises:
         StageError: if hardware.device is not available.
     """
-    others = _SETTINGS_OF_OTHERS if dist.is_initialized() else _SETTINGS_OF_OTHERS + _LAUNCHER_VARIABLES
-    # Ray says which GPU is whose.
-    drop_environment_variables(others, {"ACCELERATE_TORCH_DEVICE": None} if hardware.ray is not None else {})
+    prefixes = _LIBRARY_VARIABLES if dist.is_initialized() else _LIBRARY_VARIABLES + _LAUNCHER_VARIABLES
+    # Under Ray, this variable selects the GPU of the process.
+    drop_environment_variables(prefixes, {"ACCELERATE_TORCH_DEVICE": None} if hardware.ray is not None else {})
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(hardware.num_threads)
     if hardware.device == "cpu":
         keep_freed_memory()
-        use_parts_on_cpu()
-    find_device(hardware)
+        use_attention_in_parts()
+    check_device(hardware)
 
 
 def build_model(model: Model, vocabulary: Vocabulary, seed: int) -> Any:
-    """The model before training, in fp32 on the CPU: fresh weights drawn from `seed`, or those of the checkpoint.
+    """Build the model before training, in fp32 on the CPU.
+
+    Its weights are those of the checkpoint, or drawn from `seed` if the model has none.
 
     Raises:
-        StageError: if the checkpoint, its configuration and the vocabulary do not belong together.
+        StageError: if the configuration is invalid, or the checkpoint, its configuration and the vocabulary do not
+            match.
     """
-    with tempfile.TemporaryDirectory() as scratch:  # holds the pinned files and no others
-        built = _build(model, vocabulary, seed, Path(scratch))
+    with tempfile.TemporaryDirectory() as scratch:  # transformers only sees the pinned files
+        built = _build_model(model, vocabulary, seed, Path(scratch))
     check_positions(built.config, model)
     check_embeddings(built, vocabulary.size)
     log.info("%s with %.1f M parameters", type(built).__name__, sum(p.numel() for p in built.parameters()) / 1e6)
@@ -84,24 +90,24 @@ def build_model(model: Model, vocabulary: Vocabulary, seed: int) -> Any:
 
 
 def check_embeddings(model: Any, num_tokens: int) -> None:
-    """Raise StageError unless `model` has an embedding for each of a tokenizer's `num_tokens` tokens."""
+    """Raise StageError if `model` has fewer embeddings than the tokenizer has tokens."""
     num_embeddings = model.get_input_embeddings().num_embeddings
     if num_tokens > num_embeddings:
-        raise StageError(f"the tokenizer has {num_tokens} tokens, the model embeddings for {num_embeddings} alone")
+        raise StageError(f"the tokenizer has {num_tokens} tokens, but the model only has {num_embeddings} embeddings")
 
 
-def _build(model: Model, vocabulary: Vocabulary | None, seed: int, scratch: Path) -> Any:
-    config = _configuration(model, scratch)
-    auto = _auto_class(model.task, config)
+def _build_model(model: Model, vocabulary: Vocabulary | None, seed: int, scratch: Path) -> Any:
+    config = _load_base_config(model, scratch)
+    auto = _get_auto_class(model.task, config)
     if unknown := [key for key in model.config if key != "model_type" and not hasattr(config, key)]:
-        names = nearest(unknown[0], list(config.to_dict()))
-        raise StageError(f"model.config.{printable(unknown[0])}: {config.model_type} has no such value; {names}")
-    config = _overridden(config, model)
+        names = suggest_name(unknown[0], list(config.to_dict()))
+        raise StageError(f"model.config.{printable(unknown[0])}: {config.model_type} has no such setting; {names}")
+    config = _override_config(config, model)
     masked = type(config) in getattr(transformers, _AUTO_CLASS["mlm"])._model_mapping
     if model.task == "causal" and masked and not getattr(config, "is_decoder", True):
         raise StageError(
-            f"task=causal: {config.model_type} attends to the tokens on both sides and would read what it predicts: set"
-            " model.config.is_decoder: true, or take it for task=mlm"
+            f"task=causal: {config.model_type} attends to tokens on both sides and would read the tokens it predicts:"
+            " set model.config.is_decoder: true, or use it for task=mlm"
         )
     torch.manual_seed(seed)
     if model.from_scratch:
@@ -111,24 +117,24 @@ def _build(model: Model, vocabulary: Vocabulary | None, seed: int, scratch: Path
             setattr(config, f"{role}_token_id", vocabulary.special.get(f"{role}_token"))
         if config.model_type in OFFSET_POSITIONS and config.pad_token_id is None:
             raise StageError(
-                f"{config.model_type} numbers positions from its pad token, and the tokenizer has no pad_token"
+                f"{config.model_type} numbers positions from its pad token, but the tokenizer has no pad_token"
             )
         _check_shape(auto, config, "model.config")
         try:
             built = auto.from_config(config, dtype=torch.float32)
-        except RuntimeError as error:  # of a distribution that torch does not draw from
+        except RuntimeError as error:  # from a distribution that torch cannot sample
             if "memory" in str(error):
                 raise
-            raise StageError(f"model.config makes no {config.model_type}: {_in_a_line(error)}") from None
-        check_finite(built, "the weights that model.config starts with")
+            raise StageError(f"cannot build a {config.model_type} from model.config: {_format_error(error)}") from None
+        check_finite(built, "the initial weights that follow from model.config")
         return built
-    _check_shape(auto, config, f"config.json of {_named(model)}, with model.config,")
-    _link(weights_files("model", model), scratch)
-    return _load(auto, scratch, config, _named(model))
+    _check_shape(auto, config, f"config.json of {_format_source(model)} and model.config")
+    _link_files(find_weights_files("model", model), scratch)
+    return _load_weights(auto, scratch, config, _format_source(model))
 
 
-def _auto_class(task: str, config: Any) -> Any:
-    """transformers' class of the models for `task`, which has one for `config`."""
+def _get_auto_class(task: str, config: Any) -> Any:
+    """Return transformers' auto class for `task`; raise StageError if it has no model for `config`."""
     auto = getattr(transformers, _AUTO_CLASS[task])
     if type(config) not in auto._model_mapping:
         raise StageError(f"model.config.model_type={config.model_type}: transformers has no such model for task={task}")
@@ -136,7 +142,12 @@ def _auto_class(task: str, config: Any) -> Any:
 
 
 def _check_values(settings: dict[str, Any], where: str) -> None:
-    """Raise StageError for a value of `settings`, as JSON or YAML holds them, that no model is built from."""
+    """Raise StageError for a number out of range, or an implementation that is code from the Hub.
+
+    Args:
+        settings: the parsed JSON or YAML of a configuration.
+        where: the prefix of a key in error messages.
+    """
     left: list[tuple[str, Any]] = [*settings.items()]
     while left:
         key, value = left.pop()
@@ -145,135 +156,145 @@ def _check_values(settings: dict[str, Any], where: str) -> None:
         elif isinstance(value, list):
             left += [(key, item) for item in value]
         elif isinstance(value, int | float) and not math.isinf(value):
-            least, most = (0, MOST_MODULES) if _COUNT.search(key) else (-_MOST_ANY, _MOST_ANY)
+            least, most = (0, MAX_MODULES) if _COUNT_KEY.search(key) else (-_MAX_INTEGER, _MAX_INTEGER)
             if not least <= value <= most:
                 shown = f"{where}{printable(key)}={printable(value, 30)}"
-                raise StageError(f"{shown} cannot be meant: give it a value from {least:,} to {most:,}")
+                raise StageError(f"{shown} is out of range: set a value from {least:,} to {most:,}")
         elif isinstance(value, str) and key.endswith("_implementation") and "/" in value:
             shown = f"{where}{printable(key)}={printable(value)}"
-            raise StageError(f"{shown} names code of a repository, which is never run: take it out")
+            raise StageError(f"{shown} refers to code in a repository, which is never run: remove it")
 
 
 def _check_shape(auto: Any, config: Any, where: str) -> None:
-    """Raise StageError unless `config` makes a model, of a size that can be meant: built without memory for weights."""
+    """Raise StageError if no model can be built from `config`, or it is too large.
+
+    Builds the model on the meta device, which allocates no memory for weights.
+    """
     try:
-        # Fresh weights that have no values would still be drawn, by Python code that imports torch's compiler.
+        # Without no_init_weights, meta weights would still be initialized, by code that imports torch's compiler.
         with torch.device("meta"), no_init_weights():
             built = auto.from_config(copy.deepcopy(config), dtype=torch.float32)
-    except Exception as error:  # each architecture checks its values in its own way, or not at all
-        raise StageError(f"{where} makes no {config.model_type}: {_in_a_line(error)}") from None
+    except Exception as error:  # architectures check their values in different ways, or not at all
+        raise StageError(f"cannot build a {config.model_type} from {where}: {_format_error(error)}") from None
     num_bytes = sum(tensor.nbytes for tensor in itertools.chain(built.parameters(), built.buffers()))
-    if num_bytes > MOST_BYTES:
+    if num_bytes > MAX_MODEL_BYTES:
         raise StageError(
-            f"{where} makes a {config.model_type} of {num_bytes / 2**40:,.0f} TiB, which cannot be meant: the limit is"
-            f" {MOST_BYTES / 2**40:.0f} TiB; lower its sizes"
+            f"the {config.model_type} of {where} takes {num_bytes / 2**40:,.0f} TiB: the limit is"
+            f" {MAX_MODEL_BYTES / 2**40:.0f} TiB; reduce its sizes"
         )
 
 
 def check_finite(model: Any, weights: str) -> None:
-    """Raise StageError if a weight of `model` is NaN or infinite; `weights` is what errors call them all."""
+    """Raise StageError if a weight of `model` is NaN or infinite; `weights` describes them in the message."""
     for name, tensor in model.named_parameters():
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.detach().aminmax()):
             raise StageError(f"{weights} cannot be used: {printable(name)} has values that are NaN or infinite")
 
 
-def _overridden(config: Any, model: Model) -> Any:
-    """`config` with the values of model.config."""
+def _override_config(config: Any, model: Model) -> Any:
+    """Return `config` with the overrides of model.config."""
     values = {key: value for key, value in model.config.items() if key != "model_type"}
     _check_values(values, "model.config.")
-    if not model.has_files:  # made anew, for values that follow from others (GPT-Neo's layers from their kinds)
+    if not model.has_files:  # built again, since some values follow from others (GPT-Neo's layers from their types)
         try:
             return type(config)(**values)
-        except Exception as error:  # each architecture checks its values in its own way
+        except Exception as error:  # architectures check their values in different ways
             shown = ", ".join(f"model.config.{key}={value!r}" for key, value in values.items())
-            raise StageError(f"{printable(shown)}: {_in_a_line(error)}") from None
+            raise StageError(f"{printable(shown)}: {_format_error(error)}") from None
     for key, value in values.items():
         try:
             setattr(config, key, value)
         except Exception as error:
-            raise StageError(f"model.config.{key}={printable(repr(value))}: {_in_a_line(error)}") from None
+            raise StageError(f"model.config.{key}={printable(repr(value))}: {_format_error(error)}") from None
     return config
 
 
-def _link(files: dict[str, Path], directory: Path) -> None:
+def _link_files(files: dict[str, Path], directory: Path) -> None:
+    """Link the files into `directory` under their names in `files`."""
     for name, file in files.items():
         (directory / name).symlink_to(file.resolve())
 
 
 def load_pretrained(model: Model) -> Any:
-    """The model of a pinned checkpoint, in fp32 on the CPU.
+    """Load the model of a pinned checkpoint, in fp32 on the CPU.
 
     Raises:
-        StageError: as build_model.
+        StageError: as `build_model`.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        return _build(model, None, 0, Path(scratch))
+        return _build_model(model, None, 0, Path(scratch))
 
 
 def load_directory(task: str, directory: str | Path) -> Any:
-    """The model that save_pretrained wrote into `directory`, in fp32 on the CPU.
+    """Load the model that save_pretrained wrote into `directory`, in fp32 on the CPU.
 
     Raises:
-        StageError: if there is no such model.
+        StageError: if `directory` has no model, or it cannot be loaded.
     """
-    place = Path(directory)
-    index = place / SHARDED_WEIGHTS
-    shards = shard_names(index) if index.is_file() else []
+    source = Path(directory)
+    index = source / SHARDED_WEIGHTS
+    shards = read_shard_names(index) if index.is_file() else []
     names = [*_CONFIG_FILES, SINGLE_WEIGHTS, SHARDED_WEIGHTS, *shards]
-    with tempfile.TemporaryDirectory() as scratch:  # whatever else is in the directory is not read
-        _link({name: place / name for name in names if (place / name).is_file()}, Path(scratch))
-        config = _read_config(Path(scratch), place, str(directory))
-        auto = _auto_class(task, config)
+    with tempfile.TemporaryDirectory() as scratch:  # no other file of the directory is read
+        _link_files({name: source / name for name in names if (source / name).is_file()}, Path(scratch))
+        config = _read_config(Path(scratch), source, str(directory))
+        auto = _get_auto_class(task, config)
         _check_shape(auto, config, f"config.json of {directory}")
-        return _load(auto, Path(scratch), config, str(directory))
+        return _load_weights(auto, Path(scratch), config, str(directory))
 
 
-def _named(model: Model) -> str:
-    """The model's files, for messages."""
-    return str(model.path) if model.from_ is None else model.from_.place
+def _format_source(model: Model) -> str:
+    """Return the path of the model's files, or the place they come from, for error messages."""
+    return str(model.path) if model.from_ is None else model.from_.description
 
 
-def _configuration(model: Model, scratch: Path) -> Any:
-    """The architecture's configuration before overrides; a checkpoint's own files of it are linked into `scratch`."""
+def _load_base_config(model: Model, scratch: Path) -> Any:
+    """Return the configuration before overrides; link the configuration files of a checkpoint into `scratch`."""
     model_type = model.config.get("model_type")
     if not model.has_files:
         known = list(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
         if model_type not in known:
             shown = printable(model_type)
-            raise StageError(f"model.config.model_type={shown} is unknown; {nearest(shown, known)}")
+            raise StageError(f"model.config.model_type={shown} is unknown; {suggest_name(shown, known)}")
         return AutoConfig.for_model(model_type)
-    found = source_files("model", model, _CONFIG_FILES, _CONFIG_FILES[:1])
-    _link(found, scratch)
+    found = find_source_files("model", model, _CONFIG_FILES, _CONFIG_FILES[:1])
+    _link_files(found, scratch)
     key, source = ("path", found["config.json"].parent) if model.from_ is None else ("from", scratch)
-    config = _read_config(scratch, source, f"model.{key}={_named(model)}")
+    config = _read_config(scratch, source, f"model.{key}={_format_source(model)}")
     if model_type not in (None, config.model_type):
         raise StageError(
-            f"model.config.model_type={printable(model_type)}: the checkpoint {_named(model)} is a {config.model_type}"
+            f"model.config.model_type={printable(model_type)}, but the checkpoint {_format_source(model)} is a"
+            f" {config.model_type}"
         )
     return config
 
 
 def _read_config(directory: Path, source: Path, where: str) -> Any:
-    """The configuration in `directory`, with links to files in `source`; `where` names the model in errors."""
-    settings = read_object(source / _CONFIG_FILES[0])
+    """Read the configuration in `directory`, which has links to files in `source`; `where` is the model in errors."""
+    settings = read_json_object(source / _CONFIG_FILES[0])
     if (directory / _CONFIG_FILES[1]).is_file():
-        read_object(source / _CONFIG_FILES[1])
+        read_json_object(source / _CONFIG_FILES[1])
     _check_values(settings, f"{where}: config.json: ")
     if settings.get("quantization_config") is not None:
         raise StageError(
-            f"{where}: config.json has a quantization_config, and quantized weights are not trained: choose the model"
-            " that they were made from"
+            f"{where}: config.json has a quantization_config, but quantized weights cannot be trained: use the model"
+            " from which they were made"
         )
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each architecture checks its values in its own way
-        reason = _in_a_line(error).replace(str(directory), str(source))
+    except Exception as error:  # architectures check their values in different ways
+        reason = _format_error(error).replace(str(directory), str(source))
         if "trust_remote_code" in reason:
-            reason = "its model_type is none of transformers' own, and code that comes with a model is never run"
+            reason = "transformers has no such model_type, and code that comes with a model is never run"
         raise StageError(f"{where}: its config.json cannot be used: {reason}") from None
 
 
-def _load(auto: Any, directory: Path, config: Any, where: str) -> Any:
+def _load_weights(auto: Any, directory: Path, config: Any, where: str) -> Any:
+    """Load the weights in `directory` into the model of `config`, in fp32; `where` is the checkpoint in errors.
+
+    Raises:
+        StageError: if they are unreadable, incomplete, not finite, or of other shapes than the model's.
+    """
     try:
         loaded, info = auto.from_pretrained(
             directory,
@@ -282,46 +303,46 @@ def _load(auto: Any, directory: Path, config: Any, where: str) -> Any:
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # an error below, which names them
+            ignore_mismatched_sizes=True,  # reported below, with their names
             output_loading_info=True,
         )
     except MemoryError:
         raise
-    except Exception as error:  # of safetensors, of transformers, or of whatever it finds in the files
-        raise StageError(f"the weights in {where} cannot be loaded: {_in_a_line(error)}") from None
+    except Exception as error:  # from safetensors, transformers, or invalid content of a file
+        raise StageError(f"the weights in {where} cannot be loaded: {_format_error(error)}") from None
     if other := sorted(info["mismatched_keys"]):
         name, found, expected = other[0]
         raise StageError(
-            f"the weights in {where} cannot be loaded: {len(other)} have another shape than the model's"
-            f" ({printable(name)}: {list(found)}, not {list(expected)}, ...); config.json or model.config asks for"
-            " another shape"
+            f"the weights in {where} cannot be loaded: {len(other)} differ in shape from the model's"
+            f" ({printable(name)}: {list(found)}, not {list(expected)}, ...); the sizes in config.json or model.config"
+            " do not match"
         )
     names = sorted(info["missing_keys"])
     if body := [name for name in names if name.startswith(f"{loaded.base_model_prefix}.")]:
         raise StageError(
-            f"the weights in {where} do not fit the model: {len(body)} are missing ({body[0]}, ...); config.json or"
-            " model.config asks for another shape"
+            f"the weights in {where} do not fit the model: {len(body)} are missing ({body[0]}, ...); the sizes in"
+            " config.json or model.config do not match"
         )
     check_finite(loaded, f"the weights in {where}")
     if unused := sorted(info["unexpected_keys"]):
         shown = printable(", ".join(unused[:3]))
         log.warning("%d weights of the checkpoint are not used: %s ...", len(unused), shown)
     if names:
-        log.warning("%d weights are not in the checkpoint and start fresh: %s ...", len(names), ", ".join(names[:3]))
+        log.warning(
+            "%d weights are not in the checkpoint and are initialized: %s ...", len(names), ", ".join(names[:3])
+        )
     return loaded
 
 
-def _in_a_line(error: Exception) -> str:
-    """What `error` says, without line breaks and not too long, behind its type where the text needs it."""
+def _format_error(error: Exception) -> str:
+    """Format an error as one line of at most 500 characters, with its type if the text is not clear without it."""
     text = " ".join(str(error).split())
-    terse = isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | TypeError)
-    return printable(f"{type(error).__name__}: {text}" if terse else text, 500)
+    needs_type = isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | TypeError)
+    return printable(f"{type(error).__name__}: {text}" if needs_type else text, 500)
 
 
 def check_positions(config: Any, model: Model) -> None:
-    """Raise StageError if model.max_positions is above what a model with the configuration `config` has."""
-    positions = usable_positions(config.to_dict())
+    """Raise StageError if model.max_positions is above the number of positions in `config`."""
+    positions = count_usable_positions(config.to_dict())
     if positions is not None and model.max_positions > positions:
-        raise StageError(
-            f"model.max_positions={model.max_positions}: the model has positions for {positions} tokens alone"
-        )
+        raise StageError(f"model.max_positions={model.max_positions}: the model only has {positions} positions")

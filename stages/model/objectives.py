@@ -1,6 +1,6 @@
-"""The two training objectives: what a batch is, what its loss is, and which windows score a document.
+"""The two training objectives: how to build a batch, which tokens it predicts, and which windows score a document.
 
-All that tells causal from masked language modeling apart in code stands here, behind one interface.
+All code that differs between causal and masked language modeling is in this module, behind one interface.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,70 +18,88 @@ from stages.model.masking import EVALUATION_EPOCH, EVALUATION_SEED, IGNORED, mas
 from stages.model.schema import ObjectiveConfig, check_isolation
 from stages.tokens.vocabulary import Vocabulary
 
-NUM_PASSES = 7  # of pseudo_bits_per_byte: near 1 / 0.15, and the same for all runs
+NUM_PASSES = 7  # masked passes of pseudo_bits_per_byte: close to 1 / 0.15, and the same for all runs
 
 
 @dataclass(frozen=True)
 class Window:
-    """A piece of a document as a model sees it."""
+    """Input of a model for a piece of a document, and the tokens to predict."""
 
-    document: int
-    """Index of the document."""
+    document_index: int
+    """Index of the document among those given."""
     input_ids: npt.NDArray[np.int64]
-    """[length]"""
+    """[length] token ids."""
     positions: npt.NDArray[np.int64]
-    """[num_predicted] where in the window the model's output predicts a token."""
+    """[num_predicted] positions in the window whose output predicts a target."""
     targets: npt.NDArray[np.int64]
-    """[num_predicted] the tokens predicted."""
-    places: npt.NDArray[np.int64]
-    """[num_predicted] where in the document they are."""
+    """[num_predicted] token ids to predict."""
+    document_positions: npt.NDArray[np.int64]
+    """[num_predicted] positions of the targets in the document."""
 
 
-class Text(NamedTuple):
-    """The text of a document."""
+class DocumentText(NamedTuple):
+    """Tokens of a document to score."""
 
     ids: TokenIds
-    """[num_tokens], without the tokens that wrap a document."""
+    """[num_tokens] token ids, without the special tokens that wrap a document."""
     num_bytes: int
-    """In UTF-8, of the tokens that are predicted."""
+    """Size in UTF-8 of the predicted tokens."""
     is_predicted: npt.NDArray[np.bool_] | None = None
-    """[num_tokens]; None: all are."""
+    """[num_tokens] true for the tokens to predict; None: all of them."""
 
 
 class Objective(Protocol):
-    """What stages ask of a training objective."""
+    """Interface of a training objective."""
 
     document_metric: str
-    """Name of the block-independent metric."""
+    """Name of the metric that does not depend on block_size."""
     loss_metrics: tuple[str, str]
-    """Names of the loss per block and its perplexity."""
+    """Names of the metrics for the loss over blocks and its perplexity."""
 
-    def batch(
+    def build_batch(
         self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int, marks: Marks | None = None
     ) -> dict[str, Any]:
-        """Inputs and labels, both [num_blocks, block_size] int64, for the blocks numbered `indices`.
-
-        Where documents are isolated also segment_ids, int32 of the same shape, for `stages.model.isolation`.
+        """Build the batch of the given blocks.
 
         Args:
-            blocks: [num_blocks, block_size] token ids.
-            marks: [num_blocks, block_size]; labels are IGNORED where a token does not count. None: all count.
+            blocks: [num_blocks, block_size] token ids, uint16 or uint32.
+            indices: [num_blocks] indices of the blocks in the split.
+            marks: [num_blocks, block_size] uint8; the label of a token without the flag COUNTED is IGNORED. None: all
+                tokens count.
+
+        Returns:
+            input_ids and labels, both [num_blocks, block_size] int64. If documents are isolated, also segment_ids,
+            int32 of the same shape, for `stages.model.isolation`.
         """
 
-    def targets(self, labels: torch.Tensor) -> torch.Tensor:
-        """The token that the model's output at each position predicts, or IGNORED, of labels [..., block_size]."""
+    def get_targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the token that the model's output at each position predicts, or IGNORED.
 
-    def windows(self, documents: Iterable[Text], context: int) -> Iterator[Window]:
-        """Windows of at most `context` tokens in which every token that is to be predicted is predicted once."""
+        Args:
+            labels: [..., block_size] int64, from `build_batch`.
+
+        Returns:
+            [..., block_size] int64.
+        """
+
+    def build_windows(self, documents: Iterable[DocumentText], context: int) -> Iterator[Window]:
+        """Split documents into windows of at most `context` tokens that together predict every token once.
+
+        Tokens with a false `is_predicted` are not predicted. The windows are in order of the documents.
+        """
 
 
 def make_objective(
     name: str, vocabulary: Vocabulary, config: ObjectiveConfig | None = None, model: Any = None
 ) -> Objective:
-    """The objective called `name`; `config` and `model` are what its batches need, its windows do without them.
+    """Create the objective `name`.
+
+    Args:
+        config: masking and isolation of `build_batch`; `build_windows` does not need it.
+        model: the model for the batches; if not None, check that its architecture supports config.isolate_documents.
 
     Raises:
-        StageError: if documents are to be isolated in an architecture for which that is not proven.
+        StageError: if isolation is not proven for the architecture, or impossible with the tokenizer.
     """
     if config is not None:
         try:
@@ -90,71 +108,80 @@ def make_objective(
             raise StageError(str(error)) from None
     if config is not None and config.isolate_documents and name == "mlm" and not vocabulary.prefix:
         raise StageError(
-            "objective.isolate_documents=true: the tokenizer puts no token before a document (cls_token), so that its"
-            " beginning is lost in a block: set isolate_documents: false in conf/task/mlm.yaml"
+            "objective.isolate_documents=true: the tokenizer puts no token (cls_token) before a document, so a block"
+            " does not show where a document begins: set isolate_documents: false in conf/task/mlm.yaml"
         )
-    return Causal(vocabulary, config) if name == "causal" else Masked(vocabulary, config)
+    return CausalObjective(vocabulary, config) if name == "causal" else MaskedObjective(vocabulary, config)
 
 
 def number_segments(blocks: TokenIds, first: int, marks: Marks | None) -> torch.Tensor:
-    """Number of each token's segment in its block, int32 [num_blocks, block_size].
+    """Number the segments of each block.
 
-    A segment begins where `marks` say so; without marks, at each token `first`.
+    Args:
+        blocks: [num_blocks, block_size] token ids.
+        first: the token at which a segment begins, if `marks` is None.
+        marks: [num_blocks, block_size] uint8; a segment begins at each token with the flag SEGMENT_START.
+
+    Returns:
+        [num_blocks, block_size] int32, the segment number of each token, counted from the start of its block.
     """
-    starts = blocks == first if marks is None else (marks & SEGMENT_START) > 0
+    starts = blocks == first if marks is None else (marks & SEGMENT_START) > 0  # [num_blocks, block_size] bool
     return torch.from_numpy(starts.cumsum(axis=-1, dtype=np.int32))
 
 
-class Causal:
-    """Predict the next token. Labels are the inputs; the model's output at position i predicts the token at i + 1."""
+class CausalObjective:
+    """Predict the next token. Labels are the inputs; the output at position i predicts the token at i + 1."""
 
     document_metric = "bits_per_byte"
     loss_metrics = ("loss", "perplexity")
 
     def __init__(self, vocabulary: Vocabulary, config: ObjectiveConfig | None) -> None:
         self._isolate = config is not None and config.isolate_documents
-        self._end, self._lead = vocabulary.special["eos_token"], vocabulary.lead
+        self._document_end, self._lead = vocabulary.special["eos_token"], vocabulary.lead
 
-    def batch(
+    def build_batch(
         self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int, marks: Marks | None = None
     ) -> dict[str, Any]:
         input_ids = torch.from_numpy(blocks.astype(np.int64))
         labels = input_ids.clone()
         if marks is not None:
             labels[torch.from_numpy((marks & COUNTED) == 0)] = IGNORED
-        labels[:, 0] = IGNORED  # nothing stands before it; so counted, the labels are the tokens predicted
+        labels[:, 0] = IGNORED  # no output predicts it; now the labels that count are the predicted tokens
         batch = {"input_ids": input_ids, "labels": labels}
         if self._isolate:
-            batch["segment_ids"] = number_segments(blocks, self._end, marks)
+            batch["segment_ids"] = number_segments(blocks, self._document_end, marks)
         return batch
 
-    def targets(self, labels: torch.Tensor) -> torch.Tensor:
-        return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+    def get_targets(self, labels: torch.Tensor) -> torch.Tensor:
+        return F.pad(labels[..., 1:], (0, 1), value=IGNORED)  # shifted left by one; the last output predicts nothing
 
-    def windows(self, documents: Iterable[Text], context: int) -> Iterator[Window]:
+    def build_windows(self, documents: Iterable[DocumentText], context: int) -> Iterator[Window]:
         step = context // 2
-        for document, text in enumerate(documents):
-            # The end-of-sequence token stands before the document, so that its first token is predicted too. (A chat
-            # template puts its own tokens there.)
+        for document_index, text in enumerate(documents):
+            # The end-of-sequence token precedes the document, so that its first token is predicted too. (With a chat
+            # template, the template's own tokens precede it.)
             lead = self._lead
-            stream = np.concatenate([lead, text.ids]).astype(np.int64)
-            predicted = 1  # tokens of the stream predicted; nothing stands before the first
+            stream = np.concatenate([lead, text.ids]).astype(np.int64)  # [num_lead + num_tokens]
+            num_done = 1  # tokens of the stream that earlier windows predict; no output predicts the first
             for start in range(0, len(stream), step):
-                if predicted >= len(stream):
+                if num_done >= len(stream):
                     break
                 end = min(start + context, len(stream))
-                places = np.arange(predicted, end) - len(lead)
+                # Each window predicts the tokens after those of the window before: [num_predicted] document positions.
+                places = np.arange(num_done, end) - len(lead)
                 if text.is_predicted is not None:
                     places = places[text.is_predicted[places]]
                 if len(places):
-                    # The window's last token predicts nothing in it, and under causal attention nothing sees it.
-                    window = stream[start : end - 1]
-                    yield Window(document, window, places + len(lead) - start - 1, stream[places + len(lead)], places)
-                predicted = end
+                    # The last token is omitted: no target needs its output, and causal attention hides it.
+                    input_ids = stream[start : end - 1]
+                    # The output at position i predicts the token at i + 1.
+                    positions = places + len(lead) - start - 1
+                    yield Window(document_index, input_ids, positions, stream[places + len(lead)], places)
+                num_done = end
 
 
-class Masked:
-    """Predict masked tokens from both sides."""
+class MaskedObjective:
+    """Predict masked tokens from the tokens on both sides."""
 
     document_metric = "pseudo_bits_per_byte"
     loss_metrics = ("masked_loss", "masked_perplexity")
@@ -163,27 +190,29 @@ class Masked:
         self._vocabulary, self._config = vocabulary, config
         self._mask = vocabulary.special["mask_token"]
 
-    def batch(
+    def build_batch(
         self, blocks: TokenIds, indices: Sequence[int], seed: int, epoch: int, marks: Marks | None = None
     ) -> dict[str, Any]:
         config = self._config
-        assert config is not None  # stages that make batches give one
+        assert config is not None  # required for batches
         input_ids, labels = mask_blocks(blocks, indices, self._vocabulary, config, seed, epoch, marks)
         batch: dict[str, Any] = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
         if config.isolate_documents:
             batch["segment_ids"] = number_segments(blocks, self._vocabulary.prefix[0], marks)
         return batch
 
-    def targets(self, labels: torch.Tensor) -> torch.Tensor:
+    def get_targets(self, labels: torch.Tensor) -> torch.Tensor:
         return labels
 
-    def windows(self, documents: Iterable[Text], context: int) -> Iterator[Window]:
+    def build_windows(self, documents: Iterable[DocumentText], context: int) -> Iterator[Window]:
         prefix, suffix = self._vocabulary.prefix, self._vocabulary.suffix
         size = context - len(prefix) - len(suffix)
-        for document, text in enumerate(documents):
+        for document_index, text in enumerate(documents):
             for start in range(0, len(text.ids), size):
-                tokens = text.ids[start : start + size].astype(np.int64)
+                tokens = text.ids[start : start + size].astype(np.int64)  # [length]
                 for number in range(NUM_PASSES):
+                    # Pass `number` predicts the tokens whose document position is `number` modulo NUM_PASSES:
+                    # [num_predicted] positions in `tokens`.
                     chosen = np.arange((number - start) % NUM_PASSES, len(tokens), NUM_PASSES)
                     if text.is_predicted is not None:
                         chosen = chosen[text.is_predicted[start + chosen]]
@@ -191,9 +220,9 @@ class Masked:
                         masked = tokens.copy()
                         masked[chosen] = self._mask
                         input_ids = np.concatenate([prefix, masked, suffix]).astype(np.int64)
-                        yield Window(document, input_ids, chosen + len(prefix), tokens[chosen], chosen + start)
+                        yield Window(document_index, input_ids, chosen + len(prefix), tokens[chosen], chosen + start)
 
 
-def evaluation_batch(objective: Objective, blocks: Blocks, indices: Sequence[int]) -> dict[str, Any]:
-    """A batch of the blocks numbered `indices`, with the masks that are the same in every evaluation."""
-    return objective.batch(blocks[indices], indices, EVALUATION_SEED, EVALUATION_EPOCH, blocks.marks(indices))
+def build_evaluation_batch(objective: Objective, blocks: Blocks, indices: Sequence[int]) -> dict[str, Any]:
+    """Build a batch of the blocks `indices`, as `Objective.build_batch`, with the fixed masks of evaluation."""
+    return objective.build_batch(blocks[indices], indices, EVALUATION_SEED, EVALUATION_EPOCH, blocks.get_marks(indices))

@@ -1,4 +1,4 @@
-"""Precision: figures are in true fp32 on any device; bf16 trains where a processor computes in it."""
+"""Numerical precision: true fp32 for all figures, and bf16 training if the processor has bf16 instructions."""
 
 import contextlib
 import logging
@@ -11,52 +11,52 @@ from stages.core.errors import StageError
 
 log = logging.getLogger(__name__)
 
-# Of torch.cpu.get_capabilities(): x86 (Cooper Lake, Zen 4 and later; AMX since Sapphire Rapids) and ARM.
+# Keys of torch.cpu.get_capabilities() for x86 (Cooper Lake, Zen 4 and later; AMX since Sapphire Rapids) and ARM.
 NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def check_bf16(device: str, bf16: bool) -> None:
-    """Recommend bf16 where a CPU computes in it and is not asked to.
+    """Check that a CPU supports bf16 if the run uses it, and log a recommendation if it does but the run does not.
 
     Raises:
-        StageError: if bf16 is asked of a CPU that has to emulate it, which is slower than fp32.
+        StageError: if the run uses bf16 and the CPU would have to emulate it, which is slower than fp32.
     """
     if device != "cpu":
         return
     capabilities = torch.cpu.get_capabilities()
-    native = any(capabilities.get(name, False) for name in NATIVE_BF16)
-    if bf16 and not native:
+    has_bf16 = any(capabilities.get(name, False) for name in NATIVE_BF16)
+    if bf16 and not has_bf16:
         raise StageError(
             f"trainer.bf16=true: this processor ({capabilities.get('cpu_name', 'of unknown name')}) has no bf16"
-            " instructions, so that it would be slower than fp32: set hardware: cpu in params.yaml"
+            " instructions, so bf16 would be slower than fp32: set hardware: cpu in params.yaml"
         )
-    if native and not bf16:
-        log.info("this processor computes in bf16: hardware=cpu_bf16 trains faster (docs/performance.md)")
+    if has_bf16 and not bf16:
+        log.info("this processor has bf16 instructions: hardware=cpu_bf16 trains faster (docs/performance.md)")
 
 
-_BACKENDS: Any = torch.backends  # whose annotations do not know fp32_precision
+_BACKENDS: Any = torch.backends  # its annotations lack fp32_precision
 
 
 @contextlib.contextmanager
 def full_precision(model: Any) -> Iterator[None]:
-    """Run `model` in evaluation mode, without gradients, in true fp32 on any device."""
+    """Put `model` into evaluation mode, without gradients and in true fp32 on any device, inside the `with` block."""
     training, fp32_precision = model.training, _BACKENDS.fp32_precision
-    # With a cache, GPT-2 and Llama take reset position_ids for a continuation, and do not isolate documents.
+    # With a cache, GPT-2 and Llama interpret restarted position_ids as a continuation and do not isolate documents.
     use_cache = getattr(model.config, "use_cache", None)
-    # A Trainer in bf16 wraps `forward` in an autocast of its own, which none around it turns off.
+    # A Trainer in bf16 wraps `forward` in its own autocast, which an outer autocast(enabled=False) does not disable.
     forward, original = model.forward, getattr(model, "_original_forward", None)
-    # FlashAttention has no fp32.
+    # FlashAttention does not support fp32.
     attention = getattr(model.config, "_attn_implementation", None)
     model.eval()
-    _BACKENDS.fp32_precision = "ieee"  # not TF32; the older functions refuse to work beside this one
+    _BACKENDS.fp32_precision = "ieee"  # not TF32; torch refuses to mix this with its older functions
     if original is not None:
         model.forward = original
     if use_cache is not None:
         model.config.use_cache = False
     if attention is not None and "flash" in attention:
         model.config._attn_implementation = "sdpa"
-    # What a sharded model gathers in inference mode could not be trained with afterwards, and what it has gathered
-    # without gradients stays in the place of its parameters.
+    # Weights that a sharded model gathers in inference mode cannot be used for training afterwards. Those gathered
+    # under no_grad replace its parameters until `reshard`.
     shards = [module for module in model.modules() if hasattr(module, "unshard")]
     without_gradients = torch.no_grad() if shards else torch.inference_mode()
     try:

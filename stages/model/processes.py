@@ -1,7 +1,7 @@
-"""What the processes that do one stage's work agree on; with one process, everything here does nothing.
+"""Communication between the processes of a stage; in a single process, these functions return their input.
 
-Each learns who it is from torch's distributed environment contract (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-MASTER_PORT), which stages/launch/torchrun.py or another launcher sets.
+stages/launch/torchrun.py or another launcher gives each process its rank through torch's environment variables (RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 """
 
 from typing import Any, TypeVar
@@ -14,42 +14,49 @@ import torch.distributed as dist
 _Value = TypeVar("_Value")
 
 
-def rank() -> int:
-    """Of this process, 0 for the one that writes."""
+def get_rank() -> int:
+    """Return the rank of this process; rank 0 writes the outputs."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size() -> int:
-    """Processes that do this work together."""
+def get_world_size() -> int:
+    """Return the number of processes that work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def wait_for_all() -> None:
-    """Go on when every process has come here."""
+    """Wait until every process has called this function."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def of_the_first(value: _Value) -> _Value:
-    """The value that the first process gives."""
+def broadcast_from_first(value: _Value) -> _Value:
+    """Return the value of process 0 in every process; the value must be picklable."""
     if not dist.is_initialized():
         return value
-    held = [value]
-    dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
-    return held[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
 
 
-def of_all(value: _Value) -> list[_Value]:
-    """The values that the processes give, the first one's first."""
+def gather_from_all(value: _Value) -> list[_Value]:
+    """Return the values of all processes, by rank, in every process; the values must be picklable."""
     if not dist.is_initialized():
         return [value]
-    held: list[Any] = [None] * world_size()
-    dist.all_gather_object(held, value)
-    return held
+    values: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def summed(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The sums of the processes' float64 arrays of one shape, element by element."""
+def sum_over_processes(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Add up the arrays of all processes, element by element.
+
+    Args:
+        values: float64, of the same shape in every process.
+
+    Returns:
+        float64 of that shape, in every process.
+    """
     if not dist.is_initialized():
         return values
     total = torch.from_numpy(values.copy())
@@ -57,10 +64,10 @@ def summed(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return total.numpy()
 
 
-def largest(values: list[int]) -> list[int]:
-    """The largest of the processes' values, place by place."""
+def max_over_processes(values: list[int]) -> list[int]:
+    """Return the element-wise maximum of the processes' lists, which have the same length, in every process."""
     if not dist.is_initialized():
         return values
-    most = torch.tensor(values)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return [int(value) for value in most]
+    maxima = torch.tensor(values)
+    dist.all_reduce(maxima, dist.ReduceOp.MAX)
+    return [int(value) for value in maxima]

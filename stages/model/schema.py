@@ -4,47 +4,47 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stages.core.config import Fraction, Positive, part, whole
+from stages.core.config import Fraction, Positive, config_section, config_view
 from stages.core.errors import printable
-from stages.core.pins import TrainedAt, check_pin
+from stages.core.pins import TrainedModel, check_pin
 
-# Files that train writes where adapter.merge is false: the additions, and the config of the model that they extend.
-ADDITIONS, BASE = "adapter_model.safetensors", "base.json"
+# Files that train writes if adapter.merge is false: the adapter's weights, and the config of its base model.
+ADAPTER_WEIGHTS, BASE_MODEL_CONFIG = "adapter_model.safetensors", "base.json"
 
 
-@part
+@config_view
 class Model:
-    """What baseline and train read of conf/model/NAME.yaml."""
+    """Settings of conf/model/NAME.yaml that baseline and train use."""
 
     task: Literal["causal", "mlm"]
-    """The task that the architecture is for."""
+    """Task of the architecture."""
     path: str | None
-    """A Hub repository or a local directory; null: built from `config` alone."""
+    """Hub repository or local directory; null: the model is built from `config`."""
     revision: str | None
-    """Commit of a Hub repository."""
+    """Commit of the Hub repository."""
     files: dict[str, str] | None
-    """File name to sha256 of a local directory, as tools/pin_model writes them."""
-    from_: Annotated[TrainedAt | None, Field(alias="from")] = None
-    """The model that a task of this repository trained, in an experiment or at a commit."""
+    """File name to SHA-256 for a local directory, written by tools/pin_model."""
+    from_: Annotated[TrainedModel | None, Field(alias="from")] = None
+    """Model trained by a task of this repository, in an experiment or at a commit."""
     from_scratch: bool
-    """Fresh weights, whatever `path` holds."""
+    """If True, initialize the weights randomly, even if `path` has weights."""
     max_positions: Positive
-    """Tokens that the model can attend to; checked against the model itself when it is built."""
+    """Number of tokens that the model can attend to; checked against the model when it is built."""
     config: dict[str, Any]
     """Values that override the architecture's configuration."""
 
     @property
     def has_files(self) -> bool:
-        """Whether the architecture's configuration is read from files; else it is built from `config` alone."""
+        """True if the configuration of the architecture is read from files and not only built from `config`."""
         return self.path is not None or self.from_ is not None
 
     @property
     def attention(self) -> str | None:
-        """The attention that `config` chooses; None: transformers' own choice."""
+        """Attention implementation set in `config`; None: transformers' default."""
         return self.config.get("_attn_implementation")
 
     @model_validator(mode="after")
-    def _buildable(self) -> "Model":
+    def _check_source(self) -> "Model":
         check_pin("model", self)
         if self.has_files:
             return self
@@ -56,7 +56,7 @@ class Model:
 
 
 def check_task(model: Model, objective: str) -> None:
-    """Raise ValueError unless `model` is for the objective of that name."""
+    """Raise ValueError if `model` is not for the task of `objective`."""
     if model.task != objective:
         raise ValueError(
             f"model.task={model.task}: this model cannot be trained with objective.name={objective}; choose another"
@@ -64,35 +64,35 @@ def check_task(model: Model, objective: str) -> None:
         )
 
 
-@whole
+@config_section
 class Adapter:
-    """Train low-rank additions to a model's linear layers in place of its weights (LoRA, arXiv 2106.09685)."""
+    """Low-rank matrices added to the linear layers and trained instead of the weights (LoRA, arXiv 2106.09685)."""
 
     rank: Positive
-    """Inner size of an addition."""
+    """Rank of an adapter's matrices."""
     alpha: Annotated[float, Field(gt=0.0)]
-    """An addition is scaled by alpha / rank."""
+    """The output of an adapter is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Of an addition's inputs while training."""
+    """Dropout probability of an adapter's inputs in training."""
     targets: Annotated[list[str], Field(min_length=1)] | None
-    """Ends of the names of the layers that get one; null: every linear layer but the output embedding."""
+    """Suffixes of the names of layers that get an adapter; null: every linear layer except the output embedding."""
     merge: bool
-    """Write the model with the additions in its weights; false: the additions alone, with the name of their model."""
+    """If True, merge the adapter into the weights of the exported model; otherwise export only the adapter."""
 
 
-@part
+@config_view
 class ObjectiveName:
     name: Literal["causal", "mlm"]
-    """causal: predict the next token; mlm: predict masked ones."""
+    """causal: predict the next token; mlm: predict masked tokens."""
 
 
-# Architectures for which tests prove that documents of a block do not reach each other. (transformers' masks follow
-# reset position_ids in the causal ones; the others need a mask of their own.)
+# Architectures for which tests prove that the documents in a block do not affect each other. (For the causal ones,
+# transformers derives the mask from position_ids that restart; the others need a mask.)
 ISOLATION_PROVEN = {"causal": ("gpt2", "gpt_neo", "gptj", "llama"), "mlm": ("bert", "modernbert", "roberta")}
 
 
 def check_isolation(objective: "ObjectiveConfig", model_type: str | None) -> None:
-    """Raise ValueError if documents are to be isolated in an architecture for which that is not proven."""
+    """Raise ValueError if `objective` isolates documents and no test proves that for the architecture."""
     if objective.isolate_documents and model_type not in (None, *ISOLATION_PROVEN[objective.name]):
         raise ValueError(
             f"objective.isolate_documents=true is not proven for {printable(model_type)} under {objective.name} (it is"
@@ -101,30 +101,30 @@ def check_isolation(objective: "ObjectiveConfig", model_type: str | None) -> Non
         )
 
 
-@whole
+@config_section
 class ObjectiveConfig:
     name: Literal["causal", "mlm"]
-    """causal: predict the next token; mlm: predict masked ones."""
+    """causal: predict the next token; mlm: predict masked tokens."""
     isolate_documents: bool
-    """Attention and positions restart at each document inside a block."""
+    """If True, attention and positions restart at each document of a block."""
     mlm_probability: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Share of the text tokens to predict (mlm)."""
+    """Probability that a text token is chosen for prediction (mlm)."""
     mask_replace_prob: Fraction | None = None
-    """Share of these that the mask token replaces (mlm)."""
+    """Probability that a chosen token is replaced by the mask token (mlm)."""
     random_replace_prob: Fraction | None = None
-    """Share of these that a random token replaces (mlm); the rest stay as they are."""
+    """Probability that a chosen token is replaced by a random token (mlm); the rest are unchanged."""
 
     @model_validator(mode="after")
-    def _matches_name(self) -> "ObjectiveConfig":
+    def _check_masking(self) -> "ObjectiveConfig":
         masking = {
             "mlm_probability": self.mlm_probability,
             "mask_replace_prob": self.mask_replace_prob,
             "random_replace_prob": self.random_replace_prob,
         }
-        wrong = [key for key, value in masking.items() if (value is None) == (self.name == "mlm")]
-        if wrong:
+        misplaced = [key for key, value in masking.items() if (value is None) == (self.name == "mlm")]
+        if misplaced:
             verb = "is missing" if self.name == "mlm" else "has no meaning"
-            raise ValueError(f"objective.{wrong[0]} {verb} for objective.name={self.name}")
+            raise ValueError(f"objective.{misplaced[0]} {verb} for objective.name={self.name}")
         if self.name == "mlm" and (self.mask_replace_prob or 0.0) + (self.random_replace_prob or 0.0) > 1.0 + 1e-9:
             raise ValueError("objective.mask_replace_prob + objective.random_replace_prob is above 1")
         return self

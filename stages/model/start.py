@@ -1,4 +1,4 @@
-"""The model that training begins with: built from a configuration, a pinned checkpoint, or another task's."""
+"""Initial model of training: from a configuration, a pinned checkpoint, or the trained model of another task."""
 
 import logging
 import tempfile
@@ -6,25 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.errors import StageError
-from stages.hub.files import TOKENIZER_FILES, VOCABULARY_FILES, source_files
+from stages.hub.files import TOKENIZER_FILES, VOCABULARY_FILES, find_source_files
 from stages.model.models import build_model, check_embeddings, check_positions
 from stages.model.schema import Model
-from stages.model.trained import load_trained
+from stages.model.trained import load_trained_model
 from stages.tokens.vocabulary import Vocabulary, check_same_tokenizer
 
 log = logging.getLogger(__name__)
 
 
-def build_start(model: Model, start: str | None, tokens: Path, seed: int) -> Any:
-    """The model that training begins with, in fp32 on the CPU.
+def build_start_model(model: Model, start: str | None, tokens: Path, seed: int) -> Any:
+    """Build or load the initial model of training, in fp32 on the CPU.
 
     Args:
-        start: directory of the trained model that training goes on from, of the configuration `model`; None: the model
-            that `build_model` gives.
-        tokens: directory of tokenize.
+        start: directory of a trained model with the configuration `model`, to continue from; None: use `build_model`.
+        tokens: output directory of tokenize.
+        seed: seed of random weights.
 
     Raises:
-        StageError: as build_model, or if `start` holds no model or one with another tokenizer.
+        StageError: as `build_model`, or if `start` has no model or a different tokenizer.
     """
     vocabulary = Vocabulary.read(tokens)
     if start is None:
@@ -32,21 +32,21 @@ def build_start(model: Model, start: str | None, tokens: Path, seed: int) -> Any
             _check_pinned_tokenizer(model, tokens / "tokenizer")
         return build_model(model, vocabulary, seed)
     if not Path(start).is_dir():
-        raise StageError(f"start={start}: there is no such directory: run `dvc repro`, which trains that task first")
+        raise StageError(f"start={start}: no such directory: run `dvc repro`, which trains that task first")
     check_same_tokenizer(Path(start), start, tokens / "tokenizer")
-    # An adapter's base is frozen, also behind its additions.
-    loaded = load_trained(model.task, start).requires_grad_(True)
+    # peft freezes the weights of the base model, and they remain frozen after merging.
+    loaded = load_trained_model(model.task, start).requires_grad_(True)
     check_positions(loaded.config, model)
     check_embeddings(loaded, vocabulary.size)
-    log.info("goes on from %s: %s", start, type(loaded).__name__)
+    log.info("continuing from %s: %s", start, type(loaded).__name__)
     return loaded
 
 
 def _check_pinned_tokenizer(model: Model, tokens: Path) -> None:
-    """Raise StageError unless the tokenizer that was trained with a model is the one in the directory `tokens`."""
+    """Raise StageError if the pinned checkpoint has a different tokenizer than the directory `tokens`."""
     assert model.from_ is not None
-    files = source_files("model", model, TOKENIZER_FILES, VOCABULARY_FILES)
+    files = find_source_files("model", model, TOKENIZER_FILES, VOCABULARY_FILES)
     with tempfile.TemporaryDirectory() as scratch:
         for name, file in files.items():
             (Path(scratch) / name).symlink_to(file.resolve())
-        check_same_tokenizer(Path(scratch), model.from_.place, tokens)
+        check_same_tokenizer(Path(scratch), model.from_.description, tokens)

@@ -1,4 +1,4 @@
-"""Accuracy of scored items: of all of them, and of those that have the same value of a group."""
+"""Accuracy of scored items, overall and by group."""
 
 import itertools
 import math
@@ -9,34 +9,35 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stages.figures.groups import rows_by_value
+from stages.figures.groups import split_rows_by_value
 from stages.score.items import Item
 
 SCORES = ("sum", "per_token", "per_byte")
-"""By what choices are compared: log-likelihood, log-likelihood per token, log-likelihood per UTF-8 byte."""
+"""Scores to compare choices by: log-likelihood, log-likelihood per token, log-likelihood per UTF-8 byte."""
 
-_Z = 1.959963984540054  # of a two-sided interval of 95 %
+_Z = 1.959963984540054  # standard normal quantile of a two-sided 95 % interval
 
 
-def tabulate(
+def build_item_table(
     items: Sequence[Item], groups: Sequence[str], nats: npt.NDArray[np.float64], num_tokens: npt.NDArray[np.int64]
 ) -> pa.Table:
-    """A row for each item.
+    """Build a table with one row per item.
 
-    Columns: source string; row int64; groups struct<NAME: string, ...>, if there are any; answer int64;
-    log_likelihood list<double> (nats), tokens list<int64>, bytes list<int64>, a value for each choice; correct
-    struct<sum: bool, per_token: bool, per_byte: bool>, whether the answer has the highest score; tie bool, whether
-    the best of the other choices has exactly the answer's log-likelihood, which counts as wrong.
+    Columns: source string; row int64; groups struct<NAME: string, ...>, only if there are groups; answer int64;
+    log_likelihood list<double> (nats), tokens list<int64> and bytes list<int64>, with one value per choice; correct
+    struct<sum: bool, per_token: bool, per_byte: bool>, true if the answer has the highest score; tie bool, true if the
+    best other choice has exactly the log-likelihood of the answer (a tie counts as wrong).
 
     Args:
         groups: names of the groups.
-        nats: log-likelihoods of all choices of all items, [num_choices].
-        num_tokens: tokens of each of these choices, [num_choices].
+        nats: [num_choices] float64: log-likelihoods of all choices of all items.
+        num_tokens: [num_choices] int64: number of tokens of each choice.
     """
     num_bytes = np.array([len(choice.encode()) for item in items for choice in item.choices], np.int64)
-    ends = np.cumsum([0, *(len(item.choices) for item in items)], dtype=np.int32)  # [num_items + 1]
+    # Offsets of the items' choices, [num_items + 1].
+    ends = np.cumsum([0, *(len(item.choices) for item in items)], dtype=np.int32)
     scores = {"sum": nats, "per_token": nats / num_tokens, "per_byte": nats / num_bytes}
-    margins = {name: _margins(items, ends, scores[name]) for name in SCORES}
+    margins = {name: _compute_margins(items, ends, scores[name]) for name in SCORES}
     columns: dict[str, pa.Array] = {
         "source": pa.array([item.source for item in items], pa.string()),
         "row": pa.array([item.row for item in items], pa.int64()),
@@ -52,28 +53,39 @@ def tabulate(
     return pa.table(columns)
 
 
-def _margins(
+def _compute_margins(
     items: Sequence[Item], ends: npt.NDArray[np.int32], scores: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """By how much the score of each item's answer is above the best of the others, [num_items]."""
+    """Compute each item's margin: the answer's score minus the best score of the other choices.
+
+    Args:
+        ends: [num_items + 1] int32: offsets of the items' choices.
+        scores: [num_choices] float64.
+
+    Returns:
+        [num_items] float64.
+    """
     parts = [scores[start:end] for start, end in itertools.pairwise(ends.tolist())]
     return np.array(
         [part[item.answer] - np.delete(part, item.answer).max() for part, item in zip(parts, items, strict=True)]
     )
 
 
-def accuracy_figures(table: pa.Table) -> dict[str, Any]:
-    """The figures of all items of a table, and under `groups` those of each value of each group.
+def compute_accuracy(table: pa.Table) -> dict[str, Any]:
+    """Compute the figures of all items of a table and, under `groups`, of each value of each group.
 
-    Keys: items, chance (the accuracy of guessing), ties, and accuracy, which has for each of SCORES the number of items
-    that are correct, their share, and its 95 % interval (Wilson 1927), low to high.
+    Keys: items; chance, the accuracy of guessing; ties; and accuracy. For each of SCORES, accuracy has the number of
+    correct items, their share, and the ends (low, high) of its 95 % interval (Wilson 1927).
+
+    Args:
+        table: table of `build_item_table`.
     """
     counts = {name: np.array(table.column("correct").combine_chunks().field(name)) for name in SCORES}
     chance = np.array([1 / len(choices) for choices in table.column("tokens").to_pylist()])
     ties = np.array(table.column("tie").combine_chunks())
 
-    def figures(rows: npt.NDArray[np.int64]) -> dict[str, Any]:
-        accuracy = {name: _share(int(counts[name][rows].sum()), len(rows)) for name in SCORES}
+    def compute_figures(rows: npt.NDArray[np.int64]) -> dict[str, Any]:
+        accuracy = {name: _compute_share(int(counts[name][rows].sum()), len(rows)) for name in SCORES}
         return {
             "items": len(rows),
             "chance": math.fsum(chance[rows]) / len(rows),
@@ -84,19 +96,22 @@ def accuracy_figures(table: pa.Table) -> dict[str, Any]:
     groups = table.column("groups").combine_chunks() if "groups" in table.column_names else None
     ones = np.ones(len(table), np.int64)
     found = {
-        field.name: {name: {**more, **figures(rows)} for name, rows, more in rows_by_value(values, ones)}
+        field.name: {name: {**more, **compute_figures(rows)} for name, rows, more in split_rows_by_value(values, ones)}
         for field, values in (zip(groups.type, groups.flatten(), strict=True) if groups is not None else ())
     }
-    return {**figures(np.arange(len(table))), "groups": found}
+    return {**compute_figures(np.arange(len(table))), "groups": found}
 
 
-def _share(correct: int, total: int) -> dict[str, float]:
-    low, high = wilson_interval(correct, total)
+def _compute_share(correct: int, total: int) -> dict[str, float]:
+    low, high = compute_wilson_interval(correct, total)
     return {"correct": correct, "share": correct / total, "low": low, "high": high}
 
 
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927): within 0 to 1, and not empty where all or none are correct."""
+def compute_wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """Compute the 95 % interval of a proportion (Wilson 1927).
+
+    It lies within 0 and 1, and is not empty even if all or no items are correct.
+    """
     share, weight = correct / total, _Z**2 / total
     middle = (share + weight / 2) / (1 + weight)
     half = math.sqrt(share * (1 - share) * weight + weight**2 / 4) / (1 + weight)

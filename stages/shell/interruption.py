@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: a stage ends with the exit code that these have; training writes a checkpoint first."""
+"""Ctrl-C, SIGTERM and SIGHUP: a stage exits with the code of the signal; training writes a checkpoint first."""
 
 import os
 import signal
@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from types import FrameType
 
 GRACE_SECONDS = 60.0
-"""Time between SIGTERM and SIGKILL, in which a training step ends and its checkpoint is written."""
+"""Time between SIGTERM and SIGKILL, for the current training step and its checkpoint."""
 
-ENDED_BY_SIGNAL = tuple(128 + number for number in (1, 2, 15))
+SIGNAL_EXIT_CODES = tuple(128 + number for number in (1, 2, 15))
 """Exit codes of a process that SIGHUP, SIGINT or SIGTERM ended."""
 
-_asked = threading.Event()  # set by the first signal
+_signal_received = threading.Event()  # set by the first signal
 
 
-class Interrupted(BaseException):  # not an error: nothing on the way may take it for one
-    """A stage was told to end by the signal `number`."""
+class Interrupted(BaseException):  # not an Exception: no `except Exception` may catch it
+    """The signal `number` asked a stage to end."""
 
     def __init__(self, number: int, message: str = "interrupted") -> None:
         super().__init__(message)
@@ -29,66 +29,70 @@ class Interrupted(BaseException):  # not an error: nothing on the way may take i
         return 128 + self.number
 
 
-def _signals() -> list[signal.Signals]:
-    """The signals that ask a process to end. SIGHUP is left out where it is ignored, as `nohup` has it."""
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-    kept = [] if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else [hangup]
-    return [signal.SIGINT, signal.SIGTERM, *kept]
+def _list_signals() -> list[signal.Signals]:
+    """Return the signals that ask a process to end, without SIGHUP if it is ignored (`nohup`)."""
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has no SIGHUP
+    hangups = [] if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else [hangup]
+    return [signal.SIGINT, signal.SIGTERM, *hangups]
 
 
 def end_on_signals() -> None:
-    """Have SIGINT, SIGTERM and SIGHUP raise Interrupted, so that temporary files and locks are released.
+    """Make SIGINT, SIGTERM and SIGHUP raise Interrupted, so that temporary files and locks are released.
 
-    Only Ctrl-C does so again: a closed terminal or a stopped service sends several signals, and those after the first
-    must not end the clean-up.
+    After the first signal, only Ctrl-C raises again: a closed terminal or a stopped service sends several signals, and
+    the later ones must not interrupt the clean-up.
     """
-    for number in _signals():
-        signal.signal(number, _raise)
+    for number in _list_signals():
+        signal.signal(number, _raise_interrupted)
 
 
-def _raise(number: int, _: FrameType | None) -> None:
-    if number == signal.SIGINT or not _asked.is_set():
-        _asked.set()
+def _raise_interrupted(number: int, _: FrameType | None) -> None:
+    if number == signal.SIGINT or not _signal_received.is_set():
+        _signal_received.set()
         raise Interrupted(number)
 
 
 def end_this_process() -> None:
-    """Send this process SIGTERM unless a signal has asked it to end already, and SIGKILL after GRACE_SECONDS."""
-    if not _asked.is_set():
+    """Send SIGTERM to this process unless a signal has already asked it to end, and SIGKILL after GRACE_SECONDS."""
+    if not _signal_received.is_set():
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Request:
-    """The signal that asked a loop to end at its next good moment; none as yet."""
+class StopRequest:
+    """A request to stop a loop at the next suitable point."""
 
     number: int | None = None
-    since = 0.0
-    """When it came, in seconds of time.monotonic."""
+    """Number of the signal; None if none has arrived."""
+    received_at = 0.0
+    """Time of its arrival, in seconds of time.monotonic."""
 
 
 @contextmanager
-def signals_as_request() -> Iterator[Request]:
-    """Within, the first signal becomes a request; Ctrl-C a second later or more ends at once.
+def defer_signals() -> Iterator[StopRequest]:
+    """Record the first signal in the yielded request instead of raising; Ctrl-C a second later or more raises.
 
-    Ctrl-C reaches each of several processes twice: from the terminal and from the one that started them.
+    The delay is needed because each of several processes gets Ctrl-C twice: from the terminal and from its parent.
+
+    Raises:
+        Interrupted: on the second Ctrl-C.
     """
-    request = Request()
-    if threading.current_thread() is not threading.main_thread():  # as Ray has it, and ends it by itself
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():  # a Ray worker, which Ray ends
         yield request
         return
 
-    def note(number: int, _: FrameType | None) -> None:
+    def record_signal(number: int, _: FrameType | None) -> None:
         if request.number is None:
-            _asked.set()
-            request.number, request.since = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - request.since >= 1.0:
+            _signal_received.set()
+            request.number, request.received_at = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - request.received_at >= 1.0:
             raise Interrupted(number)
 
-    before = {number: signal.signal(number, note) for number in _signals()}
+    previous = {number: signal.signal(number, record_signal) for number in _list_signals()}
     try:
         yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Progress of a long loop: a bar on a terminal, a plain line now and then where the output is piped."""
+"""Progress of a long loop: a bar on a terminal, or a plain line every few seconds if the output is piped."""
 
 import logging
 import time
@@ -12,10 +12,18 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """What is done of a total, with time to go. A loop shorter than SECONDS_BETWEEN_LINES says nothing when piped."""
+    """Progress toward a total, with the remaining time.
 
-    def __init__(self, what: str, total: int, unit: str) -> None:
-        self._what, self._total, self._unit = what, total, unit
+    A loop shorter than _SECONDS_BETWEEN_LINES prints nothing when piped.
+    """
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        """
+        Args:
+            label: name of the work, such as `training`.
+            unit: name of the items that are counted, such as `steps`.
+        """
+        self._label, self._total, self._unit = label, total, unit
         self._started = self._last_line = time.monotonic()
         self._first: int | None = None
         self._bar: Any = None
@@ -30,10 +38,10 @@ class Progress:
                 description, *columns, TextColumn("{task.fields[detail]}"), console=Console(stderr=True), transient=True
             )
             self._bar.start()
-            self._task = self._bar.add_task(what, total=total, detail="")
+            self._task = self._bar.add_task(label, total=total, detail="")
 
     def update(self, done: int, detail: str = "") -> None:
-        """Show that `done` of the total is done."""
+        """Show that `done` items of the total are done."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, detail=detail)
             return
@@ -44,7 +52,7 @@ class Progress:
             to_go = (self._total - done) * (now - self._started) / (done - self._first)
             log.info(
                 "%s: %d/%d %s, %.0f s to go%s",
-                self._what,
+                self._label,
                 done,
                 self._total,
                 self._unit,
@@ -53,6 +61,6 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()

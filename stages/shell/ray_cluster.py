@@ -1,7 +1,7 @@
-"""The Ray cluster that this process works with.
+"""Connection of this process to a Ray cluster.
 
-It has been started by its user: Ray listens on every network interface without asking who comes, so that no stage
-starts it by itself. docs/cluster.md says how to close it.
+The user starts the cluster. No stage does so, because Ray listens on every network interface without authentication;
+docs/cluster.md explains how to secure it.
 """
 
 import logging
@@ -15,8 +15,8 @@ from stages.core.errors import StageError
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def connected() -> Any:
-    """The module `ray`, in a process that is connected to the cluster of RAY_ADDRESS, or to that of this machine.
+def connect_to_cluster() -> Any:
+    """Connect to the Ray cluster at RAY_ADDRESS, by default that of this machine, and return the module `ray`.
 
     Raises:
         StageError: if Ray is not installed, or if there is no cluster.
@@ -26,14 +26,14 @@ def connected() -> Any:
     except ImportError:
         raise StageError("Ray is not installed: `make ray` adds it to the environment") from None
     if not ray.is_initialized():
-        # Its workers import the project from where this process does.
+        # The workers import the project from the same directory as this process.
         path = os.pathsep.join([str(_PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         passed = {name: value for name, value in os.environ.items() if name.startswith("LM_REPRO_")}
         address = os.environ.get("RAY_ADDRESS") or "auto"
         if address == "local":
-            raise StageError("RAY_ADDRESS=local would have this stage start Ray: name a cluster, HOST:PORT")
+            raise StageError("RAY_ADDRESS=local would make this stage start Ray: name a cluster, HOST:PORT")
         try:
-            _knock(address)
+            _check_reachable(address)
             ray.init(
                 address=address,
                 runtime_env={"env_vars": {"PYTHONPATH": path, **passed}},
@@ -42,14 +42,18 @@ def connected() -> Any:
         except (OSError, ValueError) as error:
             raise StageError(
                 f"no Ray cluster at {address}: {' '.join(str(error).split())[:200]}\n  start one on this machine"
-                " (`ray start --head`; docs/cluster.md says how to close it) or name one by RAY_ADDRESS; one that asks"
-                " for a token wants RAY_AUTH_MODE=token here as well"
+                " (`ray start --head`; docs/cluster.md explains how to secure it) or set RAY_ADDRESS; a cluster that"
+                " requires a token also needs RAY_AUTH_MODE=token here"
             ) from None
     return ray
 
 
-def _knock(address: str) -> None:
-    """Raise OSError if nobody answers at an address HOST:PORT, which Ray would try for minutes."""
+def _check_reachable(address: str) -> None:
+    """Check that a server accepts connections at an address HOST:PORT; Ray itself would retry for minutes.
+
+    Raises:
+        OSError: if none does.
+    """
     host, _, port = address.rpartition(":")
     if "/" not in address and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

@@ -1,6 +1,6 @@
-"""Pieces of preprocessing: one after the other here, or as tasks of a Ray cluster.
+"""Jobs of preprocessing: run in processes of this machine, or as tasks of a Ray cluster.
 
-Where they are done changes no byte, so it is no part of a configuration: LM_REPRO_PREPROCESSING=ray says it.
+The place changes no byte of the result, so it is not part of the configuration: LM_REPRO_PREPROCESSING=ray chooses Ray.
 """
 
 import contextlib
@@ -23,87 +23,87 @@ from stages.core.errors import StageError
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
-_PLACE = "LM_REPRO_PREPROCESSING"
+_VARIABLE = "LM_REPRO_PREPROCESSING"
 
 
-def are_spread() -> bool:
-    """Whether pieces are tasks of a cluster."""
-    place = os.environ.get(_PLACE, "")
+def uses_ray() -> bool:
+    """Return True if jobs are tasks of a Ray cluster."""
+    place = os.environ.get(_VARIABLE, "")
     if place not in ("", "ray"):
-        raise StageError(f"{_PLACE}={place}: it should be ray, or not be set")
+        raise StageError(f"{_VARIABLE}={place}: set it to ray, or unset it")
     return bool(place)
 
 
 def connect_workers() -> None:
-    """Find the cluster where pieces are to be its tasks.
+    """Connect to the Ray cluster if LM_REPRO_PREPROCESSING=ray.
 
     Raises:
-        StageError: if there is none, or LM_REPRO_PREPROCESSING says neither.
+        StageError: if there is no cluster, or the variable has another value.
     """
-    if are_spread():
-        from stages.shell.ray_cluster import connected
+    if uses_ray():
+        from stages.shell.ray_cluster import connect_to_cluster
 
-        connected()
+        connect_to_cluster()
 
 
-def run_pieces(function: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[_Result]:
-    """`function` of each job, in order.
+def run_jobs(function: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[_Result]:
+    """Yield `function(job)` for each job, in order.
 
-    On a cluster, function and jobs are pickled, so that they are of modules, and files are on a disk that its machines
-    share, at the same path. A task whose machine is lost is done again on another.
+    On a cluster, function and jobs are pickled, so they must be defined in modules, and files must be on a disk that
+    all machines share under the same path. If a machine is lost, another one repeats its task.
 
     Raises:
-        StageError: what a piece raises.
+        StageError: if a job raises it.
     """
-    if not are_spread():
+    if not uses_ray():
         yield from map(function, jobs)
         return
-    from stages.shell.ray_cluster import connected
+    from stages.shell.ray_cluster import connect_to_cluster
 
-    ray = connected()
-    remote, held, here = ray.remote(_run_piece), ray.put(function), str(Path.cwd())
-    tasks = [remote.remote(held, job, here) for job in jobs]
-    yield from (_get(ray, task) for task in tasks)
+    ray = connect_to_cluster()
+    remote, shared, directory = ray.remote(_run_job), ray.put(function), str(Path.cwd())
+    tasks = [remote.remote(shared, job, directory) for job in jobs]
+    yield from (_get_result(ray, task) for task in tasks)
 
 
-def _get(ray: Any, task: Any) -> Any:
-    """The result of a task of a cluster."""
+def _get_result(ray: Any, task: Any) -> Any:
+    """Return the result of a Ray task, or raise its error."""
     try:
         return ray.get(task)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
 
 
-def _run_piece(function: Callable[[Any], Any], job: Any, directory: str) -> Any:
-    """What a task does: `function` of `job`, whose paths are relative to `directory`."""
+def _run_job(function: Callable[[Any], Any], job: Any, directory: str) -> Any:
+    """Return `function(job)`, run in `directory`, to which the paths of `job` are relative."""
     os.chdir(directory)
     return function(job)
 
 
-_NUM_JOBS_ALONE = 4  # that this process does by itself before it starts others, which takes as long
-_JOBS_AHEAD = 2  # for each process, so that none waits for the next, and no more are in memory
+_NUM_LOCAL_JOBS = 4  # run in this process before others are started; starting them takes as long
+_JOBS_PER_PROCESS = 2  # submitted ahead, so that no process is idle; more would take memory
 
 
 class Workers:
-    """Processes for the pieces of a stage: those of a cluster, or as many of this machine as it has cores.
+    """Worker processes for the jobs of a stage: of a Ray cluster, or one per core of this machine.
 
-    While there are few pieces, and until the processes are there, this process does them.
+    A few jobs, and all jobs until the workers have started, run in this process.
     """
 
     def __init__(self, num_processes: int | None = None) -> None:
         """
         Args:
-            num_processes: None: as many as this process may use cores.
+            num_processes: None: one per core that this process may use.
         """
         self._num_processes = num_processes or len(os.sched_getaffinity(0))
         self._num_jobs = 0
         self._pool: ProcessPoolExecutor | None = None
         self._first: Future[None] | None = None
         self._ray: Any = None
-        if are_spread():
-            from stages.shell.ray_cluster import connected
+        if uses_ray():
+            from stages.shell.ray_cluster import connect_to_cluster
 
-            self._ray = connected()
+            self._ray = connect_to_cluster()
             self._num_processes = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
     def __enter__(self) -> "Workers":
@@ -114,83 +114,83 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[_Job], _Result], jobs: Iterable[_Job]) -> Iterator[_Result]:
-        """`function` of each job, in order; function, jobs and results are pickled.
+        """Yield `function(job)` for each job, in order. Function, jobs and results are pickled.
 
         Raises:
-            Exception: what `function` raises, or what comes in place of a job, when all that comes before it is done.
+            Exception: an error of `function` or of the iterator `jobs`, after the results of all earlier jobs.
         """
-        remaining, waiting, failure = iter(jobs), deque[Callable[[], _Result]](), None
-        more = True
-        while more or waiting:
-            if not more or len(waiting) >= self._num_ahead():
-                with _explained():
-                    result = waiting.popleft()()
+        remaining, pending, failure = iter(jobs), deque[Callable[[], _Result]](), None
+        has_more = True
+        while has_more or pending:
+            if not has_more or len(pending) >= self._count_allowed_pending():
+                with _explain_broken_pool():
+                    result = pending.popleft()()
                 yield result
                 continue
             try:
                 job = next(remaining)
             except StopIteration:
-                more = False
+                has_more = False
             except Exception as error:
-                more, failure = False, error
+                has_more, failure = False, error
             else:
-                with _explained():
-                    waiting.append(self._start(function, job))
+                with _explain_broken_pool():
+                    pending.append(self._submit(function, job))
         if failure is not None:
             raise failure
 
-    def _num_ahead(self) -> int:
-        """Jobs that wait for their results to be taken, at most."""
-        return _JOBS_AHEAD * self._num_processes if self._ray is not None or self._are_ready() else 1
+    def _count_allowed_pending(self) -> int:
+        """Return the largest number of jobs whose results are not consumed yet."""
+        return _JOBS_PER_PROCESS * self._num_processes if self._ray is not None or self._has_ready_process() else 1
 
-    def _are_ready(self) -> bool:
-        """Whether another process waits for jobs."""
+    def _has_ready_process(self) -> bool:
+        """Return True if another process is ready for jobs."""
         return self._first is not None and self._first.done()
 
-    def _start(self, function: Callable[[_Job], _Result], job: _Job) -> Callable[[], _Result]:
-        """What waits for the result of a job."""
+    def _submit(self, function: Callable[[_Job], _Result], job: _Job) -> Callable[[], _Result]:
+        """Submit a job and return a function that waits for its result."""
         self._num_jobs += 1
         if self._ray is not None:
-            task = self._ray.remote(_run_piece).remote(function, job, str(Path.cwd()))
-            return functools.partial(_get, self._ray, task)
-        if self._num_processes > 1 and self._num_jobs > _NUM_JOBS_ALONE and self._pool is None:
-            # Not forked: Arrow has threads.
+            task = self._ray.remote(_run_job).remote(function, job, str(Path.cwd()))
+            return functools.partial(_get_result, self._ray, task)
+        if self._num_processes > 1 and self._num_jobs > _NUM_LOCAL_JOBS and self._pool is None:
+            # Spawned, since a fork is unsafe with the threads of Arrow.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._num_processes, context, _begin_worker, (function,))
-            self._first, *_ = [self._pool.submit(_do_nothing) for _ in range(self._num_processes)]  # a process each
-        if self._pool is None or not self._are_ready():
+            self._pool = ProcessPoolExecutor(self._num_processes, context, _init_worker, (function,))
+            self._first, *_ = [self._pool.submit(_do_nothing) for _ in range(self._num_processes)]  # one per process
+        if self._pool is None or not self._has_ready_process():
             return functools.partial(function, job)
         return self._pool.submit(function, job).result
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Raise StageError where a process was killed."""
+def _explain_broken_pool() -> Iterator[None]:
+    """Raise StageError if a process of the pool was killed."""
     try:
         yield
     except BrokenProcessPool:
         raise StageError(
-            "a process that this stage started was killed, for want of memory perhaps: run it on a machine with more"
+            "a process of this stage was killed, perhaps for lack of memory: run it on a machine with more memory"
         ) from None
 
 
 def _do_nothing() -> None:
-    """A job that shows that there is a process."""
+    """Do nothing: a job that completes once its process is ready."""
 
 
-def _begin_worker(_: Callable[..., Any]) -> None:
-    """Leave Ctrl-C to the process that started this one, and end with it.
+def _init_worker(_: Callable[..., Any]) -> None:
+    """Ignore Ctrl-C, which the parent process handles, and end with the parent.
 
-    Given the function of the first job, so that what it needs is imported before the process counts as ready.
+    The argument is the function of the first job: unpickling it imports its module before the process counts as ready.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.set_threshold(100_000, 20, 20)  # as in the process that started it
+    gc.set_threshold(100_000, 20, 20)  # as in the parent process
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_after, args=[parent.sentinel], daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=[parent.sentinel], daemon=True).start()
 
 
-def _end_after(sentinel: int) -> None:
+def _exit_with_parent(sentinel: int) -> None:
     with contextlib.suppress(OSError):
         wait([sentinel])
     os._exit(1)

@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-from stages.core.config import whole
+from stages.core.config import config_section
 
 
-@whole
+@config_section
 class Tokenize:
     wrap: Literal["end_of_sequence", "template"]
-    """end_of_sequence: before the first and after every document; template: the tokenizer's own special tokens."""
+    """end_of_sequence: one before the first and after every document; template: the tokenizer's own special tokens."""
     requires: list[Literal["eos_token", "mask_token"]]
-    """Special tokens without which the task cannot be trained."""
+    """Roles of the special tokens that the task needs."""

@@ -1,4 +1,4 @@
-"""The tokenizer of a task: its files and its control tokens."""
+"""Load, train and export the tokenizer of a task, and find its control tokens."""
 
 import contextlib
 import functools
@@ -18,11 +18,11 @@ from stages.core.artifacts import (
     COUNTED,
     SEGMENT_START,
     TokenIds,
-    damaged,
-    free_copy,
+    choose_token_dtype,
+    copy_files,
+    make_damage_error,
     read_json,
-    read_object,
-    token_dtype,
+    read_json_object,
 )
 from stages.core.errors import StageError, is_error, printable
 from stages.tokens.chat import CHAT_TEMPLATE_FILE
@@ -30,125 +30,133 @@ from stages.tokens.schema import TrainedTokenizer
 
 log = logging.getLogger(__name__)
 
-_SETTINGS, _ROLES, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_CONFIG_FILE = "tokenizer_config.json"
+_SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+_ADDED_TOKENS_FILE = "added_tokens.json"
 _TOKEN_LISTS = (
     "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens",
 )  # fmt: skip
-# transformers' classes of tokenizers that add no tokens of their own.
+# Tokenizer classes of transformers that do not add tokens to those of tokenizer.json.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Token ids that stages after tokenize need, as data/tokens/TASK/stats.json holds them."""
+    """Size and special token ids of a tokenizer, as stored in data/tokens/TASK/stats.json for later stages."""
 
     size: int
-    """Number of ids: one more than the largest."""
+    """Number of ids: the largest id plus 1."""
     special: dict[str, int]
-    """Role (eos_token, mask_token, ...) to token id."""
+    """Maps each role (eos_token, mask_token, ...) to its token id."""
     prefix: list[int]
-    """Control tokens before every document's text."""
+    """Control token ids before the text of every document."""
     suffix: list[int]
-    """Control tokens after it."""
+    """Control token ids after the text of every document."""
     lead: list[int]
-    """Control tokens before a split's first document."""
+    """Control token ids before the first document of a split."""
 
     @property
     def dtype(self) -> Any:
-        """The narrowest dtype that holds every id."""
-        return token_dtype(self.size)
+        """Narrowest dtype for the ids: uint16 or uint32."""
+        return choose_token_dtype(self.size)
 
     @property
-    def control(self) -> TokenIds:
-        """The ids, sorted, that wrap documents and never stand for text."""
+    def control_ids(self) -> TokenIds:
+        """[num_control] sorted ids of the tokens that wrap documents; text is never encoded to them."""
         return np.unique(np.array([*self.prefix, *self.suffix, *self.lead], dtype=self.dtype))
 
     @functools.cached_property
-    def ordinary(self) -> TokenIds:
-        """The ids, sorted, that have no special role: what a random token is drawn from."""
-        special = [*self.special.values(), *self.control.tolist()]
+    def ordinary_ids(self) -> TokenIds:
+        """[num_ordinary] sorted ids without a special role; random tokens are drawn from them."""
+        special = [*self.special.values(), *self.control_ids.tolist()]
         return np.setdiff1d(np.arange(self.size, dtype=self.dtype), np.array(special, dtype=self.dtype))
 
     def is_text(self, ids: TokenIds) -> npt.NDArray[np.bool_]:
-        """Which of `ids` are no control tokens, which text never produces."""
-        return np.isin(ids, self.control, invert=True)
+        """Return a mask of the `ids` that are not control tokens, a bool array of the shape of `ids`."""
+        return np.isin(ids, self.control_ids, invert=True)
 
-    def text_tokens(self, ids: TokenIds) -> TokenIds:
-        """`ids` without control tokens."""
+    def select_text_tokens(self, ids: TokenIds) -> TokenIds:
+        """Return `ids`, [num_tokens], without the control tokens: [num_text_tokens] of the same dtype."""
         return ids[self.is_text(ids)]
 
     @classmethod
     def read(cls, tokens: str | Path) -> "Vocabulary":
-        """The vocabulary of the tokens in the directory `tokens`."""
+        """Read the vocabulary from stats.json in the directory `tokens`.
+
+        Raises:
+            StageError: if the file is damaged.
+        """
         file = Path(tokens) / "stats.json"
         try:
-            read: Vocabulary = TypeAdapter(cls).validate_json(json.dumps(read_json(file)["vocabulary"]), strict=True)
+            content = json.dumps(read_json(file)["vocabulary"])
+            vocabulary: Vocabulary = TypeAdapter(cls).validate_json(content, strict=True)
         except (KeyError, TypeError, ValidationError) as error:
-            raise damaged(file, f"no vocabulary in it: {type(error).__name__}") from None
-        if not all(
-            0 <= number < read.size for number in [*read.special.values(), *read.prefix, *read.suffix, *read.lead]
-        ):
-            raise damaged(file, f"a control token is outside of its {read.size} tokens")
-        return read
+            raise make_damage_error(file, f"it has no valid vocabulary: {type(error).__name__}") from None
+        ids = [*vocabulary.special.values(), *vocabulary.prefix, *vocabulary.suffix, *vocabulary.lead]
+        if not all(0 <= number < vocabulary.size for number in ids):
+            raise make_damage_error(file, f"a control token has an id outside its {vocabulary.size} tokens")
+        return vocabulary
 
 
 def mark_control_tokens(prefix: Sequence[int], suffix: Sequence[int] = ()) -> list[int]:
-    """The marks of the control tokens that wrap a document, or of a split's lead as `prefix`.
+    """Return the marks of the control tokens that wrap a document.
 
-    A segment begins at the prefix or, where documents have none, at the suffix of the document before. The end of a
-    document is to be learned, so that the suffix counts.
+    A segment begins at the prefix or, without a prefix, at the suffix of the document before. The suffix is counted,
+    because the model is to learn where documents end. To mark the lead of a split, pass it as `prefix`.
     """
     starts = [SEGMENT_START] * len(prefix[:1]) + [0] * len(prefix[1:])
     return starts + [COUNTED if prefix else COUNTED | SEGMENT_START] * len(suffix)
 
 
-def vocabulary_of(tokenizer: Tokenizer, directory: Path, wrap: str, requires: Iterable[str]) -> Vocabulary:
-    """The vocabulary of `tokenizer`, whose files are in `directory`, for documents wrapped as `wrap` says.
+def build_vocabulary(tokenizer: Tokenizer, directory: Path, wrap: str, requires: Iterable[str]) -> Vocabulary:
+    """Build the vocabulary of a tokenizer.
 
     Args:
-        wrap: as in conf/task, or `none`: a chat template has already put all control tokens into a document.
+        directory: files of the tokenizer.
+        wrap: `tokenize.wrap` of conf/task, or `none` if a chat template already inserts all control tokens.
+        requires: roles of the special tokens that the task needs.
 
     Raises:
         StageError: if the tokenizer lacks a token that the task needs.
     """
     needs = set(requires)
-    special = special_tokens(tokenizer, directory)
+    special = read_special_tokens(tokenizer, directory)
     if needs - set(special):
-        special = _special_tokens_by_transformers(directory) | special
-    elif (own := _from_file(directory)) is not None and not _have_same_tokens(own, tokenizer):
-        special |= _special_tokens_by_transformers(directory)
+        special = _read_special_tokens_with_transformers(directory) | special
+    elif (own := _load_tokenizer_file(directory)) is not None and not _have_same_tokens(own, tokenizer):
+        special |= _read_special_tokens_with_transformers(directory)
     for role in sorted(needs - set(special)):
         raise StageError(f"the tokenizer has no {role}, which the task needs: choose another model for this task")
     end = [special["eos_token"]] if wrap == "end_of_sequence" else []
-    prefix, suffix = _template(tokenizer) if wrap == "template" else ([], end)
+    prefix, suffix = _find_template_tokens(tokenizer) if wrap == "template" else ([], end)
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     if outside := sorted(number for number in [*special.values(), *prefix, *suffix] if number >= size):
-        raise StageError(f"the tokenizer has {size} tokens, and gives a special token the id {outside[0]}")
+        raise StageError(f"the tokenizer has {size} tokens, but a special token has the id {outside[0]}")
     return Vocabulary(size=size, special=special, prefix=prefix, suffix=suffix, lead=end)
 
 
-def _template(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The control tokens that `tokenizer` puts before a text, and those behind it."""
-    with rust_errors("the tokenizer cannot encode 'a'"):
-        alone = tokenizer.encode("a", add_special_tokens=False).ids
-        whole = tokenizer.encode("a", add_special_tokens=True).ids
-    for start in range(len(whole) - len(alone) + 1):
-        if alone and whole[start : start + len(alone)] == alone:
-            return whole[:start], whole[start + len(alone) :]
+def _find_template_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the ids of the control tokens that `tokenizer` puts before a text and after it."""
+    with convert_rust_errors("the tokenizer cannot encode 'a'"):
+        plain = tokenizer.encode("a", add_special_tokens=False).ids
+        wrapped = tokenizer.encode("a", add_special_tokens=True).ids
+    for start in range(len(wrapped) - len(plain) + 1):
+        if plain and wrapped[start : start + len(plain)] == plain:
+            return wrapped[:start], wrapped[start + len(plain) :]
     raise StageError(
-        f"the tokenizer encodes 'a' as {printable(alone)} without special tokens, and as {printable(whole)} with them:"
-        " documents cannot be wrapped by it; choose another model for this task"
+        f"the tokenizer encodes 'a' as {printable(plain)} without special tokens, but as {printable(wrapped)} with"
+        " them, so it cannot wrap documents; choose another model for this task"
     )
 
 
-def special_tokens(tokenizer: Tokenizer, directory: Path) -> dict[str, int]:
-    """Role to id of the special tokens that the tokenizer's own files name."""
-    settings = [_object(directory / name) for name in (_SETTINGS, _ROLES)]
+def read_special_tokens(tokenizer: Tokenizer, directory: Path) -> dict[str, int]:
+    """Read the special tokens named in the tokenizer's files, as a map from role to id."""
+    settings = [_read_object_if_exists(directory / name) for name in (_CONFIG_FILE, _SPECIAL_TOKENS_FILE)]
     if "added_tokens_decoder" in settings[0]:
-        settings.reverse()  # as transformers: such a file stands above the other one
+        settings.reverse()  # as in transformers, tokenizer_config.json then overrides special_tokens_map.json
     special = {}
     for role, token in (item for file in settings for item in file.items()):
-        content = _content(token)
+        content = _get_token_text(token)
         if role.endswith("_token") and isinstance(content, str):
             token_id = tokenizer.token_to_id(content)
             if token_id is not None:
@@ -156,60 +164,73 @@ def special_tokens(tokenizer: Tokenizer, directory: Path) -> dict[str, int]:
     return dict(sorted(special.items()))
 
 
-def _content(token: Any) -> Any:
-    """The text of a token as the files have it: by itself, or in an object that says how it is matched."""
+def _get_token_text(token: Any) -> Any:
+    """Return the text of a token from a tokenizer file: the value, or `content` if the value is an object."""
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; an empty one where there is no such file."""
-    return read_object(file) if file.is_file() else {}
+def _read_object_if_exists(file: Path) -> dict[str, Any]:
+    """Read the JSON object in `file`; an empty one if the file does not exist."""
+    return read_json_object(file) if file.is_file() else {}
 
 
-def _named_tokens(directory: Path) -> set[str]:
-    """The tokens that the files beside tokenizer.json name."""
-    named: list[Any] = [*_object(directory / _ADDED)]
-    for key, value in (item for name in (_SETTINGS, _ROLES) for item in _object(directory / name).items()):
+def _read_named_tokens(directory: Path) -> set[str]:
+    """Read the texts of all tokens named in the files other than tokenizer.json."""
+    named: list[Any] = [*_read_object_if_exists(directory / _ADDED_TOKENS_FILE)]
+    for key, value in (
+        item
+        for name in (_CONFIG_FILE, _SPECIAL_TOKENS_FILE)
+        for item in _read_object_if_exists(directory / name).items()
+    ):
         if key.endswith("_token"):
             named.append(value)
         elif key in _TOKEN_LISTS and isinstance(value, list | dict):
             named += value.values() if isinstance(value, dict) else value
-    return {content for content in map(_content, named) if isinstance(content, str)}
+    return {content for content in map(_get_token_text, named) if isinstance(content, str)}
 
 
 def _is_complete(tokenizer: Tokenizer, directory: Path) -> bool:
-    """Whether `tokenizer`, of tokenizer.json by itself, surely has all tokens that transformers would give it."""
-    settings = _object(directory / _SETTINGS)
+    """Return True if `tokenizer`, which is loaded only from tokenizer.json, surely lacks no tokens.
+
+    If False, transformers may add tokens to it.
+    """
+    settings = _read_object_if_exists(directory / _CONFIG_FILE)
     name = settings.get("tokenizer_class")
     if (directory / "config.json").is_file() if name is None else name not in _PLAIN_CLASSES:
-        return False  # its class, with no name that of the model, may add tokens of its own
-    named = _named_tokens(directory)
+        return False  # the class can add tokens; if it is not named, it follows from the model type in config.json
+    named = _read_named_tokens(directory)
     if tokenizer.padding is not None:
         named.add(tokenizer.padding["pad_token"])
     return all(tokenizer.token_to_id(token) is not None for token in named)
 
 
-def _special_tokens_by_transformers(directory: Path) -> dict[str, int]:
-    # Old repositories leave them to defaults in transformers' code.
-    tokenizer = transformers_tokenizer(directory)
+def _read_special_tokens_with_transformers(directory: Path) -> dict[str, int]:
+    # For old repositories, the special tokens are defaults in the code of transformers.
+    tokenizer = load_transformers_tokenizer(directory)
     roles = tokenizer.special_tokens_map
     return {
         role: tokenizer.convert_tokens_to_ids(token) for role, token in sorted(roles.items()) if isinstance(token, str)
     }
 
 
-def transformers_tokenizer(directory: Path) -> Any:
-    """The tokenizer in `directory` as transformers makes it, at 5 s of imports; never by code that lies there."""
+def load_transformers_tokenizer(directory: Path) -> Any:
+    """Load the tokenizer in `directory` with transformers, without running code from the directory.
+
+    The import of transformers takes 5 s.
+    """
     from transformers import AutoTokenizer
 
-    ways = "by its own code; code of a repository is never run"
-    with rust_errors(f"{directory} holds no tokenizer that transformers can make ({ways})"):
+    reason = "code in the directory is never run"
+    with convert_rust_errors(f"transformers cannot load a tokenizer from {directory} ({reason})"):
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 @contextlib.contextmanager
-def rust_errors(problem: str) -> Iterator[None]:
-    """Raise a StageError, `problem` and the reason, for whatever tokenizers raises: bare Exceptions, and panics."""
+def convert_rust_errors(problem: str) -> Iterator[None]:
+    """Convert the errors raised inside the block to a StageError that says `problem` and the reason.
+
+    The libraries in Rust raise bare Exceptions, and BaseExceptions for panics.
+    """
     try:
         yield
     except BaseException as error:
@@ -218,12 +239,12 @@ def rust_errors(problem: str) -> Iterator[None]:
         raise StageError(f"{problem}: {printable(' '.join(str(error).split()))}") from None
 
 
-def _from_file(directory: Path) -> Tokenizer | None:
-    """The tokenizer of the tokenizer.json in `directory` by itself, if there is one."""
+def _load_tokenizer_file(directory: Path) -> Tokenizer | None:
+    """Load the tokenizer from tokenizer.json in `directory`, without other files; None if the file does not exist."""
     file = directory / "tokenizer.json"
     if not file.is_file():
         return None
-    with rust_errors(f"{file} is not a tokenizer"):
+    with convert_rust_errors(f"{file} is not a tokenizer"):
         return Tokenizer.from_file(str(file))
 
 
@@ -232,19 +253,19 @@ def _have_same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer in `directory`, by which a control token spelt out in a text is text.
+    """Load the tokenizer in `directory`, set to encode spelled-out control tokens as text.
 
-    It has the tokens that transformers' tokenizer of the directory has, those included that tokenizer.json lacks and
-    other files name.
+    It has the same tokens as the tokenizer that transformers loads from `directory`, including tokens that are missing
+    from tokenizer.json and named in other files.
     """
-    tokenizer = _from_file(directory)
+    tokenizer = _load_tokenizer_file(directory)
     if tokenizer is None:
-        tokenizer = transformers_tokenizer(directory).backend_tokenizer
+        tokenizer = load_transformers_tokenizer(directory).backend_tokenizer
     elif not _is_complete(tokenizer, directory):
         try:
-            made = transformers_tokenizer(directory).backend_tokenizer
+            made = load_transformers_tokenizer(directory).backend_tokenizer
         except StageError as error:
-            log.warning("%s: tokenizer.json is used by itself", error)
+            log.warning("%s: only tokenizer.json is used", error)
         else:
             if not _have_same_tokens(made, tokenizer):
                 tokenizer = made
@@ -252,7 +273,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     if getattr(tokenizer.model, "dropout", None):
-        tokenizer.model.dropout = None  # BPE dropout would encode a text anew each time
+        tokenizer.model.dropout = None  # BPE dropout would encode the same text differently each time
     return tokenizer
 
 
@@ -260,62 +281,66 @@ def check_same_tokenizer(own: Path, model: str, tokens: Path) -> None:
     """Raise StageError unless the tokenizers in two directories are the same.
 
     Args:
-        own: has the tokenizer that a model was trained with.
-        model: that model, for the message.
-        tokens: has the tokenizer by which the text was tokenized.
+        own: directory of the tokenizer that a model was trained with.
+        model: name of that model, for the message.
+        tokens: directory of the tokenizer that encoded the text.
     """
     one, other = load_tokenizer(own), load_tokenizer(tokens)
     if json.loads(one.to_str())["model"] != json.loads(other.to_str())["model"] or not _have_same_tokens(one, other):
         sizes = [len(tokenizer.get_vocab(with_added_tokens=True)) for tokenizer in (one, other)]
         raise StageError(
-            f"{model} was trained with the tokenizer there, of {sizes[0]:,} tokens; the text is in tokens of another"
-            f" one, {tokens}, of {sizes[1]:,} tokens: a model goes on with its own tokenizer"
+            f"{model} was trained with its own tokenizer, of {sizes[0]:,} tokens, but the text was encoded with another"
+            f" one, {tokens}, of {sizes[1]:,} tokens: a model continues with its own tokenizer"
         )
 
 
 def export_tokenizer(
     source: Path, directory: Path, special: dict[str, int], max_length: int, chat_template: str | None = None
 ) -> None:
-    """Write the tokenizer in `source` beside a model in `directory`, which takes `max_length` tokens.
+    """Write the tokenizer in `source` to the model directory `directory`.
 
-    Its files are copied, but tokenizer_config.json also says what transformers would otherwise take from the model's
-    configuration or from its own code: the class, the `special` tokens and how many tokens to truncate to.
+    The files are copied, but tokenizer_config.json also gets the values that transformers would otherwise take from the
+    model's configuration or from defaults in its code: the class, the special tokens and the maximum length.
 
     Args:
-        chat_template: takes the place of the tokenizer's own; None: it stays.
+        special: maps each role to its token id.
+        max_length: maximum number of tokens of the model.
+        chat_template: replaces the tokenizer's own chat template; None: keep it.
     """
-    free_copy(source, directory, leave=["config.json", _SETTINGS])
-    settings, tokenizer, own = _object(source / _SETTINGS), load_tokenizer(source), _from_file(source)
-    if own is None or not _have_same_tokens(own, tokenizer):  # beside some models no class but the plain one is used
+    copy_files(source, directory, exclude=["config.json", _CONFIG_FILE])
+    settings = _read_object_if_exists(source / _CONFIG_FILE)
+    tokenizer, own = load_tokenizer(source), _load_tokenizer_file(source)
+    if own is None or not _have_same_tokens(own, tokenizer):  # for some model types, transformers ignores other classes
         tokenizer.save(str(directory / "tokenizer.json"))
         settings["tokenizer_class"] = _PLAIN_CLASSES[0]
     elif settings.get("tokenizer_class") is None or "auto_map" in settings:
         try:
-            name = type(transformers_tokenizer(source)).__name__
-        except StageError:  # load_tokenizer took tokenizer.json by itself
+            name = type(load_transformers_tokenizer(source)).__name__
+        except StageError:  # load_tokenizer used only tokenizer.json
             name = _PLAIN_CLASSES[0]
         settings["tokenizer_class"] = _PLAIN_CLASSES[0] if name in _PLAIN_CLASSES else name
     settings.pop("auto_map", None)
     for role, number in special.items():
-        if not isinstance(_content(settings.get(role)), str):
+        if not isinstance(_get_token_text(settings.get(role)), str):
             settings[role] = tokenizer.id_to_token(number)
     settings["model_max_length"] = max_length
     if chat_template is not None:
         settings.pop("chat_template", None)
         (directory / CHAT_TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
-    (directory / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (directory / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def train_tokenizer(config: TrainedTokenizer, texts: Iterator[list[str]], directory: Path) -> None:
-    """Train a byte-level BPE on `texts`, batch by batch, and write its files to `directory`, in transformers' format.
+    """Train a byte-level BPE on batches of texts, and write its files to `directory` in the format of transformers.
 
-    Deterministic: the same texts give the same merges. Special tokens have the ids from 0, in the config's order.
+    Training is deterministic: the same texts give the same merges. Special tokens get the ids from 0, in the order of
+    the config.
     """
     roles = config.special_tokens
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    # lstrip: the space before a word belongs to its token, so a mask in a sentence takes the space along.
+    # lstrip: the token of a word includes the space before it, so a mask token must absorb that space.
     added = [AddedToken(token, special=True, lstrip=role == "mask_token") for role, token in roles.items()]
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
@@ -334,6 +359,6 @@ def train_tokenizer(config: TrainedTokenizer, texts: Iterator[list[str]], direct
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles}
-    (directory / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (directory / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if config.chat_template is not None:
         (directory / CHAT_TEMPLATE_FILE).write_text(config.chat_template, encoding="utf-8")

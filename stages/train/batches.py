@@ -1,23 +1,29 @@
-"""How the sequences of an optimizer step are shared out."""
+"""Distribution of the sequences of an optimizer step over processes and forward passes."""
 
 from stages.model.hardware import Hardware
 
 
-def batches(batch_size: int, hardware: Hardware, processes: int) -> tuple[int, int]:
-    """Sequences at once in each of `processes`, and the times that gradients are added up in an optimizer step.
+def split_batch(batch_size: int, hardware: Hardware, num_processes: int) -> tuple[int, int]:
+    """Return the micro-batch size of each process and the number of gradient accumulation steps.
+
+    Args:
+        batch_size: sequences per optimizer step.
+        num_processes: number of processes that share a batch.
 
     Raises:
-        ValueError: if batch_size cannot be divided like this.
+        ValueError: if batch_size is not a multiple of the sequences that all processes take per forward pass.
     """
-    at_once = hardware.per_device_batch_size
-    whole = processes * (at_once or 1)
-    if batch_size % whole:
-        names = [f"{processes} processes (hardware.{'ray' if hardware.ray else 'launch'})"] if processes > 1 else []
-        names += [f"{at_once} sequences at once (hardware.per_device_batch_size)"] if at_once else []
-        fit = [whole * (batch_size // whole + extra) for extra in (0, 1)]
-        raise ValueError(
-            f"batch_size={batch_size} is not a multiple of {whole}: {' of '.join(names)};"
-            f" {' and '.join(str(size) for size in fit if size)} would be"
+    micro_batch_size = hardware.per_device_batch_size
+    divisor = num_processes * (micro_batch_size or 1)
+    if batch_size % divisor:
+        names = (
+            [f"{num_processes} processes (hardware.{'ray' if hardware.ray else 'launch'})"] if num_processes > 1 else []
         )
-    share = batch_size // processes
-    return at_once or share, share // (at_once or share)
+        names += [f"{micro_batch_size} sequences (hardware.per_device_batch_size)"] if micro_batch_size else []
+        valid_sizes = [divisor * (batch_size // divisor + extra) for extra in (0, 1)]
+        raise ValueError(
+            f"batch_size={batch_size} is not a multiple of {divisor}, for {' of '.join(names)}; set it to"
+            f" {' or '.join(str(size) for size in valid_sizes if size)}"
+        )
+    share = batch_size // num_processes
+    return micro_batch_size or share, share // (micro_batch_size or share)

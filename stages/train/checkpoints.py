@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: each whole or not there, outside the workspace, found again by what the run computes.
+"""Checkpoints of a training run, written atomically outside the workspace.
 
-DVC deletes a stage's outs before it runs, so that what a killed run is to go on from stands in the user's cache
-directory, under a fingerprint of all that decides the result: another run's checkpoint is never taken.
+DVC deletes the outs of a stage before it runs. Checkpoints are therefore in the user's cache directory, under a
+fingerprint of everything that determines the result, so that a run only resumes from its own checkpoints.
 """
 
 import hashlib
@@ -19,89 +19,97 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
-from stages.core.artifacts import sha256, versions
+from stages.core.artifacts import compute_sha256, get_versions
 from stages.core.errors import printable
-from stages.shell.cache import cache_directory
+from stages.shell.cache import get_cache_directory
 
 log = logging.getLogger(__name__)
 
-_MANIFEST = "manifest-{}.json"  # of each process that wrote
-_HASHES = TypeAdapter(dict[str, str])  # content of a manifest: file name to hash
-_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+_MANIFEST_NAME = "manifest-{}.json"  # one per process that writes, by rank
+_HASHES = TypeAdapter(dict[str, str])  # content of a manifest: file name to SHA-256
+_CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 LIBRARIES = ("accelerate", "numpy", "peft", "torch", "transformers")
 
 
-def fingerprint(config: Any, inputs: Iterable[Path], code: Mapping[str, str]) -> str:
-    """A name for the run of `config` (as JSON holds it) on the files `inputs`: of all that decides its result.
+def compute_fingerprint(config: Any, inputs: Iterable[Path], code: Mapping[str, str]) -> str:
+    """Hash everything that determines the result of a run, as its name: 32 hexadecimal digits.
 
-    That is these, the hashes of the code, the libraries' versions and the kind of machine.
+    In addition to the arguments these are the versions of the libraries and of Python, and the type of the machine.
+
+    Args:
+        config: the configuration of the run, serializable as JSON.
+        inputs: the input files; their names and contents count, not their directories.
+        code: hash of each source file, by its name.
     """
-    known = {
+    parts = {
         "config": config,
         "code": code,
-        "inputs": [(file.name, sha256(file)) for file in inputs],
-        "versions": versions(*LIBRARIES),
+        "inputs": [(file.name, compute_sha256(file)) for file in inputs],
+        "versions": get_versions(*LIBRARIES),
         "machine": [platform.machine(), platform.python_version()],
     }
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class Checkpoints:
-    """The checkpoints of a run: directories `checkpoint-STEP` in `directory`, of which the newest `keep` stay."""
+    """Checkpoints of a run: directories `checkpoint-STEP` in `directory`. Only the newest `keep` are retained."""
 
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory, self._keep = directory, keep
 
-    def path(self, step: int) -> Path:
-        """Where the checkpoint of `step` stands, if it does."""
+    def get_path(self, step: int) -> Path:
+        """Return the directory for the checkpoint of `step`, which need not exist."""
         return self.directory / f"checkpoint-{step}"
 
-    def steps(self) -> list[int]:
-        """The steps of the checkpoints there are, the newest last; other entries of the directory are left out."""
-        names = ((path, _NAME.fullmatch(path.name)) for path in self.directory.glob("checkpoint-*"))
+    def list_steps(self) -> list[int]:
+        """Return the steps of the checkpoints in the directory, in ascending order; ignore its other entries."""
+        names = ((path, _CHECKPOINT_NAME.fullmatch(path.name)) for path in self.directory.glob("checkpoint-*"))
         return sorted(int(name[1]) for path, name in names if name and path.is_dir() and not path.is_symlink())
 
-    def newest(self) -> int | None:
-        """The step of the newest checkpoint whose files are all as they were written; damaged ones are removed."""
-        for step in reversed(self.steps()):
-            damage = find_damage(self.path(step))
+    def find_newest(self) -> int | None:
+        """Return the step of the newest intact checkpoint, or None; remove newer ones that are damaged."""
+        for step in reversed(self.list_steps()):
+            damage = find_damage(self.get_path(step))
             if damage is None:
                 return step
-            log.warning("the checkpoint of step %d is damaged (%s) and left out", step, damage)
-            _remove(self.path(step))
+            log.warning("the checkpoint of step %d is damaged (%s) and ignored", step, damage)
+            _remove_path(self.get_path(step))
         return None
 
-    def clear(self) -> None:
+    def remove_all(self) -> None:
         """Remove all checkpoints."""
-        for step in self.steps():
-            _remove(self.path(step))
+        for step in self.list_steps():
+            _remove_path(self.get_path(step))
 
     @contextmanager
-    def writing(self, step: int, best: int | None, writer: int = 0) -> Iterator[Path]:
-        """A directory in which to make a directory `checkpoint-STEP`, that takes its place when it is on the disk.
+    def write_checkpoint(self, step: int, best: int | None, writer: int = 0) -> Iterator[Path]:
+        """Write a checkpoint atomically.
+
+        Yields a temporary directory. The block creates `checkpoint-STEP` in it, which is moved to its place at the end
+        of the block, once all of it is on the disk. Old checkpoints are then removed.
 
         Args:
-            best: the step of a checkpoint that stays however old it is.
-            writer: the number of the process that writes, where parts of several are put together.
+            best: step of a checkpoint to retain regardless of its age.
+            writer: rank of this process, if several processes each write a part of the checkpoint.
         """
         aside = self.directory / ".tmp"
-        _remove(aside)  # of a run that was killed
+        _remove_path(aside)  # left by a run that was killed
         aside.mkdir(parents=True)
         try:
             yield aside
-            _seal(aside / self.path(step).name, writer)
-            _remove(self.path(step))
-            (aside / self.path(step).name).rename(self.path(step))
-            _sync(self.directory)
+            _write_manifest(aside / self.get_path(step).name, writer)
+            _remove_path(self.get_path(step))
+            (aside / self.get_path(step).name).rename(self.get_path(step))
+            _sync_to_disk(self.directory)
         finally:
-            _remove(aside)
-        for old in self.steps()[: -self._keep]:
+            _remove_path(aside)
+        for old in self.list_steps()[: -self._keep]:
             if old != best:
-                _remove(self.path(old))
+                _remove_path(self.get_path(old))
 
 
-def _remove(path: Path) -> None:
-    """Remove a directory, or whatever else has its name, as far as this user may."""
+def _remove_path(path: Path) -> None:
+    """Remove a directory, file or link; ignore errors, such as missing permissions."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -109,25 +117,25 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _seal(checkpoint: Path, writer: int) -> None:
-    """Write the hashes of a checkpoint's files beside them, and wait until all of it is on the disk."""
-    manifest = checkpoint / _MANIFEST.format(writer)
+def _write_manifest(checkpoint: Path, writer: int) -> None:
+    """Write the manifest with the hashes of a checkpoint's files, and flush all of the checkpoint to the disk."""
+    manifest = checkpoint / _MANIFEST_NAME.format(writer)
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
-    hashes = {file.relative_to(checkpoint).as_posix(): sha256(file) for file in files}
+    hashes = {file.relative_to(checkpoint).as_posix(): compute_sha256(file) for file in files}
     manifest.write_text(json.dumps(hashes), encoding="utf-8")
     for path in (*files, manifest, checkpoint):
-        _sync(path)
+        _sync_to_disk(path)
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None where nothing is."""
+    """Compare the files of a checkpoint with its manifests; describe the first problem, or return None."""
     try:
         hashes: dict[str, str] = {}
-        for manifest in sorted({checkpoint / _MANIFEST.format(0), *checkpoint.glob(_MANIFEST.format("*"))}):
+        for manifest in sorted({checkpoint / _MANIFEST_NAME.format(0), *checkpoint.glob(_MANIFEST_NAME.format("*"))}):
             hashes |= _HASHES.validate_json(manifest.read_bytes())
         if missing := [name for name in sorted(hashes) if not (checkpoint / name).is_file()]:
             return printable(f"{', '.join(missing)} missing")
-        changed = [name for name, digest in sorted(hashes.items()) if sha256(checkpoint / name) != digest]
+        changed = [name for name, digest in sorted(hashes.items()) if compute_sha256(checkpoint / name) != digest]
     except ValidationError as error:
         return f"{manifest.name}: {error.errors()[0]['msg']}"
     except (OSError, ValueError) as error:
@@ -137,10 +145,10 @@ def find_damage(checkpoint: Path) -> str | None:
     return printable(f"{', '.join(changed)} changed") if changed else None
 
 
-def _sync(path: Path) -> None:
-    """Wait until `path`, a file or the names in a directory, is on the disk."""
+def _sync_to_disk(path: Path) -> None:
+    """Flush a file, or the entries of a directory, to the disk."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no directories
+        return  # Windows cannot open directories
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -149,31 +157,33 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def checkpoint_directory(name: str) -> Iterator[Path]:
-    """Where the checkpoints of the run called `name` (its fingerprint) stand; no other process uses it meanwhile.
+def lock_checkpoint_directory(name: str) -> Iterator[Path]:
+    """Lock the directory for the checkpoints of the run `name` (its fingerprint), and yield it.
 
-    It vanishes when the block ends well. Queue workers may train the same at once: each has a place of its own.
+    It is removed at the end of the block, but not after an exception. Queue workers that train the same config at the
+    same time each get a separate directory.
     """
-    root = cache_directory() / "checkpoints"
+    root = get_cache_directory() / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
-    lock, place = _first_free(root, name)
-    if not (root / place).is_dir():
-        _remove(root / place)
+    lock, directory = _lock_first_free_name(root, name)
+    if not directory.is_dir():
+        _remove_path(directory)
     try:
-        yield root / place
-        _remove(root / place)
+        yield directory
+        _remove_path(directory)
     finally:
         lock.release()
 
 
-def _first_free(root: Path, name: str) -> tuple[FileLock, str]:
+def _lock_first_free_name(root: Path, name: str) -> tuple[FileLock, Path]:
+    """Lock the first of `name`, `name-2`, `name-3`, ... that is not locked; return the lock and the path in `root`."""
     number = 1
     while True:
-        place = name if number == 1 else f"{name}-{number}"
-        lock = FileLock(root / f"{place}.lock")
+        candidate = name if number == 1 else f"{name}-{number}"
+        lock = FileLock(root / f"{candidate}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
             number += 1
         else:
-            return lock, place
+            return lock, root / candidate

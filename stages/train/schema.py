@@ -1,25 +1,40 @@
-"""Schemas of what train alone reads of conf/task and conf/hardware."""
+"""Schemas of the sections of conf/task, conf/hardware and conf/framework that only train uses."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from stages.core.config import Positive, whole
+from stages.core.config import Positive, config_section
 
 
-@whole
+@config_section
 class EarlyStopping:
     patience: Positive
-    """Evaluations without improvement before training stops."""
+    """Number of consecutive evaluations without improvement after which training stops."""
     threshold: Annotated[float, Field(ge=0.0)]
-    """Improvement that counts, in units of trainer.metric_for_best_model."""
+    """Minimum improvement that counts, in units of trainer.metric_for_best_model."""
 
 
-@whole
+@config_section
 class CheckpointSettings:
-    """What a killed training goes on from; changes no result."""
+    """Settings of the checkpoints from which a killed training resumes. They do not change the result."""
 
     minutes: Annotated[float, Field(gt=0.0)]
-    """Between two checkpoints."""
+    """Minutes between two checkpoints."""
     keep: Positive
-    """Checkpoints kept of a run that is not finished; the best one stays as well where it is asked for."""
+    """Number of checkpoints to retain during a run, in addition to the best one if it is needed at the end."""
+
+
+@config_section
+class Framework:
+    name: Literal["trainer", "keras"]
+    """trainer: transformers' Trainer, on torch; keras: `fit` of a Keras model built from KerasHub's layers."""
+    backend: Literal["jax", "tensorflow"] | None
+    """Backend of Keras; null for the Trainer."""
+
+    @model_validator(mode="after")
+    def _check_backend(self) -> "Framework":
+        if (self.backend is None) == (self.name == "keras"):
+            verb = "is missing" if self.name == "keras" else "has no meaning"
+            raise ValueError(f"framework.backend {verb} for framework={self.name}")
+        return self

@@ -1,4 +1,4 @@
-"""A model whose weights are sharded over processes (FSDP2: torch's `fully_shard`, which Accelerate applies)."""
+"""Models with weights sharded over processes (FSDP2: torch's `fully_shard`, applied by Accelerate)."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.core.errors import StageError
-from stages.model.processes import rank
+from stages.model.processes import get_rank
 
 
-class Sharded(TrainerCallback):  # type: ignore[misc]
-    """Ends a training whose model is not sharded: Accelerate trains whole copies on a processor without a word."""
+class ShardingCheck(TrainerCallback):  # type: ignore[misc]
+    """Ends a training if its model is not sharded: on a CPU, Accelerate silently trains whole copies."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -20,11 +20,11 @@ class Sharded(TrainerCallback):  # type: ignore[misc]
         check_sharded(model)
 
 
-def layers_of(model: Any) -> list[str]:
-    """The classes of the layers to shard each on its own: those that `model` calls indivisible, as far as they hold no
-    word embeddings.
+def find_layers_to_shard(model: Any) -> list[str]:
+    """Return the class names of the layers that form a shard group each.
 
-    Accelerate would take BERT's and RoBERTa's embeddings for one, and tear them from the output that they are tied to.
+    These are the indivisible layers of `model` without its word embeddings. Accelerate would also choose the embedding
+    layers of BERT and RoBERTa, and separate them from the output layer that shares their weights.
     """
     embeddings, indivisible = model.get_input_embeddings(), set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in indivisible]
@@ -32,19 +32,19 @@ def layers_of(model: Any) -> list[str]:
 
 
 def check_sharded(model: Any) -> None:
-    """Raise StageError if any weight of `model` is whole in this process."""
-    whole = [name for name, weight in model.named_parameters() if not isinstance(weight, DTensor)]
-    if whole or not isinstance(model, FSDPModule):
+    """Raise StageError if any weight of `model` is not sharded."""
+    unsharded = [name for name, weight in model.named_parameters() if not isinstance(weight, DTensor)]
+    if unsharded or not isinstance(model, FSDPModule):
         raise StageError(
-            f"trainer.fsdp: {len(whole)} weights of {type(model).__name__} are not sharded ({', '.join(whole[:3])}):"
-            " set trainer.fsdp: false, or take the settings of conf/hardware/fsdp.yaml"
+            f"trainer.fsdp: {len(unsharded)} weights of {type(model).__name__} are not sharded"
+            f" ({', '.join(unsharded[:3])}): set trainer.fsdp: false, or use the settings of conf/hardware/fsdp.yaml"
         )
 
 
-def without_twins(model: Any) -> Any:
-    """`model`, its output embedding's bias a parameter of that alone.
+def remove_duplicate_bias(model: Any) -> Any:
+    """Remove other references to the bias of the output embedding, in place; return `model`.
 
-    The heads of BERT and RoBERTa hold it a second time, and a parameter cannot be of two groups of shards.
+    The heads of BERT and RoBERTa register it twice, but a parameter cannot be in two shard groups.
     """
     head = model.get_output_embeddings()
     for module in model.modules():
@@ -54,16 +54,21 @@ def without_twins(model: Any) -> Any:
     return model
 
 
-def gathered(model: Any, like: Any) -> Any:
-    """`like`, a whole copy of `model` from before it was sharded, with its weights; in the first process alone.
+def gather_weights(model: Any, like: Any) -> Any:
+    """Copy the weights of a sharded model into an unsharded copy of it. Every process must call this function.
 
-    Every process calls it.
+    Args:
+        model: the sharded model.
+        like: in process 0, a copy of `model` from before it was sharded; unused in the others.
+
+    Returns:
+        `like`, with the weights of `model` in process 0.
     """
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not rank():
-        # Without the names of twins, which are one parameter in `like`, so that it has all weights nevertheless.
+    if not get_rank():
+        # `state` lacks the names that remove_duplicate_bias removed; in `like`, they refer to loaded parameters.
         found = like.load_state_dict(state, strict=False)
-        named = like.state_dict(keep_vars=True)
-        filled = {id(named[name]) for name in state if name in named}
-        assert not found.unexpected_keys and all(id(named[name]) in filled for name in found.missing_keys), found
+        parameters = like.state_dict(keep_vars=True)
+        filled = {id(parameters[name]) for name in state if name in parameters}
+        assert not found.unexpected_keys and all(id(parameters[name]) in filled for name in found.missing_keys), found
     return like

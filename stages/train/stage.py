@@ -1,7 +1,7 @@
 """Stage `train@TASK`: blocks -> a trained model, through transformers' Trainer or Keras.
 
 Reads   data/blocks/TASK/{train,validation}/, data/tokens/TASK/tokenizer/, the model's pinned checkpoint if it has one,
-        models/START/ where the task starts from another one
+        models/START/ if the task starts from the model of another task
 Writes  models/TASK/ (save_pretrained: config, safetensors, tokenizer), reports/train/TASK/ (curves, a ledger)
 Command python -m stages.train task=causal
 """
@@ -15,26 +15,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationInfo, field_validator
 
-from stages.core.artifacts import Blocks, check_out, read_json, sha256, staged, versions, write_json
-from stages.core.config import Positive, Seed, part
-from stages.core.environment import settings_of_collectives
+from stages.core.artifacts import (
+    Blocks,
+    check_output_path,
+    compute_sha256,
+    get_versions,
+    read_json,
+    write_directory,
+    write_json,
+)
+from stages.core.config import Positive, Seed, config_view
+from stages.core.environment import read_collective_settings
 from stages.core.errors import StageError
-from stages.core.pins import pinned_origin
+from stages.core.pins import get_pin
 from stages.core.source_code import hash_code
 from stages.launch.torchrun import run_in_processes
 from stages.model.hardware import Hardware
 from stages.model.lean_import import import_lean
 from stages.model.schema import Adapter, Model, ObjectiveConfig, check_isolation, check_task
-from stages.shell.interruption import signals_as_request
+from stages.shell.interruption import defer_signals
 from stages.tokens.vocabulary import Vocabulary, export_tokenizer
-from stages.train.batches import batches
-from stages.train.checkpoints import LIBRARIES, checkpoint_directory, fingerprint
-from stages.train.framework import Framework, keras_refusals
+from stages.train.batches import split_batch
+from stages.train.checkpoints import LIBRARIES, compute_fingerprint, lock_checkpoint_directory
 from stages.train.plan import log_against_plan
-from stages.train.saving import add_adapter, probe_loss, save_model, saved_files, verify_saved
-from stages.train.schema import CheckpointSettings, EarlyStopping
-from stages.train.trainer_arguments import problems
-from stages.train.watchers import chosen_trackers
+from stages.train.saving import add_adapter, compute_probe_loss, list_saved_files, save_model, verify_saved_model
+from stages.train.schema import CheckpointSettings, EarlyStopping, Framework
+from stages.train.trainer_arguments import find_argument_problems
+from stages.train.watchers import read_tracker_names
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -44,53 +51,55 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@part
+@config_view
 class TrainConfig:
     model: Model
     adapter: Adapter | None
-    """Null: all weights are trained."""
+    """Settings of low-rank adapters; null: all weights are trained."""
     objective: ObjectiveConfig
     hardware: Hardware
     checkpoints: CheckpointSettings
     trainer: dict[str, Any]
-    """transformers.TrainingArguments by their own names."""
+    """Arguments of transformers.TrainingArguments, by name."""
     early_stopping: EarlyStopping | None
-    """Stop when validation stops improving; null: never."""
+    """When to stop if the validation metric does not improve; null: never."""
     seed: Seed
-    """Of initial weights, order, dropout and masks."""
+    """Seed of the initial weights, the order of the blocks, dropout and masks."""
     block_size: Positive
-    """Tokens in a training sequence."""
+    """Tokens per training sequence."""
     learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-    """Of AdamW at its highest; trainer.lr_scheduler_type says how it falls."""
+    """Peak learning rate; trainer.lr_scheduler_type sets how it changes."""
     num_train_epochs: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None
-    """Passes over the training blocks; may be a fraction; null: trainer.max_steps says how long training is."""
+    """Passes over the training blocks, may be fractional; null: trainer.max_steps sets the length of training."""
     batch_size: Positive
-    """Sequences in an optimizer step, whatever the hardware."""
+    """Sequences per optimizer step, on any hardware."""
     start: str | None
-    """Directory of the trained model that training goes on from; null: it begins with `model`."""
+    """Directory of a trained model to continue from; null: training begins with `model`."""
     tokens: str
-    """Directory of tokenize, for its tokenizer."""
+    """Output directory of tokenize, for its tokenizer."""
     blocks: str
-    """Directory of group_texts."""
+    """Output directory of group_texts."""
     out: str
-    """Directory of the model to write."""
+    """Directory for the trained model."""
     report: str
-    """Directory of the curves to write."""
+    """Directory for the training curves."""
     framework: Framework
 
-    # Each rule belongs to the last field that it needs, so that one mistake does not hide another.
+    # Each rule validates the last field that it needs: pydantic then reports all problems, and none hides another.
 
     @field_validator("adapter")
     @classmethod
-    def _has_a_model(cls, adapter: Adapter | None, info: ValidationInfo) -> Adapter | None:
+    def _check_adapter(cls, adapter: Adapter | None, info: ValidationInfo) -> Adapter | None:
         model = info.data.get("model")
         if adapter is not None and not adapter.merge and model is not None and model.from_scratch:
-            raise ValueError("adapter.merge=false needs a pretrained model, which can be had again, to be added to")
+            raise ValueError(
+                "adapter.merge=false needs a pretrained base model: set adapter.merge: true for a model from scratch"
+            )
         return adapter
 
     @field_validator("objective")
     @classmethod
-    def _is_the_models(cls, objective: ObjectiveConfig, info: ValidationInfo) -> ObjectiveConfig:
+    def _check_objective(cls, objective: ObjectiveConfig, info: ValidationInfo) -> ObjectiveConfig:
         model = info.data.get("model")
         if model is not None:
             check_task(model, objective.name)
@@ -99,40 +108,42 @@ class TrainConfig:
 
     @field_validator("trainer")
     @classmethod
-    def _are_arguments(cls, trainer: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    def _check_trainer(cls, trainer: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         hardware = info.data.get("hardware")
-        found = problems(trainer, hardware and hardware.device)
-        found += _sharding_problems(trainer, hardware, info.data.get("adapter"))
+        found = find_argument_problems(trainer, hardware and hardware.device)
+        found += _find_sharding_problems(trainer, hardware, info.data.get("adapter"))
         evaluating, saving = trainer.get("eval_strategy", "no"), trainer.get("save_strategy", "no")
         if trainer.get("load_best_model_at_end") is True and (evaluating != saving or evaluating == "no"):
-            found.append("trainer.load_best_model_at_end needs save_strategy and eval_strategy alike (epoch or steps)")
+            found.append(
+                "trainer.load_best_model_at_end needs the same save_strategy and eval_strategy (epoch or steps)"
+            )
         if found:
             raise ValueError("\n".join(found))
         return trainer
 
     @field_validator("early_stopping")
     @classmethod
-    def _knows_the_best(cls, early_stopping: EarlyStopping | None, info: ValidationInfo) -> EarlyStopping | None:
+    def _check_early_stopping(cls, early_stopping: EarlyStopping | None, info: ValidationInfo) -> EarlyStopping | None:
         if early_stopping is not None and info.data.get("trainer", {}).get("load_best_model_at_end") is not True:
             raise ValueError("early_stopping needs trainer.load_best_model_at_end: true")
         return early_stopping
 
     @field_validator("num_train_epochs")
     @classmethod
-    def _is_the_only_length(cls, num_train_epochs: float | None, info: ValidationInfo) -> float | None:
+    def _check_num_train_epochs(cls, num_train_epochs: float | None, info: ValidationInfo) -> float | None:
         max_steps = info.data.get("trainer", {}).get("max_steps", -1)
         if num_train_epochs is None and max_steps == -1:
-            raise ValueError("num_train_epochs=null: give a number, or set trainer.max_steps (conf/task)")
+            raise ValueError("num_train_epochs=null: set a number, or set trainer.max_steps (conf/task)")
         if num_train_epochs is not None and max_steps != -1:
             raise ValueError(
-                f"num_train_epochs={num_train_epochs:g} has no effect beside trainer.max_steps={max_steps}: set it to"
-                " null, or take that out"
+                f"num_train_epochs={num_train_epochs:g} has no effect with trainer.max_steps={max_steps}: set it to"
+                " null, or remove trainer.max_steps"
             )
         return num_train_epochs
 
     @field_validator("block_size")
     @classmethod
-    def _fits_the_model(cls, block_size: int, info: ValidationInfo) -> int:
+    def _check_block_size(cls, block_size: int, info: ValidationInfo) -> int:
         model, objective = info.data.get("model"), info.data.get("objective")
         if objective is not None and objective.name == "causal" and block_size < 2:
             raise ValueError("block_size=1: a causal model predicts a token from those before it: set 2 or more")
@@ -142,70 +153,75 @@ class TrainConfig:
 
     @field_validator("batch_size")
     @classmethod
-    def _divides(cls, batch_size: int, info: ValidationInfo) -> int:
+    def _check_batch_size(cls, batch_size: int, info: ValidationInfo) -> int:
         hardware = info.data.get("hardware")
-        if hardware is not None and hardware.processes is not None:
-            batches(batch_size, hardware, hardware.processes)
+        if hardware is not None and hardware.num_processes is not None:
+            split_batch(batch_size, hardware, hardware.num_processes)
         return batch_size
 
     @field_validator("start")
     @classmethod
-    def _can_be_had_again(cls, start: str | None, info: ValidationInfo) -> str | None:
+    def _check_start(cls, start: str | None, info: ValidationInfo) -> str | None:
         adapter = info.data.get("adapter")
         if start is not None and adapter is not None and not adapter.merge:
             raise ValueError(
-                f"adapter.merge=false needs a pinned model to be added to, and {start} changes with its task: set"
+                f"adapter.merge=false needs a pinned base model, but {start} changes with its task: set"
                 " adapter.merge: true, or pin that model (python -m tools.pin_model)"
             )
         return start
 
     @field_validator("framework")
     @classmethod
-    def _can_do_it(cls, framework: Framework, info: ValidationInfo) -> Framework:
-        if framework.name == "keras" and (found := list(keras_refusals(info.data))):
-            raise ValueError("\n".join(f"framework=keras: {reason}" for reason in found))
+    def _check_framework(cls, framework: Framework, info: ValidationInfo) -> Framework:
+        if framework.name == "keras":
+            # Imported by name, so that these rules are part of the code of train under Keras only.
+            rules = importlib.import_module(f"stages.frameworks.{framework.name}.rules")
+            if found := list(rules.find_config_problems(info.data)):
+                raise ValueError("\n".join(f"framework=keras: {reason}" for reason in found))
         return framework
 
 
-def _sharding_problems(trainer: dict[str, Any], hardware: Hardware | None, adapter: Adapter | None) -> Iterator[str]:
-    """Why a model cannot be sharded where trainer.fsdp asks for it."""
+def _find_sharding_problems(
+    trainer: dict[str, Any], hardware: Hardware | None, adapter: Adapter | None
+) -> Iterator[str]:
+    """Yield a message for each setting that prevents trainer.fsdp."""
     if not trainer.get("fsdp") or hardware is None:
         return
     if hardware.device != "cuda":
         yield (
-            f"trainer.fsdp needs GPUs, and hardware.device is {hardware.device}: there Accelerate trains whole copies"
-            " without a word; hardware=multi_cpu does so openly"
+            f"trainer.fsdp needs GPUs, but hardware.device is {hardware.device}, where Accelerate silently trains whole"
+            " copies: set hardware=multi_cpu to train whole copies"
         )
     if hardware.launch is None and hardware.ray is None:
-        yield "trainer.fsdp needs several processes: hardware.launch or hardware.ray"
+        yield "trainer.fsdp needs several processes: set hardware.launch or hardware.ray"
     if adapter is not None:
-        yield "trainer.fsdp shards all weights, and an adapter trains a few: adapter=none, or hardware=multi_gpu"
+        yield "trainer.fsdp shards all weights, but an adapter trains few: set adapter=none or hardware=multi_gpu"
 
 
 def main(config: TrainConfig) -> None:
-    check_out(config.out, saved_files(config.adapter))  # now rather than after hours
-    check_out(config.report, ["stats.json"])
-    chosen_trackers()
-    run_in_processes("train", train, config, _checkpoint_name)
+    check_output_path(config.out, list_saved_files(config.adapter))  # before training, which may take hours
+    check_output_path(config.report, ["stats.json"])
+    read_tracker_names()
+    run_in_processes("train", train, config, _reserve_checkpoint_name)
 
 
 def train(config: TrainConfig) -> None:
-    """The work of the stage, as one of the processes that do it does it."""
+    """Do the work of one process of the stage."""
     if config.trainer.get("torch_compile") is not True:
         import_lean(config.hardware, config.model.attention, trainer=True, adapter=config.adapter is not None)
     from stages.model.block_loss import check_predictions
     from stages.model.models import prepare_torch
     from stages.model.objectives import make_objective
-    from stages.model.processes import rank, wait_for_all
-    from stages.model.start import build_start
+    from stages.model.processes import get_rank, wait_for_all
+    from stages.model.start import build_start_model
     from stages.train.live import remove_live_curves
 
-    framework = _framework_of(config)
-    framework.prepare(config)
+    framework = _import_framework(config)
+    framework.prepare_framework(config)
     prepare_torch(config.hardware)
     tokens, blocks = Path(config.tokens), Path(config.blocks)
     vocabulary = Vocabulary.read(tokens)
-    model = build_start(config.model, config.start, tokens, config.seed)
+    model = build_start_model(config.model, config.start, tokens, config.seed)
     use_cache = getattr(model.config, "use_cache", None)
     if config.adapter is not None:
         model = add_adapter(model, config.adapter, config.model, config.seed)
@@ -213,75 +229,87 @@ def train(config: TrainConfig) -> None:
     training, validation = Blocks(blocks / "train"), Blocks(blocks / "validation")
     if training.block_size != config.block_size:
         raise StageError(
-            f"block_size={config.block_size}: the blocks in {blocks} hold {training.block_size} tokens each"
+            f"block_size={config.block_size}: the blocks in {blocks} have {training.block_size} tokens each"
         )
     check_predictions(objective, validation)
     log.info("%d blocks of %d tokens, %d per step", len(training), training.block_size, config.batch_size)
-    with _checkpoints_of(config) as directory:
+    with _open_checkpoints(config) as directory:
         resumes = Path(directory).exists()
-        with signals_as_request() as request:
+        with defer_signals() as request:
             model, state = framework.fit(config, model, objective, training, validation, directory, request)
-        if not rank():
-            write(config, model, state, len(training), use_cache, objective, validation)
+        if not get_rank():
+            write_outputs(config, model, state, len(training), use_cache, objective, validation)
             remove_live_curves(config.report)
         wait_for_all()
     log.info("%d steps -> %s", state.global_step, config.out)
-    if not rank() and not resumes:
+    if not get_rank() and not resumes:
         log_against_plan(Path(directory).name)
 
 
-def _framework_of(config: TrainConfig) -> Any:
-    """The package that trains, the chosen one alone: another's libraries may not be there."""
+def _import_framework(config: TrainConfig) -> Any:
+    """Import the package of the chosen framework. The libraries of the other frameworks need not be installed."""
     return importlib.import_module(f"stages.frameworks.{config.framework.name}")
 
 
 @contextlib.contextmanager
-def _checkpoints_of(config: TrainConfig) -> Iterator[str]:
-    """The directory of the run's checkpoints: of all its processes, or with Ray, which puts them together, of this."""
-    from stages.model.processes import of_the_first, rank
+def _open_checkpoints(config: TrainConfig) -> Iterator[str]:
+    """Yield the directory of the run's checkpoints.
+
+    All processes share it, except with Ray: each process then has its own directory, and Ray combines their parts.
+    """
+    from stages.model.processes import broadcast_from_first, get_rank
 
     if config.hardware.ray is not None:
-        from stages.launch.ray import own_checkpoints
+        from stages.launch.ray import copy_reported_checkpoints
 
-        with own_checkpoints() as own:
-            yield own
+        with copy_reported_checkpoints() as directory:
+            yield directory
     else:
-        with contextlib.nullcontext() if rank() else checkpoint_directory(name_of(config)) as mine:
-            yield of_the_first(str(mine))
+        is_first = get_rank() == 0
+        locked = lock_checkpoint_directory(compute_run_fingerprint(config)) if is_first else contextlib.nullcontext()
+        with locked as directory:
+            yield broadcast_from_first(str(directory))
 
 
 @contextlib.contextmanager
-def _checkpoint_name(config: TrainConfig) -> Iterator[str]:
-    """A name for the run that none other has meanwhile, and by which it is found again."""
-    with checkpoint_directory(name_of(config)) as place:
-        yield place.name
+def _reserve_checkpoint_name(config: TrainConfig) -> Iterator[str]:
+    """Yield a name for the run that is stable across restarts; no other process can use it until the block ends."""
+    with lock_checkpoint_directory(compute_run_fingerprint(config)) as directory:
+        yield directory.name
 
 
-def name_of(config: TrainConfig) -> str:
-    """The fingerprint of a run: what it reads and how, but not where it writes or how often it is saved."""
-    from stages.model.processes import world_size
+def compute_run_fingerprint(config: TrainConfig) -> str:
+    """Compute the fingerprint of a run: a hash of its inputs, config, code, libraries and environment.
+
+    Output paths and the frequency of checkpoints do not count, since they do not change the result.
+    """
+    from stages.model.processes import get_world_size
 
     values = TypeAdapter(TrainConfig).dump_python(config)
     for key in ("checkpoints", "tokens", "blocks", "out", "report"):
         del values[key]
-    for started in (values["hardware"]["launch"], values["hardware"]["ray"]):
+    for launcher in (values["hardware"]["launch"], values["hardware"]["ray"]):
         for key in ("rendezvous", "started_by", "max_failures", "storage"):
-            (started or {}).pop(key, None)
-    values["processes"] = config.hardware.processes or world_size()  # where the config leaves it to the GPUs
-    values["libraries"] = versions(*_framework_of(config).libraries(config))
-    values["start"] = hashes_of_start(config)
-    values["environment"] = settings_of_collectives()
-    # The blocks by the checksums beside them, which are verified when they are read.
+            (launcher or {}).pop(key, None)
+    values["processes"] = config.hardware.num_processes or get_world_size()  # None: one per GPU
+    values["libraries"] = get_versions(*_import_framework(config).list_libraries(config))
+    values["start"] = hash_start_model(config)
+    values["environment"] = read_collective_settings()
+    # The ledgers contain the checksums of the blocks, which are verified when the blocks are read.
     ledgers = [Path(config.tokens) / "stats.json", *sorted(Path(config.blocks).rglob("*.json"))]
-    return fingerprint(values, ledgers, hash_code(f"train-{config.framework.name}"))
+    return compute_fingerprint(values, ledgers, hash_code(f"train-{config.framework.name}"))
 
 
-def hashes_of_start(config: TrainConfig) -> dict[str, str]:
-    """File name to hash of the model that training goes on from; empty if it begins with another one."""
-    return {} if config.start is None else {file.name: sha256(file) for file in sorted(Path(config.start).iterdir())}
+def hash_start_model(config: TrainConfig) -> dict[str, str]:
+    """Map each file of the start model to its SHA-256; empty if config.start is None."""
+    return (
+        {}
+        if config.start is None
+        else {file.name: compute_sha256(file) for file in sorted(Path(config.start).iterdir())}
+    )
 
 
-def write(
+def write_outputs(
     config: TrainConfig,
     model: Any,
     state: "TrainerState",
@@ -290,23 +318,28 @@ def write(
     objective: "Objective",
     validation: Blocks,
 ) -> None:
-    """Write the model, verified on blocks of `validation`, and the curves."""
+    """Write the model and the curves; verify the written model on blocks of `validation`.
+
+    Args:
+        num_blocks: number of training blocks.
+        use_cache: the value that the model's configuration had before training; None: it has no such setting.
+    """
     if use_cache is not None:
-        model.config.use_cache = use_cache  # the Trainer switches it off, which saved would make generation slow
-    loss = probe_loss(model, objective, validation)  # before additions are merged into the weights
-    with staged(config.out, saved_files(config.adapter)) as directory:
+        model.config.use_cache = use_cache  # the Trainer disables it, which would make generation slow
+    loss = compute_probe_loss(model, objective, validation)  # before the adapter is merged into the weights
+    with write_directory(config.out, list_saved_files(config.adapter)) as directory:
         save_model(model, config.adapter, config.model, directory)
-        verify_saved(directory, config.model.task, loss, objective, validation)
+        verify_saved_model(directory, config.model.task, loss, objective, validation)
         tokens, special = Path(config.tokens), Vocabulary.read(config.tokens).special
-        chat_template = read_json(tokens / "stats.json").get("chat_template")  # only of documents with prompts
+        chat_template = read_json(tokens / "stats.json").get("chat_template")  # only for documents with prompts
         export_tokenizer(tokens / "tokenizer", directory, special, config.model.max_positions, chat_template)
-    with staged(config.report, ["stats.json"]) as directory:
+    with write_directory(config.report, ["stats.json"]) as directory:
         _write_curves(state.log_history, directory)
-        write_json(directory / "stats.json", ledger(config, state, num_blocks))
+        write_json(directory / "stats.json", build_ledger(config, state, num_blocks))
 
 
 def _write_curves(history: list[dict[str, float]], directory: Path) -> None:
-    """Curves over steps of a log history as the Trainer keeps it, as `dvc plots` reads them, through DVCLive."""
+    """Write the curves of the Trainer's log history for `dvc plots`, through DVCLive."""
     from dvclive import Live
 
     with Live(dir=str(directory), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False) as live:
@@ -319,16 +352,16 @@ def _write_curves(history: list[dict[str, float]], directory: Path) -> None:
                 live.log_metric("validation/loss", float(entry["eval_loss"]))
 
 
-def ledger(config: TrainConfig, state: "TrainerState", num_blocks: int) -> dict[str, Any]:
-    """What training began with and saw; nothing that varies between two equal runs."""
+def build_ledger(config: TrainConfig, state: "TrainerState", num_blocks: int) -> dict[str, Any]:
+    """Build the ledger: inputs and progress of the training, and nothing that differs between two equal runs."""
     return {
-        "model": pinned_origin(config.model),  # null: from its config alone
+        "model": get_pin(config.model),  # null: built from its config
         "from_scratch": config.model.from_scratch and config.start is None,
-        "start": config.start and {"task": Path(config.start).name, "files": hashes_of_start(config)},
+        "start": config.start and {"task": Path(config.start).name, "files": hash_start_model(config)},
         "blocks": num_blocks,
         "steps": state.global_step,
         "epochs": state.epoch,
         "best_step": state.best_global_step,
         "best_validation_loss": state.best_metric,
-        "versions": versions(*LIBRARIES, *_framework_of(config).libraries(config)),
+        "versions": get_versions(*LIBRARIES, *_import_framework(config).list_libraries(config)),
     }

@@ -1,7 +1,7 @@
-"""Experiment trackers that follow a training, through transformers' own callbacks.
+"""Experiment trackers for training, through transformers' callbacks.
 
-They change no byte of a result: an error of a tracker ends the tracking and not the training, and the random numbers
-that a tracker draws are not the training's.
+They do not change the result: an error of a tracker ends the tracking, but not the training, and a tracker does not
+advance the random generators of the training.
 """
 
 import copy
@@ -19,91 +19,92 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.core.errors import StageError, printable
-from stages.shell.cache import cache_directory
+from stages.shell.cache import get_cache_directory
 
 log = logging.getLogger(__name__)
 
 _PROJECT = "lm-repro"
-# With these, a tracker uploads weights, or registers hooks in the model that is trained.
-_NOT_FOLLOWED = ("WANDB_LOG_MODEL", "WANDB_WATCH")
-_SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET|CREDENTIAL")
+# Variables that make a tracker upload weights, or register hooks in the model.
+_IGNORED_VARIABLES = ("WANDB_LOG_MODEL", "WANDB_WATCH")
+_SECRET_NAME = re.compile(r"KEY|TOKEN|PASSWORD|SECRET|CREDENTIAL")
 
 
 class Tracker(TrainerCallback):  # type: ignore[misc]
-    """Hands the start, the logs and the end of a training to the callback of a tracker, until that fails."""
+    """Forwards the start, the logs and the end of a training to the callback of a tracker, until it fails."""
 
     def __init__(self, tracker: str, run: str, fingerprint: str) -> None:
         """
         Args:
-            run: the name of the run in the tracker.
-            fingerprint: by which runs of one name are told apart, the same after a resumption.
+            tracker: its name in transformers, one of TRACKERS.
+            run: name of the run in the tracker.
+            fingerprint: fingerprint of the run, to distinguish runs of the same name; unchanged after a resumption.
         """
         self._tracker, self._run = tracker, run
-        place: Any = cache_directory() / "tracking" / tracker
+        place: Any = get_cache_directory() / "tracking" / tracker
         place.mkdir(parents=True, exist_ok=True)
         _set_defaults(tracker, place)
         from transformers.integrations import get_reporting_integration_callbacks
 
         try:
-            with own_random_numbers():
+            with preserve_random_state():
                 (make,) = get_reporting_integration_callbacks(tracker)
                 self._callback: Any = make()
-        except Exception as error:  # whatever a library raises while it is imported
-            raise StageError(f"LM_REPRO_TRACK={tracker}: it cannot be used: {without_secrets(error)}") from None
+        except Exception as error:  # any error while a library is imported
+            raise StageError(f"LM_REPRO_TRACK={tracker}: it cannot be used: {format_without_secrets(error)}") from None
         if tracker == "tensorboard":
             if self._callback.logging_dir is None:  # TENSORBOARD_LOGGING_DIR
                 directory = f"{re.sub(r'[^A-Za-z0-9._-]', '_', run)}-{fingerprint[:8]}"
                 self._callback.logging_dir = str(place / directory)
             place = self._callback.logging_dir
-        log.info("tracking with %s as %s (own files: %s)", tracker, printable(run), place)
+        log.info("tracking with %s as %s (local files: %s)", tracker, printable(run), place)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        self._tell("on_train_begin", args, state, more)
+        self._forward_event("on_train_begin", args, state, more)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        self._tell("on_log", args, state, more)
+        self._forward_event("on_log", args, state, more)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        self._tell("on_train_end", args, state, more)
+        self._forward_event("on_train_end", args, state, more)
 
-    def _tell(self, event: str, args: TrainingArguments, state: TrainerState, more: dict[str, Any]) -> None:
+    def _forward_event(self, event: str, args: TrainingArguments, state: TrainerState, more: dict[str, Any]) -> None:
         if self._callback is None:
             return
-        shown = copy.copy(args)  # checkpoints hold the arguments themselves
+        shown = copy.copy(args)  # checkpoints contain the original arguments
         shown.run_name, shown.project = self._run, _PROJECT
         more = {**more, "logs": dict(more["logs"])} if more.get("logs") else more
         try:
-            with own_random_numbers():
+            with preserve_random_state():
                 getattr(self._callback, event)(shown, copy.copy(state), TrainerControl(), **more)
         except Exception as error:  # no network, no login, a full disk
-            log.warning("%s fails (%s): training goes on without it", self._tracker, without_secrets(error))
+            log.warning("%s failed (%s): training continues without it", self._tracker, format_without_secrets(error))
             self._callback = None
 
 
-def _set_defaults(tracker: str, place: Path) -> None:
-    """Have a tracker keep its files in `place` and send nothing about its use, where no variable says otherwise."""
+def _set_defaults(tracker: str, directory: Path) -> None:
+    """Make a tracker store its files in `directory` and send no telemetry, except where the user set the variable."""
     defaults = {
-        "trackio": {"TRACKIO_DIR": str(place)},
+        "trackio": {"TRACKIO_DIR": str(directory)},
         "tensorboard": {},
-        "wandb": {"WANDB_DIR": str(place), "WANDB_PROJECT": _PROJECT, "WANDB_SILENT": "true"},
+        "wandb": {"WANDB_DIR": str(directory), "WANDB_PROJECT": _PROJECT, "WANDB_SILENT": "true"},
         "mlflow": {
-            "MLFLOW_TRACKING_URI": f"sqlite:///{(place / 'mlflow.db').absolute()}",
+            "MLFLOW_TRACKING_URI": f"sqlite:///{(directory / 'mlflow.db').absolute()}",
             "MLFLOW_EXPERIMENT_NAME": _PROJECT,
             "MLFLOW_DISABLE_TELEMETRY": "true",
         },
     }
     for name, value in defaults[tracker].items():
         os.environ.setdefault(name, value)
-    for name in _NOT_FOLLOWED:
+    for name in _IGNORED_VARIABLES:
         if os.environ.pop(name, None) is not None:
-            log.warning("%s is ignored: trackers get figures only", name)
+            log.warning("%s is ignored: trackers only get figures", name)
 
 
 @contextmanager
-def own_random_numbers() -> Iterator[None]:
-    """Within, random numbers can be drawn without a change of those that follow."""
+def preserve_random_state() -> Iterator[None]:
+    """Restore the state of the random generators of Python, numpy and torch at the end of the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -113,10 +114,10 @@ def own_random_numbers() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def without_secrets(error: Exception) -> str:
-    """An error as text, without passwords in URLs and values of variables whose names tell that they are secret."""
+def format_without_secrets(error: Exception) -> str:
+    """Format an error without passwords in URLs and without the values of environment variables with secret names."""
     text = re.sub(r"//[^/\s@]*@", "//***@", f"{type(error).__name__}: {' '.join(str(error).split())}")
     for name, value in os.environ.items():
-        if _SECRET.search(name.upper()) and len(value) >= 8:
+        if _SECRET_NAME.search(name.upper()) and len(value) >= 8:
             text = text.replace(value, "***")
     return printable(text)

@@ -1,35 +1,32 @@
-"""The `trainer` node: transformers' TrainingArguments by their own names, checked without importing transformers.
+"""The `trainer` node: transformers' TrainingArguments under their own names, checked without importing transformers.
 
-The names, types and enumerations are read from the installed library's source, which takes milliseconds where the
-import takes seconds, so that `make check` can afford it.
+Importing transformers' arguments takes seconds; `argument_table` has their names, types and defaults.
 """
 
-import ast
 import functools
 from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from stages.core.config import nearest
+from stages.core.config import suggest_name
 from stages.core.errors import printable
+from stages.train.argument_table import ARGUMENTS
 
 _SEED = "it is params.yaml's seed"
 _BATCH = (
     "it follows from batch_size and hardware.per_device_batch_size, so that batch_size means the same on all hardware"
 )
-_PARAMS = "it stands in params.yaml, once per task"
+_PARAMS = "it is set in params.yaml, once per task"
 _BATCHES = "the pipeline makes its own batches"
-_EVALUATION = "evaluation is in fp32 on every hardware, so that its figures compare"
+_EVALUATION = "evaluation is in fp32 on all hardware, so that metrics are comparable"
 _REPORTS = "curves go to reports/train, for `dvc plots`"
 _CHECKPOINTS = "checkpoints live outside the workspace"
 _RESUME = "a resumed run ends with the same bytes as one that was not interrupted"
 _HUB = "a stage has no side effects"
 _LOSS = "the loss is the pipeline's own: the sum over tokens divided by their number"
 _LAUNCH = "hardware.launch and hardware.ray say how processes are started"
-_LOG = "a stage logs in lines of its own"
+_LOG = "the stage has its own log lines"
 _STAGES = "dvc.yaml says what is trained and evaluated"
 
 # Arguments that the pipeline sets itself, and why.
@@ -50,7 +47,7 @@ OWNED = {
     "per_device_eval_batch_size": "it is hardware.evaluate_batch_tokens",
     "auto_find_batch_size": "a result must not depend on the machine's memory",
     "label_smoothing_factor": "the loss is the metric that runs are compared by",
-    "use_cache": "generation alone uses it, and with it the documents of a block would reach each other",
+    "use_cache": "only generation uses it, and with a cache the documents of a block would attend to each other",
     "use_liger_kernel": _LOSS,
     "liger_kernel_config": _LOSS,
     "average_tokens_across_devices": "the loss is divided by the number of tokens of a whole step",
@@ -58,8 +55,8 @@ OWNED = {
     "label_names": _BATCHES,
     "train_sampling_strategy": _BATCHES,
     "length_column_name": _BATCHES,
-    "dataloader_drop_last": "every block is trained on: rows of which nothing is predicted fill up the last batch",
-    "dataloader_persistent_workers": "it changes the draws of dropout",
+    "dataloader_drop_last": "training uses every block: the last batch is filled up with rows without predicted tokens",
+    "dataloader_persistent_workers": "it changes the random numbers of dropout",
     "prediction_loss_only": _EVALUATION,
     "bf16_full_eval": _EVALUATION,
     "fp16_full_eval": _EVALUATION,
@@ -84,8 +81,8 @@ OWNED = {
     "log_on_each_node": _LOG,
     "save_on_each_node": _CHECKPOINTS,
     "local_rank": _LAUNCH,
-    "deepspeed": "trainer.fsdp shards a model, and no test covers another way",
-    "parallelism_config": "trainer.fsdp shards a model, and no test covers another way",
+    "deepspeed": "only trainer.fsdp is tested for sharding a model",
+    "parallelism_config": "only trainer.fsdp is tested for sharding a model",
     "disable_tqdm": "progress is a bar on a terminal, lines elsewhere",
     "use_cpu": "it is hardware.device",
     "push_to_hub": _HUB,
@@ -97,14 +94,14 @@ OWNED = {
     "hub_revision": _HUB,
 }
 
-# Values of arguments that have others which would be ignored or do harm.
+# Arguments whose other values would be ignored or cause harm: the allowed values, and why.
 _VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
-    "metric_for_best_model": (("loss", "eval_loss", None), "validation during training gives the loss alone"),
-    "greater_is_better": ((False, None), "less loss is better, and true would export the worst model"),
+    "metric_for_best_model": (("loss", "eval_loss", None), "validation during training only computes the loss"),
+    "greater_is_better": ((False, None), "a lower loss is better, and true would export the worst model"),
     "debug": (("", "underflow_overflow"), "the other features are for TPUs"),
 }
-# The least values of numbers for which transformers has no check of its own.
-_LEAST = {
+# Minimum values of numbers that transformers does not check.
+_MINIMUM = {
     "ddp_timeout": 1,
     "dataloader_num_workers": 0,
     "eval_delay": 0,
@@ -113,11 +110,11 @@ _LEAST = {
     "warmup_steps": 0,
     "weight_decay": 0,
 }
-_ABOVE_0 = ("eval_steps", "logging_steps", "save_steps")
-# Sections, of which transformers also takes the name of a file, which DVC would not track, or JSON text.
+_POSITIVE = ("eval_steps", "logging_steps", "save_steps")
+# Sections. transformers also accepts JSON text, or the name of a file, which DVC would not track.
 _SECTIONS = ("accelerator_config", "activation_checkpointing_kwargs", "fsdp_config", "gradient_checkpointing_kwargs",
     "lr_scheduler_kwargs")  # fmt: skip
-# Arguments that do nothing unless another has one of some values (True: any but 0, none and false).
+# Arguments that have no effect unless another one has one of these values (True: any value except 0, none and false).
 _NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "activation_checkpointing_kwargs": ("activation_checkpointing", (True,)),
     "dataloader_in_order": ("dataloader_num_workers", (True,)),
@@ -131,20 +128,20 @@ _NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "torch_compile_backend": ("torch_compile", (True,)),
     "torch_compile_mode": ("torch_compile", (True,)),
 }
-# Arguments that other devices ignore.
+# Arguments that only these devices use.
 _DEVICES = {"fp16": ("cuda", "mps"), "tf32": ("cuda",), "torch_empty_cache_steps": ("cuda", "mps")}
-# Defaults of the pipeline, where they are not the library's.
+# Defaults that differ from those of transformers.
 DEFAULTS = {"save_strategy": "no", "logging_nan_inf_filter": False, "ddp_find_unused_parameters": False}
 
-# transformers 5 took this argument into another: a warmup_steps below 1 is a share of all steps.
+# transformers 5 merged this argument into another: warmup_steps below 1 is a fraction of all steps.
 MERGED = {"warmup_ratio": "warmup_steps"}
 
 
-def problems(arguments: dict[str, Any], device: str | None = None) -> list[str]:
-    """What is wrong with the `trainer` node, a line each: unknown and owned names, wrong types, values without effect.
+def find_argument_problems(arguments: dict[str, Any], device: str | None = None) -> list[str]:
+    """Return the problems of the `trainer` node: unknown and owned names, wrong types, values without effect.
 
     Args:
-        device: hardware.device; None: not known.
+        device: hardware.device; None if it is not known.
     """
     known = known_arguments()
     replaced = {MERGED[name] for name in arguments if name in MERGED}
@@ -156,138 +153,76 @@ def problems(arguments: dict[str, Any], device: str | None = None) -> list[str]:
             found.append(f"trainer.{name} cannot be set: {OWNED[name]}")
         elif name in MERGED:
             if MERGED[name] in arguments and arguments[MERGED[name]]:
-                found.append(f"trainer.{name} and trainer.{MERGED[name]} say the same thing: give one (the other null)")
+                found.append(
+                    f"trainer.{name} and trainer.{MERGED[name]} mean the same: set one of them, and the other to null"
+                )
             elif not isinstance(value, int | float) or not 0 <= value < 1:
-                found.append(f"trainer.{name}={value!r}: it should be a share of all steps, from 0 to below 1")
+                found.append(f"trainer.{name}={value!r}: it should be a fraction of all steps, from 0 to below 1")
         elif name not in known:
-            found.append(
-                f"trainer.{name} is not an argument of transformers.TrainingArguments; {nearest(name, list(known))}"
-            )
+            hint = suggest_name(name, list(known))
+            found.append(f"trainer.{name} is not an argument of transformers.TrainingArguments; {hint}")
         else:
             try:
                 known[name].validate_python(value)
             except ValidationError as error:
                 message = error.errors()[0]["msg"]
-                message += (
-                    " (in quotes: YAML takes a bare no for false)" if value is False and "'no'" in message else ""
-                )
+                message += " (quote it: in YAML, a bare no means false)" if value is False and "'no'" in message else ""
                 found.append(
                     f"trainer.{name}={value!r}: {message[0].lower()}{message[1:].replace('nput should', 't should')}"
                 )
             else:
-                found += [f"trainer.{name}={printable(repr(value))}: {problem}" for problem in _misuse(name, arguments)]
+                found += [
+                    f"trainer.{name}={printable(repr(value))}: {problem}" for problem in _find_misuse(name, arguments)
+                ]
     if arguments.get("fp16") and arguments.get("bf16"):
         found.append("trainer.fp16 and trainer.bf16 are both true: set one to false")
     for name, devices in _DEVICES.items():
         if arguments.get(name) and device not in (None, *devices):
             found.append(
-                f"trainer.{name}={arguments[name]!r}: hardware.device={device} would ignore it"
-                f" ({' and '.join(devices)} would not): take it out"
+                f"trainer.{name}={arguments[name]!r}: hardware.device={device} ignores it"
+                f" (it is for {' and '.join(devices)}): remove it"
             )
     return found
 
 
-def _misuse(name: str, arguments: dict[str, Any]) -> Iterator[str]:
-    """Why the value of an argument, which is of the right type, cannot be or would have no effect."""
+def _find_misuse(name: str, arguments: dict[str, Any]) -> Iterator[str]:
+    """Yield the reasons why the value of an argument, though of the right type, is refused or would have no effect."""
     value = arguments[name]
     if name in _VALUES and value not in _VALUES[name][0]:
-        yield f"{_VALUES[name][1]}: take it out"
-    if value is not None and name in _LEAST and not value >= _LEAST[name]:
-        yield f"it should be {_LEAST[name]} or above"
-    if value is not None and name in _ABOVE_0 and not value > 0:
+        yield f"{_VALUES[name][1]}: remove it"
+    if value is not None and name in _MINIMUM and not value >= _MINIMUM[name]:
+        yield f"it should be {_MINIMUM[name]} or above"
+    if value is not None and name in _POSITIVE and not value > 0:
         yield "it should be above 0"
     if name == "max_steps" and value < 1 and value != -1:
-        yield "it should be 1 or above, or -1 where num_train_epochs says how long training is"
+        yield "it should be 1 or above, or -1 if num_train_epochs sets the length of training"
     if name in _SECTIONS and isinstance(value, str):
         yield "it should be a section with keys and values"
     elif name == "accelerator_config" and value and value.keys() - {"non_blocking"}:
         yield f"{', '.join(sorted(value.keys() - {'non_blocking'}))} cannot be set: {_BATCHES}"
     if name == "gradient_checkpointing" and arguments.get("activation_checkpointing") is not None:
-        yield "it is the old name of trainer.activation_checkpointing, which is set: take it out"
-    if name in _NEEDS and value not in (None, default_of(name)):
+        yield "it is the old name of trainer.activation_checkpointing, which is set: remove it"
+    if name in _NEEDS and value not in (None, get_default(name)):
         other, allowed = _NEEDS[name]
-        given = arguments.get(other, DEFAULTS.get(other, default_of(other)))
+        given = arguments.get(other, DEFAULTS.get(other, get_default(other)))
         if not (given if allowed == (True,) else given in allowed):
             wanted = "" if allowed == (True,) else f" {' or '.join(map(str, allowed))}"
-            yield f"it has no effect without trainer.{other}{wanted}: set that, or take this out"
+            yield f"it has no effect without trainer.{other}{wanted}: set that, or remove this"
 
 
-def resolve(arguments: dict[str, Any]) -> dict[str, Any]:
-    """`arguments` with merged names replaced, as TrainingArguments takes them."""
+def resolve_merged(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return `arguments` under the names that TrainingArguments accepts: merged names are replaced."""
     merged = {MERGED[name]: value for name, value in arguments.items() if name in MERGED}
     return {name: value for name, value in arguments.items() if name not in MERGED} | merged
 
 
 @functools.cache
 def known_arguments() -> dict[str, TypeAdapter[Any]]:
-    """Name to type of every field of the installed transformers.TrainingArguments."""
-    classes = _classes()
-    types: dict[str, Any] = {"Any": Any, "Literal": Literal, "dict": dict, "list": list, "str": str, "int": int}
-    types |= {"float": float, "bool": bool, "None": None}
-    for name, node in classes.items():
-        values = list(_constants(node))
-        if values and any(isinstance(base, ast.Name) and base.id.endswith("Enum") for base in node.bases):
-            types[name] = Literal[tuple(values)]
-    found = {name: _adapter(field.annotation, types) for name, field in _fields().items()}
-    return found | {"fsdp": TypeAdapter(bool | str | None, config=ConfigDict(strict=True))}  # as its help has it
+    """Return the validator of every argument by name."""
+    types = {name: kind for name, (kind, _) in ARGUMENTS.items()} | {"fsdp": bool | str | None}  # as its help says
+    return {name: TypeAdapter(kind, config=ConfigDict(strict=True)) for name, kind in types.items()}
 
 
-def default_of(name: str) -> Any:
-    """The default of an argument; None as well where it is not written as a literal, or there is no such argument."""
-    field = _fields().get(name)
-    value = None if field is None else field.value
-    if isinstance(value, ast.Call):  # dataclasses.field
-        value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
-    try:
-        return ast.literal_eval(value) if value is not None else None
-    except ValueError:
-        return None
-
-
-@functools.cache
-def _classes() -> dict[str, ast.ClassDef]:
-    """The classes of the installed transformers' modules of arguments."""
-    spec = find_spec("transformers")
-    assert spec is not None and spec.submodule_search_locations is not None
-    directory = Path(spec.submodule_search_locations[0])
-    trees = [
-        ast.parse((directory / name).read_text(encoding="utf-8")) for name in ("trainer_utils.py", "training_args.py")
-    ]
-    return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
-
-
-def _fields() -> dict[str, ast.AnnAssign]:
-    """The arguments, as they are declared."""
-    declared = [node for node in _classes()["TrainingArguments"].body if isinstance(node, ast.AnnAssign)]
-    return {node.target.id: node for node in declared if isinstance(node.target, ast.Name)}
-
-
-def _constants(node: ast.ClassDef) -> Iterator[str]:
-    for item in node.body:
-        if isinstance(item, ast.Assign) and isinstance(item.value, ast.Constant) and isinstance(item.value.value, str):
-            yield item.value.value
-
-
-def _adapter(annotation: ast.expr, types: dict[str, Any]) -> TypeAdapter[Any]:
-    names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
-    options = _options(annotation)
-    # "IntervalStrategy | str" means one of the enumeration's values, spelt out.
-    if any(isinstance(option, ast.Name) and _is_enumeration(types.get(option.id)) for option in options):
-        options = [option for option in options if not (isinstance(option, ast.Name) and option.id == "str")]
-    if not names <= types.keys():
-        return TypeAdapter(Any)
-    union: Any = None
-    for option in options:
-        one = eval(compile(ast.Expression(option), "<annotation>", "eval"), {"__builtins__": {}}, types)
-        union = one if union is None else union | one
-    return TypeAdapter(union, config=ConfigDict(strict=True))
-
-
-def _options(annotation: ast.expr) -> list[ast.expr]:
-    if isinstance(annotation, ast.BinOp):
-        return _options(annotation.left) + _options(annotation.right)
-    return [annotation]
-
-
-def _is_enumeration(candidate: Any) -> bool:
-    return getattr(candidate, "__origin__", None) is Literal
+def get_default(name: str) -> Any:
+    """Return the default of an argument; None as well if the default is not a literal or the argument is unknown."""
+    return ARGUMENTS.get(name, (Any, None))[1]

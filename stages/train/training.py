@@ -1,4 +1,4 @@
-"""transformers' Trainer with the project's own order, batches, loss and validation."""
+"""transformers' Trainer with this project's order of blocks, batches, loss and validation."""
 
 import contextlib
 import json
@@ -17,13 +17,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from stages.core.artifacts import Blocks
 from stages.core.errors import StageError
-from stages.model.block_loss import block_loss
+from stages.model.block_loss import compute_block_loss
 from stages.model.isolation import isolate_segments
 from stages.model.loss import TokenLoss
 from stages.model.masking import IGNORED
 from stages.model.objectives import Objective
-from stages.model.processes import largest, of_the_first, rank, wait_for_all, world_size
-from stages.shell.interruption import Interrupted, Request
+from stages.model.processes import broadcast_from_first, get_rank, get_world_size, max_over_processes, wait_for_all
+from stages.shell.interruption import Interrupted, StopRequest
 from stages.shell.progress import Progress
 from stages.train.attention import use_fast_kernels
 from stages.train.checkpoints import Checkpoints, find_damage
@@ -31,40 +31,48 @@ from stages.train.schema import CheckpointSettings
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 2**16  # keys
-LOSS_FILE = "loss_since_log-{}.json"  # of each process
+_KEYS_PER_CHUNK = 2**16
+LOSS_FILE = "loss_since_log-{}.json"  # one per process, by rank
 
 _Batch = dict[str, torch.Tensor]
 
 
 class EpochSampler(Sampler[int]):
-    """Keys `epoch * num_blocks + block` in the order of an epoch, a function of (seed, epoch) alone.
+    """Yields the keys `epoch * num_blocks + block` of an epoch in an order that only depends on (seed, epoch).
 
-    At its end, keys that stand for rows of which nothing is predicted, `~key`, make their number a multiple of
-    `at_once`, what all processes take at once: all batches have one shape (another one compiles the model anew), and no
-    process is given rows a second time, as Accelerate would do.
+    Filler keys `~key` follow, until the number of keys is a multiple of `rows_per_batch`. A filler key stands for a row
+    without predicted tokens. All batches then have the same shape (another shape would compile the model again), and
+    Accelerate does not repeat rows to fill the last batch.
     """
 
-    def __init__(self, num_blocks: int, seed: int, at_once: int) -> None:
-        self._num_blocks, self._seed, self._fill = num_blocks, seed, -num_blocks % at_once
+    def __init__(self, num_blocks: int, seed: int, rows_per_batch: int) -> None:
+        """
+        Args:
+            rows_per_batch: rows that all processes together take per forward pass.
+        """
+        self._num_blocks, self._seed, self._num_fillers = num_blocks, seed, -num_blocks % rows_per_batch
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return self._num_blocks + self._fill
+        return self._num_blocks + self._num_fillers
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 2**20 + self._epoch)
         keys = self._epoch * self._num_blocks + torch.randperm(self._num_blocks, generator=generator)
-        for some in torch.split(keys, _AT_ONCE):  # as a list, all of many blocks would take five times their memory
-            yield from some.tolist()
-        yield from [~int(keys[0])] * self._fill
+        # [num_blocks] int64, converted to Python integers chunk by chunk: a list of all takes five times the memory.
+        for chunk in torch.split(keys, _KEYS_PER_CHUNK):
+            yield from chunk.tolist()
+        yield from [~int(keys[0])] * self._num_fillers
 
 
 class TrainingBlocks(Dataset[_Batch]):
-    """Whole batches by EpochSampler's keys. Stateless: the epoch comes with the key, so it is right in any process."""
+    """Data set that builds whole batches from the keys of EpochSampler.
+
+    It has no state: the epoch is part of the key, so any worker process builds the same batch.
+    """
 
     def __init__(self, blocks: Blocks, objective: Objective, seed: int) -> None:
         self._blocks, self._objective, self._seed = blocks, objective, seed
@@ -73,20 +81,24 @@ class TrainingBlocks(Dataset[_Batch]):
         return len(self._blocks)
 
     def __getitems__(self, keys: list[int]) -> _Batch:
-        real = [max(key, ~key) for key in keys]
-        epoch = real[0] // len(self)  # a batch never spans epochs
-        indices = [key % len(self) for key in real]
-        batch = self._objective.batch(self._blocks[indices], indices, self._seed, epoch, self._blocks.marks(indices))
+        """Build the batch for `keys`, as `Objective.build_batch`; all labels of a filler key's row are IGNORED."""
+        block_keys = [max(key, ~key) for key in keys]  # a filler key ~key has the tokens of `key`
+        epoch = block_keys[0] // len(self)  # a batch never spans epochs
+        indices = [key % len(self) for key in block_keys]
+        batch = self._objective.build_batch(
+            self._blocks[indices], indices, self._seed, epoch, self._blocks.get_marks(indices)
+        )
         batch["labels"][torch.tensor(keys) < 0] = IGNORED
         return batch
 
 
-def _identity(batch: _Batch) -> _Batch:
+def _return_batch(batch: _Batch) -> _Batch:
+    """Collate nothing: TrainingBlocks already returns a batch."""
     return batch
 
 
 class BlockTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer on blocks: token-weighted loss, validation by the metric's own code."""
+    """Trainer on blocks, with a token-weighted loss, and validation by the code of the metrics."""
 
     def __init__(
         self,
@@ -98,118 +110,130 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         evaluate_batch_tokens: int,
         checkpoints: CheckpointSettings,
         callbacks: list[TrainerCallback],
-        each_saves: bool = False,
+        saves_per_process: bool = False,
     ) -> None:
         """
         Args:
-            each_saves: whether each of several processes has a directory of checkpoints of its own, with its part.
+            train: training blocks.
+            validation: validation blocks.
+            evaluate_batch_tokens: tokens per forward pass in validation.
+            saves_per_process: if True, each process writes its part of a checkpoint into its own directory; otherwise
+                all processes share one directory.
         """
 
         def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-            # Sum over tokens / tokens of the whole step: right under accumulation and several processes, where the
-            # stock losses of RoBERTa, BERT and GPT-2 are not. A step without a masked token has loss 0.
+            # Scalar: sum over tokens / number of predicted tokens of the whole step. Unlike the losses of RoBERTa, BERT
+            # and GPT-2 in transformers, this is correct with gradient accumulation and several processes. The loss of a
+            # step without a masked token is 0.
             assert num_items_in_batch is not None
-            nats = self._loss.sum(outputs.logits, objective.targets(labels))
+            nats = self._loss.sum_nats(outputs.logits, objective.get_targets(labels))
             return nats / torch.clamp(num_items_in_batch, min=1)
 
-        use_fast_kernels(model, arguments.device.type)  # where the Trainer will put it
+        use_fast_kernels(model, arguments.device.type)  # the device to which the Trainer moves it
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=TrainingBlocks(train, objective, arguments.seed),
             eval_dataset=validation,
-            data_collator=_identity,
+            data_collator=_return_batch,
             compute_loss_func=loss,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
         self._checkpoints = Checkpoints(Path(arguments.output_dir), checkpoints.keep)
         self._seconds_between_checkpoints = 60.0 * checkpoints.minutes
-        self._each_saves = each_saves
+        self._saves_per_process = saves_per_process
         self._loss = TokenLoss(model)
         self._objective, self._validation, self._evaluate_batch_tokens = objective, validation, evaluate_batch_tokens
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        at_once = self.args.train_batch_size * world_size()
-        self._sampler = EpochSampler(len(self.train_dataset), self.args.seed, at_once)
+        rows_per_batch = self.args.train_batch_size * get_world_size()
+        self._sampler = EpochSampler(len(self.train_dataset), self.args.seed, rows_per_batch)
         return self._sampler
 
     def compute_loss(self, model: Any, inputs: _Batch, *arguments: Any, **named: Any) -> Any:
-        # The Trainer's own autocast ends with the model's forward pass; the output embedding is part of the loss here.
+        # The Trainer's autocast only covers the forward pass, but here the output embedding is part of the loss.
         with self.accelerator.autocast(), self._loss.hidden_outputs():
             return super().compute_loss(model, isolate_segments(inputs, self.model), *arguments, **named)
 
-    def train_on(self, request: Request) -> None:
+    def train_or_resume(self, request: StopRequest) -> None:
         """Train to the end, from the newest checkpoint if there is one.
 
         Raises:
-            Interrupted: when `request` asked for the end; a checkpoint has then been written.
+            Interrupted: if a stop was requested; a checkpoint has then been written.
         """
-        self.add_callback(Saving(request, self._seconds_between_checkpoints))
-        step = of_the_first(None if rank() else self._to_go_on_from())
+        self.add_callback(CheckpointSchedule(request, self._seconds_between_checkpoints))
+        step = broadcast_from_first(None if get_rank() else self._find_resume_step())
         if step is None:
-            if world_size() > 1:
-                self.add_callback(OwnDraws())
+            if get_world_size() > 1:
+                self.add_callback(ProcessSeed())
             self.train()
             return
         log.info("resuming from step %d", step)
-        self.add_callback(_Restoring(self, step))
-        self.train(resume_from_checkpoint=str(self._checkpoints.path(step)))
+        self.add_callback(_CheckpointRestorer(self, step))
+        self.train(resume_from_checkpoint=str(self._checkpoints.get_path(step)))
 
-    def _to_go_on_from(self) -> int | None:
-        """The step of the newest whole checkpoint, if the best model so far is there as well where it is asked for."""
-        step = self._checkpoints.newest()
+    def _find_resume_step(self) -> int | None:
+        """Return the step to resume from, or None.
+
+        If the best model is needed at the end, its checkpoint must be intact too.
+        """
+        step = self._checkpoints.find_newest()
         if step is None:
             return None
-        state = json.loads((self._checkpoints.path(step) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        state = json.loads((self._checkpoints.get_path(step) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         best = state["best_global_step"]
-        damage = find_damage(self._checkpoints.path(best)) if self.args.load_best_model_at_end and best else None
+        damage = find_damage(self._checkpoints.get_path(best)) if self.args.load_best_model_at_end and best else None
         if damage is not None:
-            log.warning("the checkpoint of the best step, %d, is damaged (%s): training starts anew", best, damage)
-            self._checkpoints.clear()  # those of the run before would be newer than the next ones
+            log.warning(
+                "the checkpoint of the best step, %d, is damaged (%s): training starts again from scratch", best, damage
+            )
+            self._checkpoints.remove_all()  # their steps are higher than those of the next checkpoints
             return None
         return step
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        step, best, place = self.state.global_step, self.state.best_global_step, self.args.output_dir
-        # One process makes the directory and seals it, behind the others' files; on several machines it is on a disk
-        # that they share. Or each does so with its own.
-        writes = self._each_saves or not rank()
-        with self._checkpoints.writing(step, best, rank()) if writes else contextlib.nullcontext() as mine:
-            aside = Path(str(mine) if self._each_saves else of_the_first(str(mine)))
+        step, best, directory = self.state.global_step, self.state.best_global_step, self.args.output_dir
+        # Process 0 creates the directory and completes it after the others have written their files; several machines
+        # need a shared disk. With saves_per_process, each process does this with its own directory.
+        writes = self._saves_per_process or not get_rank()
+        with self._checkpoints.write_checkpoint(step, best, get_rank()) if writes else contextlib.nullcontext() as mine:
+            aside = Path(str(mine) if self._saves_per_process else broadcast_from_first(str(mine)))
             self.args.output_dir = str(aside)
             try:
                 super()._save_checkpoint(model, trial)
             finally:
-                self.args.output_dir = place
-            # Of the mean that the next log line shows, which the Trainer starts anew.
+                self.args.output_dir = directory
+            # Part of the mean loss in the next log line, which the Trainer does not save.
             loss = {"sum": self._tr_loss.item(), "since_step": self._globalstep_last_logged}
-            (aside / f"checkpoint-{step}" / LOSS_FILE.format(rank())).write_text(json.dumps(loss), encoding="utf-8")
+            (aside / f"checkpoint-{step}" / LOSS_FILE.format(get_rank())).write_text(json.dumps(loss), encoding="utf-8")
             wait_for_all()
         wait_for_all()
         if best:
-            self.state.best_model_checkpoint = str(self._checkpoints.path(best))
+            self.state.best_model_checkpoint = str(self._checkpoints.get_path(best))
 
-    def restore(self, step: int) -> None:
-        """Take from the checkpoint of `step` what the Trainer leaves out of a resumption."""
-        loss = json.loads((self._checkpoints.path(step) / LOSS_FILE.format(rank())).read_text(encoding="utf-8"))
+    def restore_from_checkpoint(self, step: int) -> None:
+        """Restore the state that the Trainer does not restore from the checkpoint of `step`."""
+        loss = json.loads((self._checkpoints.get_path(step) / LOSS_FILE.format(get_rank())).read_text(encoding="utf-8"))
         self._tr_loss.fill_(loss["sum"])
         self._globalstep_last_logged = loss["since_step"]
-        # Within an epoch, several processes skip what is done by one wrapper more than the Trainer looks through.
+        # With several processes, Accelerate wraps the sampler once more than the Trainer's own call unwraps.
         self._sampler.set_epoch(int(self.state.epoch or 0))
         if self.state.best_global_step:  # the cache may have been moved since
-            self.state.best_model_checkpoint = str(self._checkpoints.path(self.state.best_global_step))
+            self.state.best_model_checkpoint = str(self._checkpoints.get_path(self.state.best_global_step))
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The validation loss as evaluate reports it: the Trainer's own weights batches, not tokens."""
-        metrics = {"eval_loss": block_loss(self.model, self._objective, self._validation, self._evaluate_batch_tokens)}
+        """Compute the validation loss as stage evaluate does. (The Trainer would weight all batches equally.)"""
+        metrics = {
+            "eval_loss": compute_block_loss(self.model, self._objective, self._validation, self._evaluate_batch_tokens)
+        }
         self.log(dict(metrics))
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
 class TrainingProgress(TrainerCallback):  # type: ignore[misc]
-    """Steps, loss, tokens per second and time to go, while training runs."""
+    """Shows steps, loss, tokens per second and the remaining time during training."""
 
     def __init__(self, tokens_per_step: int) -> None:
         self._tokens_per_step = tokens_per_step
@@ -234,12 +258,13 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        for name in ("loss", "eval_loss", "train_loss"):  # train_loss: of all steps, those after the last log too
+        for name in ("loss", "eval_loss", "train_loss"):  # train_loss includes the steps after the last log
             if logs and not math.isfinite(logs.get(name, 0.0)):
-                before = [step for step in Checkpoints(Path(args.output_dir), 1).steps() if step < state.global_step]
+                saved_steps = Checkpoints(Path(args.output_dir), 1).list_steps()
+                earlier = [step for step in saved_steps if step < state.global_step]
                 raise StageError(
                     f"{name} is {logs[name]} at step {state.global_step}: training has diverged; lower learning_rate"
-                    + (f" (the last checkpoint: {args.output_dir}/checkpoint-{before[-1]})" if before else "")
+                    + (f" (the last checkpoint: {args.output_dir}/checkpoint-{earlier[-1]})" if earlier else "")
                 )
         if logs and "loss" in logs:
             self._loss = f"loss {float(logs['loss']):.4f}, "
@@ -251,47 +276,49 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         self._progress.close()
 
 
-class _Restoring(TrainerCallback):  # type: ignore[misc]
-    """Completes the resumption from a checkpoint once the Trainer has done its part."""
+class _CheckpointRestorer(TrainerCallback):  # type: ignore[misc]
+    """Completes the resumption from a checkpoint after the Trainer has restored its part."""
 
     def __init__(self, trainer: BlockTrainer, step: int) -> None:
         self._trainer, self._step = trainer, step
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._trainer.restore(self._step)
+        self._trainer.restore_from_checkpoint(self._step)
 
 
-class OwnDraws(TrainerCallback):  # type: ignore[misc]
-    """Gives each of several processes dropout of its own: the Trainer seeds all alike."""
+class ProcessSeed(TrainerCallback):  # type: ignore[misc]
+    """Seeds each process differently, so that their dropout differs. (The Trainer seeds all processes alike.)"""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        torch.manual_seed(args.seed * 2**20 + rank())
+        torch.manual_seed(args.seed * 2**20 + get_rank())
 
 
-class Saving(TrainerCallback):  # type: ignore[misc]
-    """Asks for a checkpoint now and then, and for one before a requested end."""
+class CheckpointSchedule(TrainerCallback):  # type: ignore[misc]
+    """Requests a checkpoint at regular intervals, and one before training stops on request."""
 
-    def __init__(self, request: Request, seconds: float) -> None:
+    def __init__(self, request: StopRequest, seconds: float) -> None:
         self._request, self._seconds = request, seconds
-        self._saved = time.monotonic()
+        self._last_saved = time.monotonic()
         self._postponed = False
-        self._asked: int | None = None
+        self._signal_number: int | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # What any of the processes was told, and what any clock says.
-        late, asked = largest([time.monotonic() - self._saved >= self._seconds, self._request.number or 0])
-        self._asked = asked or None
-        wanted = control.should_save or (max(late, asked) > 0 and state.global_step < state.max_steps)
-        # At the end of an epoch its validation comes first: a run resumed from between them would leave it out.
-        self._postponed = wanted and float(state.epoch or 0.0).is_integer()
-        control.should_save = wanted and not self._postponed
+        # A signal to any process counts for all, and so does the clock of any process.
+        is_due, signal_number = max_over_processes(
+            [time.monotonic() - self._last_saved >= self._seconds, self._request.number or 0]
+        )
+        self._signal_number = signal_number or None
+        is_wanted = control.should_save or (max(is_due, signal_number) > 0 and state.global_step < state.max_steps)
+        # At the end of an epoch, validation comes before the checkpoint: a run resumed in between would skip it.
+        self._postponed = is_wanted and float(state.epoch or 0.0).is_integer()
+        control.should_save = is_wanted and not self._postponed
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         control.should_save = control.should_save or self._postponed
         self._postponed = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._saved = time.monotonic()
-        if self._asked is not None:
-            message = f"stopped at step {state.global_step} of {state.max_steps}: `dvc repro` goes on from there"
-            raise Interrupted(self._asked, message)
+        self._last_saved = time.monotonic()
+        if self._signal_number is not None:
+            message = f"stopped at step {state.global_step} of {state.max_steps}: `dvc repro` continues from there"
+            raise Interrupted(self._signal_number, message)

@@ -1,6 +1,6 @@
-"""What shows a training while it runs: its live curves, and the trackers that LM_REPRO_TRACK names.
+"""Callbacks that show a running training: its live curves, and the trackers listed in LM_REPRO_TRACK.
 
-None of it changes a byte of a result, so it is no part of a configuration.
+They do not change the result, so they are not part of the configuration.
 """
 
 import importlib.util
@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core.artifacts import lock
+from stages.core.artifacts import lock_handle
 from stages.core.errors import StageError, printable
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 TRACKERS = ("trackio", "tensorboard", "wandb", "mlflow")
 
 
-def chosen_trackers() -> list[str]:
-    """The trackers that LM_REPRO_TRACK names, separated by commas.
+def read_tracker_names() -> list[str]:
+    """Read the names of the trackers from LM_REPRO_TRACK, separated by commas.
 
     Raises:
         StageError: if one is unknown or not installed.
@@ -28,48 +28,48 @@ def chosen_trackers() -> list[str]:
     )
     for name in names:
         if name not in TRACKERS:
-            raise StageError(f"LM_REPRO_TRACK={printable(name)}: it should be one or more of {', '.join(TRACKERS)}")
+            raise StageError(f"LM_REPRO_TRACK={printable(name)}: choose one or more of {', '.join(TRACKERS)}")
         if importlib.util.find_spec(name) is None:
             raise StageError(f"LM_REPRO_TRACK={name}: the package {name} is not installed: run `uv pip install {name}`")
     return names
 
 
-def watchers(config: "TrainConfig", directory: str) -> list[Any]:
-    """Callbacks for the live curves and for each chosen tracker; none in a process that is not the first.
+def create_watchers(config: "TrainConfig", directory: str) -> list[Any]:
+    """Create the callbacks for the live curves and each chosen tracker; an empty list except in process 0.
 
     Args:
-        directory: of the run's checkpoints; its name is the fingerprint of the run.
+        directory: directory of the run's checkpoints; its name is the fingerprint of the run.
 
     Raises:
         StageError: if a tracker cannot be used.
     """
-    from stages.model.processes import rank
+    from stages.model.processes import get_rank
 
-    if rank():
+    if get_rank():
         return []
     from stages.train.live import LiveCurves
 
     callbacks: list[Any] = [LiveCurves(config.report)]
-    if names := chosen_trackers():
+    if names := read_tracker_names():
         from stages.train.tracking import Tracker
 
-        callbacks += [Tracker(name, run_name(config), Path(directory).name) for name in names]
+        callbacks += [Tracker(name, get_run_name(config), Path(directory).name) for name in names]
     return callbacks
 
 
-def run_name(config: "TrainConfig") -> str:
-    """The name of a run in a tracker: its task, and that of DVC's experiment if it has one."""
+def get_run_name(config: "TrainConfig") -> str:
+    """Return the name of a run in a tracker: its task, followed by the name of its DVC experiment, if any."""
     return "-".join([Path(config.tokens).name, *filter(None, [os.environ.get("DVC_EXP_NAME")])])
 
 
 def is_running(directory: Path) -> bool:
-    """Whether the training that writes the live curves in `directory` runs, on this machine."""
+    """Return True if the training that writes the live curves in `directory` is running on this machine."""
     try:
         handle = os.open(directory, os.O_RDONLY)
     except OSError:
         return False
     try:
-        lock(handle)
+        lock_handle(handle)
     except OSError:
         return True
     finally:

@@ -1,4 +1,4 @@
-"""A `dvc repro` that is killed: no remedy by hand, no orphan, and the same artifacts in the end."""
+"""A killed `dvc repro` needs no manual repair, leaves no orphans and ends with the same artifacts."""
 
 import random
 import subprocess
@@ -6,16 +6,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from dvc_project import environment
+from dvc_project import build_environment
 
-from benchmarks.faults import WAYS, repro
+from benchmarks.faults import KILL_METHODS, run_repro
 
 
-def left_running(place: Path) -> list[int]:
-    """Stages that still run in `place`."""
+def find_running_stages(project: Path) -> list[int]:
+    """Return the ids of the stage processes that still run in `project`."""
     found = []
     for process in psutil.process_iter(["pid", "cmdline", "cwd"]):
-        if process.info["cwd"] == str(place) and "-m" in (process.info["cmdline"] or []):
+        if process.info["cwd"] == str(project) and "-m" in (process.info["cmdline"] or []):
             found.append(process.info["pid"])
     return found
 
@@ -25,13 +25,13 @@ def left_running(place: Path) -> list[int]:
 def test_repro_killed_at_random_moments_ends_with_the_lock_of_an_undisturbed_one(
     clean: Path, tmp_path: Path, seed: int
 ) -> None:
-    place, chance = tmp_path / "killed", random.Random(seed)
-    subprocess.run(["git", "clone", "-q", str(clean), str(place)], check=True)
+    project, rng = tmp_path / "killed", random.Random(seed)
+    subprocess.run(["git", "clone", "-q", str(clean), str(project)], check=True)
     killed = 0
-    for way in WAYS:
-        killed += repro(place, environment(place), chance.uniform(0.5, 15.0), way) is not None
-        assert left_running(place) == []
+    for method in KILL_METHODS:
+        killed += run_repro(project, build_environment(project), rng.uniform(0.5, 15.0), method) is not None
+        assert find_running_stages(project) == []
     assert killed
-    assert repro(place, environment(place)) is None
-    assert (place / "dvc.lock").read_bytes() == (clean / "dvc.lock").read_bytes()
-    assert not list(place.rglob(".tmp*"))
+    assert run_repro(project, build_environment(project)) is None
+    assert (project / "dvc.lock").read_bytes() == (clean / "dvc.lock").read_bytes()
+    assert not list(project.rglob(".tmp*"))

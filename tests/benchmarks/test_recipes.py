@@ -1,22 +1,22 @@
-"""The recipes of benchmarks/recipes.py: that they can be run, and that the default masked model uses its context."""
+"""Tests of benchmarks/recipes.py: every recipe composes, and the default masked model uses its context."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.recipes import RECIPES, Recipe, evaluate, prepare, run_stage, train
+from benchmarks.recipes import RECIPES, Recipe, evaluate_recipe, make_inputs, run_stage, train_recipe
 from stages.core.artifacts import Documents
-from stages.core.compose import compose, load
+from stages.core.compose import compose_config, load_config
 from stages.figures.samples import make_samples
-from stages.model.trained import load_trained
+from stages.model.trained import load_trained_model
 from stages.tokens.vocabulary import Vocabulary
-from tools.check import schema_of
+from tools.check import get_config_class
 
-EACH = [(task, name) for task, recipes in RECIPES.items() for name in recipes]
+ALL_RECIPES = [(task, name) for task, recipes in RECIPES.items() for name in recipes]
 
 
-@pytest.mark.parametrize(("task", "name"), EACH)
+@pytest.mark.parametrize(("task", "name"), ALL_RECIPES)
 def test_recipe_composes_in_every_stage_that_it_changes(task: str, name: str) -> None:
     recipe = RECIPES[task][name]
     for stage, overrides in {
@@ -24,33 +24,33 @@ def test_recipe_composes_in_every_stage_that_it_changes(task: str, name: str) ->
         "baseline": recipe.model,
         "train": [*recipe.model, *recipe.training],
     }.items():
-        config = load(schema_of(stage), compose(stage, [f"task={task}", *overrides]))
-        assert isinstance(config, schema_of(stage))
+        config = load_config(get_config_class(stage), compose_config(stage, [f"task={task}", *overrides]))
+        assert isinstance(config, get_config_class(stage))
 
 
-def unigram_bits_per_byte(tokens: Path) -> float:
-    """Of validation's text, by the frequencies of the tokens in training with one added to each count."""
+def compute_unigram_bits_per_byte(tokens: Path) -> float:
+    """Return the bits per byte of the validation text under add-one token frequencies of the training text."""
     vocabulary = Vocabulary.read(tokens)
     training, validation = Documents(tokens / "train"), Documents(tokens / "validation")
 
-    def counts(documents: Documents) -> np.ndarray:
-        ids = np.concatenate([vocabulary.text_tokens(documents[index]) for index in range(len(documents))])
+    def count_tokens(documents: Documents) -> np.ndarray:  # [vocab_size], int64
+        ids = np.concatenate([vocabulary.select_text_tokens(documents[index]) for index in range(len(documents))])
         return np.bincount(ids, minlength=vocabulary.size)
 
-    shares = (counts(training) + 1) / (counts(training) + 1).sum()
-    return float(-(counts(validation) * np.log2(shares)).sum() / validation.num_bytes.sum())
+    probabilities = (count_tokens(training) + 1) / (count_tokens(training) + 1).sum()
+    return float(-(count_tokens(validation) * np.log2(probabilities)).sum() / validation.num_bytes.sum())
 
 
 @pytest.mark.slow
 def test_default_masked_model_predicts_by_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LM_REPRO_CACHE", str(tmp_path / "cache"))
     run_stage("download", f"out={tmp_path / 'raw'}")
-    prepare(tmp_path, tmp_path / "raw", "mlm", Recipe([], []), "hardware=cpu")
-    train(tmp_path, "mlm", Recipe([], []), "hardware=cpu")
-    figures = evaluate(tmp_path, "mlm", "hardware=cpu")
-    assert figures["val"]["pseudo_bpb"] < 0.85 * unigram_bits_per_byte(tmp_path / "mlm/tokens")
-    samples = load(schema_of("evaluate"), compose("evaluate", ["task=mlm"])).samples
-    model, tokens = load_trained("mlm", tmp_path / "mlm/model"), tmp_path / "mlm/tokens"
+    make_inputs(tmp_path, tmp_path / "raw", "mlm", Recipe([], []), "hardware=cpu")
+    train_recipe(tmp_path, "mlm", Recipe([], []), "hardware=cpu")
+    figures = evaluate_recipe(tmp_path, "mlm", "hardware=cpu")
+    assert figures["val"]["pseudo_bpb"] < 0.85 * compute_unigram_bits_per_byte(tmp_path / "mlm/tokens")
+    samples = load_config(get_config_class("evaluate"), compose_config("evaluate", ["task=mlm"])).samples
+    model, tokens = load_trained_model("mlm", tmp_path / "mlm/model"), tmp_path / "mlm/tokens"
     filled = make_samples(samples, "mlm", model, None, tokens / "tokenizer", Vocabulary.read(tokens))
     likeliest = [prompt["tokens"][0][0] for prompt in filled]
     assert len(set(likeliest)) == len(likeliest)

@@ -1,4 +1,4 @@
-"""artifacts: whole or not at all, the same bytes for the same rows, readable across shards, damage named."""
+"""Artifacts: written atomically, with equal bytes for equal rows, readable across shards, with errors for damage."""
 
 import json
 import shutil
@@ -10,22 +10,22 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from data_helpers import REPOSITORY, contents, record_batch, steady, write_shards
+from data_helpers import REPOSITORY, make_record_batch, no_deadline, read_contents, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.core.artifacts import (
     Blocks,
     Documents,
-    free_copy,
+    choose_token_dtype,
+    copy_files,
+    get_versions,
+    list_shards,
+    read_batches,
     read_json,
-    shard_batches,
-    shard_files,
-    staged,
     to_arrow,
     to_numpy,
-    token_dtype,
-    versions,
+    write_directory,
     write_json,
     write_shard,
     write_text,
@@ -40,7 +40,7 @@ ROWS = [[1, 2], [], [3], [4, 5, 6, 7], [], [8], [9, 10]]
 def write_documents(directory: Path, rows: Sequence[Sequence[int]], at_once: int, per_shard: int | None = None) -> Path:
     arrays = [np.array(row, np.uint16) for row in rows]
     cut = [arrays[start : start + at_once] for start in range(0, len(rows), at_once)]
-    batches = [record_batch(batch, [10 * len(row) for row in batch], DOCUMENT) for batch in cut]
+    batches = [make_record_batch(batch, [10 * len(row) for row in batch], DOCUMENT) for batch in cut]
     return write_shards(directory, DOCUMENT, batches, per_shard)
 
 
@@ -52,28 +52,28 @@ def write_blocks(directory: Path, num_blocks: int, at_once: int, per_shard: int 
     return write_shards(directory, BLOCK, batches, per_shard)
 
 
-# -- whole or not at all -----------------------------------------------------------------------------------------------
+# -- atomic writes -----------------------------------------------------------------------------------------------------
 
 
 def write_artifact(out: Path, text: str = "new") -> None:
-    with staged(out, ["stats.json"]) as directory:
+    with write_directory(out, ["stats.json"]) as directory:
         (directory / "stats.json").write_text(text)
 
 
 def test_staged_block_that_ends_well_takes_the_name(tmp_path: Path) -> None:
-    with staged(tmp_path / "deep/out", ["a"]) as directory:
+    with write_directory(tmp_path / "deep/out", ["a"]) as directory:
         (directory / "a").write_text("new")
         assert not (tmp_path / "deep/out").exists()
-    assert contents(tmp_path) == {"deep/out/a": b"new"}
+    assert read_contents(tmp_path) == {"deep/out/a": b"new"}
 
 
 def test_staged_block_that_ends_well_replaces_an_artifact(tmp_path: Path) -> None:
     write_artifact(tmp_path / "out", "old")
     (tmp_path / "out/more").write_text("")
-    with staged(tmp_path / "out", ["stats.json"]) as directory:
+    with write_directory(tmp_path / "out", ["stats.json"]) as directory:
         (directory / "stats.json").write_text("new")
-        assert contents(tmp_path / "out") == {"stats.json": b"old", "more": b""}
-    assert contents(tmp_path) == {"out/stats.json": b"new"}
+        assert read_contents(tmp_path / "out") == {"stats.json": b"old", "more": b""}
+    assert read_contents(tmp_path) == {"out/stats.json": b"new"}
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -83,30 +83,31 @@ def test_staged_block_that_fails_leaves_what_was_there(
 ) -> None:
     if before:
         write_artifact(tmp_path / "out", "old")
-    with pytest.raises(error), staged(tmp_path / "out", ["stats.json"]) as directory:
+    with pytest.raises(error), write_directory(tmp_path / "out", ["stats.json"]) as directory:
         (directory / "stats.json").write_text("half")
         raise error
-    assert contents(tmp_path) == ({"out/stats.json": b"old"} if before else {})
+    assert read_contents(tmp_path) == ({"out/stats.json": b"old"} if before else {})
     assert [path.name for path in tmp_path.iterdir()] == ["out"] * before
 
 
 def test_staged_after_a_killed_run_removes_what_it_left(tmp_path: Path) -> None:
     program = (
-        "import os, sys\nfrom stages.core.artifacts import staged\n"
-        "with staged(sys.argv[1], ['a']) as directory:\n    (directory / 'b').write_text('')\n    os._exit(1)\n"
+        "import os, sys\nfrom stages.core.artifacts import write_directory\n"
+        "with write_directory(sys.argv[1], ['a']) as directory:\n    (directory / 'b').write_text('')\n"
+        "    os._exit(1)\n"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], cwd=REPOSITORY, check=False)
     assert len(list(tmp_path.iterdir())) == 1
     write_artifact(tmp_path / "out")
-    assert contents(tmp_path) == {"out/stats.json": b"new"}
+    assert read_contents(tmp_path) == {"out/stats.json": b"new"}
 
 
 def test_staged_leaves_what_a_running_process_fills(tmp_path: Path) -> None:
-    with staged(tmp_path / "out", ["stats.json"]) as slow:
+    with write_directory(tmp_path / "out", ["stats.json"]) as slow:
         (slow / "stats.json").write_text("slow")
         write_artifact(tmp_path / "out", "fast")
-        assert contents(tmp_path / "out") == {"stats.json": b"fast"}
-    assert contents(tmp_path) == {"out/stats.json": b"slow"}
+        assert read_contents(tmp_path / "out") == {"stats.json": b"fast"}
+    assert read_contents(tmp_path) == {"out/stats.json": b"slow"}
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["lost", "lost and made again"])
@@ -114,16 +115,16 @@ def test_staged_directory_that_was_lost_is_an_error_and_no_half_artifact(tmp_pat
     write_artifact(tmp_path / "out", "old")
     with (
         pytest.raises(StageError, match="changed by another process"),
-        staged(tmp_path / "out", ["stats.json"]) as directory,
+        write_directory(tmp_path / "out", ["stats.json"]) as directory,
     ):
         shutil.rmtree(directory)
         if again:
             write_text(directory / "stats.json", "half")
-    assert contents(tmp_path) == {"out/stats.json": b"old"}
+    assert read_contents(tmp_path) == {"out/stats.json": b"old"}
 
 
 def test_staged_directory_without_an_expected_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(StageError), staged(tmp_path / "out", ["stats.json", "a"]) as directory:
+    with pytest.raises(StageError), write_directory(tmp_path / "out", ["stats.json", "a"]) as directory:
         (directory / "a").write_text("")
     assert list(tmp_path.iterdir()) == []
 
@@ -135,9 +136,9 @@ def test_out_that_holds_the_workspace_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(place)
     (place / "kept").write_text("")
     for write in (lambda: write_artifact(out), lambda: write_text(out, "x")):  # type: ignore[arg-type]
-        with pytest.raises(StageError, match="it holds the workspace"):
+        with pytest.raises(StageError, match="it contains the workspace"):
             write()
-    assert contents(tmp_path) == {"a/b/kept": b""}
+    assert read_contents(tmp_path) == {"a/b/kept": b""}
 
 
 @pytest.mark.parametrize(
@@ -147,18 +148,18 @@ def test_out_that_is_a_directory_of_another_kind_is_refused(tmp_path: Path, name
     for name in names:
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text("mine")
-    with pytest.raises(StageError, match="this stage did not make the directory that is there"):
+    with pytest.raises(StageError, match="the directory exists and was not written by this stage"):
         write_artifact(tmp_path / "out")
-    with pytest.raises(StageError, match="there is a directory of that name"):
+    with pytest.raises(StageError, match="a directory of that name exists"):
         write_text(tmp_path / "out", "x")
-    assert contents(tmp_path) == {f"out/{name}": b"mine" for name in names}
+    assert read_contents(tmp_path) == {f"out/{name}": b"mine" for name in names}
 
 
 def test_out_that_is_a_file_is_refused_for_a_directory(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(StageError, match="there is a file of that name"):
+    with pytest.raises(StageError, match="a file of that name exists"):
         write_artifact(tmp_path / "out")
-    assert contents(tmp_path) == {"out": b"mine"}
+    assert read_contents(tmp_path) == {"out": b"mine"}
 
 
 def test_out_that_is_a_link_to_a_directory_is_refused(tmp_path: Path) -> None:
@@ -166,22 +167,22 @@ def test_out_that_is_a_link_to_a_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "far")
     with pytest.raises(StageError, match="symbolic link"):
         write_artifact(tmp_path / "out")
-    assert contents(tmp_path / "far") == {"stats.json": b"mine"}
+    assert read_contents(tmp_path / "far") == {"stats.json": b"mine"}
 
 
 def test_out_that_is_an_empty_directory_is_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     write_artifact(tmp_path / "out")
-    assert contents(tmp_path) == {"out/stats.json": b"new"}
+    assert read_contents(tmp_path) == {"out/stats.json": b"new"}
 
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from stages.core.artifacts import staged
+from stages.core.artifacts import write_directory
 out, name = sys.argv[1:]
 for number in range(30):
-    with staged(out, ["a", "b"]) as directory:
+    with write_directory(out, ["a", "b"]) as directory:
         (directory / "a").write_text(f"{name}{number}")
         (directory / "b").write_text(f"{name}{number}")
 """
@@ -191,7 +192,7 @@ def test_staged_by_two_writers_at_once_leaves_a_whole_artifact_of_one(tmp_path: 
     command = [sys.executable, "-c", WRITER, str(tmp_path / "out")]
     writers = [subprocess.Popen([*command, name], cwd=REPOSITORY, stderr=subprocess.PIPE) for name in "xy"]
     codes = [writer.wait() for writer in writers]
-    found = contents(tmp_path)
+    found = read_contents(tmp_path)
     assert codes == [0, 0], [writer.stderr.read() for writer in writers if writer.stderr]
     assert found.keys() == {"out/a", "out/b"}
     assert found["out/a"] == found["out/b"]
@@ -200,7 +201,7 @@ def test_staged_by_two_writers_at_once_leaves_a_whole_artifact_of_one(tmp_path: 
 def test_write_text_replaces_and_leaves_nothing_aside(tmp_path: Path) -> None:
     for text in ("old and longer", "naïve"):
         write_text(tmp_path / "deep/a.txt", text)
-    assert contents(tmp_path) == {"deep/a.txt": "naïve".encode()}
+    assert read_contents(tmp_path) == {"deep/a.txt": "naïve".encode()}
 
 
 @pytest.mark.parametrize("value", [{"b": 1, "a": [None, 0.1, "北京"]}, [], "x", 1e-300])
@@ -223,7 +224,7 @@ def test_read_json_of_a_damaged_file_names_it(tmp_path: Path, raw: bytes) -> Non
 
 
 def test_versions_are_those_installed_sorted_by_name() -> None:
-    found = versions("pyarrow", "numpy")
+    found = get_versions("pyarrow", "numpy")
     assert list(found.items()) == [("numpy", np.__version__), ("pyarrow", pa.__version__)]
 
 
@@ -233,8 +234,8 @@ def test_free_copy_copies_files_but_for_those_left(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     (tmp_path / "from/a").chmod(0o444)
     (tmp_path / "to").mkdir()
-    free_copy(tmp_path / "from", tmp_path / "to", leave=["b"])
-    assert contents(tmp_path / "to") == {"a": b"from/a"}
+    copy_files(tmp_path / "from", tmp_path / "to", exclude=["b"])
+    assert read_contents(tmp_path / "to") == {"a": b"from/a"}
     (tmp_path / "to/a").open("ab").close()  # writable
 
 
@@ -243,7 +244,7 @@ def test_free_copy_copies_files_but_for_those_left(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "dtype"), [(1, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
 def test_token_dtype_is_the_narrowest(size: int, dtype: type) -> None:
-    assert token_dtype(size) == dtype
+    assert choose_token_dtype(size) == dtype
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32, np.int64])
@@ -259,7 +260,7 @@ def test_to_numpy_of_a_slice_gives_the_slice() -> None:
 
 @pytest.mark.parametrize("per_shard", [1, 2, None])
 def test_shards_written_again_are_the_same_bytes(tmp_path: Path, per_shard: int | None) -> None:
-    one, two = (contents(write_documents(tmp_path / name, ROWS, 2, per_shard)) for name in ("one", "two"))
+    one, two = (read_contents(write_documents(tmp_path / name, ROWS, 2, per_shard)) for name in ("one", "two"))
     assert one == two
 
 
@@ -287,7 +288,7 @@ def test_documents_across_batches_and_shards_are_those_written(
     assert documents.num_bytes.tolist() == [10 * len(row) for row in ROWS]
 
 
-@steady
+@no_deadline
 @given(rows=st.lists(st.lists(st.integers(0, 2**16 - 1), max_size=4), max_size=12), at_once=st.integers(1, 5))
 def test_documents_of_any_rows_are_those_written(
     tmp_path_factory: pytest.TempPathFactory, rows: list[list[int]], at_once: int
@@ -309,19 +310,19 @@ def test_blocks_across_batches_and_shards_are_those_written_in_any_order(
 
 
 def test_blocks_of_an_empty_split_name_the_directory(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=f"{tmp_path / 'b'} holds no blocks"):
+    with pytest.raises(StageError, match=f"{tmp_path / 'b'} has no blocks"):
         Blocks(write_blocks(tmp_path / "b", 0, 1))
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_shard_batches_of_a_truncated_shard_names_it(tmp_path: Path, keep: int) -> None:
-    file = list(shard_files(write_documents(tmp_path / "d", ROWS, 2, per_shard=1)))[1]
+    file = list(list_shards(write_documents(tmp_path / "d", ROWS, 2, per_shard=1)))[1]
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(StageError, match=f"{file} is damaged.*dvc repro"):
-        list(shard_batches(tmp_path / "d"))
+        list(read_batches(tmp_path / "d"))
 
 
-@pytest.mark.parametrize("reader", [Documents, Blocks, shard_files])
+@pytest.mark.parametrize("reader", [Documents, Blocks, list_shards])
 def test_reading_a_directory_without_shards_names_it(tmp_path: Path, reader: type) -> None:
-    with pytest.raises(StageError, match=f"{tmp_path} holds no shards"):
+    with pytest.raises(StageError, match=f"{tmp_path} has no shards"):
         reader(tmp_path)

@@ -1,4 +1,4 @@
-"""conf/ against the schemas, and the errors that a wrong value meets."""
+"""The files of conf/ against the schemas, and the errors for invalid values."""
 
 import subprocess
 import sys
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from configs import GROUPS, STAGES, config
+from configs import GROUPS, STAGES, make_config
 
-from stages.core.compose import compose, load
-from stages.core.config import CONF, find, flat, read_yaml
+from stages.core.compose import compose_config, load_config
+from stages.core.config import CONF, find_value, flatten_values, read_yaml
 from stages.core.errors import ConfigError
-from stages.core.pins import pinned_origin
+from stages.core.pins import get_pin
 from stages.tokens.schema import TokenizerSource, TrainedTokenizer
-from tools.check import schema_of
+from tools.check import get_config_class
 
 DEFUNCT = "data/eli5"  # which explains itself
 FILES = sorted(
@@ -33,14 +33,14 @@ def test_config_every_file_composes_in_every_stage_that_has_its_group(stage: str
     if group not in GROUPS[stage] or (stage, file) == ("download", DEFUNCT):
         if (stage, group) != ("group_texts", "task"):  # which has a task, and no configuration of it
             with pytest.raises(ConfigError, match=group):
-                config(stage, f"{group}={name}")
+                make_config(stage, f"{group}={name}")
         return
     if group == "model" and "task" in GROUPS[stage]:
         groups["task"] = task_of(name)
     if group == "task" and "model" in GROUPS[stage]:
         objective = read_yaml(CONF / f"task/{name}.yaml")["objective"]["name"]
         groups["model"] = {"causal": "tiny-gpt2", "mlm": "tiny-roberta"}[objective]
-    assert isinstance(config(stage, **groups), schema_of(stage))
+    assert isinstance(make_config(stage, **groups), get_config_class(stage))
 
 
 @pytest.mark.parametrize("group", ["data", "model", "task"])
@@ -53,7 +53,7 @@ def test_config_files_of_a_group_that_dvc_tracks_by_key_have_the_same_keys(group
 def test_config_hardware_file_has_the_key_that_baseline_and_evaluate_track_and_repeats_nothing(file: Path) -> None:
     values, base = read_yaml(file), read_yaml(CONF / "base/hardware.yaml")
     assert "hardware" in values
-    assert [key for key, value in flat(values) if find(base, key) == value] == []
+    assert [key for key, value in flatten_values(values) if find_value(base, key) == value] == []
 
 
 @pytest.mark.parametrize(
@@ -112,31 +112,33 @@ def test_config_hardware_file_has_the_key_that_baseline_and_evaluate_track_and_r
 )
 def test_config_wrong_value_is_refused_by_name(stage: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        config(stage, *overrides)
+        make_config(stage, *overrides)
     assert message in str(error.value)
 
 
 def test_config_all_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as error:
-        config("train", "seed=-1", "block_size=9999", "batch_size=0", "+trainer.weight_decai=1", "learning_rate=-1")
+        make_config(
+            "train", "seed=-1", "block_size=9999", "batch_size=0", "+trainer.weight_decai=1", "learning_rate=-1"
+        )
     assert len(error.value.problems) == 5
 
 
 def test_config_without_a_task_names_the_tasks_and_nothing_that_depends_on_one() -> None:
     with pytest.raises(ConfigError) as error:
-        load(schema_of("train"), compose("train"))
+        load_config(get_config_class("train"), compose_config("train"))
     assert error.value.problems == ["task is not chosen: add task=NAME; there are causal, mlm"]
 
 
 def test_config_origin_names_what_a_source_is_pinned_to_and_not_where_it_stands() -> None:
-    assert pinned_origin(TokenizerSource(path="o/n", revision="0f")) == {"path": "o/n", "revision": "0f"}
-    assert pinned_origin(TokenizerSource(path="/here/n", files={"a": "0f"})) == {"path": "n", "files": {"a": "0f"}}
+    assert get_pin(TokenizerSource(path="o/n", revision="0f")) == {"path": "o/n", "revision": "0f"}
+    assert get_pin(TokenizerSource(path="/here/n", files={"a": "0f"})) == {"path": "n", "files": {"a": "0f"}}
     trained = TrainedTokenizer(vocab_size=300, special_tokens={})
-    assert pinned_origin(TokenizerSource(train=trained)) is None
+    assert get_pin(TokenizerSource(train=trained)) is None
 
 
 def test_config_warmup_ratio_is_taken_as_the_library_once_did() -> None:
-    assert config("train", "+trainer.warmup_ratio=0.1").trainer["warmup_ratio"] == 0.1
+    assert make_config("train", "+trainer.warmup_ratio=0.1").trainer["warmup_ratio"] == 0.1
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -167,7 +169,7 @@ def test_config_whole_number_beyond_64_bits_in_a_file_is_named(tmp_path: Path, t
     with pytest.raises(ConfigError, match=rf"params\.yaml: a\.b: a whole number of {value.bit_length()} bits"):
         read_yaml(file)
     file.write_text(text.replace("VALUE", str(2**63 - 1)))
-    assert find(read_yaml(file), "a.b") is not None
+    assert find_value(read_yaml(file), "a.b") is not None
 
 
 @pytest.mark.parametrize("digits", ["0x" + "F" * 6000, "1" + "0" * 6000])
@@ -190,4 +192,4 @@ def test_config_whole_number_that_python_does_not_print_is_named(tmp_path: Path,
 )
 def test_config_whole_number_beyond_64_bits_on_the_command_line_is_named(stage: str, key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key.lstrip('+')}: a whole number of 77 bits"):
-        config(stage, f"{key}={10**23}")
+        make_config(stage, f"{key}={10**23}")

@@ -1,10 +1,10 @@
-"""What comes from outside, in messages: in one line, without control characters, never megabytes."""
+"""External text in messages: one short line without control characters."""
 
 import pytest
 from tokenizers import Tokenizer
 
-from stages.core.errors import StageError, is_error, printable, printable_lines, without_controls
-from stages.shell.app import describe_error
+from stages.core.errors import StageError, escape_controls, is_error, printable, printable_lines
+from stages.shell.app import format_error
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_printable_shortens_and_says_how_long_it_was() -> None:
     ],
 )
 def test_without_controls_keeps_text_and_its_lines(text, shown) -> None:
-    assert without_controls(text) == shown
+    assert escape_controls(text) == shown
 
 
 def test_printable_lines_keeps_lines_apart_and_guards_each() -> None:
@@ -58,7 +58,7 @@ def test_is_error_of_a_panic_of_rust_code_though_it_is_no_exception() -> None:
         Tokenizer.from_str(PANICS)
     assert not isinstance(caught.value, Exception)
     assert is_error(caught.value)
-    assert describe_error(caught.value).startswith("PanicException: Precompiled")
+    assert format_error(caught.value).startswith("PanicException: Precompiled")
 
 
 @pytest.mark.parametrize(

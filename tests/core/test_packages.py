@@ -1,4 +1,4 @@
-"""Who may import whom: an arrow never runs back up."""
+"""Allowed imports between packages."""
 
 import ast
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from data_helpers import REPOSITORY
 
-from stages.core.source_code import direct_imports, list_stages
+from stages.core.source_code import find_direct_imports, list_stages
 
 SHARED = {
     "core": set(),
     "shell": {"core"},
     "hub": {"core"},
     "tokens": {"core"},
-    "model": {"core", "hub", "tokens"},  # no shell: what computes knows no terminal
+    "model": {"core", "hub", "tokens"},  # no shell: computation does not depend on a terminal
     "figures": {"core", "model", "tokens"},
     "launch": {"core", "shell", "model"},
 }
@@ -28,7 +28,7 @@ def module_of(file: Path) -> str:
 
 
 def packages_of(module: str) -> set[str]:
-    return {name.split(".")[1] for name in direct_imports(module) if "." in name}
+    return {name.split(".")[1] for name in find_direct_imports(module) if "." in name}
 
 
 @pytest.mark.parametrize("file", MODULES, ids=module_of)
@@ -46,7 +46,7 @@ def test_every_package_is_shared_or_a_stage_or_the_frameworks() -> None:
 def test_framework_imports_no_other_framework(framework: Path) -> None:
     own = module_of(framework)
     for file in framework.parent.rglob("*.py"):
-        others = [name for name in direct_imports(module_of(file)) if name.startswith("stages.frameworks.")]
+        others = [name for name in find_direct_imports(module_of(file)) if name.startswith("stages.frameworks.")]
         assert all(name.startswith(own) for name in others)
 
 

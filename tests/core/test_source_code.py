@@ -1,4 +1,4 @@
-"""What counts as a change of a module's behaviour, and which modules a stage imports."""
+"""Changes of a module's behavior, and the modules that a stage imports."""
 
 import ast
 import subprocess
@@ -12,13 +12,13 @@ from stages.core import source_code
 from stages.core.errors import StageError
 from stages.core.source_code import (
     DYNAMIC_IMPORTS,
-    direct_imports,
-    hash_behaviour,
+    find_direct_imports,
+    find_imported_modules,
+    hash_behavior,
     hash_code,
     hash_definitions,
     hash_source,
-    hashed_names,
-    imported_modules,
+    list_root_modules,
     list_stages,
 )
 
@@ -42,7 +42,7 @@ class Config:
 
 
 def check(value: int, names: list[str]) -> str:
-    """Whether it fits."""
+    """Return True if it fits."""
     # Why this is so.
     assert value > 0, f"value is {value}"
     if value > LIMIT:
@@ -56,7 +56,7 @@ def check(value: int, names: list[str]) -> str:
 def hash_of(tmp_path: Path, text: str) -> str:
     file = tmp_path / f"m{len(list(tmp_path.iterdir()))}.py"
     file.write_text(text, encoding="utf-8")
-    return hash_behaviour(file)
+    return hash_behavior(file)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def hash_of(tmp_path: Path, text: str) -> str:
         ('"""A module."""\n', ""),
         ('    """A config."""\n\n', ""),
         ('    """How large."""\n', ""),
-        ('    """Whether it fits."""\n', '    """Whether it does."""\n    # Or not.\n'),
+        ('    """Return True if it fits."""\n', '    """Return True if it does."""\n    # Or not.\n'),
         ("    # Why this is so.\n", ""),
         ('f"value is {value}"', '"no"'),
         ('assert value > 0, f"value is {value}"', "assert value > 0"),
@@ -82,7 +82,7 @@ def hash_of(tmp_path: Path, text: str) -> str:
 )
 def test_hash_of_code_that_behaves_the_same_stays(tmp_path: Path, old: str, new: str) -> None:
     assert old in MODULE
-    if "join" in old and "join" not in new:  # what is called to make a text still counts
+    if "join" in old and "join" not in new:  # a call within a message still counts
         return
     assert hash_of(tmp_path, MODULE) == hash_of(tmp_path, MODULE.replace(old, new))
 
@@ -126,7 +126,7 @@ def test_hash_of_a_file_that_is_no_python_names_it(monkeypatch: pytest.MonkeyPat
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages/broken.py").write_text("def f(:\n", encoding="utf-8")
     with pytest.raises(StageError, match=r"stages/broken.py cannot be read as Python: .*line 1"):
-        hash_behaviour(tmp_path / "stages/broken.py")
+        hash_behavior(tmp_path / "stages/broken.py")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_hash_of_a_file_that_is_no_python_names_it(monkeypatch: pytest.MonkeyPat
         ("LIMIT = 3", "LIMIT = 4", {"LIMIT"}),
         ("size: int", "size: float", {"Config"}),
         ("import logging", "import logging.config", {"imports"}),
-        ('"""Whether it fits."""', '"""If it fits."""', set()),
+        ('"""Return True if it fits."""', '"""Check that it fits."""', set()),
         ("is too large", "is above it", set()),
         ("    # Why this is so.\n", "", set()),
     ],
@@ -173,9 +173,9 @@ def test_imports_are_followed_through_functions_and_packages_and_not_through_typ
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.setattr(source_code, "PACKAGE", tmp_path / "stages")
-    direct_imports.cache_clear()
-    found = imported_modules("stages.a.one")
-    direct_imports.cache_clear()
+    find_direct_imports.cache_clear()
+    found = find_imported_modules("stages.a.one")
+    find_direct_imports.cache_clear()
     assert found == {
         *("stages", "stages.a", "stages.a.one", "stages.b", "stages.b.two", "stages.c", "stages.c.three", "stages.e")
     }
@@ -183,7 +183,7 @@ def test_imports_are_followed_through_functions_and_packages_and_not_through_typ
 
 @pytest.mark.parametrize("stage", list_stages())
 def test_code_of_a_stage_holds_every_module_that_its_process_loads(stage: str) -> None:
-    name = next(iter(sorted(hashed_names(stage), reverse=True)))  # of train, the Trainer's
+    name = next(iter(sorted(list_root_modules(stage), reverse=True)))  # of train, the Trainer's
     program = f"import sys, stages.{stage}.__main__\nprint(*(m for m in sys.modules if m.split('.')[0] == 'stages'))"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) <= hash_code(name).keys()

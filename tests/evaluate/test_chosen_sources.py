@@ -1,4 +1,4 @@
-"""Scores of a task with chosen sources: each document is that of its record, whatever was left out before it."""
+"""Scores of a task with chosen sources: each document belongs to its record, also after records that were left out."""
 
 from pathlib import Path
 from typing import Any

@@ -11,21 +11,21 @@ import pytest
 import torch
 import transformers
 from conftest import EXTRA_TEXTS
-from data_helpers import contents
+from data_helpers import read_contents
 
 from stages.core.artifacts import Documents, read_json
-from stages.core.config import flat
-from stages.core.errors import ConfigError, StageError, without_controls
-from stages.figures.groups import NONE, ratio_with_error
+from stages.core.config import flatten_values
+from stages.core.errors import ConfigError, StageError, escape_controls
+from stages.figures.groups import NONE, compute_ratio_with_error
 from stages.figures.metrics import score_documents
-from stages.figures.samples import make_samples, write_page
+from stages.figures.samples import format_page, make_samples
 from stages.figures.schema import Samples
-from stages.figures.scores import read_scores, scores_in
+from stages.figures.scores import get_scores, read_scores
 from stages.figures.texts import SplitTexts
 from stages.model.objectives import make_objective
-from stages.model.trained import load_trained
+from stages.model.trained import load_trained_model
 from stages.tokenize.stage import tokenize_split
-from stages.tokens.encoding import Tokenizers
+from stages.tokens.encoding import TokenizersEngine
 from stages.tokens.texts import Flatten, TextFile
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 
@@ -37,7 +37,7 @@ LOSS = {"causal": "loss", "mlm": "masked_loss"}
 PERPLEXITY = {"causal": "perplexity", "mlm": "masked_perplexity"}
 
 
-def metrics_of(root, task):
+def read_metrics(root, task):
     return read_json(root / "evaluation/metrics.json")[task]
 
 
@@ -64,7 +64,7 @@ def test_baseline_of_an_untrained_model_is_near_uniform_over_the_vocabulary(trai
 def test_baseline_run_twice_gives_the_same_bytes(trained, run_toy, tmp_path, task):
     run_toy("baseline", task, tmp_path)
     assert (tmp_path / "baseline.json").read_bytes() == (trained[task] / "baseline.json").read_bytes()
-    assert contents(tmp_path / "baseline") == contents(trained[task] / "baseline")
+    assert read_contents(tmp_path / "baseline") == read_contents(trained[task] / "baseline")
 
 
 def test_baseline_with_another_seed_differs(trained, run_toy, tmp_path):
@@ -82,7 +82,7 @@ def test_baseline_of_a_context_above_the_models_positions_is_a_config_error(comp
 
 @pytest.mark.parametrize("task", TASKS)
 def test_evaluate_of_a_trained_model_gives_the_figures_of_both_splits_with_the_same_keys(trained, task):
-    metrics, before = metrics_of(trained[task], task), read_json(trained[task] / "baseline.json")[task]
+    metrics, before = read_metrics(trained[task], task), read_json(trained[task] / "baseline.json")[task]
     name = METRIC[task]
     keys = [name, f"{name}_se", f"base_{name}", LOSS[task], PERPLEXITY[task], "documents", "tokens", "bytes", "groups"]
     assert list(metrics) == list(SPLITS)
@@ -94,7 +94,7 @@ def test_evaluate_of_a_trained_model_gives_the_figures_of_both_splits_with_the_s
 
 @pytest.mark.parametrize("task", TASKS)
 def test_evaluate_after_training_is_better_than_before(trained, task):
-    metrics = metrics_of(trained[task], task)
+    metrics = read_metrics(trained[task], task)
     assert metrics["test"][METRIC[task]] < metrics["test"][f"base_{METRIC[task]}"]
 
 
@@ -105,9 +105,9 @@ def test_evaluate_run_twice_gives_the_same_bytes(trained, run_toy, tmp_path, tas
     run_toy("evaluate", task, root, *again)
     assert (tmp_path / "metrics.json").read_bytes() == (root / "metrics.json").read_bytes()
     assert (tmp_path / "samples.md").read_bytes() == (root / "samples.md").read_bytes()
-    assert contents(tmp_path / "evaluation") == contents(root / "evaluation")
+    assert read_contents(tmp_path / "evaluation") == read_contents(root / "evaluation")
     files = {f"{directory}{split}.parquet" for directory in ("", "tokens/") for split in SPLITS}
-    assert contents(tmp_path / "evaluation").keys() == {"metrics.json", *files}
+    assert read_contents(tmp_path / "evaluation").keys() == {"metrics.json", *files}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -121,7 +121,7 @@ def test_evaluate_on_blocks_of_another_size_gives_the_same_document_metric_to_al
         f"report={tmp_path}/evaluation",
     ]
     run_toy("evaluate", task, trained[task], *more)
-    at_16, at_8 = metrics_of(trained[task], task), metrics_of(tmp_path, task)
+    at_16, at_8 = read_metrics(trained[task], task), read_metrics(tmp_path, task)
     for split in SPLITS:
         assert at_8[split][METRIC[task]] == at_16[split][METRIC[task]]
         assert at_8[split][f"{METRIC[task]}_se"] == at_16[split][f"{METRIC[task]}_se"]
@@ -139,38 +139,38 @@ def test_evaluate_at_another_batch_size_gives_equal_figures(trained, run_toy, tm
     ]
     run_toy("evaluate", task, trained[task], *more)
     for split in SPLITS:
-        found, expected = (dict(flat(metrics_of(root, task)[split])) for root in (tmp_path, trained[task]))
+        found, expected = (dict(flatten_values(read_metrics(root, task)[split])) for root in (tmp_path, trained[task]))
         assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_evaluate_gives_the_document_metric_of_the_saved_model(trained, corpus, task):
     tokens, vocabulary = corpus / "tokens" / task, Vocabulary.read(corpus / "tokens" / task)
-    model, texts = load_trained(task, trained[task] / "model"), SplitTexts(Documents(tokens / "test"), vocabulary)
+    model, texts = load_trained_model(task, trained[task] / "model"), SplitTexts(Documents(tokens / "test"), vocabulary)
     scores, _ = score_documents(model, make_objective(task, vocabulary), texts, np.arange(len(texts)), 16, 4096)
-    figure = ratio_with_error(scores.bits, scores.num_bytes)[0]
-    assert figure == metrics_of(trained[task], task)["test"][METRIC[task]]
+    figure = compute_ratio_with_error(scores.bits, scores.num_bytes)[0]
+    assert figure == read_metrics(trained[task], task)["test"][METRIC[task]]
 
 
-def test_evaluate_with_max_documents_counts_those_alone(trained, run_toy, tmp_path):
+def test_evaluate_with_max_documents_counts_only_those(trained, run_toy, tmp_path):
     run_toy("baseline", "causal", tmp_path, "evaluate.max_documents=3")
     more = ["evaluate.max_documents=3", f"trained={trained['causal']}/model"]
     run_toy("evaluate", "causal", tmp_path, *more)
-    metrics = metrics_of(tmp_path, "causal")
+    metrics = read_metrics(tmp_path, "causal")
     assert [metrics[split]["documents"] for split in SPLITS] == [3, 3]
-    assert metrics["test"]["bits_per_byte_se"] > metrics_of(trained["causal"], "causal")["test"]["bits_per_byte_se"]
+    assert metrics["test"]["bits_per_byte_se"] > read_metrics(trained["causal"], "causal")["test"]["bits_per_byte_se"]
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_evaluate_scores_have_a_row_a_document_from_which_the_metrics_follow(trained, corpus, task):
-    metrics, raw = metrics_of(trained[task], task), pq.read_table(corpus / "raw/test.parquet")
+def test_evaluate_scores_have_one_row_per_document_from_which_the_metrics_follow(trained, corpus, task):
+    metrics, raw = read_metrics(trained[task], task), pq.read_table(corpus / "raw/test.parquet")
     table = read_scores(trained[task] / "evaluation/test.parquet")
     assert table.schema.names == ["record", "source", "groups", "bytes", "tokens", "bits_before", "bits_after"]
     assert table.column("record").to_pylist() == list(range(len(raw)))
     assert table.select(["source", "groups"]) == raw.select(["source", "groups"])
     for name, bits in ((METRIC[task], "bits_after"), (f"base_{METRIC[task]}", "bits_before")):
-        scores = scores_in(table, bits)
-        assert ratio_with_error(scores.bits, scores.num_bytes)[0] == metrics["test"][name]
+        scores = get_scores(table, bits)
+        assert compute_ratio_with_error(scores.bits, scores.num_bytes)[0] == metrics["test"][name]
     sizes = [len(record["text"][0].encode()) for record in raw.column("answers").to_pylist()]
     assert table.column("bytes").to_pylist() == sizes
 
@@ -182,14 +182,14 @@ def test_evaluate_keeps_the_bits_of_tokens_which_add_up_to_the_scores(trained, c
     tokens = pq.read_table(trained[task] / "evaluation/tokens/test.parquet")
     assert tokens.column("record") == table.column("record")
     for row, (ids, bits) in enumerate(zip(*(tokens.column(name) for name in ("input_ids", "bits")), strict=True)):
-        assert ids.as_py() == vocabulary.text_tokens(documents[row]).tolist()
+        assert ids.as_py() == vocabulary.select_text_tokens(documents[row]).tolist()
         assert math.fsum(bits.as_py()) == pytest.approx(table.column("bits_after")[row].as_py(), rel=1e-6)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_evaluate_groups_have_the_figures_of_their_documents_alone(trained, task):
+def test_evaluate_groups_have_the_figures_of_their_documents(trained, task):
     for split in SPLITS:
-        whole = metrics_of(trained[task], task)[split]
+        whole = read_metrics(trained[task], task)[split]
         assert whole["groups"].keys() == {"source", "verb", "number"}
         (everything,) = whole["groups"]["source"].values()
         assert everything[METRIC[task]] == whole[METRIC[task]]
@@ -206,7 +206,9 @@ def test_evaluate_groups_have_the_figures_of_their_documents_alone(trained, task
 
 def test_evaluate_of_scores_of_other_documents_is_an_error_that_names_the_command(trained, run_toy, tmp_path):
     more = [f"out={tmp_path}/metrics.json", f"report={tmp_path}/evaluation", "evaluate.max_documents=3"]
-    with pytest.raises(StageError, match=r"validation\.parquet is of other documents .* `dvc repro baseline@causal`"):
+    with pytest.raises(
+        StageError, match=r"validation\.parquet has the scores of other documents.* `dvc repro baseline@causal`"
+    ):
         run_toy("evaluate", "causal", trained["causal"], *more)
     assert not (tmp_path / "metrics.json").exists()
 
@@ -216,7 +218,7 @@ def test_evaluate_of_scores_of_other_documents_is_an_error_that_names_the_comman
 
 @pytest.fixture(scope="module", params=TASKS)
 def with_texts(request, trained, run_toy, tmp_path_factory):
-    """The task, and the outs of baseline and evaluate with two sources more."""
+    """The task, and the outputs of baseline and evaluate with two additional sources."""
     root, task = tmp_path_factory.mktemp("texts"), request.param
     run_toy("baseline", task, root, "evaluate.texts=[held_out,split]")
     run_toy("evaluate", task, root, "evaluate.texts=[held_out,split]", f"trained={trained[task]}/model")
@@ -225,7 +227,7 @@ def with_texts(request, trained, run_toy, tmp_path_factory):
 
 def test_evaluate_texts_have_figures_of_their_own_and_change_no_other(with_texts, trained):
     task, root = with_texts
-    metrics, plain = metrics_of(root, task), metrics_of(trained[task], task)
+    metrics, plain = read_metrics(root, task), read_metrics(trained[task], task)
     assert list(metrics) == [*SPLITS, "texts"]
     assert {split: metrics[split] for split in SPLITS} == plain
     assert (root / "metrics.json").read_bytes() == (trained[task] / "metrics.json").read_bytes()
@@ -256,15 +258,18 @@ def test_evaluate_texts_in_one_file_and_in_three_give_the_same_scores(with_texts
 
 
 def test_evaluate_texts_are_encoded_as_tokenize_does(with_texts, corpus, trained, tmp_path):
-    """What tokenize makes of the same records, as a split, has the same scores to the last digit."""
+    """A split that tokenize writes from the same records has the same scores to the last digit."""
     task, root = with_texts
     vocabulary = Vocabulary.read(corpus / "tokens" / task)
     file = TextFile(corpus / "sources/held_out/all.parquet", FLATTEN)
-    encode = Tokenizers(load_tokenizer(corpus / "tokens" / task / "tokenizer"))
+    encode = TokenizersEngine(load_tokenizer(corpus / "tokens" / task / "tokenizer"))
     tokenize_split(file, encode, vocabulary, tmp_path / "split", decoder=None)
-    model, texts = load_trained(task, trained[task] / "model"), SplitTexts(Documents(tmp_path / "split"), vocabulary)
+    model, texts = (
+        load_trained_model(task, trained[task] / "model"),
+        SplitTexts(Documents(tmp_path / "split"), vocabulary),
+    )
     scores, _ = score_documents(model, make_objective(task, vocabulary), texts, np.arange(len(texts)), 16, 4096)
-    found = scores_in(read_scores(root / "evaluation/texts-held_out.parquet"), "bits_after")
+    found = get_scores(read_scores(root / "evaluation/texts-held_out.parquet"), "bits_after")
     assert all(np.array_equal(one, other) for one, other in zip(scores, found, strict=True))
 
 
@@ -279,7 +284,7 @@ def test_baseline_of_texts_that_are_not_there_names_the_sources_of_params(run_to
     params = tmp_path / "params.yaml"
     params.write_text("sources:\n  held_out: {name: files, path: a}\n  other: {name: files, path: b}\n")
     monkeypatch.setattr("stages.figures.texts.PARAMS", params)
-    with pytest.raises(StageError, match=r"names missing, but .*/sources/missing holds no records; .* held_out, other"):
+    with pytest.raises(StageError, match=r"names missing, but .*/sources/missing has no records; .* held_out, other"):
         run_toy("baseline", "causal", tmp_path, "evaluate.texts=[missing]")
     assert not (tmp_path / "baseline.json").exists()
 
@@ -330,7 +335,7 @@ def test_metrics_file_is_json_that_reads_well(trained):
 
 @pytest.mark.parametrize(("task", "short"), [("causal", "bpb"), ("mlm", "pseudo_bpb")])
 def test_metrics_file_holds_the_headline_metrics_of_the_report_under_the_tasks_name(trained, task, short):
-    report = metrics_of(trained[task], task)
+    report = read_metrics(trained[task], task)
     headline = {"val": {short: report["validation"][METRIC[task]]}, "test": {short: report["test"][METRIC[task]]}}
     assert read_json(trained[task] / "metrics.json") == {task: headline}
 
@@ -338,14 +343,14 @@ def test_metrics_file_holds_the_headline_metrics_of_the_report_under_the_tasks_n
 # -- samples -----------------------------------------------------------------------------------------------------------
 
 
-def said(trained, corpus, task, **settings):
-    """What the trained model says to a prompt."""
+def sample_trained(trained, corpus, task, **settings):
+    """Return the samples of the trained model."""
     defaults = {
         "causal": {"seed": 0, "max_new_tokens": 10, "temperature": 1.0, "top_k": 20, "prompts": ["Rain falls"]},
         "mlm": {"seed": 0, "top_k": 5, "prompts": ["Rain falls when {mask} cools."]},
     }
     tokens = corpus / "tokens" / task
-    model = load_trained(task, trained[task] / "model")
+    model = load_trained_model(task, trained[task] / "model")
     config = Samples(**{**defaults[task], **settings})
     return make_samples(config, task, model, 64, tokens / "tokenizer", Vocabulary.read(tokens), FLATTEN)
 
@@ -362,41 +367,42 @@ def test_samples_of_the_default_prompts_hold_each_of_them(trained, compose_stage
 @pytest.mark.parametrize("hostile", ["\x1b[2J", "a\rb", "\x9b31m", "\u202e", "\x07"])
 def test_samples_of_a_prompt_with_control_characters_hold_none(trained, corpus, task, hostile):
     prompt = f"Rain {hostile} falls" + (" {mask}" if task == "mlm" else "")
-    samples = said(trained, corpus, task, prompts=[prompt])
-    page = write_page(task, samples, samples)
-    assert without_controls(page) == page
-    assert f"Rain {without_controls(hostile)} falls" in page
+    samples = sample_trained(trained, corpus, task, prompts=[prompt])
+    page = format_page(task, samples, samples)
+    assert escape_controls(page) == page
+    assert f"Rain {escape_controls(hostile)} falls" in page
 
 
-def test_samples_of_a_causal_model_depend_on_the_seed_alone(trained, corpus):
-    first = said(trained, corpus, "causal")
+def test_samples_of_a_causal_model_depend_only_on_the_seed(trained, corpus):
+    first = sample_trained(trained, corpus, "causal")
     torch.rand(3)
-    assert said(trained, corpus, "causal") == first
-    assert said(trained, corpus, "causal", seed=1) != first
+    assert sample_trained(trained, corpus, "causal") == first
+    assert sample_trained(trained, corpus, "causal", seed=1) != first
 
 
-def test_samples_of_the_likeliest_token_alone_are_transformers_greedy_completion(trained, corpus):
+def test_samples_of_only_the_likeliest_token_are_transformers_greedy_completion(trained, corpus):
     tokens = corpus / "tokens" / "causal"
     tokenizer, end = load_tokenizer(tokens / "tokenizer"), Vocabulary.read(tokens).special["eos_token"]
-    model = load_trained("causal", trained["causal"] / "model")
+    model = load_trained_model("causal", trained["causal"] / "model")
     given = torch.tensor([[end, *tokenizer.encode("Rain falls").ids]])
     settings = transformers.GenerationConfig(max_new_tokens=10, do_sample=False, eos_token_id=end, pad_token_id=end)
     greedy = model.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)[0, 1:].tolist()
     completed = tokenizer.decode(greedy, skip_special_tokens=True).removeprefix("Rain falls")
-    assert said(trained, corpus, "causal", top_k=1) == [{"prompt": "Rain falls", "completion": completed}]
+    assert sample_trained(trained, corpus, "causal", top_k=1) == [{"prompt": "Rain falls", "completion": completed}]
 
 
 def test_samples_longer_than_the_models_positions_end_there(trained, corpus):
     # The model has 64 positions, and at this temperature all tokens are alike, so that it rarely ends by itself.
     settings = {"temperature": 1e6, "top_k": 300, "seed": 1}
     at_64, beyond = (
-        said(trained, corpus, "causal", max_new_tokens=number, **settings)[0]["completion"] for number in (60, 500)
+        sample_trained(trained, corpus, "causal", max_new_tokens=number, **settings)[0]["completion"]
+        for number in (60, 500)
     )
     assert len(beyond) >= len(at_64) > 60
 
 
 def test_samples_of_a_masked_model_are_its_likeliest_tokens_in_order(trained, corpus):
-    (sample,) = said(trained, corpus, "mlm", top_k=4)
+    (sample,) = sample_trained(trained, corpus, "mlm", top_k=4)
     shares = [share for _, share in sample["tokens"]]
     assert len(shares) == 4
     assert shares == sorted(shares, reverse=True)
@@ -406,17 +412,17 @@ def test_samples_of_a_masked_model_are_its_likeliest_tokens_in_order(trained, co
 def test_samples_of_a_masked_model_agree_with_the_fill_mask_pipeline(trained, corpus):
     fill = transformers.pipeline("fill-mask", model=str(trained["mlm"] / "model"), device="cpu")
     expected = [item["score"] for item in fill("Rain falls when <mask> cools.", top_k=5)]
-    (sample,) = said(trained, corpus, "mlm", prompts=["Rain falls when {mask} cools."])
+    (sample,) = sample_trained(trained, corpus, "mlm", prompts=["Rain falls when {mask} cools."])
     assert [share for _, share in sample["tokens"]] == pytest.approx(expected, rel=1e-5)
 
 
 def test_samples_page_shows_each_prompt_before_and_after_training():
     before, after = ([{"prompt": "Why", "completion": text}] for text in (" a\nb", " because"))
-    assert write_page("causal", before, after).splitlines()[2:] == [
+    assert format_page("causal", before, after).splitlines()[2:] == [
         *("> before training: **Why** a", "> b", "", "> after training: **Why** because"),
     ]
     before, after = ([{"prompt": "a {mask}", "tokens": [["x|", share], ["y", 0.01]]}] for share in (0.5, 0.25))
-    assert write_page("mlm", before, after).splitlines()[2:] == [
+    assert format_page("mlm", before, after).splitlines()[2:] == [
         "**a \\_\\_\\_**",
         "",
         "| before training | probability | after training | probability |",
@@ -427,11 +433,11 @@ def test_samples_page_shows_each_prompt_before_and_after_training():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_evaluate_shows_what_the_untrained_model_said(trained, task):
+def test_evaluate_shows_what_the_untrained_model_sample_trained(trained, task):
     before = read_json(trained[task] / "baseline/samples.json")
     page = (trained[task] / "samples.md").read_text()
     if task == "causal":
-        assert all(without_controls(sample["completion"]).split("\n")[0] in page for sample in before)
+        assert all(escape_controls(sample["completion"]).split("\n")[0] in page for sample in before)
     else:
         shares = [f"{share:.1%}" for sample in before for _, share in sample["tokens"]]
         assert [row.split("|")[2].strip() for row in page.splitlines() if row.startswith("| `")] == shares

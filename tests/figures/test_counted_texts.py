@@ -1,11 +1,11 @@
-"""Metrics of documents of which only a part counts, against brute force."""
+"""Metrics of documents with prompts that do not count, against brute force."""
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from data_helpers import write_bpe, write_chat_bpe, write_conversations, write_questions, write_shards
 from test_metrics import brute_force_causal, brute_force_masked
-from toys import VOCABULARY, text_ids, toy_model, wrapped
+from toys import VOCABULARIES, add_control_tokens, draw_text_ids, make_toy_model
 
 from stages.core.artifacts import COUNTED, TEMPLATE, Documents, to_arrow, write_json
 from stages.figures.metrics import score_documents
@@ -13,18 +13,18 @@ from stages.figures.texts import SourceTexts, SplitTexts
 from stages.model.objectives import make_objective
 from stages.tokenize.stage import tokenize_split
 from stages.tokens.chat import read_chat_template
-from stages.tokens.encoding import Tokenizers
+from stages.tokens.encoding import TokenizersEngine
 from stages.tokens.texts import Flatten, TextFile
-from stages.tokens.vocabulary import load_tokenizer, vocabulary_of
+from stages.tokens.vocabulary import build_vocabulary, load_tokenizer
 
 LENGTHS = [12, 0, 30, 7]
 
 
 def save_marked(directory, task):
-    """Documents of which the second half of the text counts, and their texts."""
-    vocabulary = VOCABULARY[task]
-    texts = [text_ids(length, seed).tolist() for seed, length in enumerate(LENGTHS)]
-    ids = [wrapped(task, text)[len(vocabulary.lead) :] for text in texts]
+    """Write documents in which only the second half of the text counts; return them and their texts."""
+    vocabulary = VOCABULARIES[task]
+    texts = [draw_text_ids(length, seed).tolist() for seed, length in enumerate(LENGTHS)]
+    ids = [add_control_tokens(task, text)[len(vocabulary.lead) :] for text in texts]
     marks = []
     for text, row in zip(texts, ids, strict=True):
         own = [0] * len(vocabulary.prefix) + [COUNTED * (place >= len(text) // 2) for place in range(len(text))]
@@ -44,9 +44,11 @@ def save_marked(directory, task):
 @pytest.mark.parametrize("include_prompts", [False, True])
 def test_bits_of_documents_with_prompts_are_those_of_what_counts(tmp_path, context, include_prompts):
     documents, texts = save_marked(tmp_path, "causal")
-    model, records = toy_model("gpt2"), np.arange(len(texts))
-    split = SplitTexts(documents, VOCABULARY["causal"], include_prompts)
-    scores, tokens = score_documents(model, make_objective("causal", VOCABULARY["causal"]), split, records, context, 64)
+    model, records = make_toy_model("gpt2"), np.arange(len(texts))
+    split = SplitTexts(documents, VOCABULARIES["causal"], include_prompts)
+    scores, tokens = score_documents(
+        model, make_objective("causal", VOCABULARIES["causal"]), split, records, context, 64
+    )
     expected = brute_force_causal(model, texts, context)
     if not include_prompts:
         expected = [[0.0] * (len(row) // 2) + row[len(row) // 2 :] for row in expected]
@@ -60,28 +62,32 @@ def test_bits_of_documents_with_prompts_are_those_of_what_counts(tmp_path, conte
 
 def test_pseudo_bits_of_documents_with_prompts_mask_what_counts_and_see_the_rest(tmp_path):
     documents, texts = save_marked(tmp_path, "mlm")
-    model, objective = toy_model("roberta"), make_objective("mlm", VOCABULARY["mlm"])
+    model, objective = make_toy_model("roberta"), make_objective("mlm", VOCABULARIES["mlm"])
     score = lambda split: score_documents(model, objective, split, np.arange(len(texts)), 64, 64)[0]  # noqa: E731
-    whole = score(SplitTexts(documents, VOCABULARY["mlm"], include_prompts=True))
+    whole = score(SplitTexts(documents, VOCABULARIES["mlm"], include_prompts=True))
     np.testing.assert_allclose(whole.bits, [sum(row) for row in brute_force_masked(model, texts, 64)], rtol=1e-5)
-    part = score(SplitTexts(documents, VOCABULARY["mlm"]))
+    part = score(SplitTexts(documents, VOCABULARIES["mlm"]))
     assert part.num_tokens.tolist() == [length - length // 2 for length in LENGTHS]
     assert (part.bits[[0, 2, 3]] < whole.bits[[0, 2, 3]]).all()
 
 
 def write_split(root, file, flatten, wrap, template=None):
-    """What tokenize makes of a file of records."""
+    """Tokenize a file of records, and return the split."""
     tokenizer = load_tokenizer(root / "tokenizer")
-    vocabulary = vocabulary_of(tokenizer, root / "tokenizer", wrap, ["eos_token"])
+    vocabulary = build_vocabulary(tokenizer, root / "tokenizer", wrap, ["eos_token"])
     write_json(root / "stats.json", {"vocabulary": vars(vocabulary)})
     tokenize_split(
-        TextFile(file, flatten, template=template), Tokenizers(tokenizer), vocabulary, root / "split", decoder=None
+        TextFile(file, flatten, template=template),
+        TokenizersEngine(tokenizer),
+        vocabulary,
+        root / "split",
+        decoder=None,
     )
     return SplitTexts(Documents(root / "split"), vocabulary)
 
 
 def equal_texts(one, other):
-    pairs = zip(one.read(np.arange(len(one))), other.read(np.arange(len(other))), strict=True)
+    pairs = zip(one.read_texts(np.arange(len(one))), other.read_texts(np.arange(len(other))), strict=True)
     for ours, theirs in pairs:
         assert ours.ids.tolist() == theirs.ids.tolist()
         assert ours.num_bytes == theirs.num_bytes
@@ -103,30 +109,30 @@ def test_source_of_conversations_is_encoded_as_tokenize_does_and_predicts_no_con
     file = write_conversations(tmp_path / "a.parquet", talks, rows=1)
     directory = write_chat_bpe(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(directory)
-    vocabulary = vocabulary_of(tokenizer, directory, "none", ["eos_token"])
+    vocabulary = build_vocabulary(tokenizer, directory, "none", ["eos_token"])
     template = read_chat_template(directory, tokenizer, vocabulary.special)
     flatten = Flatten(messages=True)
     split = write_split(tmp_path, file, flatten, "none", template)
     assert equal_texts(SourceTexts("extra", [file], flatten, tmp_path), split) == 2
     documents = Documents(tmp_path / "split")
-    for number, text in enumerate(split.read(np.arange(2))):
-        assert (documents.marks(number)[text.is_predicted] & (TEMPLATE | COUNTED) == COUNTED).all()
+    for number, text in enumerate(split.read_texts(np.arange(2))):
+        assert (documents.get_marks(number)[text.is_predicted] & (TEMPLATE | COUNTED) == COUNTED).all()
         assert tokenizer.decode(text.ids[text.is_predicted].tolist()) == ["So.", "BC"][number]
 
 
 def test_scores_of_models_that_take_conversations_predict_the_first_counted_token(tmp_path):
-    """Nothing wraps a conversation, so that its windows begin with its own first token."""
-    vocabulary = VOCABULARY["causal"].__class__(
-        size=VOCABULARY["causal"].size, special=VOCABULARY["causal"].special, prefix=[], suffix=[], lead=[]
+    """No control token precedes a conversation, so its windows begin with its first token."""
+    vocabulary = VOCABULARIES["causal"].__class__(
+        size=VOCABULARIES["causal"].size, special=VOCABULARIES["causal"].special, prefix=[], suffix=[], lead=[]
     )
     documents, texts = save_marked(tmp_path, "causal")
-    model = toy_model("gpt2")
+    model = make_toy_model("gpt2")
     found = SplitTexts(documents, vocabulary)
     scores, _ = score_documents(model, make_objective("causal", vocabulary), found, np.arange(len(texts)), 64, 64)
-    # Each document by itself, the end-of-sequence token that was put behind it included.
+    # Each document separately, including the end-of-sequence token after it.
     expected = []
     for text in texts:
-        stream = wrapped("causal", text)[1:]
+        stream = add_control_tokens("causal", text)[1:]
         row = brute_force_causal(model, [stream[1:]], 64, end=stream[0])[0]
         expected.append(sum(row[max(0, len(text) // 2 - 1) :]))
     np.testing.assert_allclose(scores.bits, expected, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Figures by group: they add up to the whole, and each is that of its documents alone."""
+"""Figures by group: they add up to the total, and each is computed only from its documents."""
 
 import json
 import math
@@ -6,18 +6,18 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
-from data_helpers import steady
+from data_helpers import no_deadline
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.figures.groups import (
-    MOST_VALUES,
+    MAX_VALUES,
     NONE,
     OTHERS,
-    document_figures,
-    figures_by_group,
-    ratio_with_error,
-    value_name,
+    compute_document_figures,
+    compute_group_figures,
+    compute_ratio_with_error,
+    format_value_name,
 )
 from stages.figures.scores import Scores
 
@@ -30,8 +30,8 @@ DOCUMENTS = st.lists(
 )
 
 
-def table_of(rows, values=None):
-    """Scores of documents: a value of the group `g`, bytes, tokens, bits before and after, of each."""
+def make_table(rows, values=None):
+    """Return the table of scores for rows of (value of group `g`, bytes, tokens, bits before, bits after)."""
     columns = list(zip(*rows, strict=True))
     groups = pa.StructArray.from_arrays([pa.array(columns[0] if values is None else values, pa.string())], ["g"])
     return pa.table(
@@ -47,16 +47,16 @@ def table_of(rows, values=None):
     )
 
 
-def scores_of(rows):
+def make_scores(rows):
     _, num_bytes, num_tokens, _, bits = zip(*rows, strict=True)
     return Scores(np.array(num_bytes), np.array(num_tokens), np.array(bits))
 
 
-@steady
+@no_deadline
 @given(DOCUMENTS)
 def test_groups_of_any_documents_add_up_to_the_whole(rows):
-    whole = scores_of(rows)
-    for values in figures_by_group("bpb", table_of(rows)).values():
+    whole = make_scores(rows)
+    for values in compute_group_figures("bpb", make_table(rows)).values():
         for key, total in (
             ("documents", len(rows)),
             ("bytes", whole.num_bytes.sum()),
@@ -68,31 +68,31 @@ def test_groups_of_any_documents_add_up_to_the_whole(rows):
             assert math.fsum(figures[key] for figures in values.values()) == pytest.approx(total, rel=1e-12)
 
 
-@steady
+@no_deadline
 @given(DOCUMENTS)
 def test_groups_of_any_documents_have_the_figures_of_their_own_documents(rows):
-    found = figures_by_group("bpb", table_of(rows))["g"]
+    found = compute_group_figures("bpb", make_table(rows))["g"]
     assert list(found) == sorted(found, key=lambda name: -found[name]["bytes"])
     for value in {row[0] for row in rows}:
-        figures, own = found[value_name(value)], scores_of([row for row in rows if row[0] == value])
+        figures, own = found[format_value_name(value)], make_scores([row for row in rows if row[0] == value])
         assert figures["documents"] == len(own.bits)
         assert ("bpb" in figures) == ("base_bpb" in figures) == bool(own.num_bytes.any())
         assert ("bpb_se" in figures) == (len(own.bits) > 1 and bool(own.num_bytes.any()))
         if "bpb_se" in figures:
-            assert (figures["bpb"], figures["bpb_se"]) == ratio_with_error(own.bits, own.num_bytes)
+            assert (figures["bpb"], figures["bpb_se"]) == compute_ratio_with_error(own.bits, own.num_bytes)
 
 
-@steady
+@no_deadline
 @given(DOCUMENTS)
 def test_groups_with_more_values_than_have_figures_of_their_own_sum_up_the_rest(rows):
     many = [row for row in rows for _ in range(5)]
     values = [f"{index % 150}" for index in range(len(many))]
-    found = figures_by_group("bpb", table_of(many, values))["g"]
+    found = compute_group_figures("bpb", make_table(many, values))["g"]
     distinct = len(set(values))
-    assert len(found) == min(distinct, MOST_VALUES + 1)
+    assert len(found) == min(distinct, MAX_VALUES + 1)
     assert sum(figures["bytes"] for figures in found.values()) == sum(row[1] for row in many)
-    if distinct > MOST_VALUES:
-        assert list(found)[-1] == OTHERS and found[OTHERS]["values"] == distinct - MOST_VALUES
+    if distinct > MAX_VALUES:
+        assert list(found)[-1] == OTHERS and found[OTHERS]["values"] == distinct - MAX_VALUES
         smallest = min(figures["bytes"] for name, figures in found.items() if name != OTHERS)
         sizes = [sum(row[1] for row, own in zip(many, values, strict=True) if own == v) for v in set(values) - {*found}]
         assert max(sizes) <= smallest
@@ -100,7 +100,7 @@ def test_groups_with_more_values_than_have_figures_of_their_own_sum_up_the_rest(
 
 @given(st.lists(VALUES, unique=True))
 def test_value_names_of_different_values_differ(values):
-    assert len({value_name(value) for value in values}) == len(values)
+    assert len({format_value_name(value) for value in values}) == len(values)
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def test_value_names_of_different_values_differ(values):
     ],
 )
 def test_value_name_is_the_value_unless_it_could_be_taken_for_another(value, name):
-    assert value_name(value) == name
+    assert format_value_name(value) == name
 
 
-def test_groups_that_no_record_keeps_are_the_source_alone():
-    table = table_of([("a", 3, 1, 4.0, 2.0)]).drop_columns(["groups"])
-    assert figures_by_group("bpb", table) == {
+def test_groups_that_no_record_keeps_are_only_the_source():
+    table = make_table([("a", 3, 1, 4.0, 2.0)]).drop_columns(["groups"])
+    assert compute_group_figures("bpb", table) == {
         "source": {
             "toy": {
                 "bpb": pytest.approx(2 / 3),
@@ -137,5 +137,5 @@ def test_groups_that_no_record_keeps_are_the_source_alone():
 
 def test_groups_of_a_single_document_have_no_standard_error_and_the_whole_has_0():
     rows = [("a", 10, 2, 30.0, 20.0)]
-    assert "bpb_se" not in figures_by_group("bpb", table_of(rows))["g"]["a"]
-    assert document_figures("bpb", scores_of(rows))["bpb_se"] == 0.0
+    assert "bpb_se" not in compute_group_figures("bpb", make_table(rows))["g"]["a"]
+    assert compute_document_figures("bpb", make_scores(rows))["bpb_se"] == 0.0

@@ -1,4 +1,4 @@
-"""Metrics against brute force by their definitions, and what may not change them."""
+"""Metrics against brute force by their definitions, and invariance to settings that must not affect them."""
 
 import copy
 import math
@@ -13,34 +13,34 @@ from toys import (
     CLS,
     END,
     MASK,
+    MODEL_TASKS,
     SEP,
-    SIZE,
-    TASK,
-    VOCABULARY,
-    as_texts,
+    VOCAB_SIZE,
+    VOCABULARIES,
+    draw_text_ids,
+    make_texts,
+    make_toy_model,
     save_documents,
-    text_ids,
-    toy_model,
 )
 
 from stages.core.artifacts import Documents
-from stages.figures.groups import document_figures, ratio_with_error
+from stages.figures.groups import compute_document_figures, compute_ratio_with_error
 from stages.figures.metrics import (
+    batch_by_length,
     choose_documents,
-    document_nats,
+    compute_document_nats,
+    compute_window_nats,
     full_precision,
-    length_batches,
     score_documents,
-    window_nats,
 )
 from stages.figures.texts import SplitTexts
 from stages.model.loss import TokenLoss
 from stages.model.objectives import NUM_PASSES, Window, make_objective
 from stages.tokenize.stage import tokenize_split
-from stages.tokens.encoding import Tokenizers
+from stages.tokens.encoding import TokenizersEngine
 from stages.tokens.schema import TrainedTokenizer
 from stages.tokens.texts import Flatten, TextFile
-from stages.tokens.vocabulary import load_tokenizer, train_tokenizer, vocabulary_of
+from stages.tokens.vocabulary import build_vocabulary, load_tokenizer, train_tokenizer
 
 LENGTHS = [0, 1, 4, 7, 8, 9, 15, 30]  # shorter than, equal to and longer than the windows
 NUM_BYTES = [0, 3, 9, 20, 31, 25, 44, 101]
@@ -48,7 +48,7 @@ NUM_BYTES = [0, 3, 9, 20, 31, 25, 44, 101]
 
 @pytest.fixture(scope="module")
 def texts():
-    return [text_ids(length, seed).tolist() for seed, length in enumerate(LENGTHS)]
+    return [draw_text_ids(length, seed).tolist() for seed, length in enumerate(LENGTHS)]
 
 
 @pytest.fixture(scope="module")
@@ -57,22 +57,22 @@ def documents(texts, tmp_path_factory):
     return {task: save_documents(tmp_path_factory.mktemp(task), task, texts, NUM_BYTES) for task in ("causal", "mlm")}
 
 
-def metrics_of(model, task, documents, context=8, batch_tokens=4096, max_documents=None):
-    objective, texts = make_objective(task, VOCABULARY[task]), SplitTexts(documents, VOCABULARY[task])
-    return figures_of(model, objective, texts, context, batch_tokens, max_documents)
+def compute_toy_metrics(model, task, documents, context=8, batch_tokens=4096, max_documents=None):
+    objective, texts = make_objective(task, VOCABULARIES[task]), SplitTexts(documents, VOCABULARIES[task])
+    return compute_figures(model, objective, texts, context, batch_tokens, max_documents)
 
 
-def figures_of(model, objective, texts, context, batch_tokens=4096, max_documents=None):
+def compute_figures(model, objective, texts, context, batch_tokens=4096, max_documents=None):
     records = choose_documents(len(texts), max_documents)
     scores, _ = score_documents(model, objective, texts, records, context, batch_tokens)
-    return document_figures(objective.document_metric, scores)
+    return compute_document_figures(objective.document_metric, scores)
 
 
 # -- by brute force ----------------------------------------------------------------------------------------------------
 
 
 def brute_force_causal(model, texts, context, end=END):
-    """Bits of each token of each document, in the first window that holds it, its prefix there fed token by token."""
+    """Return the bits of each token, in the first window with it, feeding the prefix token by token."""
     exact = copy.deepcopy(model).double()
     bits = []
     for text in texts:
@@ -92,7 +92,7 @@ def brute_force_causal(model, texts, context, end=END):
 
 
 def brute_force_masked(model, texts, context):
-    """Bits of each token of each document: seven passes over each of its pieces, one at a time."""
+    """Return the bits of each token: seven passes over each piece, one forward pass at a time."""
     exact = copy.deepcopy(model).double()
     size, bits = context - 2, []
     for text in texts:
@@ -113,17 +113,17 @@ def brute_force_masked(model, texts, context):
     return bits
 
 
-def summed(bits):
-    """Bits of each document, of those of its tokens."""
+def sum_bits(bits):
+    """Sum the bits of the tokens of each document."""
     return np.array([sum(tokens) for tokens in bits])
 
 
 @pytest.mark.parametrize("context", [4, 8, 13, 64])
 @pytest.mark.parametrize("model_type", ["gpt2", "roberta"])
 def test_bits_of_tokens_are_those_of_each_token_in_the_order_of_the_text(texts, documents, model_type, context):
-    model, task = toy_model(model_type), TASK[model_type]
-    split, records = SplitTexts(documents[task], VOCABULARY[task]), np.array([1, 5, 7])
-    _, found = score_documents(model, make_objective(task, VOCABULARY[task]), split, records, context, 64)
+    model, task = make_toy_model(model_type), MODEL_TASKS[model_type]
+    split, records = SplitTexts(documents[task], VOCABULARIES[task]), np.array([1, 5, 7])
+    _, found = score_documents(model, make_objective(task, VOCABULARIES[task]), split, records, context, 64)
     brute_force = {"causal": brute_force_causal, "mlm": brute_force_masked}[task]
     expected = brute_force(model, [texts[record] for record in records], context)
     assert [tokens.bits.dtype for tokens in found] == [np.float32] * 3
@@ -134,11 +134,11 @@ def test_bits_of_tokens_are_those_of_each_token_in_the_order_of_the_text(texts, 
 
 @pytest.mark.parametrize("context", [4, 7, 8, 13, 64])
 def test_bits_per_byte_equals_feeding_every_prefix_token_by_token(texts, documents, context):
-    model = toy_model("gpt2")
-    found = metrics_of(model, "causal", documents["causal"], context)
-    bits = summed(brute_force_causal(model, texts, context))
+    model = make_toy_model("gpt2")
+    found = compute_toy_metrics(model, "causal", documents["causal"], context)
+    bits = sum_bits(brute_force_causal(model, texts, context))
     assert found["bits_per_byte"] == pytest.approx(bits.sum() / sum(NUM_BYTES), rel=1e-6)
-    assert found["bits_per_byte_se"] == pytest.approx(ratio_with_error(bits, np.array(NUM_BYTES))[1], rel=1e-5)
+    assert found["bits_per_byte_se"] == pytest.approx(compute_ratio_with_error(bits, np.array(NUM_BYTES))[1], rel=1e-5)
     assert {key: found[key] for key in ("documents", "tokens", "bytes")} == {
         "documents": len(LENGTHS),
         "tokens": sum(LENGTHS),
@@ -149,9 +149,9 @@ def test_bits_per_byte_equals_feeding_every_prefix_token_by_token(texts, documen
 @pytest.mark.parametrize("context", [4, 9, 12, 64])
 @pytest.mark.parametrize("model_type", ["roberta", "bert"])
 def test_pseudo_bits_per_byte_equals_masking_piece_by_piece(texts, documents, model_type, context):
-    model = toy_model(model_type)
-    found = metrics_of(model, "mlm", documents["mlm"], context)
-    bits = summed(brute_force_masked(model, texts, context))
+    model = make_toy_model(model_type)
+    found = compute_toy_metrics(model, "mlm", documents["mlm"], context)
+    bits = sum_bits(brute_force_masked(model, texts, context))
     assert found["pseudo_bits_per_byte"] == pytest.approx(bits.sum() / sum(NUM_BYTES), rel=1e-6)
     assert found["tokens"] == sum(LENGTHS)
 
@@ -161,15 +161,15 @@ def test_bits_per_byte_of_real_text_divides_by_its_utf8_bytes(tmp_path):
     roles = TrainedTokenizer(vocab_size=300, special_tokens={"eos_token": "<|endoftext|>"})
     train_tokenizer(roles, iter([texts]), tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    vocabulary = vocabulary_of(tokenizer, tmp_path / "tokenizer", "end_of_sequence", ["eos_token"])
+    vocabulary = build_vocabulary(tokenizer, tmp_path / "tokenizer", "end_of_sequence", ["eos_token"])
     raw = write_raw(tmp_path / "raw", {"train": texts, "validation": [], "test": []})
     file = TextFile(raw / "train.parquet", Flatten(columns=["answers.text"], joiner=" "))
-    tokenize_split(file, Tokenizers(tokenizer), vocabulary, tmp_path / "split", decoder=None)
-    model = toy_model("gpt2", vocab_size=vocabulary.size)
+    tokenize_split(file, TokenizersEngine(tokenizer), vocabulary, tmp_path / "split", decoder=None)
+    model = make_toy_model("gpt2", vocab_size=vocabulary.size)
     objective = make_objective("causal", vocabulary)
-    found = figures_of(model, objective, SplitTexts(Documents(tmp_path / "split"), vocabulary), 16)
+    found = compute_figures(model, objective, SplitTexts(Documents(tmp_path / "split"), vocabulary), 16)
     ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    bits = summed(brute_force_causal(model, ids, 16, vocabulary.special["eos_token"]))
+    bits = sum_bits(brute_force_causal(model, ids, 16, vocabulary.special["eos_token"]))
     num_bytes = sum(len(text.encode("utf-8")) for text in texts)
     assert num_bytes > sum(map(len, texts))
     assert found["bytes"] == num_bytes
@@ -183,15 +183,15 @@ def test_bits_per_byte_of_real_text_divides_by_its_utf8_bytes(tmp_path):
 def test_document_metric_of_a_uniform_model_is_tokens_times_log2_of_the_vocabulary_per_byte(
     documents, model_type, zero
 ):
-    model, task = toy_model(model_type), TASK[model_type]
+    model, task = make_toy_model(model_type), MODEL_TASKS[model_type]
     with torch.no_grad():
         model.get_parameter(zero).zero_()
-    found = metrics_of(model, task, documents[task])
-    expected = sum(LENGTHS) * math.log2(SIZE) / sum(NUM_BYTES)
-    assert found[make_objective(task, VOCABULARY[task]).document_metric] == pytest.approx(expected, rel=1e-6)
+    found = compute_toy_metrics(model, task, documents[task])
+    expected = sum(LENGTHS) * math.log2(VOCAB_SIZE) / sum(NUM_BYTES)
+    assert found[make_objective(task, VOCABULARIES[task]).document_metric] == pytest.approx(expected, rel=1e-6)
 
 
-# -- what may not change a figure --------------------------------------------------------------------------------------
+# -- invariance of the figures -----------------------------------------------------------------------------------------
 
 MODELS = ["gpt2", "llama", "roberta", "bert"]
 
@@ -203,24 +203,24 @@ def figure(found):
 @pytest.mark.parametrize("batch_tokens", [1, 24, 100, 10**6])
 @pytest.mark.parametrize("model_type", MODELS)
 def test_document_metric_at_any_batch_size_is_equal(documents, model_type, batch_tokens):
-    model, task = toy_model(model_type), TASK[model_type]
-    one, other = (metrics_of(model, task, documents[task], 12, size) for size in (64, batch_tokens))
+    model, task = make_toy_model(model_type), MODEL_TASKS[model_type]
+    one, other = (compute_toy_metrics(model, task, documents[task], 12, size) for size in (64, batch_tokens))
     assert other == pytest.approx(one, rel=1e-6)
 
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_document_metric_of_two_runs_has_the_same_digits(documents, model_type):
-    model, task = toy_model(model_type), TASK[model_type]
-    assert metrics_of(model, task, documents[task]) == metrics_of(model, task, documents[task])
+    model, task = make_toy_model(model_type), MODEL_TASKS[model_type]
+    assert compute_toy_metrics(model, task, documents[task]) == compute_toy_metrics(model, task, documents[task])
 
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_document_metric_inside_bf16_autocast_is_that_of_fp32(documents, model_type):
-    model, task = toy_model(model_type), TASK[model_type]
-    outside = metrics_of(model, task, documents[task])
+    model, task = make_toy_model(model_type), MODEL_TASKS[model_type]
+    outside = compute_toy_metrics(model, task, documents[task])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = metrics_of(model, task, documents[task])
-        ids = torch.from_numpy(text_ids(8).astype(np.int64))[None]
+        inside = compute_toy_metrics(model, task, documents[task])
+        ids = torch.from_numpy(draw_text_ids(8).astype(np.int64))[None]
         assert (model(ids).logits.float() - _plain_logits(model, ids)).abs().max() > 1e-4  # bf16 would show
     assert inside == outside
 
@@ -231,22 +231,22 @@ def _plain_logits(model, ids):
 
 
 def test_document_metric_of_a_model_in_training_mode_draws_no_dropout_and_leaves_the_mode(documents):
-    model = toy_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
-    expected = metrics_of(model, "causal", documents["causal"])
+    model = make_toy_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+    expected = compute_toy_metrics(model, "causal", documents["causal"])
     model.train()
-    assert metrics_of(model, "causal", documents["causal"]) == expected
+    assert compute_toy_metrics(model, "causal", documents["causal"]) == expected
     assert model.training
 
 
 @pytest.mark.parametrize("model_type", MODELS)
-def test_window_nats_of_padded_windows_equal_those_of_each_window_alone(texts, model_type):
-    model, task = toy_model(model_type), TASK[model_type]
-    windows = list(make_objective(task, VOCABULARY[task]).windows(as_texts(texts), 20))
+def test_window_nats_of_padded_windows_equal_those_of_each_window_without_padding(texts, model_type):
+    model, task = make_toy_model(model_type), MODEL_TASKS[model_type]
+    windows = list(make_objective(task, VOCABULARIES[task]).build_windows(make_texts(texts), 20))
     assert len({len(window.input_ids) for window in windows}) > 3
     loss = TokenLoss(model)
     with full_precision(model), loss.hidden_outputs():
-        together = window_nats(model, loss, windows)
-        alone = np.concatenate([window_nats(model, loss, [window]) for window in windows])
+        together = compute_window_nats(model, loss, windows)
+        alone = np.concatenate([compute_window_nats(model, loss, [window]) for window in windows])
     np.testing.assert_allclose(together, alone, rtol=1e-6)
 
 
@@ -257,8 +257,8 @@ def test_window_nats_of_padded_windows_equal_those_of_each_window_alone(texts, m
 def test_length_batches_hold_each_window_once_within_the_bound(lengths, batch_tokens):
     none = np.zeros(0, np.int64)
     windows = [Window(index, np.zeros(length, np.int64), none, none, none) for index, length in enumerate(lengths)]
-    batches = list(length_batches(iter(windows), batch_tokens))
-    assert sorted(window.document for batch in batches for window in batch) == list(range(len(lengths)))
+    batches = list(batch_by_length(iter(windows), batch_tokens))
+    assert sorted(window.document_index for batch in batches for window in batch) == list(range(len(lengths)))
     padded = [len(batch) * max(len(window.input_ids) for window in batch) for batch in batches]
     assert all(size <= batch_tokens or len(batch) == 1 for size, batch in zip(padded, batches, strict=True))
 
@@ -292,10 +292,10 @@ def test_choose_documents_of_any_number_gives_distinct_ones_at_even_distances(to
 
 
 def test_document_metrics_with_max_documents_are_those_of_the_chosen_documents(texts, documents, tmp_path):
-    model, chosen = toy_model("gpt2"), [0, 2, 5]
+    model, chosen = make_toy_model("gpt2"), [0, 2, 5]
     alone = save_documents(tmp_path, "causal", [texts[i] for i in chosen], [NUM_BYTES[i] for i in chosen])
-    assert metrics_of(model, "causal", documents["causal"], max_documents=3) == pytest.approx(
-        metrics_of(model, "causal", alone), rel=1e-6
+    assert compute_toy_metrics(model, "causal", documents["causal"], max_documents=3) == pytest.approx(
+        compute_toy_metrics(model, "causal", alone), rel=1e-6
     )
 
 
@@ -305,7 +305,7 @@ def test_ratio_with_error_equals_the_formula_written_out(pairs):
     count, ratio = len(pairs), sum(bits) / sum(num_bytes)
     variance = sum((bit - ratio * size) ** 2 for bit, size in pairs) / (count - 1)
     expected = math.sqrt(variance / count) / (sum(num_bytes) / count)
-    found = ratio_with_error(bits, num_bytes.astype(np.int64))
+    found = compute_ratio_with_error(bits, num_bytes.astype(np.int64))
     assert found == pytest.approx((ratio, expected), rel=1e-9, abs=1e-9)
 
 
@@ -313,24 +313,24 @@ def test_ratio_with_error_covers_the_truth_as_often_as_a_standard_error_does():
     draw = np.random.default_rng(0)
     num_bytes = draw.integers(50, 500, (2000, 40))
     rates = draw.normal(2.0, 0.3, num_bytes.shape)
-    found = [ratio_with_error(rate * size, size) for rate, size in zip(rates, num_bytes, strict=True)]
+    found = [compute_ratio_with_error(rate * size, size) for rate, size in zip(rates, num_bytes, strict=True)]
     covered = np.mean([abs(ratio - 2.0) < 1.96 * error for ratio, error in found])
     assert 0.92 < covered < 0.97
 
 
 def test_ratio_with_error_of_one_document_has_no_error():
-    assert ratio_with_error(np.array([12.0]), np.array([6])) == (2.0, 0.0)
+    assert compute_ratio_with_error(np.array([12.0]), np.array([6])) == (2.0, 0.0)
 
 
 def test_ratio_with_error_of_documents_without_a_byte_is_an_error():
-    with pytest.raises(ValueError, match="hold no text"):
-        ratio_with_error(np.array([0.0]), np.array([0]))
+    with pytest.raises(ValueError, match="have no text"):
+        compute_ratio_with_error(np.array([0.0]), np.array([0]))
 
 
 def test_document_nats_of_empty_documents_are_zero():
-    texts = as_texts([text_ids(0), text_ids(5), text_ids(0)])
-    windows = make_objective("causal", VOCABULARY["causal"]).windows(texts, 8)
-    nats, num_tokens = document_nats(toy_model("gpt2"), windows, 3, 4096)
+    texts = make_texts([draw_text_ids(0), draw_text_ids(5), draw_text_ids(0)])
+    windows = make_objective("causal", VOCABULARIES["causal"]).build_windows(texts, 8)
+    nats, num_tokens = compute_document_nats(make_toy_model("gpt2"), windows, 3, 4096)
     assert nats[[0, 2]].tolist() == [0.0, 0.0]
     assert nats[1] > 1.0
     assert num_tokens.tolist() == [0, 5, 0]

@@ -1,4 +1,4 @@
-"""Training with Keras: the same numbers as the Trainer's, the same bytes from the same inputs, and what is refused."""
+"""Training with Keras: the losses of the Trainer, reproducible bytes, and refused configurations."""
 
 import csv
 import functools
@@ -12,17 +12,17 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from data_helpers import REPOSITORY, contents
-from toys import TASK, objective_for, toy_blocks, toy_model, toy_trainer
+from data_helpers import REPOSITORY, read_contents
+from toys import MODEL_TASKS, make_toy_blocks, make_toy_model, make_toy_objective, make_toy_trainer
 
-from stages.core.artifacts import sha256
+from stages.core.artifacts import compute_sha256
 from stages.core.errors import ConfigError, StageError
+from stages.frameworks.keras.rules import ARCHITECTURES
 from stages.model.isolation import isolate_segments
 from stages.model.masking import IGNORED
 from stages.model.models import load_directory
 from stages.model.precision import full_precision
 from stages.shell.interruption import Interrupted
-from stages.train.framework import KERAS_ARCHITECTURES
 
 needs_keras = pytest.mark.skipif(find_spec("keras_hub") is None, reason="Keras is not installed: `make keras`")
 TASKS = ("causal", "mlm")
@@ -36,13 +36,13 @@ EVERY = ["++trainer.save_strategy=steps", "++trainer.save_steps=1", "trainer.log
 
 @pytest.fixture(scope="module")
 def models(compose_stage, overrides, tmp_path_factory):
-    """stages.frameworks.keras.models, imported with the backend that the stage chooses."""
+    """Module stages.frameworks.keras.models, imported with the backend that the stage chooses."""
     from stages.frameworks import keras as framework
 
     place = tmp_path_factory.mktemp("keras")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LM_REPRO_CACHE", str(place))
-        framework.prepare(compose_stage("train", *overrides("train", "causal", place, *KERAS)))
+        framework.prepare_framework(compose_stage("train", *overrides("train", "causal", place, *KERAS)))
         from stages.frameworks.keras import models
 
         yield models
@@ -50,7 +50,7 @@ def models(compose_stage, overrides, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache of this file's own: it leaves checkpoints, and other files look for none."""
+    """Cache directory for this file only: its tests leave checkpoints, which tests of other files must not find."""
     place = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LM_REPRO_CACHE", str(place))
@@ -59,13 +59,13 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(run_toy, cache, models, tmp_path_factory):
-    """`undisturbed(task)`: the outs of a Keras run with dropout that nothing disturbs."""
+    """`undisturbed(task)`: outs of an uninterrupted Keras run with dropout."""
 
     @functools.cache
     def outs(task):
         root = tmp_path_factory.mktemp(task)
         run_toy("train", task, root, *KERAS, *EVERY, *DROPOUT[task])
-        return contents(root)
+        return read_contents(root)
 
     return outs
 
@@ -79,12 +79,12 @@ def curve(root, name):
 
 
 def logits(models, model, batch):
-    """Of predicted positions: what Keras computes, what torch does."""
-    from stages.frameworks.keras.training import arrays
+    """Logits of the predicted positions, from Keras and from torch."""
+    from stages.frameworks.keras.training import build_arrays
 
-    targets = objective_for(model).targets(batch["labels"])
-    inputs, wanted, weights = arrays(batch, targets, model.config)
-    ours = np.array(models.build(model)(inputs))[weights > 0]
+    targets = make_toy_objective(model).get_targets(batch["labels"])
+    inputs, wanted, weights = build_arrays(batch, targets, model.config)
+    ours = np.array(models.build_keras_model(model)(inputs))[weights > 0]
     assert sorted(wanted[weights > 0]) == sorted(targets[targets != IGNORED].tolist())
     with full_precision(model):  # without the cache, with which GPT-2 does not isolate documents
         inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -94,11 +94,11 @@ def logits(models, model, batch):
 
 @needs_keras
 @pytest.mark.parametrize("isolated", [True, False], ids=["isolated", "packed"])
-@pytest.mark.parametrize("model_type", KERAS_ARCHITECTURES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_keras_model_of_torch_weights_has_the_logits_of_torch(models, tmp_path, model_type, isolated):
-    model = toy_model(model_type)
-    blocks = toy_blocks(tmp_path, TASK[model_type], 3, 24)
-    batch = objective_for(model, isolated).batch(blocks[[0, 1, 2]], [0, 1, 2], 7, 0)
+    model = make_toy_model(model_type)
+    blocks = make_toy_blocks(tmp_path, MODEL_TASKS[model_type], 3, 24)
+    batch = make_toy_objective(model, isolated).build_batch(blocks[[0, 1, 2]], [0, 1, 2], 7, 0)
     ours, theirs = logits(models, model, batch)
     assert ours.shape == theirs.shape and ours.std() > 0.5
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -114,18 +114,20 @@ def test_keras_model_of_torch_weights_has_the_logits_of_torch(models, tmp_path, 
     ],
 )
 def test_keras_model_takes_the_values_of_the_configuration(models, tmp_path, model_type, values):
-    model = toy_model(model_type, **values)
-    batch = objective_for(model).batch(toy_blocks(tmp_path, TASK[model_type], 2, 24)[[0, 1]], [0, 1], 7, 0)
+    model = make_toy_model(model_type, **values)
+    batch = make_toy_objective(model).build_batch(
+        make_toy_blocks(tmp_path, MODEL_TASKS[model_type], 2, 24)[[0, 1]], [0, 1], 7, 0
+    )
     ours, theirs = logits(models, model, batch)
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    plain, _ = logits(models, with_weights(toy_model(model_type), model), batch)
+    plain, _ = logits(models, with_weights(make_toy_model(model_type), model), batch)
     assert np.abs(ours - plain).max() > 1e-3
 
 
 @needs_keras
 def test_keras_model_has_the_inner_width_of_the_configuration(models, tmp_path):
-    model = toy_model("gpt2", n_inner=24)
-    batch = objective_for(model).batch(toy_blocks(tmp_path, "causal", 2, 24)[[0, 1]], [0, 1], 7, 0)
+    model = make_toy_model("gpt2", n_inner=24)
+    batch = make_toy_objective(model).build_batch(make_toy_blocks(tmp_path, "causal", 2, 24)[[0, 1]], [0, 1], 7, 0)
     np.testing.assert_allclose(*logits(models, model, batch), atol=1e-4)
 
 
@@ -137,29 +139,31 @@ def with_weights(model, other):
 
 
 @needs_keras
-@pytest.mark.parametrize("model_type", KERAS_ARCHITECTURES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_keras_weights_are_each_parameter_of_torch_once_and_come_back_bit_for_bit(models, model_type):
-    model, empty = toy_model(model_type), toy_model(model_type, seed=1)
+    model, empty = make_toy_model(model_type), make_toy_model(model_type, seed=1)
     parameters = dict(model.named_parameters())
-    for parameter in parameters.values():  # no two numbers alike: biases begin as zeros
+    for parameter in parameters.values():  # all numbers differ; biases are zeros initially
         parameter.data.copy_(torch.randn(parameter.shape))
-    seen = torch.cat([view.flatten() for view in models.views(model).values()])
+    seen = torch.cat([view.flatten() for view in models.map_weight_views(model).values()])
     every = torch.cat([parameter.detach().flatten() for parameter in parameters.values()])
     assert torch.equal(seen.sort().values, every.sort().values)
-    models.to_torch(models.build(model), empty)
+    models.copy_to_torch(models.build_keras_model(model), empty)
     for name, parameter in empty.named_parameters():
         assert torch.equal(parameter, parameters[name]), name
 
 
 @needs_keras
-@pytest.mark.parametrize("model_type", KERAS_ARCHITECTURES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_keras_decays_the_weights_that_the_trainer_decays(models, tmp_path, model_type):
-    model = toy_model(model_type)
-    trainer = toy_trainer(tmp_path, model, objective_for(model), toy_blocks(tmp_path, TASK[model_type], 2, 24))
+    model = make_toy_model(model_type)
+    trainer = make_toy_trainer(
+        tmp_path, model, make_toy_objective(model), make_toy_blocks(tmp_path, MODEL_TASKS[model_type], 2, 24)
+    )
     names = set(trainer.get_decay_parameter_names(model))
     theirs = sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
-    views = models.views(model)
-    assert sum(view.numel() for path, view in views.items() if models.decays(path)) == theirs
+    views = models.map_weight_views(model)
+    assert sum(view.numel() for path, view in views.items() if models.has_weight_decay(path)) == theirs
     assert 0 < theirs < sum(view.numel() for view in views.values())
 
 
@@ -167,15 +171,15 @@ def test_keras_decays_the_weights_that_the_trainer_decays(models, tmp_path, mode
 @pytest.mark.parametrize(
     ("model_type", "values", "message"),
     [
-        ("gpt2", {"attn_pdrop": 0.1}, "one rate of dropout for all"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True: it should be False"),
-        ("bert", {"hidden_act": "quick_gelu"}, "model.config.hidden_act=quick_gelu: there are gelu,"),
-        ("llama", {}, "llama is not mapped to KerasHub's layers; there are bert, gpt2, roberta"),
+        ("gpt2", {"attn_pdrop": 0.1}, "all dropout rates must be the same"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True: set it to False"),
+        ("bert", {"hidden_act": "quick_gelu"}, "model.config.hidden_act=quick_gelu: supported are gelu,"),
+        ("llama", {}, "llama is not mapped to KerasHub's layers; supported are bert, gpt2, roberta"),
     ],
 )
 def test_keras_model_that_the_layers_lack_is_refused_by_name(models, model_type, values, message):
     with pytest.raises(StageError, match=message):
-        models.build(toy_model(model_type, **values))
+        models.build_keras_model(make_toy_model(model_type, **values))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -184,7 +188,7 @@ def test_keras_model_that_the_layers_lack_is_refused_by_name(models, model_type,
 @needs_keras
 @pytest.mark.parametrize("task", ["causal", pytest.param("mlm", marks=pytest.mark.slow)])
 def test_keras_training_has_the_losses_and_ends_near_the_weights_of_the_trainer(run_toy, cache, models, tmp_path, task):
-    # 20 steps of 8 an epoch; a schedule that rises and falls, clipping, decay and epsilon that are felt.
+    # 20 steps, 8 per epoch. Warmup, clipping, decay and epsilon all have a visible effect.
     more = ["num_train_epochs=2.5", "trainer.logging_steps=1", "trainer.weight_decay=0.3", "++trainer.warmup_steps=4"]
     more += ["++trainer.max_grad_norm=0.5", "++trainer.adam_epsilon=1e-4", "++trainer.adam_beta2=0.95"]
     more += ["objective.mlm_probability=0.9"] if task == "mlm" else []  # batches of one shape: compiled once
@@ -197,7 +201,7 @@ def test_keras_training_has_the_losses_and_ends_near_the_weights_of_the_trainer(
     theirs, ours = (load_directory(task, tmp_path / name / "model").state_dict() for name in ("trainer", "keras"))
     for name, weights in theirs.items():
         torch.testing.assert_close(ours[name], weights, atol=1e-4, rtol=1e-3)
-    files = [contents(tmp_path / framework / "model") for framework in ("trainer", "keras")]
+    files = [read_contents(tmp_path / framework / "model") for framework in ("trainer", "keras")]
     assert {**files[0], "model.safetensors": b""} == {**files[1], "model.safetensors": b""}
 
 
@@ -206,7 +210,7 @@ def test_keras_training_has_the_losses_and_ends_near_the_weights_of_the_trainer(
 @pytest.mark.parametrize("task", ["causal", "mlm"])
 def test_keras_training_run_twice_gives_the_same_bytes(run_toy, undisturbed, tmp_path, task):
     run_toy("train", task, tmp_path, *KERAS, *EVERY, *DROPOUT[task])
-    assert contents(tmp_path) == undisturbed(task)
+    assert read_contents(tmp_path) == undisturbed(task)
     assert {"jax", "keras", "keras-hub"} <= json.loads(undisturbed(task)["report/stats.json"])["versions"].keys()
 
 
@@ -214,15 +218,15 @@ def test_keras_training_run_twice_gives_the_same_bytes(run_toy, undisturbed, tmp
 def test_keras_training_with_another_seed_has_another_dropout(run_toy, undisturbed, tmp_path, models, monkeypatch):
     import keras
 
-    expected = undisturbed("causal")  # before the patch, which its run would see as well
+    expected = undisturbed("causal")  # computed before the patch, which would affect this run too
     original = keras.utils.set_random_seed
     monkeypatch.setattr(keras.utils, "set_random_seed", lambda seed: original(seed + 1))
     run_toy("train", "causal", tmp_path, *KERAS, *EVERY, *DROPOUT["causal"])
-    assert contents(tmp_path)["model/model.safetensors"] != expected["model/model.safetensors"]
+    assert read_contents(tmp_path)["model/model.safetensors"] != expected["model/model.safetensors"]
 
 
 @needs_keras
-@pytest.mark.slow  # a process of its own: Keras has one backend
+@pytest.mark.slow  # a separate process: Keras has only one backend per process
 @pytest.mark.parametrize("task", TASKS)
 def test_keras_on_tensorflow_has_the_losses_of_the_trainer_and_the_same_bytes_however_it_is_interrupted(
     run_toy, overrides, tmp_path, task, monkeypatch
@@ -254,10 +258,10 @@ def test_keras_on_tensorflow_has_the_losses_of_the_trainer_and_the_same_bytes_ho
         theirs, ours = (curve(tmp_path / framework, name) for framework in ("trainer", "one"))
         assert ours.keys() == theirs.keys()
         assert list(ours.values()) == pytest.approx(list(theirs.values()), abs=1e-3)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert read_contents(tmp_path / "one") == read_contents(tmp_path / "two")
 
 
-@pytest.mark.slow  # a process of its own
+@pytest.mark.slow  # a separate process
 def test_trainer_imports_nothing_of_keras(overrides, cache, tmp_path):
     code = (
         "import os, runpy, sys; os._exit = lambda code: None;"
@@ -270,7 +274,7 @@ def test_trainer_imports_nothing_of_keras(overrides, cache, tmp_path):
 
 
 class Killed(BaseException):
-    """What ends a run as SIGKILL would: nothing is written after it."""
+    """Exception that ends a run like SIGKILL: nothing is written after it."""
 
 
 @needs_keras
@@ -286,38 +290,38 @@ class Killed(BaseException):
 def test_keras_training_killed_goes_on_and_ends_with_the_same_bytes(
     run_toy, undisturbed, caplog, monkeypatch, tmp_path, task, step
 ):
-    from stages.frameworks.keras.training import Flow
+    from stages.frameworks.keras.training import TrainerFlow
 
     def kill(self, batch, logs=None):
         if self._training.state.global_step == step:
             raise Killed
         original(self, batch, logs)
 
-    original = Flow.on_train_batch_begin
-    monkeypatch.setattr(Flow, "on_train_batch_begin", kill)
+    original = TrainerFlow.on_train_batch_begin
+    monkeypatch.setattr(TrainerFlow, "on_train_batch_begin", kill)
     with pytest.raises(Killed):
         run_toy("train", task, tmp_path, *KERAS, *EVERY, *DROPOUT[task])
-    assert not [name for name in contents(tmp_path) if not name.startswith(".live-report/")]
+    assert not [name for name in read_contents(tmp_path) if not name.startswith(".live-report/")]
     monkeypatch.undo()
     caplog.set_level("INFO")
     run_toy("train", task, tmp_path, *KERAS, *EVERY, *DROPOUT[task])
     assert f"resuming from step {step}" in [record.getMessage() for record in caplog.records]
-    assert contents(tmp_path) == undisturbed(task)
+    assert read_contents(tmp_path) == undisturbed(task)
 
 
 @needs_keras
 def test_keras_training_told_to_end_writes_a_checkpoint_and_goes_on(
     run_toy, undisturbed, caplog, monkeypatch, tmp_path
 ):
-    from stages.frameworks.keras.training import Flow
+    from stages.frameworks.keras.training import TrainerFlow
 
     def tell(self, batch, logs=None):
         if self._training.state.global_step == 5:
             signal.raise_signal(signal.SIGTERM)
         original(self, batch, logs)
 
-    original = Flow.on_train_batch_begin
-    monkeypatch.setattr(Flow, "on_train_batch_begin", tell)
+    original = TrainerFlow.on_train_batch_begin
+    monkeypatch.setattr(TrainerFlow, "on_train_batch_begin", tell)
     more = [*KERAS, "trainer.logging_steps=4", *DROPOUT["causal"]]
     with pytest.raises(Interrupted, match="stopped at step 6 of 16") as caught:
         run_toy("train", "causal", tmp_path, *more)
@@ -326,7 +330,7 @@ def test_keras_training_told_to_end_writes_a_checkpoint_and_goes_on(
     caplog.set_level("INFO")
     run_toy("train", "causal", tmp_path, *more)
     assert "resuming from step 6" in [record.getMessage() for record in caplog.records]
-    assert contents(tmp_path) == undisturbed("causal")
+    assert read_contents(tmp_path) == undisturbed("causal")
 
 
 @needs_keras
@@ -338,8 +342,8 @@ def test_keras_training_that_diverges_stops_with_the_step(run_toy, cache, models
 
 
 def checkpoint(directory):
-    """The settings that start from the model saved there."""
-    pins = ", ".join(f"{name}: '{sha256(directory / name)}'" for name in ("config.json", "model.safetensors"))
+    """Overrides to start from the saved model."""
+    pins = ", ".join(f"{name}: '{compute_sha256(directory / name)}'" for name in ("config.json", "model.safetensors"))
     model_type = json.loads((directory / "config.json").read_text())["model_type"]
     values = [f"model.path={directory}", "model.from_scratch=false", f"model.files={{{pins}}}"]
     return [*values, f"model.config={{model_type: {model_type}}}"]
@@ -367,7 +371,7 @@ def test_keras_training_of_a_model_with_another_pad_token_is_refused(run_toy, ca
     saved = tmp_path / "before/model"
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "pad_token_id": config["pad_token_id"] + 1}))
-    with pytest.raises(StageError, match=r"framework=keras: model.config.pad_token_id=\d+, and the tokenizer's is \d+"):
+    with pytest.raises(StageError, match=r"framework=keras: model.config.pad_token_id=\d+, but the tokenizer's is \d+"):
         run_toy("train", "mlm", tmp_path, *KERAS, *checkpoint(saved), "model.max_positions=32")
 
 
@@ -378,18 +382,18 @@ def test_keras_training_of_a_model_with_another_pad_token_is_refused(run_toy, ca
     ("more", "message"),
     [
         (["adapter=lora"], "it trains all weights: set adapter: none"),
-        (["hardware=multi_cpu"], "it works in one process"),
+        (["hardware=multi_cpu"], "it runs in one process"),
         (["hardware.device=mps"], "hardware.device=mps: it trains on the CPU"),
-        (["hardware.per_device_batch_size=4"], "per_device_batch_size=4: it takes a batch at once"),
-        (["model.config.model_type=gptj"], "gptj is not mapped to KerasHub's layers; there are bert, gpt2, roberta"),
-        (["model.config.attn_pdrop=0.3"], "one rate of dropout for all"),
-        (["++model.config.reorder_and_upcast_attn=true"], "reorder_and_upcast_attn=True: it should be False"),
-        (["++model.config.activation_function=mish"], "model.config.activation_function=mish: there are gelu, "),
+        (["hardware.per_device_batch_size=4"], "per_device_batch_size=4: it does not accumulate gradients"),
+        (["model.config.model_type=gptj"], "gptj is not mapped to KerasHub's layers; supported are bert, gpt2"),
+        (["model.config.attn_pdrop=0.3"], "all dropout rates must be the same"),
+        (["++model.config.reorder_and_upcast_attn=true"], "reorder_and_upcast_attn=True: set it to False"),
+        (["++model.config.activation_function=mish"], "model.config.activation_function=mish: supported are gelu, "),
         (["hardware=gpu"], "hardware.device=cuda: it trains on the CPU"),
-        (["trainer.bf16=true"], "trainer.bf16=True: it does not do that: leave it at False"),
-        (["trainer.optim=adafactor"], "trainer.optim=adafactor: it does not do that: leave it at adamw_torch or"),
-        (["++trainer.lr_scheduler_type=cosine"], "trainer.lr_scheduler_type=cosine: it does not do that"),
-        (["++trainer.save_strategy=best"], "trainer.save_strategy=best: it does not do that: leave it at no or"),
+        (["trainer.bf16=true"], "trainer.bf16=True is not supported: leave it at False"),
+        (["trainer.optim=adafactor"], "trainer.optim=adafactor is not supported: leave it at adamw_torch or"),
+        (["++trainer.lr_scheduler_type=cosine"], "trainer.lr_scheduler_type=cosine is not supported"),
+        (["++trainer.save_strategy=best"], "trainer.save_strategy=best is not supported: leave it at no or"),
         (["framework.backend=null"], "framework.backend is missing for framework=keras"),
     ],
 )
@@ -420,4 +424,4 @@ def test_keras_that_is_not_installed_is_a_stage_error_with_the_command(compose_s
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "keras_hub", None)
     with pytest.raises(StageError, match=r"^framework=keras: keras_hub is not installed: run `make keras`$"):
-        framework.prepare(compose_stage("train", *overrides("train", "causal", tmp_path, *KERAS)))
+        framework.prepare_framework(compose_stage("train", *overrides("train", "causal", tmp_path, *KERAS)))

@@ -1,4 +1,4 @@
-"""What the optimizer and the schedule make of the `trainer` section, before a model is there."""
+"""Checks of the `trainer` section by the optimizer and the schedule, before a model is built."""
 
 import pytest
 
@@ -27,8 +27,8 @@ IGNORED = [
     ({"lr_scheduler_type": "constant", "warmup_steps": 10}, r"trainer.warmup_steps=10 \(or warmup_ratio\)"),
     ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "trainer.warmup_steps=0.1"),
     ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"a": 1}}, "trainer.lr_scheduler_kwargs="),
-    ({"optim": "adafactor", "adam_beta1": 0.8}, "trainer.adam_beta1=0.8: trainer.optim=adafactor makes no use"),
-    ({"optim": "sgd", "adam_epsilon": 1e-7}, "trainer.adam_epsilon=1e-07: trainer.optim=sgd makes no use"),
+    ({"optim": "adafactor", "adam_beta1": 0.8}, "trainer.adam_beta1=0.8: trainer.optim=adafactor ignores it"),
+    ({"optim": "sgd", "adam_epsilon": 1e-7}, "trainer.adam_epsilon=1e-07: trainer.optim=sgd ignores it"),
     ({"optim_args": "momentum=0.9"}, "trainer.optim_args='momentum=0.9'"),
     ({"optim": "sgd", "optim_args": "momentun=0.9"}, "trainer.optim_args='momentun=0.9'"),
     ({"optim_target_modules": ["attn"]}, "trainer.optim_target_modules="),
@@ -48,7 +48,7 @@ TAKEN = [
 
 @pytest.fixture
 def configured(compose_stage, overrides, tmp_path):
-    """`configured(arguments)`: a train config with these in its trainer section."""
+    """`configured(arguments)`: train config with these arguments in its trainer section."""
 
     def configure(arguments):
         config = compose_stage("train", *overrides("train", "causal", tmp_path))
@@ -68,7 +68,7 @@ def test_arguments_that_the_library_refuses_are_refused_before_any_work(configur
 def test_arguments_that_would_be_ignored_are_refused_by_name(configured, arguments, message):
     with pytest.raises(StageError, match=message) as caught:
         try_arguments(configured(arguments))
-    assert str(caught.value).endswith("makes no use of it: take it out")
+    assert str(caught.value).endswith("ignores it: remove it")
 
 
 @pytest.mark.parametrize("arguments", TAKEN)
@@ -85,6 +85,6 @@ def test_arguments_for_a_device_that_is_not_here_can_be_tried(configured, device
 
 
 def test_train_refuses_what_would_be_ignored_too(run_toy, cache, tmp_path):
-    with pytest.raises(StageError, match=r"trainer\.adam_beta1=0\.8: trainer\.optim=sgd makes no use"):
+    with pytest.raises(StageError, match=r"trainer\.adam_beta1=0\.8: trainer\.optim=sgd ignores it"):
         run_toy("train", "causal", tmp_path, "trainer.optim=sgd", "++trainer.adam_beta1=0.8")
     assert not (tmp_path / "model").exists()

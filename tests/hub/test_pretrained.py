@@ -1,17 +1,17 @@
-"""pretrained: local files by their hashes, and the Hub over real HTTP, each client a process of its own."""
+"""Pinned files: local files by their hashes, and files of a Hub over real HTTP, with each client in a new process."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import hashes
-from hub_cases import COMMIT, LIMIT_SECONDS, MODELS, NAMES, REMOTE, Case, Client, outcome
+from data_helpers import hash_files
+from hub_cases import COMMIT, LIMIT_SECONDS, MODELS, NAMES, REMOTE, Case, Client, run_case
 from mini_hub import MiniHub
 
-from stages.core.artifacts import sha256
+from stages.core.artifacts import compute_sha256
 from stages.core.errors import StageError
-from stages.hub.files import pinned_files, usable_positions, weights_files
+from stages.hub.files import count_usable_positions, find_pinned_files, find_weights_files
 from stages.tokens.schema import TokenizerSource
 
 # -- local directories -------------------------------------------------------------------------------------------------
@@ -24,59 +24,59 @@ def local(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def pinned(directory: Path, pin: dict[str, str], names: list[str] | None = None) -> dict[str, Path]:
-    return pinned_files("model", str(directory), None, pin, names or NAMES, ["tokenizer.json"])
+def find_pinned(directory: Path, pin: dict[str, str], names: list[str] | None = None) -> dict[str, Path]:
+    return find_pinned_files("model", str(directory), None, pin, names or NAMES, ["tokenizer.json"])
 
 
-def test_sha256_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
+def test_sha256_of_a_file_hashes_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
-    assert sha256(tmp_path / "a") == "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert compute_sha256(tmp_path / "a") == "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_pinned_files_of_a_directory_are_those_named_and_pinned(local: Path) -> None:
-    pin = hashes(local)
+def test_pinned_files_of_a_directory_are_the_requested_and_pinned_ones(local: Path) -> None:
+    pin = hash_files(local)
     del pin["vocab.json"]
-    assert pinned(local, pin) == {"tokenizer.json": local / "tokenizer.json"}
+    assert find_pinned(local, pin) == {"tokenizer.json": local / "tokenizer.json"}
 
 
 def test_pinned_files_below_the_home_directory_are_found(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(local.parent))
-    found = pinned_files("model", f"~/{local.name}", None, hashes(local), NAMES, NAMES)
+    found = find_pinned_files("model", f"~/{local.name}", None, hash_files(local), NAMES, NAMES)
     assert found["vocab.json"].read_text() == "vocab.json"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
 @pytest.mark.parametrize("change", ["edited", "deleted"])
-def test_pinned_files_that_changed_are_named_with_the_way_on(local: Path, name: str, change: str) -> None:
-    pin = hashes(local)
+def test_pinned_files_that_changed_are_an_error_with_the_remedy(local: Path, name: str, change: str) -> None:
+    pin = hash_files(local)
     if change == "edited":
         (local / name).write_text("other")
     else:
         (local / name).unlink()
     with pytest.raises(StageError, match=rf"{local / name} .*tools\.pin_model"):
-        pinned(local, pin)
+        find_pinned(local, pin)
 
 
-def test_pinned_files_that_changed_but_are_not_wanted_do_not_matter(local: Path) -> None:
-    pin = hashes(local)
+def test_pinned_files_that_changed_but_are_not_requested_are_ignored(local: Path) -> None:
+    pin = hash_files(local)
     (local / "other.json").write_text("changed")
-    assert set(pinned(local, pin)) == {"tokenizer.json", "vocab.json"}
+    assert set(find_pinned(local, pin)) == {"tokenizer.json", "vocab.json"}
 
 
 def test_pinned_files_without_a_required_one_names_it(local: Path) -> None:
-    pin = hashes(local)
+    pin = hash_files(local)
     del pin["tokenizer.json"]
     with pytest.raises(StageError, match=rf"model\.path={local} has none of tokenizer\.json"):
-        pinned(local, pin)
+        find_pinned(local, pin)
 
 
 def test_pinned_files_of_an_absent_directory_names_it(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=f"model.path={tmp_path / 'gone'} is not a directory"):
-        pinned(tmp_path / "gone", {"tokenizer.json": "sha256:0"})
+        find_pinned(tmp_path / "gone", {"tokenizer.json": "sha256:0"})
 
 
-def weights(directory: Path, pin: dict[str, str]) -> list[str]:
-    return sorted(weights_files("model", TokenizerSource(path=str(directory), files=pin)))
+def find_weights(directory: Path, pin: dict[str, str]) -> list[str]:
+    return sorted(find_weights_files("model", TokenizerSource(path=str(directory), files=pin)))
 
 
 def write_sharded(directory: Path) -> None:
@@ -87,26 +87,26 @@ def write_sharded(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def test_weights_files_in_one_file_are_it_alone(tmp_path: Path) -> None:
+def test_weights_files_in_one_file_are_only_that_file(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     (tmp_path / "model.safetensors").write_text("all")
-    assert weights(tmp_path, hashes(tmp_path)) == ["model.safetensors"]
+    assert find_weights(tmp_path, hash_files(tmp_path)) == ["model.safetensors"]
 
 
-def test_weights_files_in_shards_are_the_index_and_each_once(tmp_path: Path) -> None:
+def test_weights_files_in_shards_are_the_index_and_each_shard_once(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     (tmp_path / "unrelated.safetensors").write_text("")
-    assert weights(tmp_path, hashes(tmp_path)) == [
+    assert find_weights(tmp_path, hash_files(tmp_path)) == [
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"
     ]  # fmt: skip
 
 
 def test_weights_files_with_a_shard_that_is_not_pinned_names_it(tmp_path: Path) -> None:
     write_sharded(tmp_path)
-    pin = hashes(tmp_path)
+    pin = hash_files(tmp_path)
     del pin["model-00002-of-00002.safetensors"]
     with pytest.raises(StageError, match=r"none of model-00002-of-00002\.safetensors"):
-        weights(tmp_path, pin)
+        find_weights(tmp_path, pin)
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,9 @@ def test_weights_files_of_an_index_that_names_anything_else_are_refused(tmp_path
     good = json.loads(index.read_text())["weight_map"]
     index.write_text(json.dumps({"metadata": {}, "weight_map": {**good, "d": shard}}))
     with pytest.raises(
-        StageError, match=r"index\.json names .*only read from \*\.safetensors files beside it"
+        StageError, match=r"index\.json names .*only read from \*\.safetensors files in the same directory"
     ) as caught:
-        weights(tmp_path, hashes(tmp_path))
+        find_weights(tmp_path, hash_files(tmp_path))
     assert str(caught.value).isprintable() and len(str(caught.value)) < 600
 
 
@@ -137,17 +137,17 @@ NO_INDEX = [
 
 
 @pytest.mark.parametrize("text", NO_INDEX, ids=lambda text: repr(text[:24]))
-def test_weights_files_of_what_is_no_index_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+def test_weights_files_of_an_invalid_index_are_an_error_that_names_it(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(StageError, match=r"index\.json is not (JSON|a JSON object|an index of weights)") as caught:
-        weights(tmp_path, hashes(tmp_path))
+        find_weights(tmp_path, hash_files(tmp_path))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
-def test_weights_files_of_pickles_alone_are_refused(tmp_path: Path) -> None:
+def test_weights_files_of_only_pickles_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_text("")
     with pytest.raises(StageError, match=r"none of model\.safetensors"):
-        weights(tmp_path, hashes(tmp_path))
+        find_weights(tmp_path, hash_files(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -161,23 +161,23 @@ def test_weights_files_of_pickles_alone_are_refused(tmp_path: Path) -> None:
         ({"model_type": "bloom"}, None),
     ],
 )
-def test_usable_positions_of_an_architecture_leave_out_those_it_never_uses(
+def test_usable_positions_exclude_those_that_the_architecture_never_uses(
     settings: dict[str, Any], expected: int | None
 ) -> None:
-    assert usable_positions(settings) == expected
+    assert count_usable_positions(settings) == expected
 
 
 @pytest.mark.parametrize("key", ["n_positions", "max_position_embeddings", "pad_token_id"])
 @pytest.mark.parametrize("value", ["many", [], {}, 1.5])
-def test_usable_positions_of_what_is_no_integer_names_the_key(key: str, value: Any) -> None:
+def test_usable_positions_of_a_non_integer_names_the_key(key: str, value: Any) -> None:
     with pytest.raises(StageError, match=rf"config\.json: {key}=.* is not an integer"):
-        usable_positions({"model_type": "roberta", "max_position_embeddings": 514, key: value})
+        count_usable_positions({"model_type": "roberta", "max_position_embeddings": 514, key: value})
 
 
 # -- the Hub -----------------------------------------------------------------------------------------------------------
 
 
-def content(names: list[str]) -> dict[str, str]:
+def decode_files(names: list[str]) -> dict[str, str]:
     return {name: REMOTE[name].decode() for name in names if name in REMOTE}
 
 
@@ -185,22 +185,22 @@ def test_hub_files_come_from_the_server_once_and_from_the_cache_when_it_is_gone(
     hub = MiniHub({"o/n": {COMMIT: REMOTE}})
     with hub.serve() as url:
         client = Client(tmp_path, url)
-        assert client.fetch() == content(NAMES)
+        assert client.fetch() == decode_files(NAMES)
         num_requests = len(hub.requests)
-        assert client.fetch() == content(NAMES)
+        assert client.fetch() == decode_files(NAMES)
         assert len(hub.requests) == num_requests > 0
-    assert client.fetch() == content(NAMES)
-    assert client.fetch(HF_HUB_OFFLINE="1") == content(NAMES)
+    assert client.fetch() == decode_files(NAMES)
+    assert client.fetch(HF_HUB_OFFLINE="1") == decode_files(NAMES)
 
 
 def test_hub_files_of_a_cache_filled_by_others_are_used_without_the_server(tmp_path: Path) -> None:
     with MiniHub({"o/n": {COMMIT: REMOTE}}).serve() as url:
         client = Client(tmp_path, url)
         client.fetch("o/n", COMMIT, ["tokenizer.json"])
-    assert client.fetch() == content(["tokenizer.json"])
+    assert client.fetch() == decode_files(["tokenizer.json"])
 
 
-def test_hub_files_in_another_revision_are_not_taken_for_these(tmp_path: Path) -> None:
+def test_hub_files_of_another_revision_are_not_mixed_up(tmp_path: Path) -> None:
     other = "f" * 40
     with MiniHub({"o/n": {COMMIT: REMOTE, other: {"tokenizer.json": b"another"}}}).serve() as url:
         client = Client(tmp_path, url)
@@ -216,8 +216,8 @@ def test_hub_files_in_another_revision_are_not_taken_for_these(tmp_path: Path) -
     ],
     ids=lambda case: case.name,
 )
-def test_hub_files_in_every_case_come_or_are_an_error_that_shows_the_way_on(case: Case, tmp_path: Path) -> None:
-    found = outcome(case, "model", tmp_path)
+def test_hub_files_in_every_case_are_found_or_an_error_with_the_remedy(case: Case, tmp_path: Path) -> None:
+    found = run_case(case, "model", tmp_path)
     assert found.failed == bool(case.words), found.said
     for words in (*case.words, *case.notes, *((f"model.path={case.repository}",) if case.words else ())):
         assert words in found.said
@@ -229,10 +229,10 @@ def test_hub_files_without_a_required_one_are_an_error_that_names_it(tmp_path: P
         assert "model.path=o/n has none of tokenizer.json" in Client(tmp_path, url).error()
 
 
-def test_hub_file_that_the_server_fails_to_give_is_an_error_and_not_an_absent_one(tmp_path: Path) -> None:
+def test_hub_file_that_the_server_fails_to_send_is_an_error_and_not_absent(tmp_path: Path) -> None:
     hub = MiniHub({"o/n": {COMMIT: REMOTE}}, failing=("tokenizer_config.json",))
     with hub.serve() as url:
         client = Client(tmp_path, url)
         assert "tokenizer_config.json could not be fetched" in client.error()
         hub.failing = ()
-        assert client.fetch() == content(NAMES)
+        assert client.fetch() == decode_files(NAMES)

@@ -1,4 +1,4 @@
-"""Several processes: the numbers of one, whatever fails or interrupts them."""
+"""Several processes: the same numbers as one process, errors and interruptions."""
 
 import json
 import os
@@ -13,17 +13,24 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-from data_helpers import REPOSITORY, contents, read_until
-from training_cases import BEST, NO_DROPOUT, Config, losses
+from data_helpers import REPOSITORY, read_contents, read_until
+from training_cases import BEST, NO_DROPOUT, ProcessConfig, read_losses
 from transformers import TrainingArguments
 
 from stages.core.artifacts import Blocks
-from stages.core.config import flat
+from stages.core.config import flatten_values
 from stages.core.errors import StageError
 from stages.launch.torchrun import run_in_processes
 from stages.model.hardware import Hardware, Launch, RayTrain
-from stages.model.processes import largest, of_all, of_the_first, rank, summed, world_size
-from stages.train.training import OwnDraws
+from stages.model.processes import (
+    broadcast_from_first,
+    gather_from_all,
+    get_rank,
+    get_world_size,
+    max_over_processes,
+    sum_over_processes,
+)
+from stages.train.training import ProcessSeed
 
 TASKS = ("causal", "mlm")
 TWO = "++hardware.launch={processes_per_machine: 2, machines: 1, rendezvous: null}"
@@ -35,7 +42,7 @@ FIFTY_STEPS = ["batch_size=12", "num_train_epochs=10", "trainer.logging_steps=1"
 
 @pytest.fixture(scope="module")
 def one(run_toy, cache, tmp_path_factory):
-    """Task to what one process makes, without dropout and with every step's loss."""
+    """Task to the outs of one process, without dropout and with the loss of every step."""
     roots = {task: tmp_path_factory.mktemp(f"one-{task}") for task in TASKS}
     for task, root in roots.items():
         run_toy("baseline", task, root, *NO_DROPOUT[task])
@@ -53,12 +60,12 @@ def one(run_toy, cache, tmp_path_factory):
     ],
 )
 def test_training_in_two_processes_has_the_losses_of_one(run_toy, corpus, cache, one, tmp_path, task, more):
-    assert len(Blocks(corpus / f"blocks-16/{task}/train")) % 12  # rows that fill no batch are the hard part
+    assert len(Blocks(corpus / f"blocks-16/{task}/train")) % 12  # the last batch is not full
     run_toy("train", task, tmp_path, *NO_DROPOUT[task], *FIFTY_STEPS, TWO, *more)
-    expected = losses(one[task])
+    expected = read_losses(one[task])
     assert len(expected) >= 50
-    np.testing.assert_allclose(losses(tmp_path), expected, atol=1e-4)
-    assert contents(tmp_path / "report").keys() == contents(one[task] / "report").keys()
+    np.testing.assert_allclose(read_losses(tmp_path), expected, atol=1e-4)
+    assert read_contents(tmp_path / "report").keys() == read_contents(one[task] / "report").keys()
 
 
 @pytest.mark.parametrize("task", [pytest.param("causal", marks=pytest.mark.slow), "mlm"])
@@ -69,8 +76,8 @@ def test_evaluate_in_two_processes_writes_the_metrics_of_one(run_toy, one, tmp_p
         json.loads((root / "evaluation/metrics.json").read_text())[task] for root in (tmp_path, one[task])
     )
     assert found.keys() == expected.keys()
-    assert dict(flat(found)) == pytest.approx(dict(flat(expected)), rel=1e-6)
-    for split in ("validation", "test"):  # each process has scored every other document
+    assert dict(flatten_values(found)) == pytest.approx(dict(flatten_values(expected)), rel=1e-6)
+    for split in ("validation", "test"):  # each process has scored every second document
         ours, others = (pq.read_table(root / f"evaluation/tokens/{split}.parquet") for root in (tmp_path, one[task]))
         assert ours.drop_columns("bits") == others.drop_columns("bits")
         bits = (np.concatenate(table.column("bits").to_pylist()) for table in (ours, others))
@@ -87,16 +94,16 @@ def test_training_in_two_processes_has_the_ledger_of_one(run_toy, cache, tmp_pat
     one, two = (json.loads((tmp_path / name / "report/stats.json").read_text()) for name in ("one", "two"))
     assert two.pop("best_validation_loss") == pytest.approx(one.pop("best_validation_loss"), abs=1e-4)
     assert two == one
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-4)
+    np.testing.assert_allclose(read_losses(tmp_path / "two"), read_losses(tmp_path / "one"), atol=1e-4)
 
 
 @pytest.mark.slow
 def test_training_in_a_launched_process_has_the_bytes_of_training_in_the_stages_own(run_toy, cache, tmp_path, capfd):
     launch = "++hardware.launch={processes_per_machine: 1, machines: 1, rendezvous: null}"
     run_toy("train", "causal", tmp_path / "launched", launch)
-    assert "is ignored" not in capfd.readouterr().err  # of what the launcher sets
+    assert "is ignored" not in capfd.readouterr().err  # set by the launcher
     run_toy("train", "causal", tmp_path / "own")
-    assert contents(tmp_path / "launched") == contents(tmp_path / "own")
+    assert read_contents(tmp_path / "launched") == read_contents(tmp_path / "own")
 
 
 @pytest.mark.slow
@@ -107,11 +114,11 @@ def test_training_in_two_processes_killed_ends_with_the_same_bytes(run_toy, cach
     with pytest.raises(StageError, match="SIGKILL"):
         run_toy("train", "causal", tmp_path / "killed", *every)
     assert not (tmp_path / "killed").exists()
-    # By a function of this file as well, whose imports are loaded and so part of the run's fingerprint.
+    # Also run by a function of this file: the modules that this file imports are part of the fingerprint.
     monkeypatch.setattr("stages.train.stage.train", train_on)
     run_toy("train", "causal", tmp_path / "killed", *every)
     assert "resuming from step 12" in capfd.readouterr().err
-    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+    assert read_contents(tmp_path / "killed") == read_contents(tmp_path / "undisturbed")
 
 
 def train_on(config):
@@ -121,7 +128,7 @@ def train_on(config):
 
 
 def train_and_be_killed(config):
-    """The second of two processes ends without a word behind step 13, within the second epoch."""
+    """Train, but exit the second of two processes without an error after step 13, in the second epoch."""
     from transformers import TrainerCallback
 
     from stages.train.stage import train
@@ -129,7 +136,7 @@ def train_and_be_killed(config):
 
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            if state.global_step == 13 and rank() == 1:
+            if state.global_step == 13 and get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     original = BlockTrainer.train
@@ -162,7 +169,7 @@ exit $worst
 
 @pytest.fixture
 def started_by(tmp_path):
-    """What makes a launch one of two machines, both this one, that a stand-in for srun starts."""
+    """Overrides for a launch on two machines, both this one, through a fake srun."""
     srun = tmp_path / "srun"
     srun.write_text(FAKE_SRUN)
     srun.chmod(0o755)
@@ -177,7 +184,7 @@ def test_training_on_two_machines_that_srun_starts_has_the_losses_of_one(overrid
     command = overrides("train", "causal", tmp_path, *NO_DROPOUT["causal"], *FIFTY_STEPS, started_by)
     code, said = stage("train", command)
     assert code == 0, said
-    np.testing.assert_allclose(losses(tmp_path), losses(one["causal"]), atol=1e-4)
+    np.testing.assert_allclose(read_losses(tmp_path), read_losses(one["causal"]), atol=1e-4)
 
 
 @pytest.mark.slow
@@ -211,7 +218,7 @@ def test_machines_with_different_commands_do_not_train_together(overrides, cache
 
 
 def stage(name, command):
-    """The exit code of a stage as a process, and what it said."""
+    """Run a stage as a process; return its exit code and output."""
     run = [sys.executable, "-m", f"stages.{name}", *command]
     done = subprocess.run(run, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, check=False, timeout=300)
     return done.returncode, done.stderr
@@ -221,33 +228,33 @@ def stage(name, command):
 
 
 def in_two(work):
-    run_in_processes("train", work, Config(2))
+    run_in_processes("train", work, ProcessConfig(2))
 
 
 def agree(_):
-    assert (world_size(), {0, 1}) == (2, {rank(), 1 - rank()})
-    assert of_the_first(f"from {rank()}") == "from 0"
-    assert of_all(f"from {rank()}") == ["from 0", "from 1"]
-    assert summed(np.array([1.0, rank()])).tolist() == [2.0, 1.0]
-    assert largest([rank(), 5 - rank()]) == [1, 5]
+    assert (get_world_size(), {0, 1}) == (2, {get_rank(), 1 - get_rank()})
+    assert broadcast_from_first(f"from {get_rank()}") == "from 0"
+    assert gather_from_all(f"from {get_rank()}") == ["from 0", "from 1"]
+    assert sum_over_processes(np.array([1.0, get_rank()])).tolist() == [2.0, 1.0]
+    assert max_over_processes([get_rank(), 5 - get_rank()]) == [1, 5]
 
 
 def fail_alone(_):
-    if rank() == 1:
+    if get_rank() == 1:
         raise StageError("the second one's own words")
     dist.barrier()
 
 
 def die_alone(_):
-    if rank() == 1:
+    if get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
 
 
 def draw_alone(_):
     arguments = TrainingArguments(output_dir="unused", seed=42, use_cpu=True)
-    OwnDraws().on_train_begin(arguments, None, None)
-    assert len({tuple(drawn) for drawn in of_all(torch.rand(4).tolist())}) == 2
+    ProcessSeed().on_train_begin(arguments, None, None)
+    assert len({tuple(drawn) for drawn in gather_from_all(torch.rand(4).tolist())}) == 2
 
 
 def listen_to_nobody(_):
@@ -263,7 +270,7 @@ def agree_and_keep_to_themselves(config):
 
 
 def test_processes_agree_draw_dropout_of_their_own_and_listen_on_the_loopback_alone():
-    in_two(agree_and_keep_to_themselves)  # at once: starting them takes most of the time
+    in_two(agree_and_keep_to_themselves)  # all in one test: starting the processes takes most of the time
 
 
 @pytest.mark.slow
@@ -272,12 +279,12 @@ def test_processes_end_all_with_the_error_of_the_first_that_fails(work, message)
     with pytest.raises(StageError, match=f"process 1 of 2: .*{message}"):
         in_two(work)
     children = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
-    assert [child for child in children if "spawn_main" in child] == []  # multiprocessing keeps a tracker of its own
+    assert [child for child in children if "spawn_main" in child] == []  # the resource tracker may still run
 
 
 def test_processes_of_one_a_gpu_without_a_gpu_is_an_error():
-    with pytest.raises(StageError, match=r"processes_per_machine.*none here"):
-        run_in_processes("train", agree, Config(None))
+    with pytest.raises(StageError, match=r"processes_per_machine.*no GPU"):
+        run_in_processes("train", agree, ProcessConfig(None))
 
 
 def test_two_launchers_are_an_error():
@@ -299,7 +306,7 @@ def test_launch_on_several_machines_without_a_meeting_place_is_an_error():
         Launch(processes_per_machine=1, machines=2, rendezvous=None)
 
 
-@pytest.mark.slow  # processes with torch each
+@pytest.mark.slow  # several processes, each with torch
 @pytest.mark.parametrize(
     ("number", "to_all", "code"),
     [
@@ -334,7 +341,7 @@ def test_processes_told_to_end_leave_a_checkpoint_and_nobody_behind(
     assert "Traceback" not in said
     _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
-    if number != signal.SIGKILL or by == "srun":  # which the end of the stage tells to end
-        assert said.count("`dvc repro` goes on from there") == 1, said
+    if number != signal.SIGKILL or by == "srun":  # the end of the stage stops it
+        assert said.count("`dvc repro` continues from there") == 1, said
         assert set(cache.rglob("checkpoint-*/manifest-0.json")) - before
     assert not (tmp_path / "model").exists()

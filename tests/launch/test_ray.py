@@ -1,4 +1,4 @@
-"""A Ray cluster: the bytes of one machine, the losses of one process, and a lost worker's work done all the same."""
+"""Stages on a Ray cluster: the bytes of one machine, the losses of one process, and recovery from lost workers."""
 
 import contextlib
 import gzip
@@ -15,16 +15,16 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from conftest import MODELS
-from data_helpers import contents, write_jsonl
-from training_cases import NO_DROPOUT, RUINED, losses
+from data_helpers import read_contents, write_jsonl
+from training_cases import NO_DROPOUT, RUINED, read_losses
 
-from benchmarks.ray_cluster import Cluster, missing, nodes
-from stages.core.artifacts import SPLITS, read_json, shard_files
+from benchmarks.ray_cluster import Cluster, find_obstacle, start_cluster
+from stages.core.artifacts import SPLITS, list_shards, read_json
 from stages.core.errors import StageError
-from stages.launch.ray import storage
-from stages.shell.ray_cluster import connected
+from stages.launch.ray import open_storage
+from stages.shell.ray_cluster import connect_to_cluster
 
-if reason := missing():
+if reason := find_obstacle():
     pytest.skip(reason, allow_module_level=True)
 
 TASKS = ("causal", "mlm")
@@ -34,7 +34,7 @@ import sys
 from stages.group_texts import block_shards
 from stages.tokenize import stage as tokenize
 tokenize.SHARD_BYTES = block_shards.SHARD_BYTES = 500
-block_shards.TOKENS_AT_ONCE = 50
+block_shards.TOKENS_PER_BATCH = 50
 from conftest import run_stage
 run_stage(*sys.argv[1:])
 """
@@ -42,7 +42,7 @@ run_stage(*sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def cluster(cache: Path) -> Cluster:
-    with nodes(2, cache) as cluster:
+    with start_cluster(2, cache) as cluster:
         yield cluster
 
 
@@ -62,8 +62,8 @@ def test_preprocessing_on_a_cluster_writes_the_bytes_of_one_machine(
         for command in (["tokenize", *tokenize], ["group_texts", *grouping]):
             code, printed = cluster.run("-c", SMALL_SHARDS, *command, LM_REPRO_PREPROCESSING=place)
             assert code == 0, printed
-        assert len(shard_files(tokens / "train")) > 2 < len(shard_files(blocks / "train"))
-    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+        assert len(list_shards(tokens / "train")) > 2 < len(list_shards(blocks / "train"))
+    assert read_contents(tmp_path / "there") == read_contents(tmp_path / "here")
 
 
 SMALL_PARTS = """
@@ -89,7 +89,7 @@ def test_download_on_a_cluster_writes_the_bytes_of_one_machine(cluster: Cluster,
         command = ["data=files", f"data.path={tmp_path / name}", "source=x", f"out={tmp_path}/raw-{place}"]
         code, printed = cluster.run("-c", SMALL_PARTS, *command, LM_REPRO_PREPROCESSING=place)
         assert code == 0, printed
-    assert contents(tmp_path / "raw-ray") == contents(tmp_path / "raw-")
+    assert read_contents(tmp_path / "raw-ray") == read_contents(tmp_path / "raw-")
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_download_on_a_cluster_that_loses_workers_writes_the_bytes_of_one_machin
     printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0, printed
     assert killed == 2, "it ended before two workers could be killed"
-    assert contents(tmp_path / "raw-ray") == contents(tmp_path / "raw")
+    assert read_contents(tmp_path / "raw-ray") == read_contents(tmp_path / "raw")
 
 
 def test_download_on_a_cluster_of_a_malformed_record_names_it(cluster: Cluster, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_download_on_a_cluster_of_a_malformed_record_names_it(cluster: Cluster, 
 
 def test_preprocessing_on_a_cluster_of_a_damaged_shard_names_it(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
-    for file, content in contents(corpus / "tokens/causal").items():
+    for file, content in read_contents(corpus / "tokens/causal").items():
         (tokens / file).parent.mkdir(parents=True, exist_ok=True)
         (tokens / file).write_bytes(content[:-9] if file == "test/shard-00000.arrow" else content)
     paths = [f"tokens={tokens}", f"raw={corpus}/raw", f"out={tmp_path}/blocks"]
@@ -142,7 +142,7 @@ def test_preprocessing_on_a_cluster_of_a_damaged_shard_names_it(cluster: Cluster
 ON_RAY = ["hardware.num_threads=1", "++hardware.ray={workers: 2, max_failures: 1, storage: null}"]
 
 
-# So many that Ray, which looks every two seconds, notes a checkpoint long before the end.
+# Enough steps for Ray, which polls every two seconds, to register a checkpoint long before the end.
 MANY_STEPS = ["batch_size=12", "num_train_epochs=40", "trainer.logging_steps=1"]
 
 
@@ -150,14 +150,14 @@ EVERY_TEN = ["++trainer.save_strategy=steps", "++trainer.save_steps=10"]
 
 
 def steps(storage: Path) -> Iterator[int]:
-    """Of the checkpoints there."""
+    """Steps of the checkpoints in Ray's storage."""
     for file in storage.rglob("trainer_state.json"):
-        with contextlib.suppress(OSError, StageError):  # it is being written, or gone by now
+        with contextlib.suppress(OSError, StageError):  # incomplete, or already removed
             yield read_json(file)["global_step"]
 
 
 def kill_a_worker_behind_a_checkpoint(storage: Path, least: int = 10) -> None:
-    """End the second of the workers with SIGKILL when Ray has noted a checkpoint of the step `least` or a later one."""
+    """Kill the second worker with SIGKILL after Ray has registered a checkpoint of step `least` or later."""
     deadline = time.monotonic() + 300
     while not list(storage.rglob("checkpoint_manager_snapshot.json")) or max(steps(storage), default=0) < least:
         assert time.monotonic() < deadline
@@ -181,10 +181,10 @@ def test_training_on_a_cluster_that_loses_a_worker_has_the_losses_of_one_process
     printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0, printed
     assert "resuming from step" in printed, printed
-    expected = losses(tmp_path / "one")
+    expected = read_losses(tmp_path / "one")
     assert len(expected) >= 200
-    np.testing.assert_allclose(losses(tmp_path / "ray"), expected, atol=1e-4)
-    assert not list(storage.iterdir())  # what is finished keeps nothing
+    np.testing.assert_allclose(read_losses(tmp_path / "ray"), expected, atol=1e-4)
+    assert not list(storage.iterdir())  # a finished run leaves nothing
 
 
 @pytest.mark.slow
@@ -192,7 +192,7 @@ def test_training_on_a_cluster_that_loses_a_worker_still_has_the_best_model(
     cluster: Cluster, cache: Path, overrides, tmp_path: Path
 ) -> None:
     best = ["checkpoints.keep=1", "++trainer.load_best_model_at_end=true", "trainer.eval_strategy=steps"]
-    # Ruined for longer, it would end with no number.
+    # With more steps the loss would become NaN.
     many = [*MANY_STEPS, "num_train_epochs=24", *EVERY_TEN, "++trainer.eval_steps=10"]
     more = [*RUINED, *many, *best, *ON_RAY]
     process = cluster.start("-m", "stages.train", *overrides("train", "causal", tmp_path, *more))
@@ -203,28 +203,28 @@ def test_training_on_a_cluster_that_loses_a_worker_still_has_the_best_model(
     assert resumed, printed
     step = int(re.match(r"\d+", after)[0])
     seen = {int(at): float(loss) for at, loss in re.findall(r"step (\d+)/\d+: validation loss ([\d.]+)", before)}
-    assert min(seen, key=seen.get) < step  # the best one was not the newest: else nothing is asked of it
+    assert min(seen, key=seen.get) < step  # the best checkpoint is not the newest, otherwise this test proves nothing
 
 
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("/proc/nope", "nothing can be written there"),
-        ("file:///proc/nope", "nothing can be written there"),
-        ("http://127.0.0.1:9/x", "nothing can be written there"),
-        ("nonsense://x", "nothing can be written there"),
+        ("/proc/nope", "it is not writable"),
+        ("file:///proc/nope", "it is not writable"),
+        ("http://127.0.0.1:9/x", "it is not writable"),
+        ("nonsense://x", "it is not writable"),
         ("s3:/bucket/x", "neither a directory nor a URL"),
-        ("memory://x", "shared with no other"),
+        ("memory://x", "cannot share a file system in memory"),
     ],
 )
 def test_ray_storage_that_cannot_be_written_is_an_error_that_names_it(url: str, reason: str) -> None:
     with pytest.raises(StageError, match=f"^hardware.ray.storage={url}.*{reason}"):
-        storage(url)
+        open_storage(url)
 
 
 def test_ray_storage_by_url_and_by_path_is_the_same_directory(tmp_path: Path) -> None:
     for name, given in (("one", f"file://{tmp_path}/one"), ("two", f"{tmp_path}/two")):
-        filesystem, path = storage(given)
+        filesystem, path = open_storage(given)
         assert path == f"{tmp_path}/{name}"
         with filesystem.open_output_stream(f"{path}/file") as file:
             file.write(b"content")
@@ -233,8 +233,8 @@ def test_ray_storage_by_url_and_by_path_is_the_same_directory(tmp_path: Path) ->
 
 def test_ray_local_is_refused_as_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    with pytest.raises(StageError, match="RAY_ADDRESS=local would have this stage start Ray"):
-        connected()
+    with pytest.raises(StageError, match="RAY_ADDRESS=local would make this stage start Ray"):
+        connect_to_cluster()
 
 
 @pytest.mark.slow

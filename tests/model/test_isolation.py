@@ -1,4 +1,4 @@
-"""Documents of a block do not reach each other, whatever form the model's attention takes its mask in."""
+"""Isolation of the documents in a block, with every attention implementation."""
 
 import itertools
 
@@ -6,16 +6,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import CLS, EAGER, END, TASK, VOCABULARY, objective_config, objective_for, text_ids, toy_model, wrapped
+from toys import (
+    CLS,
+    EAGER,
+    END,
+    MODEL_TASKS,
+    VOCABULARIES,
+    add_control_tokens,
+    draw_text_ids,
+    make_objective_config,
+    make_toy_model,
+    make_toy_objective,
+)
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
-from stages.model.isolation import isolate_segments, segment_positions
+from stages.model.isolation import compute_segment_positions, isolate_segments
 from stages.model.objectives import make_objective
 from stages.model.precision import full_precision
 from stages.model.schema import ISOLATION_PROVEN
 
-TEXTS = [text_ids(length, seed).tolist() for seed, length in [(1, 9), (2, 11), (3, 6)]]
+TEXTS = [draw_text_ids(length, seed).tolist() for seed, length in [(1, 9), (2, 11), (3, 6)]]
 PROVEN = [name for names in ISOLATION_PROVEN.values() for name in names]
 VARLEN = "flash_reference"
 CASES = [
@@ -36,7 +47,7 @@ CASES = [
     ],
 )
 def test_segment_positions_restart_with_each_segment(segment_ids, expected):
-    assert segment_positions(torch.tensor([segment_ids], dtype=torch.int32)).tolist() == [expected]
+    assert compute_segment_positions(torch.tensor([segment_ids], dtype=torch.int32)).tolist() == [expected]
 
 
 def varlen_attention(
@@ -51,7 +62,7 @@ def varlen_attention(
     sliding_window=None,
     **lengths,
 ):
-    """FlashAttention's, which a CPU does not have: all rows as one row of segments, each of which attends to itself."""
+    """Emulate FlashAttention's variable-length attention on a CPU: all rows form one row of segments."""
     assert attention_mask is None
     bounds = lengths["cu_seq_lens_q"].tolist()
     assert bounds == lengths["cu_seq_lens_k"].tolist()
@@ -79,22 +90,22 @@ def varlen(monkeypatch):
 
 
 def model_with(model_type, attention):
-    model = toy_model(model_type, attention="sdpa" if attention == VARLEN else attention, use_cache=False)
+    model = make_toy_model(model_type, attention="sdpa" if attention == VARLEN else attention, use_cache=False)
     model.config._attn_implementation = attention
     return model
 
 
 def logits_over_b(model, isolate_documents):
-    """Logits over document B of a block that begins inside a document and packs A, B and C; and of B alone."""
-    task = TASK[model.config.model_type]
-    config = objective_config(task, isolate_documents, **({"mlm_probability": 0.4} if task == "mlm" else {}))
-    objective = make_objective(task, VOCABULARY[task], config, model)
-    blocks = np.array([wrapped(task, *texts)[3:] for texts in (TEXTS, TEXTS[::-1])], np.uint16)
-    # B begins with the control token that stands before its text: the end of A, or its own.
+    """Logits of document B in a block that begins inside a document and packs A, B and C; and of B in its own block."""
+    task = MODEL_TASKS[model.config.model_type]
+    config = make_objective_config(task, isolate_documents, **({"mlm_probability": 0.4} if task == "mlm" else {}))
+    objective = make_objective(task, VOCABULARIES[task], config, model)
+    blocks = np.array([add_control_tokens(task, *texts)[3:] for texts in (TEXTS, TEXTS[::-1])], np.uint16)
+    # B begins with the control token before its text: the end of A, or its own.
     end = {"causal": END, "mlm": CLS}[task]
     first = int(np.flatnonzero(blocks[0] == end)[0])
     last = first + 1 + len(TEXTS[1]) + (task == "mlm")
-    batch = objective.batch(blocks, [0, 1], 0, 0)
+    batch = objective.build_batch(blocks, [0, 1], 0, 0)
     assert blocks[0, first + 1 : first + 1 + len(TEXTS[1])].tolist() == TEXTS[1]
     alone = {"input_ids": batch["input_ids"][:1, first:last]}
     if isolate_documents:
@@ -120,7 +131,7 @@ def test_documents_without_isolation_have_logits_that_other_documents_change(mod
 @pytest.mark.parametrize("attention", ["eager", "sdpa", VARLEN])
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "roberta", "bert", "modernbert"])
 def test_isolated_documents_have_the_same_logits_in_every_form_of_attention(model_type, attention):
-    batch = packed_batch(toy_model(model_type))
+    batch = packed_batch(make_toy_model(model_type))
     found = []
     for model in (model_with(model_type, "sdpa"), model_with(model_type, attention)):
         with torch.inference_mode():
@@ -128,7 +139,7 @@ def test_isolated_documents_have_the_same_logits_in_every_form_of_attention(mode
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.slow  # compiles the mask and the attention; transformers has none of these for GPT-2
+@pytest.mark.slow  # FlexAttention compiles the mask and the attention; transformers does not support it for GPT-2
 @pytest.mark.parametrize("model_type", ["llama", "roberta", "modernbert"])
 def test_isolated_documents_in_flex_attention_have_the_logits_of_sdpa(model_type):
     test_isolated_documents_have_the_same_logits_in_every_form_of_attention(model_type, "flex_attention")
@@ -136,7 +147,7 @@ def test_isolated_documents_in_flex_attention_have_the_logits_of_sdpa(model_type
 
 @pytest.mark.parametrize("model_type", PROVEN)
 def test_isolated_documents_under_bf16_autocast_have_finite_logits_near_those_of_fp32(model_type):
-    model = toy_model(model_type)
+    model = make_toy_model(model_type)
     batch = packed_batch(model)
     with full_precision(model):
         exact = model(**isolate_segments(batch, model)).logits
@@ -147,7 +158,7 @@ def test_isolated_documents_under_bf16_autocast_have_finite_logits_near_those_of
 
 @pytest.mark.parametrize("model_type", ["roberta", "bert", "modernbert"])
 def test_mask_for_sdpa_takes_a_byte_for_each_pair_of_tokens(model_type):
-    model = toy_model(model_type)
+    model = make_toy_model(model_type)
     batch = packed_batch(model)
     mask = isolate_segments(batch, model)["attention_mask"]
     rows, length = batch["input_ids"].shape
@@ -157,8 +168,8 @@ def test_mask_for_sdpa_takes_a_byte_for_each_pair_of_tokens(model_type):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "roberta"])
 def test_figures_of_a_model_with_flash_attention_are_those_of_sdpa(monkeypatch, model_type):
-    monkeypatch.setitem(AttentionInterface._global_mapping, VARLEN, None)  # which has no fp32
-    model, batch = model_with(model_type, VARLEN), packed_batch(toy_model(model_type))
+    monkeypatch.setitem(AttentionInterface._global_mapping, VARLEN, None)  # FlashAttention does not support fp32
+    model, batch = model_with(model_type, VARLEN), packed_batch(make_toy_model(model_type))
     with full_precision(model):
         found = model(**isolate_segments(batch, model)).logits
     with torch.inference_mode():
@@ -169,13 +180,13 @@ def test_figures_of_a_model_with_flash_attention_are_those_of_sdpa(monkeypatch, 
 
 def test_batch_without_segments_is_left_as_it_is():
     batch = {"input_ids": torch.zeros(2, 3, dtype=torch.int64)}
-    assert isolate_segments(batch, toy_model("roberta")) is batch
+    assert isolate_segments(batch, make_toy_model("roberta")) is batch
 
 
 def packed_batch(model):
     """Two rows of packed documents, without labels."""
-    task = TASK[model.config.model_type]
-    blocks = np.array([wrapped(task, *texts)[3:] for texts in (TEXTS, TEXTS[::-1])], np.uint16)
-    batch = objective_for(model).batch(blocks, [0, 1], 0, 0)
+    task = MODEL_TASKS[model.config.model_type]
+    blocks = np.array([add_control_tokens(task, *texts)[3:] for texts in (TEXTS, TEXTS[::-1])], np.uint16)
+    batch = make_toy_objective(model).build_batch(blocks, [0, 1], 0, 0)
     del batch["labels"]
     return batch

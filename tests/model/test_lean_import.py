@@ -1,4 +1,4 @@
-"""transformers without the packages that a run on a CPU does not use, each time in a process of its own."""
+"""Import of transformers without the packages that a CPU run does not use; each test uses a new process."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ def hardware(device="cpu", launch=None):
 MODEL = """
 import torch
 from stages.model.models import prepare_torch
-from stages.model.block_loss import block_loss
+from stages.model.block_loss import compute_block_loss
 from transformers import AutoConfig, AutoModelForMaskedLM
 config = AutoConfig.for_model("modernbert", vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=3,
     num_attention_heads=2, pad_token_id=1)
@@ -33,7 +33,7 @@ print("loaded", *[name for name in left_out if name in sys.modules])
 
 
 def run(*parts: str) -> dict[str, str]:
-    """What a program printed, by the first word of each line."""
+    """Run a program; return its output, by the first word of each line."""
     done = subprocess.run(
         [sys.executable, "-c", "".join((HARDWARE, *parts))], capture_output=True, text=True, cwd=REPOSITORY, check=False
     )
@@ -69,7 +69,7 @@ model = get_peft_model(AutoModelForCausalLM.from_config(small), lora)
 print("known", _is_peft_model(model), bool(model(torch.zeros(1, 3, dtype=torch.int64)).logits.isfinite().all()))
 """
     assert run("lean_import.import_lean(hardware(), trainer=True, adapter=True)\n", check)["known"] == "True True"
-    # As evaluate reads a model with one.
+    # As evaluate loads a model with an adapter.
     assert run("lean_import.import_lean(hardware())\n", check)["known"].endswith("True")
 
 
@@ -88,12 +88,12 @@ def test_import_where_it_may_be_used_is_whole(given: str) -> None:
 
 
 def test_import_of_a_transformers_that_it_does_not_suit_is_whole_and_computes_the_same(whole: dict[str, str]) -> None:
-    given = "lean_import.LEFT_OUT = ('nothing',)\nlean_import.import_lean(hardware())\n"
+    given = "lean_import.HIDDEN_PACKAGES = ('nothing',)\nlean_import.import_lean(hardware())\n"
     assert run(given, MODEL, LOADED) == whole
 
 
 def test_import_of_a_torch_that_it_does_not_suit_computes_the_same(whole: dict[str, str]) -> None:
-    given = "lean_import._CLASS = 'of_another_version'\nlean_import.import_lean(hardware())\n"
+    given = "lean_import._INDEPENDENT_SUBMODULE = 'of_another_version'\nlean_import.import_lean(hardware())\n"
     assert run(given, MODEL)["logits"] == whole["logits"]
 
 

@@ -1,11 +1,11 @@
-"""The loss on hidden states: that of the stock logits, with their gradients, for every architecture."""
+"""Loss from hidden states: equal to the loss of transformers' logits, with its gradients, for every architecture."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import SIZE, toy_model
+from toys import VOCAB_SIZE, make_toy_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.model import loss as loss_module
@@ -16,23 +16,23 @@ MODELS = ["gpt2", "llama", "gpt_neo", "gptj", "roberta", "bert", "modernbert"]
 
 
 def toy(model_type, **overrides):
-    return toy_model(model_type, attention="eager", **overrides)  # GPT-Neo knows no other
+    return make_toy_model(model_type, attention="eager", **overrides)  # the only one that GPT-Neo supports
 
 
 def batch(rows=3, length=16, seed=0, predicted=0.5):
-    """Token ids [rows, length] and the tokens predicted at `predicted` of the places."""
+    """Token ids [rows, length], and the targets, of which a share `predicted` is predicted."""
     generator = torch.Generator().manual_seed(seed)
-    ids, targets = (torch.randint(5, SIZE, (rows, length), generator=generator) for _ in range(2))
+    ids, targets = (torch.randint(5, VOCAB_SIZE, (rows, length), generator=generator) for _ in range(2))
     targets[torch.rand(rows, length, generator=generator) >= predicted] = IGNORED
     return ids, targets
 
 
 def ours(model, ids, targets):
-    """The loss and its gradient."""
+    """Loss and its gradient."""
     loss = TokenLoss(model)
     with loss.hidden_outputs():
         outputs = model(ids).logits
-    return differentiated(model, loss.sum(outputs, targets))
+    return differentiated(model, loss.sum_nats(outputs, targets))
 
 
 def stock(model, ids, targets):
@@ -55,11 +55,11 @@ def assert_equal(one, other, rtol):
     assert float((one[1] - other[1]).norm() / other[1].norm()) < rtol
 
 
-@pytest.fixture(params=[2**26, 7 * SIZE, SIZE], ids=["one chunk", "chunks of 7", "chunks of 1"])
+@pytest.fixture(params=[2**26, 7 * VOCAB_SIZE, VOCAB_SIZE], ids=["one chunk", "chunks of 7", "chunks of 1"])
 def chunks(request, monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", request.param)
-    monkeypatch.setattr(loss_module, "CACHED_ELEMENTS", 3 * SIZE)
-    monkeypatch.setattr(loss_module, "WORDS_AT_ONCE", 7)
+    monkeypatch.setattr(loss_module, "CACHED_ELEMENTS", 3 * VOCAB_SIZE)
+    monkeypatch.setattr(loss_module, "VOCABULARY_SLICE", 7)
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -76,7 +76,7 @@ def test_each_in_chunks_of_any_size_is_the_loss_of_the_stock_logits(model_type, 
         with loss.hidden_outputs():
             outputs = model(ids).logits
         expected = F.cross_entropy(model(ids).logits.flatten(0, 1), targets, reduction="none")
-        torch.testing.assert_close(loss.each(outputs.flatten(0, 1), targets), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loss.compute_nats(outputs.flatten(0, 1), targets), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -100,7 +100,7 @@ def test_sum_of_accumulated_parts_has_the_gradients_of_the_whole(model_type):
     for row in range(4):
         with loss.hidden_outputs():
             outputs = model(ids[row : row + 1]).logits
-        part = loss.sum(outputs, targets[row : row + 1])
+        part = loss.sum_nats(outputs, targets[row : row + 1])
         part.backward()
         total += part.detach()
     assert_equal((total, gradient_of(model)), whole, 1e-5)
@@ -112,7 +112,7 @@ def test_sum_scaled_has_scaled_gradients(model_type):
     loss = TokenLoss(model)
     with loss.hidden_outputs():
         outputs = model(ids).logits
-    scaled = differentiated(model, loss.sum(outputs, targets) / 7)
+    scaled = differentiated(model, loss.sum_nats(outputs, targets) / 7)
     assert_equal(scaled, [part / 7 for part in stock(model, ids, targets)], 1e-5)
 
 
@@ -156,7 +156,7 @@ def test_loss_of_an_architecture_that_scales_or_caps_its_logits_is_that_of_its_o
     model_type, cap, initializer_range
 ):
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": SIZE, "pad_token_id": 0}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": VOCAB_SIZE, "pad_token_id": 0}
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": initializer_range}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **small, **heads, **tokens, **cap)).eval()

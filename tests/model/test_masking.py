@@ -1,4 +1,4 @@
-"""Masks of masked language modeling: a function of (seed, epoch, block), at the rates that the config says."""
+"""Masks of masked language modeling: a function of (seed, epoch, block), with the rates of the config."""
 
 import math
 
@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import CLS, MASK, MASKED, SEP, SIZE, objective_config
+from toys import CLS, MASK, MASKED, SEP, VOCAB_SIZE, make_objective_config
 
-from stages.core.random_numbers import mix, random_uint64, random_uint64_at
+from stages.core.random_numbers import draw_uint64, draw_uint64_at, mix_bits
 from stages.model.masking import EVALUATION_EPOCH, EVALUATION_SEED, IGNORED, mask_blocks
 
 NUM_BLOCKS, BLOCK_SIZE, TOKEN = 400, 128, 7
-CONFIG = objective_config("mlm")
+CONFIG = make_objective_config("mlm")
 
 
 def masked(blocks, indices=None, seed=42, epoch=0, **config):
     indices = np.arange(len(blocks)) if indices is None else indices
-    return mask_blocks(blocks, indices, MASKED, objective_config("mlm", **config), seed, epoch)
+    return mask_blocks(blocks, indices, MASKED, make_objective_config("mlm", **config), seed, epoch)
 
 
 def equal_blocks(num_blocks=NUM_BLOCKS):
-    """Blocks of one text token, so that differences come from the masks alone."""
+    """Blocks of one repeated text token, so that only the masks differ."""
     return np.full((num_blocks, BLOCK_SIZE), TOKEN, np.uint16)
 
 
@@ -31,7 +31,7 @@ def chi_square(observed, expected):
 
 
 def chi_square_limit(freedom):
-    """The value that chi-square exceeds with probability 0.001 (Wilson and Hilferty 1931)."""
+    """Value that chi-square exceeds with probability 0.001 (Wilson and Hilferty 1931)."""
     return freedom * (1 - 2 / (9 * freedom) + 3.0902 * math.sqrt(2 / (9 * freedom))) ** 3
 
 
@@ -46,11 +46,11 @@ def test_mix_of_reference_seed_gives_splitmix64s_published_outputs():
         4593380528125082431,
         16408922859458223821,
     ]
-    assert mix(states).tolist() == published
+    assert mix_bits(states).tolist() == published
 
 
 def splitmix64(state):
-    """The output function once more, in Python's integers."""
+    """The output function of SplitMix64, in Python's integers."""
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
     return state ^ (state >> 31)
@@ -58,11 +58,11 @@ def splitmix64(state):
 
 @pytest.mark.parametrize(("seed", "epoch", "block"), [(42, 3, 0), (42, 3, 7), (2**32 - 1, EVALUATION_EPOCH, 2**40)])
 def test_random_uint64_is_a_splitmix64_sequence_keyed_by_seed_epoch_and_block(seed, epoch, block):
-    # Another generator would be as random, and would move the masks of everybody's experiments.
+    # Another generator would be as random, but would change the masks of all experiments.
     gamma = 0x9E3779B97F4A7C15
     state = splitmix64((splitmix64((splitmix64(seed) + epoch) % 2**64) + gamma + block) % 2**64)
     expected = [splitmix64((state + gamma * draw) % 2**64) for draw in (1, 2, 3)]
-    assert random_uint64(seed, epoch, [block], 3)[0].tolist() == expected
+    assert draw_uint64(seed, epoch, [block], 3)[0].tolist() == expected
 
 
 @given(
@@ -71,28 +71,28 @@ def test_random_uint64_is_a_splitmix64_sequence_keyed_by_seed_epoch_and_block(se
     indices=st.lists(st.integers(0, 2**40), min_size=1, max_size=8),
 )
 def test_random_uint64_of_blocks_in_any_company_is_that_of_each_alone(seed, epoch, indices):
-    together = random_uint64(seed, epoch, indices, 6)
-    alone = np.concatenate([random_uint64(seed, epoch, [index], 6) for index in indices])
+    together = draw_uint64(seed, epoch, indices, 6)
+    alone = np.concatenate([draw_uint64(seed, epoch, [index], 6) for index in indices])
     assert (together == alone).all()
 
 
 def test_random_uint64_of_a_longer_row_begins_like_a_shorter_one():
-    assert (random_uint64(1, 2, [3, 4], 30)[:, :9] == random_uint64(1, 2, [3, 4], 9)).all()
+    assert (draw_uint64(1, 2, [3, 4], 30)[:, :9] == draw_uint64(1, 2, [3, 4], 9)).all()
 
 
 def test_random_uint64_at_places_is_what_stands_there_in_the_rows():
     rows, columns = [2, 0, 0, 1], [5, 0, 11, 5]
-    numbers = random_uint64(1, 2, [30, 40, 2**40], 12)[rows, columns]
-    assert (random_uint64_at(1, 2, np.array([30, 40, 2**40])[rows], columns) == numbers).all()
+    numbers = draw_uint64(1, 2, [30, 40, 2**40], 12)[rows, columns]
+    assert (draw_uint64_at(1, 2, np.array([30, 40, 2**40])[rows], columns) == numbers).all()
 
 
 @pytest.mark.parametrize("epoch", [3, EVALUATION_EPOCH])
 def test_mask_blocks_takes_three_draws_a_position_for_choice_replacement_and_token(epoch):
-    # Another assignment would be as random, and would move the masks of everybody's experiments.
-    blocks, indices = np.random.default_rng(2).integers(0, SIZE, (5, 40)), [7, 3, 0, 9, 2]
-    choose, replace, token = (random_uint64(42, epoch, indices, 3 * 40)[:, part::3] / 2**64 for part in range(3))
-    chosen = (choose < 0.15) & ~np.isin(blocks, MASKED.control)
-    words = MASKED.ordinary[(token * len(MASKED.ordinary)).astype(int)]
+    # Another assignment would be as random, but would change the masks of all experiments.
+    blocks, indices = np.random.default_rng(2).integers(0, VOCAB_SIZE, (5, 40)), [7, 3, 0, 9, 2]
+    choose, replace, token = (draw_uint64(42, epoch, indices, 3 * 40)[:, part::3] / 2**64 for part in range(3))
+    chosen = (choose < 0.15) & ~np.isin(blocks, MASKED.control_ids)
+    words = MASKED.ordinary_ids[(token * len(MASKED.ordinary_ids)).astype(int)]
     expected = np.where(replace < 0.8, MASK, np.where(replace < 0.9, words, blocks))
     input_ids, labels = masked(blocks.astype(np.uint16), indices, 42, epoch)
     assert chosen.sum() > 10
@@ -121,7 +121,7 @@ def test_mask_blocks_of_all_seeds_epochs_and_blocks_are_distinct():
 
 @pytest.mark.parametrize("order", [[2, 0, 1], [1], [1, 1], [2, 1]])
 def test_mask_blocks_in_any_order_and_number_masks_each_the_same(order):
-    blocks = np.random.default_rng(0).integers(5, SIZE, (3, BLOCK_SIZE)).astype(np.uint16)
+    blocks = np.random.default_rng(0).integers(5, VOCAB_SIZE, (3, BLOCK_SIZE)).astype(np.uint16)
     whole, some = masked(blocks), masked(blocks[order], order)
     assert all((part == full[order]).all() for full, part in zip(whole, some, strict=True))
 
@@ -143,8 +143,8 @@ def test_mask_blocks_chooses_evenly_over_positions_and_blocks_by_chi_square(axis
 def test_mask_blocks_replaces_eighty_ten_ten_by_chi_square():
     input_ids, labels = masked(equal_blocks())
     chosen = input_ids[labels != IGNORED]
-    # A random token may be any ordinary one, the token itself among them.
-    number = len(MASKED.ordinary)
+    # A random token may be any ordinary token, also the original one.
+    number = len(MASKED.ordinary_ids)
     counts = [(chosen == MASK).sum(), (chosen == TOKEN).sum(), ((chosen != MASK) & (chosen != TOKEN)).sum()]
     rates = np.array([0.8, 0.1 + 0.1 / number, 0.1 * (number - 1) / number])
     assert chi_square(counts, rates * len(chosen)) < chi_square_limit(2)
@@ -152,15 +152,15 @@ def test_mask_blocks_replaces_eighty_ten_ten_by_chi_square():
 
 def test_mask_blocks_draws_random_tokens_evenly_over_the_ordinary_tokens_by_chi_square():
     input_ids, labels = masked(equal_blocks(), mask_replace_prob=0.0, random_replace_prob=1.0)
-    counts = np.bincount(input_ids[labels != IGNORED], minlength=SIZE)
-    special = [*MASKED.special.values(), *MASKED.control]
+    counts = np.bincount(input_ids[labels != IGNORED], minlength=VOCAB_SIZE)
+    special = [*MASKED.special.values(), *MASKED.control_ids]
     assert counts[special].sum() == 0
     drawn = np.delete(counts, special)
     assert chi_square(drawn, [drawn.sum() / len(drawn)] * len(drawn)) < chi_square_limit(len(drawn) - 1)
 
 
 def test_mask_blocks_leaves_unchosen_tokens_and_labels_chosen_ones_with_themselves():
-    blocks = np.random.default_rng(1).integers(0, SIZE, (50, BLOCK_SIZE)).astype(np.uint16)
+    blocks = np.random.default_rng(1).integers(0, VOCAB_SIZE, (50, BLOCK_SIZE)).astype(np.uint16)
     before = blocks.copy()
     input_ids, labels = masked(blocks)
     assert (input_ids == blocks)[labels == IGNORED].all()
@@ -184,7 +184,7 @@ def test_mask_blocks_of_evaluation_are_the_same_whatever_training_masks(trained_
 
 @given(seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 100))
 def test_mask_blocks_with_control_tokens_never_chooses_them(seed, epoch):
-    blocks = np.random.default_rng(seed).integers(0, SIZE, (4, 32)).astype(np.uint16)
+    blocks = np.random.default_rng(seed).integers(0, VOCAB_SIZE, (4, 32)).astype(np.uint16)
     blocks[:, [0, 9, 31]], blocks[:, 8] = CLS, SEP
     input_ids, labels = masked(blocks, None, seed, epoch, mlm_probability=0.999)
     control = (blocks == CLS) | (blocks == SEP)

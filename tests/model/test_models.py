@@ -1,4 +1,4 @@
-"""Models: built from a seed, loaded from a pinned directory, and refused with a reason."""
+"""Models: built from a seed, loaded from a pinned directory, or refused with a reason."""
 
 import dataclasses
 import json
@@ -11,9 +11,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import ARCHITECTURES, CAUSAL, MASKED, PAD, SIZE, TASK, VOCABULARY, toy_model
+from toys import ARCHITECTURES, CAUSAL, MASKED, MODEL_TASKS, PAD, VOCAB_SIZE, VOCABULARIES, make_toy_model
 
-from stages.core.artifacts import sha256
+from stages.core.artifacts import compute_sha256
 from stages.core.errors import StageError
 from stages.model.hardware import Hardware
 from stages.model.models import build_model, check_embeddings, load_directory, prepare_torch
@@ -22,9 +22,9 @@ from stages.tokens.vocabulary import Vocabulary
 
 
 def scratch(model_type, task=None, max_positions=64, **config):
-    """The config of a toy model from scratch."""
+    """Config of a toy model from scratch."""
     return Model(
-        task=task or TASK.get(model_type, "causal"),
+        task=task or MODEL_TASKS.get(model_type, "causal"),
         path=None,
         revision=None,
         files=None,
@@ -35,13 +35,13 @@ def scratch(model_type, task=None, max_positions=64, **config):
 
 
 def pinned(directory, model_type="gpt2", from_scratch=False, max_positions=64, files=None, **config):
-    """The config of the model in `directory`, pinned as tools/pin_model does."""
+    """Config of the model in `directory`, pinned as by tools/pin_model."""
     names = sorted(file.name for file in directory.iterdir()) if files is None else files
     return Model(
-        task=TASK[model_type],
+        task=MODEL_TASKS[model_type],
         path=str(directory),
         revision=None,
-        files={name: sha256(directory / name) for name in names},
+        files={name: compute_sha256(directory / name) for name in names},
         from_scratch=from_scratch,
         max_positions=max_positions,
         config=config,
@@ -50,10 +50,10 @@ def pinned(directory, model_type="gpt2", from_scratch=False, max_positions=64, f
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Model type to the directory of a toy model as save_pretrained writes it."""
+    """Model type to the directory of a toy model, written by save_pretrained."""
     directories = {model_type: tmp_path_factory.mktemp(model_type) for model_type in ("gpt2", "roberta", "bert")}
     for model_type, directory in directories.items():
-        toy_model(model_type, seed=5).save_pretrained(directory)
+        make_toy_model(model_type, seed=5).save_pretrained(directory)
     return directories
 
 
@@ -67,7 +67,7 @@ def same_weights(one, other):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "roberta", "bert"])
 def test_build_model_from_scratch_draws_its_weights_from_the_seed_alone(model_type):
-    vocabulary = VOCABULARY[TASK[model_type]]
+    vocabulary = VOCABULARIES[MODEL_TASKS[model_type]]
     first = build_model(scratch(model_type), vocabulary, 7)
     torch.rand(5)
     assert same_weights(build_model(scratch(model_type), vocabulary, 7), first)
@@ -77,7 +77,7 @@ def test_build_model_from_scratch_draws_its_weights_from_the_seed_alone(model_ty
 @pytest.mark.parametrize(("model_type", "vocabulary"), [("gpt2", CAUSAL), ("roberta", MASKED)])
 def test_build_model_from_scratch_takes_size_and_special_tokens_from_the_vocabulary(model_type, vocabulary):
     model = build_model(scratch(model_type), vocabulary, 0)
-    assert model.get_output_embeddings().out_features == SIZE
+    assert model.get_output_embeddings().out_features == VOCAB_SIZE
     assert model.config.eos_token_id == vocabulary.special.get("eos_token")
     assert model.config.pad_token_id == vocabulary.special.get("pad_token")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -93,28 +93,28 @@ def test_build_model_of_an_unknown_architecture_names_the_nearest():
 
 
 def test_build_model_with_an_unknown_config_key_names_the_nearest():
-    with pytest.raises(StageError, match=r"model\.config\.n_layers: gpt2 has no such value; did you mean n_layer\?"):
+    with pytest.raises(StageError, match=r"model\.config\.n_layers: gpt2 has no such setting; did you mean n_layer\?"):
         build_model(scratch("gpt2", n_layers=1), CAUSAL, 0)
 
 
 @pytest.mark.parametrize(("model_type", "task"), [("gpt2", "mlm"), ("vit", "causal"), ("t5", "causal")])
 def test_build_model_of_an_architecture_for_another_task_is_an_error_that_names_both(model_type, task):
     with pytest.raises(StageError, match=f"model_type={model_type}: transformers has no such model for task={task}"):
-        build_model(scratch(model_type, task), VOCABULARY[task], 0)
+        build_model(scratch(model_type, task), VOCABULARIES[task], 0)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "roberta", "bert"])
 def test_build_model_with_as_many_positions_as_it_has_attends_to_them_all(model_type):
     # RoBERTa's embeddings for 64 positions are 66: it numbers them from pad_token_id + 1.
-    model = build_model(scratch(model_type, max_positions=64), VOCABULARY[TASK[model_type]], 0)
+    model = build_model(scratch(model_type, max_positions=64), VOCABULARIES[MODEL_TASKS[model_type]], 0)
     with torch.no_grad():
-        assert model(torch.full((1, 64), 9)).logits.shape == (1, 64, SIZE)
+        assert model(torch.full((1, 64), 9)).logits.shape == (1, 64, VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "roberta", "bert"])
 def test_build_model_with_more_positions_than_it_has_is_an_error(model_type):
-    with pytest.raises(StageError, match="max_positions=65: the model has positions for 64 tokens"):
-        build_model(scratch(model_type, max_positions=65), VOCABULARY[TASK[model_type]], 0)
+    with pytest.raises(StageError, match="max_positions=65: the model only has 64 positions"):
+        build_model(scratch(model_type, max_positions=65), VOCABULARIES[MODEL_TASKS[model_type]], 0)
 
 
 # -- from a pinned directory -------------------------------------------------------------------------------------------
@@ -122,12 +122,12 @@ def test_build_model_with_more_positions_than_it_has_is_an_error(model_type):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "roberta", "bert"])
 def test_build_model_of_a_pinned_directory_has_its_weights_whatever_the_seed(saved, model_type):
-    model = build_model(pinned(saved[model_type], model_type), VOCABULARY[TASK[model_type]], 11)
-    assert same_weights(model, toy_model(model_type, seed=5))
+    model = build_model(pinned(saved[model_type], model_type), VOCABULARIES[MODEL_TASKS[model_type]], 11)
+    assert same_weights(model, make_toy_model(model_type, seed=5))
 
 
 def test_build_model_of_a_pinned_directory_in_half_precision_is_fp32(tmp_path):
-    toy_model("gpt2", seed=5).half().save_pretrained(tmp_path)
+    make_toy_model("gpt2", seed=5).half().save_pretrained(tmp_path)
     model = build_model(pinned(tmp_path), CAUSAL, 0)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
@@ -135,22 +135,22 @@ def test_build_model_of_a_pinned_directory_in_half_precision_is_fp32(tmp_path):
 def test_build_model_from_scratch_of_a_pinned_directory_takes_its_shape_and_fresh_weights(saved):
     model = build_model(pinned(saved["gpt2"], from_scratch=True, files=["config.json"]), CAUSAL, 11)
     assert model.config.n_embd == 16
-    assert not same_weights(model, toy_model("gpt2", seed=5))
+    assert not same_weights(model, make_toy_model("gpt2", seed=5))
 
 
 def test_build_model_of_a_smaller_vocabulary_than_its_embeddings_keeps_the_embeddings(saved):
-    vocabulary = Vocabulary(size=SIZE - 3, special=CAUSAL.special, prefix=[], suffix=[0], lead=[0])
-    assert build_model(pinned(saved["gpt2"]), vocabulary, 0).get_input_embeddings().num_embeddings == SIZE
+    vocabulary = Vocabulary(size=VOCAB_SIZE - 3, special=CAUSAL.special, prefix=[], suffix=[0], lead=[0])
+    assert build_model(pinned(saved["gpt2"]), vocabulary, 0).get_input_embeddings().num_embeddings == VOCAB_SIZE
 
 
 def test_build_model_of_a_larger_vocabulary_than_its_embeddings_is_an_error_with_both_numbers(saved):
-    vocabulary = Vocabulary(size=SIZE + 1, special=CAUSAL.special, prefix=[], suffix=[0], lead=[0])
-    with pytest.raises(StageError, match="the tokenizer has 51 tokens, the model embeddings for 50"):
+    vocabulary = Vocabulary(size=VOCAB_SIZE + 1, special=CAUSAL.special, prefix=[], suffix=[0], lead=[0])
+    with pytest.raises(StageError, match="the tokenizer has 51 tokens, but the model only has 50 embeddings"):
         build_model(pinned(saved["gpt2"]), vocabulary, 0)
 
 
 def test_build_model_of_a_directory_with_pickled_weights_alone_is_refused(tmp_path):
-    model = toy_model("gpt2")
+    model = make_toy_model("gpt2")
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(StageError, match=r"none of model\.safetensors"):
@@ -158,15 +158,15 @@ def test_build_model_of_a_directory_with_pickled_weights_alone_is_refused(tmp_pa
 
 
 def test_build_model_of_a_directory_with_other_weights_than_pinned_is_an_error_that_says_how_to_pin(tmp_path):
-    toy_model("gpt2", seed=5).save_pretrained(tmp_path)
+    make_toy_model("gpt2", seed=5).save_pretrained(tmp_path)
     config = pinned(tmp_path)
-    toy_model("gpt2", seed=6).save_pretrained(tmp_path)
+    make_toy_model("gpt2", seed=6).save_pretrained(tmp_path)
     with pytest.raises(StageError, match=r"model\.safetensors is not the pinned file.*tools\.pin_model"):
         build_model(config, CAUSAL, 0)
 
 
 def test_build_model_of_truncated_weights_is_an_error_that_names_the_directory(tmp_path):
-    toy_model("gpt2", seed=5).save_pretrained(tmp_path)
+    make_toy_model("gpt2", seed=5).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(StageError, match="cannot be loaded") as caught:
@@ -180,19 +180,19 @@ def test_build_model_of_weights_that_do_not_fit_the_config_is_an_error(tmp_path,
 
 
 def test_build_model_of_a_checkpoint_without_its_head_warns_and_draws_it_from_the_seed(tmp_path, caplog):
-    toy_model("bert", seed=5).bert.save_pretrained(tmp_path)
+    make_toy_model("bert", seed=5).bert.save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, logger="stages.model.models"):
         models = [build_model(pinned(tmp_path, "bert"), MASKED, seed) for seed in (1, 1, 2)]
     assert "not in the checkpoint" in caplog.text
     assert same_weights(models[0], models[1])
     assert not same_weights(models[0], models[2])
-    encoder = toy_model("bert", seed=5).bert.embeddings.word_embeddings.weight
+    encoder = make_toy_model("bert", seed=5).bert.embeddings.word_embeddings.weight
     assert torch.equal(models[2].bert.embeddings.word_embeddings.weight, encoder)
 
 
 def test_load_directory_gives_the_saved_weights_in_fp32(saved):
     model = load_directory("mlm", saved["roberta"])
-    assert same_weights(model, toy_model("roberta", seed=5))
+    assert same_weights(model, make_toy_model("roberta", seed=5))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.config.pad_token_id == PAD
 
@@ -201,7 +201,7 @@ def test_load_directory_gives_the_saved_weights_in_fp32(saved):
 
 
 def changed(**values):
-    """Sets values of a model's config.json."""
+    """Return a change that sets values in a model's config.json."""
 
     def change(directory):
         file = directory / "config.json"
@@ -215,7 +215,7 @@ def text(name, content):
 
 
 def with_weight(value):
-    """Puts `value(weight)` in the place of a weight."""
+    """Return a change that replaces a weight by `value(weight)`."""
 
     def change(directory):
         weights = load_file(directory / "model.safetensors")
@@ -234,7 +234,7 @@ def one(value):
 
 
 def sharded(content):
-    """Puts the weights in a shard, whose index is `content`."""
+    """Return a change that moves the weights to a shard with the index `content`."""
 
     def change(directory):
         names = list(load_file(directory / "model.safetensors"))
@@ -249,7 +249,7 @@ def elsewhere(name):
     return sharded(lambda names: {"weight_map": dict.fromkeys(names, "a.safetensors") | {names[0]: name}})
 
 
-MEANT, MAKES_NONE, UNUSABLE = "cannot be meant", "makes no gpt2", "its config.json cannot be used"
+MEANT, MAKES_NONE, UNUSABLE = "is out of range", "cannot build a gpt2 from", "its config.json cannot be used"
 HOSTILE = {
     "heads-0": (changed(n_head=0), MAKES_NONE),
     "heads-that-do-not-divide": (changed(n_head=3), MAKES_NONE),
@@ -315,39 +315,39 @@ def test_load_directory_reads_nothing_but_config_and_safetensors(tmp_path, saved
     shutil.copytree(saved["gpt2"], tmp_path / "model")
     (tmp_path / "model/adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "other"}')
     torch.save({}, tmp_path / "model/adapter_model.bin")
-    assert same_weights(load_directory("causal", tmp_path / "model"), toy_model("gpt2", seed=5))
+    assert same_weights(load_directory("causal", tmp_path / "model"), make_toy_model("gpt2", seed=5))
 
 
 def test_checkpoint_in_shards_is_loaded_as_in_one_file(tmp_path, saved):
     shutil.copytree(saved["gpt2"], tmp_path / "model")
     sharded(lambda names: {"weight_map": dict.fromkeys(names, "a.safetensors")})(tmp_path / "model")
     for loaded in (build_model(pinned(tmp_path / "model"), CAUSAL, 0), load_directory("causal", tmp_path / "model")):
-        assert same_weights(loaded, toy_model("gpt2", seed=5))
+        assert same_weights(loaded, make_toy_model("gpt2", seed=5))
 
 
 @pytest.mark.parametrize(
     ("model_type", "config", "message"),
     [
-        ("gpt2", {"n_head": 0}, "model.config makes no gpt2: .*ero"),
+        ("gpt2", {"n_head": 0}, "cannot build a gpt2 from model.config: .*ero"),
         ("bert", {"num_attention_heads": 3}, "model.config"),
         ("llama", {"num_attention_heads": 0}, "model.config"),
-        ("gpt2", {"activation_function": "sine"}, "model.config makes no gpt2: .*sine"),
-        ("bert", {"hidden_act": "sine"}, "model.config makes no bert: .*sine"),
-        ("gpt2", {"n_layer": 10**9}, r"n_layer=1000000000 cannot be meant: give it a value from 0 to 10,000"),
-        ("llama", {"num_hidden_layers": 10**23}, r"model\.config\.num_hidden_layers=1\d+ cannot be meant"),
-        ("gpt_neo", {"attention_types": [[["global"], 10**9]]}, r"\.attention_types=1000000000 cannot be meant"),
-        ("gpt2", {"n_positions": 2**40}, "model.config makes a gpt2 of .* TiB.*: the limit is 1 TiB"),
-        ("bert", {"type_vocab_size": 2**45}, "model.config makes a bert of .* TiB"),
-        ("llama", {"intermediate_size": 10**23}, r"model\.config\.intermediate_size=1\d+ cannot be meant"),
+        ("gpt2", {"activation_function": "sine"}, "cannot build a gpt2 from model.config: .*sine"),
+        ("bert", {"hidden_act": "sine"}, "cannot build a bert from model.config: .*sine"),
+        ("gpt2", {"n_layer": 10**9}, r"n_layer=1000000000 is out of range: set a value from 0 to 10,000"),
+        ("llama", {"num_hidden_layers": 10**23}, r"model\.config\.num_hidden_layers=1\d+ is out of range"),
+        ("gpt_neo", {"attention_types": [[["global"], 10**9]]}, r"\.attention_types=1000000000 is out of range"),
+        ("gpt2", {"n_positions": 2**40}, "the gpt2 of model.config takes .* TiB: the limit is 1 TiB"),
+        ("bert", {"type_vocab_size": 2**45}, "the bert of model.config takes .* TiB"),
+        ("llama", {"intermediate_size": 10**23}, r"model\.config\.intermediate_size=1\d+ is out of range"),
         ("gpt2", {"_attn_implementation": "owner/kernels"}, "never run"),
         ("gpt2", {"initializer_range": float("inf")}, "model.config.* NaN or infinite"),
-        ("gpt2", {"initializer_range": -1.0}, "model.config makes no gpt2: .*std"),
-        ("gpt2", {"initializer_range": float("nan")}, r"model\.config\.initializer_range=nan cannot be meant"),
+        ("gpt2", {"initializer_range": -1.0}, "cannot build a gpt2 from model.config: .*std"),
+        ("gpt2", {"initializer_range": float("nan")}, r"model\.config\.initializer_range=nan is out of range"),
     ],
 )  # fmt: skip
 def test_build_model_from_scratch_of_values_that_make_none_names_them(model_type, config, message):
     with pytest.raises(StageError, match=message) as caught:
-        build_model(scratch(model_type, **config), VOCABULARY[TASK[model_type]], 0)
+        build_model(scratch(model_type, **config), VOCABULARIES[MODEL_TASKS[model_type]], 0)
     assert len(str(caught.value)) < 1000
 
 
@@ -359,10 +359,10 @@ def test_build_model_of_what_is_no_architecture_is_an_error_of_a_line(model_type
 
 
 def test_check_embeddings_of_more_tokens_than_embeddings_names_both():
-    model = toy_model("gpt2")
-    check_embeddings(model, SIZE)
-    with pytest.raises(StageError, match="the tokenizer has 51 tokens, the model embeddings for 50 alone"):
-        check_embeddings(model, SIZE + 1)
+    model = make_toy_model("gpt2")
+    check_embeddings(model, VOCAB_SIZE)
+    with pytest.raises(StageError, match="the tokenizer has 51 tokens, but the model only has 50 embeddings"):
+        check_embeddings(model, VOCAB_SIZE + 1)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory as they do")

@@ -1,10 +1,10 @@
-"""Precision: bf16 where a processor has it and nowhere else, and figures in fp32 whatever was switched on."""
+"""Precision: bf16 only if the processor supports it, and figures always in fp32."""
 
 import logging
 
 import pytest
 import torch
-from toys import toy_model
+from toys import make_toy_model
 
 from stages.core.errors import StageError
 from stages.model.precision import NATIVE_BF16, check_bf16, full_precision
@@ -46,6 +46,6 @@ def test_check_bf16_elsewhere_says_nothing(monkeypatch, caplog, device, bf16):
 @pytest.mark.parametrize("before", ["none", "tf32"])
 def test_full_precision_switches_tf32_off_and_leaves_it_as_it_was(monkeypatch, before):
     monkeypatch.setattr(torch.backends, "fp32_precision", before)
-    with full_precision(toy_model("gpt2")):
+    with full_precision(make_toy_model("gpt2")):
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert torch.backends.fp32_precision == before

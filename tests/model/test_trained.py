@@ -1,4 +1,4 @@
-"""Additions to a model that break are errors of a line."""
+"""Damaged adapters are errors of one line."""
 
 import json
 import shutil
@@ -7,25 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from data_helpers import hashes
+from data_helpers import hash_files
 from peft import LoraConfig, get_peft_model
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
-from toys import toy_model
+from toys import make_toy_model
 
 from stages.core.artifacts import write_json
 from stages.core.errors import StageError
-from stages.model.schema import ADDITIONS, BASE, Model
-from stages.model.trained import load_trained
+from stages.model.schema import ADAPTER_WEIGHTS, BASE_MODEL_CONFIG, Model
+from stages.model.trained import load_trained_model
 
 
 @pytest.fixture(scope="module")
 def additions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Additions to a pinned toy model, as train writes them."""
+    """Adapter of a pinned toy model, as train writes it."""
     root = tmp_path_factory.mktemp("additions")
-    toy_model("gpt2").save_pretrained(root / "base")
+    make_toy_model("gpt2").save_pretrained(root / "base")
     config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
-    adapted = get_peft_model(toy_model("gpt2"), config)
+    adapted = get_peft_model(make_toy_model("gpt2"), config)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
@@ -34,12 +34,12 @@ def additions(tmp_path_factory: pytest.TempPathFactory) -> Path:
         task="causal",
         path=str(root / "base"),
         revision=None,
-        files=hashes(root / "base"),
+        files=hash_files(root / "base"),
         from_scratch=False,
         max_positions=64,
         config={"model_type": "gpt2"},
     )
-    write_json(root / "additions" / BASE, TypeAdapter(Model).dump_python(base))
+    write_json(root / "additions" / BASE_MODEL_CONFIG, TypeAdapter(Model).dump_python(base))
     return root / "additions"
 
 
@@ -56,11 +56,11 @@ def settings(**values: Any) -> Any:
 
 
 def weights(value: Any) -> Any:
-    """Puts `value(weight)` in the place of every addition."""
+    """Return a change that replaces every weight of the adapter by `value(weight)`."""
 
     def change(directory: Path) -> None:
-        loaded = load_file(directory / ADDITIONS)
-        save_file({name: value(weight) for name, weight in loaded.items()}, directory / ADDITIONS)
+        loaded = load_file(directory / ADAPTER_WEIGHTS)
+        save_file({name: value(weight) for name, weight in loaded.items()}, directory / ADAPTER_WEIGHTS)
 
     return change
 
@@ -74,18 +74,18 @@ BROKEN: dict[str, Any] = {
     "rank-of-text": settings(r="two"),
     "rank-of-others": settings(r=3),
     "layers-of-none": settings(target_modules=["nothing"]),
-    "weights-empty": text(ADDITIONS, ""),
+    "weights-empty": text(ADAPTER_WEIGHTS, ""),
     "weights-nan": weights(lambda weight: weight * float("nan")),
     "weights-infinite": weights(lambda weight: weight / 0),
     "weights-turned": weights(lambda weight: weight.T.contiguous()),
-    "base-nested": text(BASE, "[" * 200_000),
-    "base-of-a-list": text(BASE, "[]"),
-    "base-of-digits": text(BASE, "9" * 5000),
+    "base-nested": text(BASE_MODEL_CONFIG, "[" * 200_000),
+    "base-of-a-list": text(BASE_MODEL_CONFIG, "[]"),
+    "base-of-digits": text(BASE_MODEL_CONFIG, "9" * 5000),
 }
 
 
 def test_additions_are_merged_into_their_base(additions: Path) -> None:
-    merged, base = load_trained("causal", additions).state_dict(), toy_model("gpt2").state_dict()
+    merged, base = load_trained_model("causal", additions).state_dict(), make_toy_model("gpt2").state_dict()
     changed = {name for name, weight in base.items() if not torch.equal(weight, merged[name])}
     assert changed == {f"transformer.h.{layer}.attn.c_attn.weight" for layer in (0, 1)}
 
@@ -95,6 +95,6 @@ def test_additions_that_break_are_an_error_of_a_line(additions: Path, tmp_path: 
     shutil.copytree(additions, tmp_path / "model")
     BROKEN[name](tmp_path / "model")
     with pytest.raises(StageError) as caught:
-        load_trained("causal", tmp_path / "model")
+        load_trained_model("causal", tmp_path / "model")
     said = str(caught.value)
     assert str(tmp_path / "model") in said and said.isprintable() and len(said) < 1000

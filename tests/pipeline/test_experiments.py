@@ -12,103 +12,105 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dvc_project import ALL, TASKS, edit, flatten, run, stages_run
+from dvc_project import ALL, TASKS, edit_yaml, flatten_revisions, parse_stages_run, run_command
 
 
-def names(project: Path) -> set[str]:
-    """Names of the experiments that have results."""
-    rows = flatten(json.loads(run(project, "dvc", "exp", "show", "--json")))
+def list_experiments(project: Path) -> set[str]:
+    """Return the names of the experiments that have results."""
+    rows = flatten_revisions(json.loads(run_command(project, "dvc", "exp", "show", "--json")))
     return {row["name"] for row in rows if row.get("name") and (row.get("data") or {}).get("metrics")}
 
 
 @pytest.mark.slow
-def test_experiments_grid_in_the_queue_finishes_with_two_jobs_at_once(clean: Path) -> None:
+def test_experiments_grid_in_the_queue_finishes_with_two_parallel_jobs(clean: Path) -> None:
     grid = ("-S", "tasks.causal.learning_rate=0.001,0.01", "-S", "seed=1,2")
-    assert run(clean, "dvc", "exp", "run", "--queue", *grid).count("Queued experiment") == 4
-    before = names(clean)
-    run(clean, "dvc", "queue", "start", "-j", "2")
+    assert run_command(clean, "dvc", "exp", "run", "--queue", *grid).count("Queued experiment") == 4
+    before = list_experiments(clean)
+    run_command(clean, "dvc", "queue", "start", "-j", "2")
     for _ in range(300):
-        status = run(clean, "dvc", "queue", "status")
+        status = run_command(clean, "dvc", "queue", "status")
         if "Running" not in status and "Queued" not in status:
             break
         time.sleep(2)
     assert "Failed" not in status, status
-    assert len(names(clean) - before) == 4
-    run(clean, "dvc", "queue", "stop", check=False)
-    compared = run(clean, "python", "-m", "tools.compare")
+    assert len(list_experiments(clean) - before) == 4
+    run_command(clean, "dvc", "queue", "stop", check=False)
+    compared = run_command(clean, "python", "-m", "tools.compare")
     assert "(seeds 1, 2)" in compared or "(seeds 2, 1)" in compared
     assert " +- " in compared
     assert all(len(line) <= 120 for line in compared.splitlines())
 
 
 @pytest.mark.slow
-def test_experiments_in_a_temporary_directory_leave_the_workspace_alone(clean: Path) -> None:
-    run(clean, "dvc", "exp", "run", "--temp", "-n", "aside", "-S", "tasks.mlm.learning_rate=0.01")
-    assert run(clean, "git", "status", "--porcelain") == ""
-    assert "aside" in names(clean)
+def test_experiments_in_a_temporary_directory_do_not_change_the_workspace(clean: Path) -> None:
+    run_command(clean, "dvc", "exp", "run", "--temp", "-n", "aside", "-S", "tasks.mlm.learning_rate=0.01")
+    assert run_command(clean, "git", "status", "--porcelain") == ""
+    assert "aside" in list_experiments(clean)
 
 
 @pytest.mark.slow
 def test_experiments_are_compared_applied_and_branched(clean: Path) -> None:
-    run(clean, "dvc", "exp", "run", "-n", "other", "-S", "tasks.causal.learning_rate=0.02")
-    assert "tasks.causal.learning_rate" in run(clean, "dvc", "params", "diff")
-    assert "causal.test.bpb" in run(clean, "dvc", "metrics", "diff")
-    run(clean, "git", "reset", "-q", "--hard")
-    run(clean, "dvc", "checkout", "-q")
-    difference = run(clean, "dvc", "exp", "diff", "main", "other")
+    run_command(clean, "dvc", "exp", "run", "-n", "other", "-S", "tasks.causal.learning_rate=0.02")
+    assert "tasks.causal.learning_rate" in run_command(clean, "dvc", "params", "diff")
+    assert "causal.test.bpb" in run_command(clean, "dvc", "metrics", "diff")
+    run_command(clean, "git", "reset", "-q", "--hard")
+    run_command(clean, "dvc", "checkout", "-q")
+    difference = run_command(clean, "dvc", "exp", "diff", "main", "other")
     assert "tasks.causal.learning_rate" in difference and "causal.test.bpb" in difference
     assert "mlm.test" not in difference
-    assert "learning_rate" in run(clean, "env", "COLUMNS=900", "dvc", "exp", "show", "--no-pager", "--only-changed")
-    page = run(clean, "dvc", "plots", "diff", "main", "other", "--out", "plots").strip()
+    assert "learning_rate" in run_command(
+        clean, "env", "COLUMNS=900", "dvc", "exp", "show", "--no-pager", "--only-changed"
+    )
+    page = run_command(clean, "dvc", "plots", "diff", "main", "other", "--out", "plots").strip()
     assert "causal: training loss" in Path(page.removeprefix("file://")).read_text(encoding="utf-8")
     shutil.rmtree(clean / "plots")
-    run(clean, sys.executable, "-m", "tools.report")
+    run_command(clean, sys.executable, "-m", "tools.report")
     report = (clean / "reports/report.html").read_text(encoding="utf-8")
     pieces = re.findall(r'<span class="(better|worse)-[1-4]" title="([+-])[0-9.]+ bits">', report)
     assert pieces and all((kind == "better") == (sign == "-") for kind, sign in pieces)
     drawing = ("reports/compare/causal.json", "--template", "difference", "--out", "plots")
-    plot = run(clean, "dvc", "plots", "show", *drawing).strip()
+    plot = run_command(clean, "dvc", "plots", "show", *drawing).strip()
     drawn = Path(plot.removeprefix("file://")).read_text(encoding="utf-8")
     assert '"experiment": "other"' in drawn and "bits per byte more than the baseline" in drawn
     shutil.rmtree(clean / "plots")
-    run(clean, "dvc", "exp", "apply", "other")
+    run_command(clean, "dvc", "exp", "apply", "other")
     assert "0.02" in (clean / "params.yaml").read_text(encoding="utf-8")
-    assert stages_run(run(clean, "dvc", "repro")) == set()
-    run(clean, "git", "reset", "-q", "--hard")
-    run(clean, "dvc", "exp", "branch", "other", "kept")
-    assert "kept" in run(clean, "git", "branch")
+    assert parse_stages_run(run_command(clean, "dvc", "repro")) == set()
+    run_command(clean, "git", "reset", "-q", "--hard")
+    run_command(clean, "dvc", "exp", "branch", "other", "kept")
+    assert "kept" in run_command(clean, "git", "branch")
 
 
 @pytest.mark.slow
-def test_experiments_back_to_an_earlier_block_size_restores_and_runs_no_command(clean: Path) -> None:
+def test_experiments_with_an_earlier_block_size_are_restored_without_running(clean: Path) -> None:
     lock = (clean / "dvc.lock").read_text(encoding="utf-8")
-    edit(clean / "params.yaml", block_size=32)
-    assert stages_run(run(clean, "dvc", "repro"))
-    edit(clean / "params.yaml", block_size=64)
-    output = run(clean, "dvc", "repro")
-    assert stages_run(output) == set()
+    edit_yaml(clean / "params.yaml", block_size=32)
+    assert parse_stages_run(run_command(clean, "dvc", "repro"))
+    edit_yaml(clean / "params.yaml", block_size=64)
+    output = run_command(clean, "dvc", "repro")
+    assert parse_stages_run(output) == set()
     assert output.count("is cached - skipping run, checking out outputs") == 6
     assert (clean / "dvc.lock").read_text(encoding="utf-8") == lock
 
 
 def test_experiments_garbage_collection_of_the_workspace_keeps_repro_a_no_op(clean: Path) -> None:
-    run(clean, "dvc", "gc", "--workspace", "--force")
-    assert stages_run(run(clean, "dvc", "repro")) == set()
+    run_command(clean, "dvc", "gc", "--workspace", "--force")
+    assert parse_stages_run(run_command(clean, "dvc", "repro")) == set()
 
 
-def shared(clean: Path, remote: str, tmp_path: Path, *configure: tuple[str, ...]) -> None:
-    """Push to `remote`, clone, pull, and run nothing."""
+def check_sharing(clean: Path, remote: str, tmp_path: Path, *configure: tuple[str, ...]) -> None:
+    """Push to `remote`, clone and pull; check that the clone has the same state and `dvc repro` runs nothing."""
     clone = tmp_path / "clone"
     try:
-        for place in (clean, clone):
-            if place is clone:
-                run(clean, "git", "clone", "-q", ".", str(clone))
-            run(place, "dvc", "remote", "add", "--local", "-d", "shared", remote)
+        for repository in (clean, clone):
+            if repository is clone:
+                run_command(clean, "git", "clone", "-q", ".", str(clone))
+            run_command(repository, "dvc", "remote", "add", "--local", "-d", "shared", remote)
             for options in configure:
-                run(place, "dvc", "remote", "modify", "--local", "shared", *options)
-            run(place, "dvc", "push" if place is clean else "pull")
-        assert stages_run(run(clone, "dvc", "repro")) == set()
-        assert run(clone, "dvc", "status") == run(clean, "dvc", "status")
+                run_command(repository, "dvc", "remote", "modify", "--local", "shared", *options)
+            run_command(repository, "dvc", "push" if repository is clean else "pull")
+        assert parse_stages_run(run_command(clone, "dvc", "repro")) == set()
+        assert run_command(clone, "dvc", "status") == run_command(clean, "dvc", "status")
         for task in TASKS:
             weights = f"models/{task}/model.safetensors"
             assert (clone / weights).read_bytes() == (clean / weights).read_bytes()
@@ -117,12 +119,12 @@ def shared(clean: Path, remote: str, tmp_path: Path, *configure: tuple[str, ...]
 
 
 def test_experiments_pushed_to_a_directory_and_pulled_elsewhere_run_nothing(clean: Path, tmp_path: Path) -> None:
-    shared(clean, str(tmp_path / "remote"), tmp_path)
+    check_sharing(clean, str(tmp_path / "remote"), tmp_path)
 
 
 @pytest.fixture
 def ssh_server(tmp_path: Path) -> Iterator[tuple[int, Path]]:
-    """Port and client key of an SSH server on the loopback with keys of its own."""
+    """Port and client key of a temporary SSH server on the loopback."""
     sshd = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
     if sshd is None:
         pytest.skip("no sshd here (Debian: apt-get install openssh-server)")
@@ -163,15 +165,15 @@ def test_experiments_pushed_over_ssh_and_pulled_elsewhere_run_nothing(
 ) -> None:
     port, key = ssh_server
     options = [("port", str(port)), ("user", getpass.getuser()), ("keyfile", str(key)), ("allow_agent", "false")]
-    shared(clean, f"ssh://127.0.0.1{tmp_path / 'remote'}", tmp_path, *options)
+    check_sharing(clean, f"ssh://127.0.0.1{tmp_path / 'remote'}", tmp_path, *options)
 
 
 @pytest.mark.slow
 def test_experiments_two_clean_runs_write_the_same_lock(project: Path, tmp_path: Path) -> None:
-    again = tmp_path / "elsewhere"
-    run(project, "git", "clone", "-q", ".", str(again))
-    lock = (again / "dvc.lock").read_text(encoding="utf-8")
-    (again / "dvc.lock").unlink()
-    shutil.rmtree(again / "metrics")
-    assert stages_run(run(again, "env", "PYTHONHASHSEED=7", "dvc", "repro")) == ALL
-    assert (again / "dvc.lock").read_text(encoding="utf-8") == lock
+    clone = tmp_path / "elsewhere"
+    run_command(project, "git", "clone", "-q", ".", str(clone))
+    lock = (clone / "dvc.lock").read_text(encoding="utf-8")
+    (clone / "dvc.lock").unlink()
+    shutil.rmtree(clone / "metrics")
+    assert parse_stages_run(run_command(clone, "env", "PYTHONHASHSEED=7", "dvc", "repro")) == ALL
+    assert (clone / "dvc.lock").read_text(encoding="utf-8") == lock

@@ -1,7 +1,7 @@
-"""A data stage imports what it uses: not torch, transformers, datasets or DVC; nor a model stage what it does not use.
+"""Stages import only the libraries that they use: data stages no torch, transformers, datasets or DVC.
 
-pyarrow imports pandas, half a second's work, where it turns objects of Python into arrays and scalars: nothing does
-that while all records are regular.
+pyarrow imports pandas, which takes half a second, when it converts Python objects to arrays and scalars. Stages avoid
+this conversion as long as all records are regular.
 """
 
 import subprocess
@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from data_helpers import REPOSITORY, questions, write_jsonl
+from data_helpers import REPOSITORY, make_questions, write_jsonl
 
-# A stage ends without the interpreter's own end: here, it comes back.
-RUN = """
+# A stage ends with os._exit; replaced here, so that the script can print the imported modules.
+RUN_SCRIPT = """
 import os, runpy, sys
 os._exit = lambda code: None
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
@@ -22,35 +22,47 @@ print(sorted(heavy & set(sys.modules)))
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Stage to the heavy modules that it imported in a run over files."""
-    place = tmp_path_factory.mktemp("imports")
-    source = write_jsonl(place / "records.jsonl", questions(60))
+def heavy_imports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Map of each stage to the heavy modules that it imports in a run with data=files."""
+    directory = tmp_path_factory.mktemp("imports")
+    source = write_jsonl(directory / "records.jsonl", make_questions(60))
     flat = ["data=files", "data.flatten.columns=[title,selftext,answers.text]"]
     overrides = {
-        "download": ["data=files", f"data.path={source}", f"out={place}/raw"],
-        "tokenize": [*flat, "task=causal", "model=tiny-gpt2", f"raw={place}/raw", f"out={place}/tokens"],
-        "group_texts": ["block_size=16", f"tokens={place}/tokens", f"raw={place}/raw", f"out={place}/blocks"],
+        "download": ["data=files", f"data.path={source}", f"out={directory}/raw"],
+        "tokenize": [*flat, "task=causal", "model=tiny-gpt2", f"raw={directory}/raw", f"out={directory}/tokens"],
+        "group_texts": [
+            "block_size=16",
+            f"tokens={directory}/tokens",
+            f"raw={directory}/raw",
+            f"out={directory}/blocks",
+        ],
         "baseline": [
             *flat,
-            *("task=causal", "model=tiny-gpt2", "seed=0", f"raw={place}/raw", f"tokens={place}/tokens", "hardware=cpu"),
-            *(f"out={place}/baseline.json", f"report={place}/baseline", f"sources={place}/sources"),
+            *(
+                "task=causal",
+                "model=tiny-gpt2",
+                "seed=0",
+                f"raw={directory}/raw",
+                f"tokens={directory}/tokens",
+                "hardware=cpu",
+            ),
+            *(f"out={directory}/baseline.json", f"report={directory}/baseline", f"sources={directory}/sources"),
         ],
     }
     printed = {}
-    for stage, given in overrides.items():
-        command = [sys.executable, "-c", RUN, f"stages.{stage}", *given]
+    for stage, stage_overrides in overrides.items():
+        command = [sys.executable, "-c", RUN_SCRIPT, f"stages.{stage}", *stage_overrides]
         run = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
         assert run.returncode == 0, run.stderr
         printed[stage] = run.stdout.strip()
-    assert (Path(place) / "blocks/train").is_dir()
+    assert (Path(directory) / "blocks/train").is_dir()
     return printed
 
 
 @pytest.mark.parametrize("stage", ["download", "tokenize", "group_texts"])
-def test_imports_of_a_data_stage_are_light(done: dict[str, str], stage: str) -> None:
-    assert done[stage] == "[]"
+def test_imports_of_a_data_stage_are_light(heavy_imports: dict[str, str], stage: str) -> None:
+    assert heavy_imports[stage] == "[]"
 
 
-def test_imports_of_a_model_stage_are_those_of_its_model(done: dict[str, str]) -> None:
-    assert done["baseline"] == "['torch', 'transformers']"
+def test_imports_of_a_model_stage_are_those_of_its_model(heavy_imports: dict[str, str]) -> None:
+    assert heavy_imports["baseline"] == "['torch', 'transformers']"

@@ -1,4 +1,4 @@
-"""The pipeline end to end, with the real DVC, in a copy of the repository at the smallest size."""
+"""The pipeline end to end with the real DVC, at the smallest size, in a copy of the repository."""
 
 import json
 import os
@@ -8,17 +8,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from dvc_project import ALL, TASKS, edit, environment, flatten, run, stages_run
+from dvc_project import ALL, TASKS, build_environment, edit_yaml, flatten_revisions, parse_stages_run, run_command
 
 
 def test_pipeline_second_repro_runs_nothing(clean: Path) -> None:
-    assert stages_run(run(clean, "dvc", "repro")) == set()
-    assert run(clean, "git", "status", "--porcelain") == ""
+    assert parse_stages_run(run_command(clean, "dvc", "repro")) == set()
+    assert run_command(clean, "git", "status", "--porcelain") == ""
 
 
-def test_pipeline_check_and_summary_speak_of_this_run(clean: Path) -> None:
-    assert f"{len(ALL)} stages is in order" in run(clean, sys.executable, "-m", "tools.check")
-    summary = run(clean, sys.executable, "-m", "tools.summary")
+def test_pipeline_check_and_summary_describe_this_run(clean: Path) -> None:
+    assert f"{len(ALL)} stages is in order" in run_command(clean, sys.executable, "-m", "tools.check")
+    summary = run_command(clean, sys.executable, "-m", "tools.summary")
     figures = json.loads((clean / "reports/evaluate/causal/metrics.json").read_text())["causal"]["test"]
     row = next(line for line in summary.splitlines() if line.strip().startswith("causal"))
     assert row.split()[1:5] == [
@@ -39,14 +39,16 @@ def test_pipeline_metrics_have_the_same_keys_in_both_splits(clean: Path) -> None
         assert headline == {task: {"val": {short: splits["validation"][own]}, "test": {short: splits["test"][own]}}}
 
 
-def test_pipeline_experiment_with_another_block_size_runs_six_stages_and_stands_beside_the_baseline(
+def test_pipeline_experiment_with_another_block_size_runs_six_stages_and_is_compared(
     clean: Path,
 ) -> None:
-    ran = stages_run(run(clean, "dvc", "exp", "run", "-n", "wide", "-S", "block_size=128"))
+    ran = parse_stages_run(run_command(clean, "dvc", "exp", "run", "-n", "wide", "-S", "block_size=128"))
     assert ran == {f"{stage}@{task}" for stage in ("group_texts", "train", "evaluate") for task in TASKS}
-    assert stages_run(run(clean, "dvc", "repro")) == set()  # the workspace keeps the experiment
-    revisions = json.loads(run(clean, "dvc", "exp", "show", "--json"))
-    rows = {row["name"]: row["data"] for row in flatten(revisions) if row.get("name") or row["rev"] == "workspace"}
+    assert parse_stages_run(run_command(clean, "dvc", "repro")) == set()  # the workspace keeps the experiment
+    revisions = json.loads(run_command(clean, "dvc", "exp", "show", "--json"))
+    rows = {
+        row["name"]: row["data"] for row in flatten_revisions(revisions) if row.get("name") or row["rev"] == "workspace"
+    }
     assert {"main", "wide"} <= rows.keys()
     sizes = {name: rows[name]["params"]["params.yaml"]["data"]["block_size"] for name in ("main", "wide")}
     assert sizes == {"main": 64, "wide": 128}
@@ -63,38 +65,43 @@ def test_pipeline_experiment_with_another_block_size_runs_six_stages_and_stands_
         pytest.param("conf/task/causal.yaml:+trainer.warmup_ratio=0.1", marks=pytest.mark.slow),
     ],
 )
-def test_pipeline_training_value_of_one_task_trains_and_evaluates_that_task_alone(clean: Path, change: str) -> None:
-    assert stages_run(run(clean, "dvc", "exp", "run", "-S", change)) == {"train@causal", "evaluate@causal"}
+def test_pipeline_training_value_of_one_task_trains_and_evaluates_only_that_task(clean: Path, change: str) -> None:
+    assert parse_stages_run(run_command(clean, "dvc", "exp", "run", "-S", change)) == {
+        "train@causal",
+        "evaluate@causal",
+    }
 
 
 def test_pipeline_unknown_trainer_key_is_an_error_naming_the_nearest(clean: Path) -> None:
-    output = run(clean, "dvc", "exp", "run", "-S", "conf/task/causal.yaml:+trainer.weight_dekay=0.1", check=False)
+    output = run_command(
+        clean, "dvc", "exp", "run", "-S", "conf/task/causal.yaml:+trainer.weight_dekay=0.1", check=False
+    )
     assert "did you mean weight_decay?" in output
     assert "Traceback" not in output
 
 
 def test_pipeline_key_that_training_does_not_use_trains_nothing(clean: Path) -> None:
-    edit(clean / "conf/task/mlm.yaml", samples__top_k=3)
-    assert stages_run(run(clean, "dvc", "repro")) == {"baseline@mlm", "evaluate@mlm"}
+    edit_yaml(clean / "conf/task/mlm.yaml", samples__top_k=3)
+    assert parse_stages_run(run_command(clean, "dvc", "repro")) == {"baseline@mlm", "evaluate@mlm"}
 
 
-def test_pipeline_unreachable_hub_is_said_with_the_ways_on(clean: Path, tmp_path: Path) -> None:
-    edit(clean / "params.yaml", tasks__causal__model="distilgpt2")
-    output = run(clean, "env", f"HF_HOME={tmp_path}", "dvc", "repro", "tokenize@causal", check=False)
+def test_pipeline_unreachable_hub_is_reported_with_the_remedies(clean: Path, tmp_path: Path) -> None:
+    edit_yaml(clean / "params.yaml", tasks__causal__model="distilgpt2")
+    output = run_command(clean, "env", f"HF_HOME={tmp_path}", "dvc", "repro", "tokenize@causal", check=False)
     for part in ("distilbert/distilgpt2", "cannot be reached", "tools.pin_model", "HF_HOME"):
         assert part in output
     assert not (clean / "data/tokens/causal").exists()
 
 
-def flip(file: Path) -> None:
-    """Turn a bit of `file` over."""
+def flip_bit(file: Path) -> None:
+    """Flip a bit in the middle of `file`."""
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
     file.chmod(0o644)
     file.write_bytes(raw)
 
 
-def test_pipeline_artifacts_that_changed_are_made_anew_before_they_are_used(clean: Path) -> None:
+def test_pipeline_damaged_artifacts_are_restored_before_use(clean: Path) -> None:
     names = [
         "data/raw/train.parquet",
         "data/tokens/causal/train/shard-00000.arrow",
@@ -105,44 +112,44 @@ def test_pipeline_artifacts_that_changed_are_made_anew_before_they_are_used(clea
     ]
     good = {name: (clean / name).read_bytes() for name in names}
     for name in names:
-        flip(clean / name)
-    assert stages_run(run(clean, "dvc", "repro")) == set()  # the run cache has what the stages wrote
+        flip_bit(clean / name)
+    assert parse_stages_run(run_command(clean, "dvc", "repro")) == set()  # restored from the run cache
     assert {name: (clean / name).read_bytes() for name in names} == good
-    assert run(clean, "git", "status", "--porcelain") == ""
+    assert run_command(clean, "git", "status", "--porcelain") == ""
 
 
-def test_pipeline_tokens_that_rot_without_a_trace_are_named_by_their_reader(clean: Path) -> None:
-    """DVC does not look into a file whose time and size are as they were; the checksum does."""
+def test_pipeline_tokens_damaged_with_unchanged_time_are_named_by_their_reader(clean: Path) -> None:
+    """DVC does not read a file with an unchanged time and size, but the reader verifies the checksum."""
     shard = clean / "data/tokens/causal/train/shard-00000.arrow"
     times = (shard.stat().st_atime_ns, shard.stat().st_mtime_ns)
     good = shard.read_bytes()
-    flip(shard)
+    flip_bit(shard)
     os.utime(shard, ns=times)
-    output = run(clean, "dvc", "exp", "run", "-S", "block_size=32", check=False)
-    shard.write_bytes(good)  # DVC sees nothing to check out
+    output = run_command(clean, "dvc", "exp", "run", "-S", "block_size=32", check=False)
+    shard.write_bytes(good)  # DVC would not restore it, because it sees no change
     os.utime(shard, ns=times)
-    assert "train/shard-00000.arrow is damaged (not the bytes that were written)" in output
+    assert "train/shard-00000.arrow is damaged (its checksum does not match)" in output
     assert not (clean / "data/blocks/causal").exists()
 
 
 @pytest.mark.slow
-def test_pipeline_editing_ones_own_text_runs_everything_after_download(clean: Path, tmp_path: Path) -> None:
+def test_pipeline_edited_text_runs_all_stages(clean: Path, tmp_path: Path) -> None:
     text = tmp_path / "my questions.jsonl"
     lines = (clean / "data/sample/askscience.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     text.write_text("".join(lines[:70]), encoding="utf-8")
     own = ("-S", "data.name=files", "-S", f"data.path={text}")
-    assert stages_run(run(clean, "dvc", "exp", "run", *own)) == ALL
+    assert parse_stages_run(run_command(clean, "dvc", "exp", "run", *own)) == ALL
     text.write_text("".join(lines[:72]), encoding="utf-8")
-    assert stages_run(run(clean, "dvc", "repro")) == ALL
+    assert parse_stages_run(run_command(clean, "dvc", "repro")) == ALL
 
 
 @pytest.mark.slow
 def test_pipeline_stage_ends_when_its_dvc_is_killed(clean: Path) -> None:
-    edit(clean / "params.yaml", tasks__causal__num_train_epochs=500)
+    edit_yaml(clean / "params.yaml", tasks__causal__num_train_epochs=500)
     dvc = subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", "train@causal"],
         cwd=clean,
-        env=environment(clean),
+        env=build_environment(clean),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -163,9 +170,9 @@ def test_pipeline_stage_ends_when_its_dvc_is_killed(clean: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pipeline_environment_that_accelerate_would_read_changes_no_weights(clean: Path) -> None:
+def test_pipeline_environment_variables_of_accelerate_change_no_weights(clean: Path) -> None:
     before = (clean / "models/causal/model.safetensors").read_bytes()
-    output = run(
+    output = run_command(
         clean, "env", "ACCELERATE_MIXED_PRECISION=bf16", "dvc", "repro", "--force", "--single-item", "train@causal"
     )
     assert "ACCELERATE_MIXED_PRECISION is ignored" in output

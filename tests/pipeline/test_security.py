@@ -1,4 +1,4 @@
-"""What a config, a data set, a model or a log may never do: run code, or give a secret away."""
+"""Configs, data sets and models never run code, and no secret appears in logs, errors or files."""
 
 import ast
 import os
@@ -14,39 +14,39 @@ import yaml
 from data_helpers import (
     CAUSAL_TOKENS,
     REPOSITORY,
-    contents,
-    questions,
-    serving_files,
+    make_questions,
+    read_contents,
+    serve_files,
     write_bpe,
     write_jsonl,
     write_raw,
 )
-from dvc_project import edit, run
-from hostile import error_of
+from dvc_project import edit_yaml, run_command
+from hostile import run_stage_for_error
 from hub_cases import TOKEN
 from mini_hub import MiniHub
 
 from stages.core.artifacts import SPLITS
 from stages.core.errors import StageError
 from stages.download.hub_data import read_hub, resolve_commit
-from stages.download.schema import HubData, without_credentials
-from stages.hub.files import weights_files
+from stages.download.schema import HubData, mask_credentials
+from stages.hub.files import find_weights_files
 from stages.tokens.schema import TokenizerSource
-from tools.pin_model import pin
+from tools.pin_model import pin_directory
 
 SOURCES = sorted(file for name in ("stages", "tools", "benchmarks") for file in (REPOSITORY / name).rglob("*.py"))
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def calls(file: Path) -> Iterator[tuple[str, ast.Call]]:
-    """Each call in a source file, by the dotted name that is called."""
+def list_calls(file: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Yield the dotted name and the node of each call in a source file."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node
 
 
-def imports(file: Path) -> set[str]:
+def list_imports(file: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -58,20 +58,20 @@ def imports(file: Path) -> set[str]:
 
 # -- no code from data, configs or models ------------------------------------------------------------------------------
 
-UNPICKLE = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-UNPACK = {"tarfile", "zipfile", "py7zr", "rarfile"}
-RUN = {"eval", "exec", "compile", "os.system", "os.popen"}
-# It evaluates the annotations in transformers' own source, by names of types alone.
-EXCEPT = {("trainer_arguments.py", "eval"), ("trainer_arguments.py", "compile")}
+UNPICKLING_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+ARCHIVE_MODULES = {"tarfile", "zipfile", "py7zr", "rarfile"}
+EXECUTING_CALLS = {"eval", "exec", "compile", "os.system", "os.popen"}
+# This module evaluates annotations from the source of transformers, restricted to names of types.
+EXCEPTIONS = {("trainer_arguments.py", "eval"), ("trainer_arguments.py", "compile")}
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_security_source_never_unpickles_unpacks_or_runs_text(file: Path) -> None:
-    names = {name.partition(".")[0] for name in imports(file)}
-    assert names.isdisjoint(UNPICKLE | UNPACK)
-    assert "shutil.unpack_archive" not in imports(file)
-    for name, call in calls(file):
-        assert name not in RUN or (file.name, name) in EXCEPT
+    names = {name.partition(".")[0] for name in list_imports(file)}
+    assert names.isdisjoint(UNPICKLING_MODULES | ARCHIVE_MODULES)
+    assert "shutil.unpack_archive" not in list_imports(file)
+    for name, call in list_calls(file):
+        assert name not in EXECUTING_CALLS or (file.name, name) in EXCEPTIONS
         assert not name.endswith(("unpack_archive", "extractall"))
         arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert arguments.get("shell", "False") == "False"
@@ -81,21 +81,21 @@ def test_security_source_never_unpickles_unpacks_or_runs_text(file: Path) -> Non
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: f"{file.parent.name}/{file.name}")
-def test_security_source_never_trusts_remote_code_nor_has_hydra_call_it(file: Path) -> None:
-    assert not any(name.startswith(("hydra.utils", "hydra._internal.instantiate")) for name in imports(file))
-    for name, call in calls(file):
+def test_security_source_never_trusts_remote_code_or_instantiates_with_hydra(file: Path) -> None:
+    assert not any(name.startswith(("hydra.utils", "hydra._internal.instantiate")) for name in list_imports(file))
+    for name, call in list_calls(file):
         assert name.rpartition(".")[2] not in ("instantiate", "get_class", "get_method", "get_object")
         arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert arguments.get("trust_remote_code", "False") == "False"
-        # Not of peft: it reads additions to a model that is there, beside which tests see safetensors alone.
+        # PeftModel is exempt: it loads adapters for an existing model; other tests check that they are safetensors.
         if file.parent.name == "stages" and name.endswith(".from_pretrained") and not name.startswith("PeftModel."):
             assert arguments.get("trust_remote_code") == "False"
             if "Config" not in name and "Tokenizer" not in name:
                 assert arguments.get("use_safetensors") == "True"
 
 
-# Values and files that once ran code, sent or wrote something: file, dotted key, value or content, the stage that has
-# them, and what is said of them.
+# Values and files that once ran code, or sent or wrote something. Each has its file, dotted key, value or content, the
+# stage that uses it, and a part of the expected error.
 ATTACKS = {
     "command in a number": ("params.yaml", "seed", "42; touch TOUCHED", "baseline@causal", "seed="),
     "command in quotes": ("params.yaml", "block_size", "'; touch TOUCHED; '", "group_texts@mlm", "block_size="),
@@ -103,8 +103,8 @@ ATTACKS = {
         *("params.yaml", "tasks__causal__learning_rate", "0.002 trainer.weight_decay=0.5", "train@causal"),
         "learning_rate=",
     ),
-    "command in a name": ("params.yaml", "hardware", "cpu$(touch TOUCHED)", "evaluate@mlm", "a name holds letters"),
-    "path in a name": ("params.yaml", "data__name", "../../elsewhere/e", "download", "a name holds letters"),
+    "command in a name": ("params.yaml", "hardware", "cpu$(touch TOUCHED)", "evaluate@mlm", "a name has letters"),
+    "path in a name": ("params.yaml", "data__name", "../../elsewhere/e", "download", "a name has letters"),
     "variable in a path": (
         *("params.yaml", "data__path", "${oc.env:HF_TOKEN}.jsonl", "download"),
         "interpolations are not resolved",
@@ -115,12 +115,12 @@ ATTACKS = {
     ),
     "callback": (
         *("conf/task/mlm.yaml", "hydra__callbacks", {"x": {"_target_": "os.system"}}, "train@mlm"),
-        "what Hydra itself does cannot be set",
+        "Hydra's own settings cannot be changed",
     ),
     "log file": (
         *("conf/hardware/cpu.yaml", "hydra__job_logging__handlers"),
         *({"f": {"class": "logging.FileHandler", "filename": "README.md", "mode": "w"}}, "baseline@mlm"),
-        "what Hydra itself does cannot be set",
+        "Hydra's own settings cannot be changed",
     ),
     "target": ("conf/model/tiny-gpt2.yaml", "config__x", {"_target_": "os.system"}, "train@causal", "_target_"),
     "tag": (
@@ -139,29 +139,31 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_security_value_or_file_that_would_do_something_is_refused_by_check_and_stage(clean: Path, attack: str) -> None:
-    file, key, value, stage, said = ATTACKS[attack]
+def test_security_attack_by_a_value_or_a_file_is_refused_by_check_and_stage(clean: Path, attack: str) -> None:
+    file, key, value, stage, message = ATTACKS[attack]
     if key:
-        add(clean / file, key, value)
+        set_yaml_value(clean / file, key, value)
     else:
         header = "# @package _global_\n" if "adapter" in file else ""
         (clean / file).write_text(header + str(value) + "\n", encoding="utf-8")
-    before = contents(clean)
-    checked = run(clean, "env", f"HF_TOKEN={TOKEN}", "python", "-m", "tools.check", check=False)
-    assert said in checked and "Traceback" not in checked
+    before = read_contents(clean)
+    checked = run_command(clean, "env", f"HF_TOKEN={TOKEN}", "python", "-m", "tools.check", check=False)
+    assert message in checked and "Traceback" not in checked
     name = stage.partition("@")[0]
-    ran = run(clean, "env", f"HF_TOKEN={TOKEN}", f"DVC_STAGE={stage}", "python", "-m", f"stages.{name}", check=False)
-    assert ran.startswith(f"{name}: error: ") and said in ran and "Traceback" not in ran
+    ran = run_command(
+        clean, "env", f"HF_TOKEN={TOKEN}", f"DVC_STAGE={stage}", "python", "-m", f"stages.{name}", check=False
+    )
+    assert ran.startswith(f"{name}: error: ") and message in ran and "Traceback" not in ran
     if "a number" in attack:
-        reproduced = run(clean, "dvc", "repro", "--single-item", "--force", stage, check=False)
-        assert f"{name}: error: " in reproduced and said in reproduced
+        reproduced = run_command(clean, "dvc", "repro", "--single-item", "--force", stage, check=False)
+        assert f"{name}: error: " in reproduced and message in reproduced
     assert TOKEN not in checked + ran
     assert not (clean / "TOUCHED").exists()
     assert (clean / "README.md").read_bytes() == before["README.md"]
 
 
-def add(file: Path, key: str, value: object) -> None:
-    """Set a dotted key (a__b for a.b) of a YAML file, in sections that may not be there yet."""
+def set_yaml_value(file: Path, key: str, value: object) -> None:
+    """Set a dotted key (a__b for a.b) of a YAML file and create missing sections."""
     text = file.read_text(encoding="utf-8")
     values = yaml.safe_load(text)
     *sections, last = key.split("__")
@@ -173,40 +175,40 @@ def add(file: Path, key: str, value: object) -> None:
     file.write_text(header + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
-def test_security_file_that_nobody_chose_stops_no_stage(clean: Path) -> None:
+def test_security_unselected_file_stops_no_stage(clean: Path) -> None:
     for group in ("data", "model", "task", "hardware"):
         (clean / f"conf/{group}/own.yaml").write_text("a: &a [*a]\n", encoding="utf-8")
         (clean / f"conf/{group}/date.yaml").write_text("a: 2020-99-99\n", encoding="utf-8")
-    assert "is in order" in run(clean, "python", "-m", "tools.check")
+    assert "is in order" in run_command(clean, "python", "-m", "tools.check")
 
 
 def test_security_name_of_a_task_that_is_a_command_is_refused_and_not_run(clean: Path) -> None:
     params = yaml.safe_load((clean / "params.yaml").read_text(encoding="utf-8"))
     params["tasks"]["a;touch TOUCHED"] = dict(params["tasks"]["causal"])
     (clean / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    assert "a;touch TOUCHED" in run(clean, "python", "-m", "tools.check", check=False)
-    run(clean, "dvc", "repro", check=False)
+    assert "a;touch TOUCHED" in run_command(clean, "python", "-m", "tools.check", check=False)
+    run_command(clean, "dvc", "repro", check=False)
     assert not (clean / "TOUCHED").exists()
 
 
 @pytest.mark.parametrize(
     "name", ["it's mine.jsonl", 'a "b" $(touch TOUCHED).jsonl', "a;touch TOUCHED;.jsonl", "a\\b.jsonl"]
 )
-def test_security_file_with_a_shells_characters_in_its_name_is_read_and_nothing_run(clean: Path, name: str) -> None:
-    write_jsonl(clean / name, questions(60))
-    edit(clean / "params.yaml", data__name="files", data__path=name)
-    edit(clean / "conf/data/files.yaml", count_near_duplicates=False)
-    assert "60 records -> data/raw" in run(clean, "dvc", "repro", "download")
+def test_security_file_with_shell_characters_in_its_name_is_read_and_nothing_is_run(clean: Path, name: str) -> None:
+    write_jsonl(clean / name, make_questions(60))
+    edit_yaml(clean / "params.yaml", data__name="files", data__path=name)
+    edit_yaml(clean / "conf/data/files.yaml", count_near_duplicates=False)
+    assert "60 records -> data/raw" in run_command(clean, "dvc", "repro", "download")
     assert not (clean / "TOUCHED").exists()
 
 
-def test_security_url_with_a_shells_characters_is_read_and_nothing_run(clean: Path) -> None:
-    write_jsonl(clean / "served/a.jsonl", questions(60))
-    edit(clean / "conf/data/files.yaml", count_near_duplicates=False)
-    with serving_files(clean / "served") as url:
-        edit(clean / "params.yaml", data__name="files", data__path=f"{url}/a.jsonl?x=';touch TOUCHED;'")
-        ran = run(clean, "env", "NO_PROXY=127.0.0.1", "python", "-m", "stages.download", "out=elsewhere")
-        reproduced = run(clean, "env", "NO_PROXY=127.0.0.1", "dvc", "repro", "download", check=False)
+def test_security_url_with_shell_characters_is_read_and_nothing_is_run(clean: Path) -> None:
+    write_jsonl(clean / "served/a.jsonl", make_questions(60))
+    edit_yaml(clean / "conf/data/files.yaml", count_near_duplicates=False)
+    with serve_files(clean / "served") as url:
+        edit_yaml(clean / "params.yaml", data__name="files", data__path=f"{url}/a.jsonl?x=';touch TOUCHED;'")
+        ran = run_command(clean, "env", "NO_PROXY=127.0.0.1", "python", "-m", "stages.download", "out=elsewhere")
+        reproduced = run_command(clean, "env", "NO_PROXY=127.0.0.1", "dvc", "repro", "download", check=False)
     assert "60 records -> elsewhere" in ran
     assert "Running stage 'download'" in reproduced
     assert not (clean / "TOUCHED").exists()
@@ -215,11 +217,11 @@ def test_security_url_with_a_shells_characters_is_read_and_nothing_run(clean: Pa
 def test_security_value_in_a_command_of_dvc_yaml_is_refused_by_check(clean: Path) -> None:
     text = (clean / "dvc.yaml").read_text(encoding="utf-8")
     (clean / "dvc.yaml").write_text(text.replace("python -m stages.download", "python -m stages.download seed=${seed}"))
-    checked = run(clean, "python", "-m", "tools.check", check=False)
+    checked = run_command(clean, "python", "-m", "tools.check", check=False)
     assert "dvc.yaml: download.cmd=python -m stages.download seed=${seed}: DVC passes it to a shell" in checked
 
 
-def test_security_data_set_with_a_script_is_refused_and_the_script_not_run(tmp_path: Path) -> None:
+def test_security_data_set_with_a_script_is_refused_and_the_script_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set/set.py").write_text(f"open({str(tmp_path / 'TOUCHED')!r}, 'w')\n")
     hub = HubData(id=str(tmp_path / "set"), config=None, revision="main", splits=["train"])
@@ -228,12 +230,12 @@ def test_security_data_set_with_a_script_is_refused_and_the_script_not_run(tmp_p
     assert not (tmp_path / "TOUCHED").exists()
 
 
-def test_security_data_set_of_the_hub_is_never_a_directory_of_that_name(
+def test_security_hub_data_set_is_never_read_from_a_directory_of_that_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "owner/name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(StageError, match=r"hub\.id=owner/name is a path here: set data\.name=files"):
+    with pytest.raises(StageError, match=r"hub\.id=owner/name is a local path: set data\.name=files"):
         resolve_commit(HubData(id="owner/name", config=None, revision="main", splits=["train"]))
 
 
@@ -244,9 +246,9 @@ def test_security_pickled_weights_are_refused_with_the_way_to_convert_them(tmp_p
     torch.save({}, tmp_path / name)
     words = rf"only {tmp_path}/{re.escape(name)}: pickled weights can run code .* convert them with .*save_pretrained"
     with pytest.raises(StageError, match=words):
-        weights_files("model", TokenizerSource(path=str(tmp_path), files={"config.json": "sha256:0"}))
+        find_weights_files("model", TokenizerSource(path=str(tmp_path), files={"config.json": "sha256:0"}))
     with pytest.raises(ValueError, match=words):
-        pin(tmp_path, None, False, None)
+        pin_directory(tmp_path, None, False, None)
 
 
 @pytest.mark.parametrize(
@@ -263,13 +265,13 @@ def test_security_secret_in_a_commit_is_refused(tmp_path: Path, line: str, refus
 # -- no secret anywhere ------------------------------------------------------------------------------------------------
 
 
-def environment(cache: Path, url: str) -> dict[str, str]:
+def build_hub_environment(cache: Path, url: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HUGGING"))}
     own = {"HF_HOME": str(cache), "HF_ENDPOINT": url, "NO_PROXY": "127.0.0.1", "HF_TOKEN": TOKEN, "LM_REPRO_DEBUG": "0"}
     return {**kept, **own}
 
 
-def said(stage: str, environment: dict[str, str], *overrides: str) -> str:
+def run_stage_process(stage: str, environment: dict[str, str], *overrides: str) -> str:
     command = [sys.executable, "-m", f"stages.{stage}", *overrides]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=100
@@ -277,14 +279,14 @@ def said(stage: str, environment: dict[str, str], *overrides: str) -> str:
     return f"exit {done.returncode}: {done.stdout}{done.stderr}"
 
 
-def holders(directory: Path) -> list[str]:
-    """Files below `directory` that hold the token."""
+def find_files_with_token(directory: Path) -> list[str]:
+    """Return the files in `directory` that contain the token."""
     files = (file for file in directory.rglob("*") if file.is_file())
     return [str(file) for file in files if TOKEN.encode() in file.read_bytes()]
 
 
 @pytest.mark.parametrize("refusal", [None, 401, 403])
-def test_security_token_that_the_hub_is_shown_is_in_no_log_error_or_file(tmp_path: Path, refusal: int | None) -> None:
+def test_security_token_sent_to_the_hub_is_in_no_log_error_or_file(tmp_path: Path, refusal: int | None) -> None:
     source = write_bpe(tmp_path / "source", CAUSAL_TOKENS)
     files = {file.name: file.read_bytes() for file in source.iterdir()}
     raw = write_raw(tmp_path / "raw", {name: ["Rain falls."] for name in SPLITS})
@@ -292,33 +294,39 @@ def test_security_token_that_the_hub_is_shown_is_in_no_log_error_or_file(tmp_pat
     with hub.serve() as url:
         pinned = ["+model.tokenizer.path=o/n", f"+model.tokenizer.revision='{COMMIT}'", "~model.tokenizer.train"]
         choices = ["task=causal", "data=files", "model=tiny-gpt2", *pinned]
-        ran = said("tokenize", environment(tmp_path / "hf", url), *choices, f"raw={raw}", f"out={tmp_path}/tokens")
+        ran = run_stage_process(
+            "tokenize", build_hub_environment(tmp_path / "hf", url), *choices, f"raw={raw}", f"out={tmp_path}/tokens"
+        )
     assert ran.startswith("exit 0" if refusal is None else "exit 1"), ran
-    assert f"Bearer {TOKEN}" in hub.authorizations  # or there was nothing to give away
+    assert f"Bearer {TOKEN}" in hub.authorizations  # the token was sent, so it could have leaked
     assert TOKEN not in ran
-    assert holders(tmp_path) == []
+    assert find_files_with_token(tmp_path) == []
     assert (tmp_path / "tokens").exists() == (refusal is None)
 
 
-def test_security_token_is_not_in_what_download_says_of_a_data_set_that_is_refused(tmp_path: Path) -> None:
+def test_security_token_is_not_in_the_error_of_download_for_a_refused_data_set(tmp_path: Path) -> None:
     hub = MiniHub({}, ("api",), 401)
     with hub.serve() as url:
-        ran = said("download", environment(tmp_path / "hf", url), "data=hub", "data.path=-", f"out={tmp_path}/raw")
+        ran = run_stage_process(
+            "download", build_hub_environment(tmp_path / "hf", url), "data=hub", "data.path=-", f"out={tmp_path}/raw"
+        )
     assert ran.startswith("exit 1"), ran
     assert "the data set dany0407/eli5_category cannot be read at revision main: access is refused (HTTP 401)" in ran
     assert f"Bearer {TOKEN}" in hub.authorizations
     assert TOKEN not in ran
-    assert holders(tmp_path) == []
+    assert find_files_with_token(tmp_path) == []
 
 
-def test_security_token_is_shown_to_no_other_server_and_is_in_no_file_of_download(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "served/a.jsonl", questions(60))
-    with serving_files(tmp_path / "served") as url:
+def test_security_token_is_not_sent_to_other_servers_and_is_in_no_file_of_download(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "served/a.jsonl", make_questions(60))
+    with serve_files(tmp_path / "served") as url:
         path = [f"data.path={url}/a.jsonl", "data.count_near_duplicates=false"]
-        ran = said("download", environment(tmp_path / "hf", url), "data=files", *path, f"out={tmp_path}/raw")
+        ran = run_stage_process(
+            "download", build_hub_environment(tmp_path / "hf", url), "data=files", *path, f"out={tmp_path}/raw"
+        )
     assert ran.startswith("exit 0"), ran
     assert TOKEN not in ran
-    assert holders(tmp_path) == []
+    assert find_files_with_token(tmp_path) == []
 
 
 def test_security_token_is_in_no_model_report_or_metrics(
@@ -334,7 +342,7 @@ def test_security_token_is_in_no_model_report_or_metrics(
     assert {"baseline", "baseline.json", "evaluation", "metrics.json", "model", "report", "samples.md"} == {
         p.name for p in tmp_path.iterdir()
     }
-    assert holders(tmp_path) == []
+    assert find_files_with_token(tmp_path) == []
     assert TOKEN not in "".join(capfd.readouterr())
 
 
@@ -349,8 +357,8 @@ def test_security_token_is_in_no_model_report_or_metrics(
     ],
 )
 def test_security_credentials_in_a_path_are_refused_and_not_shown(tmp_path: Path, path: str, shown: str) -> None:
-    error = error_of("download", "data=files", f"data.path='{path}'", f"out={tmp_path}/raw")
-    assert error.startswith(f"data.path={shown}: a path with credentials would stand in dvc.lock")
+    error = run_stage_for_error("download", "data=files", f"data.path='{path}'", f"out={tmp_path}/raw")
+    assert error.startswith(f"data.path={shown}: credentials in a path would be written to dvc.lock")
     assert "FSSPEC_HTTPS" in error
     assert "MARKED" not in error
     assert list(tmp_path.iterdir()) == []
@@ -360,20 +368,20 @@ def test_security_credentials_in_a_path_are_refused_and_not_shown(tmp_path: Path
     "path",
     ["/data/a:b@c.jsonl", "ssh://me@host/a.jsonl", "https://host/a@b:c.jsonl?x=1", "s3://bucket/a"],
 )
-def test_security_path_without_credentials_is_left_alone(path: str) -> None:
-    assert without_credentials(path) is None
+def test_security_path_without_credentials_is_not_masked(path: str) -> None:
+    assert mask_credentials(path) is None
 
 
 def test_security_credentials_given_to_fsspec_are_used_and_not_shown(tmp_path: Path) -> None:
-    """What the error advises instead works, and leaves no trace."""
-    hub = MiniHub({"o/n": {COMMIT: {"a.jsonl": write_jsonl(tmp_path / "a.jsonl", questions(60)).read_bytes()}}})
+    """The remedy that the error recommends works and leaves no trace."""
+    hub = MiniHub({"o/n": {COMMIT: {"a.jsonl": write_jsonl(tmp_path / "a.jsonl", make_questions(60)).read_bytes()}}})
     with hub.serve() as url:
-        own = environment(tmp_path / "hf", url)
+        own = build_hub_environment(tmp_path / "hf", url)
         del own["HF_TOKEN"]
         own["FSSPEC_HTTP"] = f'{{"client_kwargs": {{"headers": {{"Authorization": "Bearer {TOKEN}"}}}}}}'
         path = [f"data.path={url}/o/n/resolve/{COMMIT}/a.jsonl", "data.count_near_duplicates=false"]
-        ran = said("download", own, "data=files", *path, f"out={tmp_path}/raw")
+        ran = run_stage_process("download", own, "data=files", *path, f"out={tmp_path}/raw")
     assert ran.startswith("exit 0"), ran
     assert f"Bearer {TOKEN}" in hub.authorizations
     assert TOKEN not in ran
-    assert holders(tmp_path) == []
+    assert find_files_with_token(tmp_path) == []

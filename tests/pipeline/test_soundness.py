@@ -1,4 +1,4 @@
-"""Every value and module, changed: exactly the stages that use it run again, and none for a change of words."""
+"""A changed value or module runs exactly the stages that use it, and changed wording runs none."""
 
 import ast
 import re
@@ -12,63 +12,63 @@ from typing import Any
 import pytest
 import yaml
 from dvc.repo import Repo
-from dvc_project import ALL, ONCE, PER_TASK, TASKS, edit, environment, run, stages_run
+from dvc_project import ALL, ONCE, PER_TASK, TASKS, build_environment, edit_yaml, parse_stages_run, run_command
 
 ROOT = Path(__file__).parents[2]
 
 
-def both(*stages: str) -> set[str]:
+def for_all_tasks(*stages: str) -> set[str]:
     return {f"{stage}@{task}" for stage in stages for task in TASKS}
 
 
-def one(task: str, *stages: str) -> set[str]:
+def for_task(task: str, *stages: str) -> set[str]:
     return {f"{stage}@{task}" for stage in stages}
 
 
-# What uses a value, by the longest prefix of its name; written down here, not read from dvc.yaml.
-USERS: dict[str, dict[str, set[str]]] = {
+# Stages that use a value, by the longest matching prefix of its name; deliberately not read from dvc.yaml.
+EXPECTED_STAGES: dict[str, dict[str, set[str]]] = {
     "params.yaml": {
-        "data.name": {"download", *both("tokenize", "baseline", "evaluate")},
+        "data.name": {"download", *for_all_tasks("tokenize", "baseline", "evaluate")},
         "data.path": {"download"},
-        "hardware": both("baseline", "train", "evaluate"),
-        "framework": both("train"),
-        "block_size": both("group_texts", "train"),
-        "seed": both("baseline", "train"),
-        **{f"tasks.{task}.model": one(task, "tokenize", "baseline", "train") for task in TASKS},
-        **{f"tasks.{task}.start": one(task, "tokenize", "baseline", "train") for task in TASKS},
-        **{f"tasks.{task}.sources": one(task, "tokenize") for task in TASKS},
-        **{f"tasks.{task}": one(task, "train") for task in TASKS},
+        "hardware": for_all_tasks("baseline", "train", "evaluate"),
+        "framework": for_all_tasks("train"),
+        "block_size": for_all_tasks("group_texts", "train"),
+        "seed": for_all_tasks("baseline", "train"),
+        **{f"tasks.{task}.model": for_task(task, "tokenize", "baseline", "train") for task in TASKS},
+        **{f"tasks.{task}.start": for_task(task, "tokenize", "baseline", "train") for task in TASKS},
+        **{f"tasks.{task}.sources": for_task(task, "tokenize") for task in TASKS},
+        **{f"tasks.{task}": for_task(task, "train") for task in TASKS},
     },
-    "conf/data/sample.yaml": {"": {"download"}, "flatten": both("tokenize", "baseline", "evaluate")},
+    "conf/data/sample.yaml": {"": {"download"}, "flatten": for_all_tasks("tokenize", "baseline", "evaluate")},
     "conf/hardware/cpu.yaml": {
-        "hardware": both("baseline", "train", "evaluate"),
+        "hardware": for_all_tasks("baseline", "train", "evaluate"),
     },
     "conf/base/hardware.yaml": {
-        "hardware": both("baseline", "train", "evaluate"),
-        **dict.fromkeys(("checkpoints", "trainer"), both("train")),
+        "hardware": for_all_tasks("baseline", "train", "evaluate"),
+        **dict.fromkeys(("checkpoints", "trainer"), for_all_tasks("train")),
     },
     **{
-        f"conf/model/{name}.yaml": {"": one(task, "baseline", "train"), "tokenizer": one(task, "tokenize")}
+        f"conf/model/{name}.yaml": {"": for_task(task, "baseline", "train"), "tokenizer": for_task(task, "tokenize")}
         for name, task in {"tiny-gpt2": "causal", "tiny-modernbert": "mlm"}.items()
     },
     **{
         f"conf/task/{task}.yaml": {
-            "tokenize": one(task, "tokenize"),
-            "objective": one(task, "train", "evaluate"),
-            "objective.name": one(task, "baseline", "train", "evaluate"),
-            "trainer": one(task, "train"),
-            "early_stopping": one(task, "train"),
-            "evaluate": one(task, "baseline", "evaluate"),
-            "samples": one(task, "evaluate"),
+            "tokenize": for_task(task, "tokenize"),
+            "objective": for_task(task, "train", "evaluate"),
+            "objective.name": for_task(task, "baseline", "train", "evaluate"),
+            "trainer": for_task(task, "train"),
+            "early_stopping": for_task(task, "train"),
+            "evaluate": for_task(task, "baseline", "evaluate"),
+            "samples": for_task(task, "evaluate"),
         }
         for task in TASKS
     },
-    "conf/framework/trainer.yaml": {"": both("train")},
+    "conf/framework/trainer.yaml": {"": for_all_tasks("train")},
     **{f"conf/{stage}.yaml": {"": {stage}} for stage in ONCE},
-    **{f"conf/{stage}.yaml": {"": both(stage)} for stage in PER_TASK},
+    **{f"conf/{stage}.yaml": {"": for_all_tasks(stage)} for stage in PER_TASK},
 }
-# Names of configurations: another one that exists, so that DVC can read it.
-ANOTHER = {
+# For values that name a configuration: another existing configuration, because DVC reads its file.
+OTHER_NAMES = {
     "data.name": "files",
     "hardware": "other",
     "framework": "keras",
@@ -77,17 +77,17 @@ ANOTHER = {
 }
 
 
-def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of every leaf; lists, empty mappings and nulls are leaves."""
+def iterate_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and value of every leaf; lists, empty mappings and nulls are leaves."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
-            yield from leaves(item, f"{prefix}.{key}" if prefix else str(key))
+            yield from iterate_leaves(item, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value
 
 
-def changed(value: Any) -> Any:
-    """Another value of the same type."""
+def change_value(value: Any) -> Any:
+    """Return a different value of the same type."""
     match value:
         case bool():
             return not value
@@ -100,22 +100,22 @@ def changed(value: Any) -> Any:
     return "x"
 
 
-def mutations() -> Iterator[tuple[str, str]]:
-    """File and dotted key of all values of params.yaml and the chosen files of conf/."""
-    for file in USERS:
-        for key, _ in leaves(yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))):
+def list_values() -> Iterator[tuple[str, str]]:
+    """Yield the file and dotted key of all values in params.yaml and the selected files of conf/."""
+    for file in EXPECTED_STAGES:
+        for key, _ in iterate_leaves(yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))):
             yield file, key
 
 
-def changed_stages(project: Path) -> set[str]:
-    """The stages that DVC would run first."""
+def find_changed_stages(project: Path) -> set[str]:
+    """Return the stages with a changed input, without their downstream stages."""
     with Repo(str(project)) as repo:
         return {name.rpartition(":")[2] for name in repo.status()}  # path/dvc.yaml:train@mlm
 
 
-def users_of(file: str, key: str) -> set[str]:
-    prefixes = [name for name in USERS[file] if name in ("", key) or key.startswith(f"{name}.")]
-    return USERS[file][max(prefixes, key=len)]
+def get_expected_stages(file: str, key: str) -> set[str]:
+    prefixes = [name for name in EXPECTED_STAGES[file] if name in ("", key) or key.startswith(f"{name}.")]
+    return EXPECTED_STAGES[file][max(prefixes, key=len)]
 
 
 COPIES = {
@@ -126,8 +126,8 @@ COPIES = {
 
 
 @pytest.fixture(scope="module")
-def others(project: Path) -> Iterator[Path]:
-    """The project, with configurations under other names to choose instead."""
+def project_with_copies(project: Path) -> Iterator[Path]:
+    """Project with copies of configurations under the names in OTHER_NAMES."""
     for old, new in COPIES.items():
         text = (project / f"conf/{old}.yaml").read_text(encoding="utf-8")
         (project / f"conf/{new}.yaml").write_text(text, encoding="utf-8")
@@ -137,30 +137,36 @@ def others(project: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("file", "key"), list(mutations()))
-def test_soundness_changed_value_changes_exactly_the_stages_that_use_it(others: Path, file: str, key: str) -> None:
-    path = others / file
+@pytest.mark.parametrize(("file", "key"), list(list_values()))
+def test_soundness_changed_value_changes_exactly_the_stages_that_use_it(
+    project_with_copies: Path, file: str, key: str
+) -> None:
+    path = project_with_copies / file
     text = path.read_text(encoding="utf-8")
     value = yaml.safe_load(text)
     for step in key.split("."):
         value = value[step]
     try:
-        edit(
+        edit_yaml(
             path,
-            **{key.replace(".", "__"): ANOTHER[key] if key in ANOTHER and file == "params.yaml" else changed(value)},
+            **{
+                key.replace(".", "__"): OTHER_NAMES[key]
+                if key in OTHER_NAMES and file == "params.yaml"
+                else change_value(value)
+            },
         )
-        assert changed_stages(others) == users_of(file, key)
+        assert find_changed_stages(project_with_copies) == get_expected_stages(file, key)
     finally:
         path.write_text(text, encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_soundness_changed_sample_changes_download_alone(others: Path) -> None:
-    path = others / "data/sample/askscience.jsonl"
+def test_soundness_changed_sample_changes_only_download(project_with_copies: Path) -> None:
+    path = project_with_copies / "data/sample/askscience.jsonl"
     text = path.read_text(encoding="utf-8")
     try:
         path.write_text(text + "\n", encoding="utf-8")
-        assert changed_stages(others) == {"download"}
+        assert find_changed_stages(project_with_copies) == {"download"}
     finally:
         path.write_text(text, encoding="utf-8")
 
@@ -170,16 +176,16 @@ def test_soundness_changed_sample_changes_download_alone(others: Path) -> None:
 MODULES = sorted(file.relative_to(ROOT).with_suffix("").as_posix() for file in (ROOT / "stages").rglob("*.py"))
 
 
-def reworded(text: str) -> str:
-    """The source `text` with other comments, docstrings, log lines and errors: a line more or a word more in each."""
+def reword_source(text: str) -> str:
+    """Return the source `text` with a word added to each docstring, log line and error, and a comment at the end."""
     edits: list[tuple[int, int]] = []  # line and column of strings, both from 0
 
-    def strings(node: ast.AST) -> Iterator[ast.expr]:
+    def iterate_strings(node: ast.AST) -> Iterator[ast.expr]:
         if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
             yield node
         else:
             for child in ast.iter_child_nodes(node):
-                yield from strings(child)
+                yield from iterate_strings(child)
 
     for node in ast.walk(ast.parse(text)):
         found: list[ast.expr] = []
@@ -187,9 +193,9 @@ def reworded(text: str) -> str:
             case ast.Expr(value=ast.Constant(value=str()) as docstring):
                 found = [docstring]
             case ast.Raise(exc=ast.Call(args=arguments)):
-                found = [string for argument in arguments for string in strings(argument)]
+                found = [string for argument in arguments for string in iterate_strings(argument)]
             case ast.Call(func=ast.Attribute(value=ast.Name(id="log")), args=[first, *_]):
-                found = list(strings(first))
+                found = list(iterate_strings(first))
         edits += [(string.lineno - 1, string.col_offset) for string in found]
     lines = text.splitlines()
     for line, column in sorted(set(edits), reverse=True):
@@ -199,62 +205,62 @@ def reworded(text: str) -> str:
     return "\n".join([*lines, "# A comment more."]) + "\n"
 
 
-def importers(module: str) -> set[str]:
-    """The stages whose process may import `module`, followed through the sources' import statements as text."""
+def find_importing_stages(module: str) -> set[str]:
+    """Return the stages that may import `module`, found by matching import statements in the source text."""
     found = set()
     for stage in (*ONCE, *PER_TASK):
-        seen = set()
-        waiting = [f"stages/{stage}/__main__"] + ["stages/frameworks/trainer/__init__"] * (stage == "train")
-        while waiting:
-            file = waiting.pop()
-            if file in seen or file not in MODULES:
+        visited = set()
+        pending = [f"stages/{stage}/__main__"] + ["stages/frameworks/trainer/__init__"] * (stage == "train")
+        while pending:
+            file = pending.pop()
+            if file in visited or file not in MODULES:
                 continue
-            seen.add(file)
-            # What stands below `if TYPE_CHECKING:` never runs.
+            visited.add(file)
+            # Imports below `if TYPE_CHECKING:` never run.
             source = re.sub(
                 r"(?m)^if TYPE_CHECKING:\n(?:    .*\n|\n)+", "", (ROOT / f"{file}.py").read_text(encoding="utf-8")
             )
-            for base, listed, in_a_line in re.findall(
+            for base, listed, on_one_line in re.findall(
                 r"(?m)^ *from (stages[\w.]*) import (?:\(([^)]*)\)|([\w, ]+))", source
             ):
                 path = base.replace(".", "/")
-                names = re.findall(r"\w+", listed or in_a_line)
-                waiting += [path, *(f"{path}/{name}" for name in names)]
+                names = re.findall(r"\w+", listed or on_one_line)
+                pending += [path, *(f"{path}/{name}" for name in names)]
                 parts = path.split("/")
-                waiting += ["/".join([*parts[:end], "__init__"]) for end in range(1, len(parts) + 1)]
+                pending += ["/".join([*parts[:end], "__init__"]) for end in range(1, len(parts) + 1)]
             parts = file.split("/")
-            waiting += ["/".join([*parts[:end], "__init__"]) for end in range(1, len(parts))]
-        if module in seen:
+            pending += ["/".join([*parts[:end], "__init__"]) for end in range(1, len(parts))]
+        if module in visited:
             found.add(stage)
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
-def test_soundness_changed_behaviour_of_a_module_changes_exactly_the_stages_that_import_it(
+def test_soundness_changed_behavior_of_a_module_changes_exactly_the_stages_that_import_it(
     clean: Path, module: str
 ) -> None:
     file = clean / f"{module}.py"
     file.write_text(file.read_text(encoding="utf-8") + "\n_CHANGED = 1\n", encoding="utf-8")
-    assert stages_run(run(clean, "dvc", "repro", "code")) == {"code"}
-    importing = importers(module) - {"code"}
-    assert changed_stages(clean) == {name for name in ALL if name.partition("@")[0] in importing}
+    assert parse_stages_run(run_command(clean, "dvc", "repro", "code")) == {"code"}
+    importing = find_importing_stages(module) - {"code"}
+    assert find_changed_stages(clean) == {name for name in ALL if name.partition("@")[0] in importing}
 
 
 @pytest.mark.slow
-def test_soundness_behaviour_that_one_stage_uses_runs_that_stage(clean: Path) -> None:
+def test_soundness_behavior_that_one_stage_uses_runs_that_stage(clean: Path) -> None:
     file = clean / "stages/evaluate/stage.py"
     file.write_text(file.read_text(encoding="utf-8") + "\n_CHANGED = 1\n", encoding="utf-8")
-    assert stages_run(run(clean, "dvc", "repro")) == {"code", *both("evaluate")}
+    assert parse_stages_run(run_command(clean, "dvc", "repro")) == {"code", *for_all_tasks("evaluate")}
 
 
 @pytest.mark.slow
-def test_soundness_reworded_code_runs_nothing_but_code_and_a_killed_training_goes_on(clean: Path) -> None:
+def test_soundness_reworded_code_runs_only_code_and_a_killed_training_resumes(clean: Path) -> None:
     out = [f"{name}={clean}/elsewhere/{name}" for name in ("out", "report")]
     saving = ["+trainer.save_strategy=steps", "+trainer.save_steps=1", "num_train_epochs=3"]
     command = [sys.executable, "-m", "stages.train", "task=causal", *saving, *out]
     cache = clean / ".lm-repro_cache"
-    killed = subprocess.Popen(command, cwd=clean, env=environment(clean), stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(command, cwd=clean, env=build_environment(clean), stderr=subprocess.DEVNULL)
     while not list(cache.rglob("checkpoint-3")) and killed.poll() is None:
         time.sleep(0.05)
     assert killed.poll() is None, "it ended before it could be killed"
@@ -263,9 +269,9 @@ def test_soundness_reworded_code_runs_nothing_but_code_and_a_killed_training_goe
     for module in MODULES:
         file = clean / f"{module}.py"
         text = file.read_text(encoding="utf-8")
-        file.write_text(reworded(text), encoding="utf-8")
+        file.write_text(reword_source(text), encoding="utf-8")
         assert file.read_text(encoding="utf-8") != text
-    ran = run(clean, "dvc", "repro")
-    assert stages_run(ran) == {"code"}
+    ran = run_command(clean, "dvc", "repro")
+    assert parse_stages_run(ran) == {"code"}
     assert "Reworded: " in ran
-    assert "Reworded: resuming from step" in run(clean, *command)
+    assert "Reworded: resuming from step" in run_command(clean, *command)

@@ -1,4 +1,4 @@
-"""Accuracy of made-up scores: what counts as correct, intervals, and groups."""
+"""Accuracy of made-up scores: correct answers, intervals and groups."""
 
 import math
 
@@ -8,23 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.figures.groups import NONE
-from stages.score.accuracy import SCORES, accuracy_figures, tabulate, wilson_interval
+from stages.score.accuracy import SCORES, build_item_table, compute_accuracy, compute_wilson_interval
 from stages.score.items import Item
 
 
-def pair(row, field=None, choices=("aa", "bbbb")):
+def make_pair(row, field=None, choices=("aa", "bbbb")):
     return Item("f", row, "", list(choices), 0, [field])
 
 
-def figures_of(items, nats, tokens=None, groups=("field",)):
+def compute_figures(items, nats, tokens=None, groups=("field",)):
     tokens = np.ones(len(nats), np.int64) if tokens is None else np.array(tokens)
-    return accuracy_figures(tabulate(items, groups, np.array(nats), tokens))
+    return compute_accuracy(build_item_table(items, groups, np.array(nats), tokens))
 
 
 @given(st.integers(1, 3000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
 def test_wilson_interval_ends_where_the_score_test_does(counts):
     correct, total = counts
-    low, high = wilson_interval(correct, total)
+    low, high = compute_wilson_interval(correct, total)
     share = correct / total
     assert 0.0 <= low <= share <= high <= 1.0
     for end in (low, high):
@@ -37,45 +37,45 @@ def test_wilson_interval_ends_where_the_score_test_does(counts):
     ("correct", "total", "low", "high"),
     [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
 )
-def test_wilson_interval_of_known_counts_is_as_published(correct, total, low, high):
-    assert wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
+def test_wilson_interval_of_known_counts_matches_published_values(correct, total, low, high):
+    assert compute_wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_accuracy_by_each_score_divides_by_tokens_or_bytes_of_the_choice():
     # sum: -6 > -7; per token: -3 > -3.5; per byte of "aa", "bbbb": -3 < -1.75.
-    found = figures_of([pair(1)], [-6.0, -7.0], [2, 2])["accuracy"]
+    found = compute_figures([make_pair(1)], [-6.0, -7.0], [2, 2])["accuracy"]
     assert [found[name]["correct"] for name in SCORES] == [1, 1, 0]
-    found = figures_of([pair(1)], [-6.0, -7.0], [2, 4])["accuracy"]
+    found = compute_figures([make_pair(1)], [-6.0, -7.0], [2, 4])["accuracy"]
     assert [found[name]["correct"] for name in SCORES] == [1, 0, 0]
 
 
-def test_accuracy_bytes_are_those_of_utf_8():
-    table = tabulate([pair(1, choices=("é北", "abc"))], (), np.array([-1.0, -2.0]), np.array([1, 1]))
+def test_item_table_counts_utf_8_bytes():
+    table = build_item_table([make_pair(1, choices=("é北", "abc"))], (), np.array([-1.0, -2.0]), np.array([1, 1]))
     assert table.column("bytes").to_pylist() == [[5, 3]]
     assert "groups" not in table.column_names
 
 
 def test_accuracy_of_a_tie_counts_as_wrong_and_is_counted():
-    found = figures_of([pair(1), pair(2)], [-6.0, -6.0, -5.0, -6.0])
+    found = compute_figures([make_pair(1), make_pair(2)], [-6.0, -6.0, -5.0, -6.0])
     assert (found["ties"], found["accuracy"]["sum"]["correct"]) == (1, 1)
 
 
 def test_accuracy_of_questions_compares_the_answer_with_the_best_of_the_others():
     question = Item("f", 1, "p", ["a", "b", "c"], 1, [None])
     for nats, correct in (([-3.0, -1.0, -2.0], 1), ([-3.0, -2.0, -1.0], 0), ([0.0, -2.0, -3.0], 0)):
-        found = figures_of([question], nats)
+        found = compute_figures([question], nats)
         assert found["accuracy"]["sum"]["correct"] == correct
         assert found["chance"] == pytest.approx(1 / 3)
 
 
 def test_accuracy_chance_is_the_mean_over_items_of_several_kinds():
-    items = [pair(1), Item("f", 2, "p", ["a", "b", "c", "d"], 3, [None])]
-    assert figures_of(items, [-1.0, -2.0, -4.0, -3.0, -2.0, -1.0])["chance"] == pytest.approx((1 / 2 + 1 / 4) / 2)
+    items = [make_pair(1), Item("f", 2, "p", ["a", "b", "c", "d"], 3, [None])]
+    assert compute_figures(items, [-1.0, -2.0, -4.0, -3.0, -2.0, -1.0])["chance"] == pytest.approx((1 / 2 + 1 / 4) / 2)
 
 
 def test_accuracy_of_groups_adds_up_with_the_largest_first():
-    items = [pair(1, "x"), pair(2, "y"), pair(3, "y"), pair(4)]
-    found = figures_of(items, [-1.0, -2.0, -2.0, -1.0, -1.0, -2.0, -1.0, -2.0])
+    items = [make_pair(1, "x"), make_pair(2, "y"), make_pair(3, "y"), make_pair(4)]
+    found = compute_figures(items, [-1.0, -2.0, -2.0, -1.0, -1.0, -2.0, -1.0, -2.0])
     groups = found["groups"]["field"]
     assert list(groups) == ["y", NONE, "x"]
     assert [figures["items"] for figures in groups.values()] == [2, 1, 1]
@@ -84,9 +84,9 @@ def test_accuracy_of_groups_adds_up_with_the_largest_first():
     assert "groups" not in groups["y"]
 
 
-def test_accuracy_table_has_a_row_an_item():
-    items = [pair(7, "x"), Item("g", 9, "p", ["a", "b", "c"], 2, [None])]
-    table = tabulate(items, ("field",), np.arange(5.0), np.arange(1, 6))
+def test_item_table_has_one_row_per_item():
+    items = [make_pair(7, "x"), Item("g", 9, "p", ["a", "b", "c"], 2, [None])]
+    table = build_item_table(items, ("field",), np.arange(5.0), np.arange(1, 6))
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     assert (columns["source"], columns["row"], columns["answer"]) == (["f", "g"], [7, 9], [0, 2])
     assert columns["groups"] == [{"field": "x"}, {"field": None}]

@@ -1,4 +1,4 @@
-"""Stage score: accuracy of trained toys on pairs and questions, from a file and from a data set of the Hub."""
+"""Stage score: accuracy of trained toys on pairs and questions, from a file or a data set of the Hub."""
 
 import json
 import re
@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import TASKS, run_stage
-from data_helpers import REPOSITORY, contents, write_jsonl
-from hub_cases import COMMIT, Client, blimp_files
+from data_helpers import REPOSITORY, read_contents, write_jsonl
+from hub_cases import COMMIT, Client, make_blimp_files
 from mini_hub import MiniHub
 
 from stages.core.artifacts import read_json
@@ -38,7 +38,7 @@ def items(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def score(trained, corpus, items):
-    """`score(task, out, *more)`: run the stage on the toy corpus; `command` gives its command line."""
+    """`score(task, out, *more)` runs the stage on the toy corpus; `score.command` returns the command line."""
 
     def command(task, out, *more):
         groups = [f"task={task}", "pairs=files", "hardware=cpu", "hardware.num_threads=1"]
@@ -55,7 +55,7 @@ def score(trained, corpus, items):
 
 @pytest.fixture(scope="module")
 def scored(score, tmp_path_factory):
-    """Task to the figures and the directory."""
+    """Maps each task to its figures and its output directory."""
     roots = {task: tmp_path_factory.mktemp(f"scored-{task}") / "out" for task in TASKS}
     return {task: (score(task, root), root) for task, root in roots.items()}
 
@@ -98,7 +98,7 @@ def test_score_of_duplicate_lines_is_the_same_to_the_last_digit(scored, task):
 @pytest.mark.parametrize("task", TASKS)
 def test_score_run_twice_gives_the_same_bytes(score, scored, tmp_path, task):
     score(task, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(scored[task][1])
+    assert read_contents(tmp_path / "out") == read_contents(scored[task][1])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -113,7 +113,7 @@ def test_score_at_another_batch_size_gives_equal_scores_and_figures(score, score
 
 def test_score_of_texts_that_the_tokenizer_cannot_tell_apart_warns_of_a_tie(score, trained, corpus, tmp_path, caplog):
     lossy = tmp_path / "tokens"
-    for name, content in contents(corpus / "tokens/causal").items():
+    for name, content in read_contents(corpus / "tokens/causal").items():
         if not name.endswith(".arrow"):
             (lossy / name).parent.mkdir(parents=True, exist_ok=True)
             (lossy / name).write_bytes(content)
@@ -122,7 +122,7 @@ def test_score_of_texts_that_the_tokenizer_cannot_tell_apart_warns_of_a_tie(scor
     path = write_jsonl(tmp_path / "items.jsonl", [{"good": "Rain falls.", "bad": "rain falls."}])
     figures = score("causal", tmp_path / "out", f"tokens={lossy}", f"pairs.path={path}", "pairs.groups=[]")
     assert (figures["ties"], figures["accuracy"]["sum"]["correct"]) == (1, 0)
-    assert "1 items have a tie" in caplog.text
+    assert "1 items are ties" in caplog.text
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -141,12 +141,12 @@ def test_score_of_a_malformed_line_ends_before_torch_is_imported(score, tmp_path
     code += "finally:\n    print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, *command], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "False\n")
-    assert f"{path}:2: bad=null: it should be a text" in done.stderr
+    assert f"{path}:2: bad=null: it should be a string" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["pairs.path=s3://bucket/a"], "pairs.path=s3://bucket/a: give the path of a local file"),
         (["pairs.path='~/a'"], "pairs.path=~/a: give the path of a local file"),
@@ -159,14 +159,14 @@ def test_score_of_a_malformed_line_ends_before_torch_is_imported(score, tmp_path
         (["pairs=blimp", "pairs.hub.configs=[]"], "pairs.hub.configs=[]"),
     ],
 )
-def test_score_config_of_a_wrong_value_is_an_error_that_names_the_key(compose_stage, overrides, said):
+def test_score_config_with_a_wrong_value_is_an_error_that_names_the_key(compose_stage, overrides, message):
     given = {override.partition("=")[0] for override in overrides}
     defaults = [f"{key}={value}" for key, value in {"pairs": "files", "pairs.path": "a"}.items() if key not in given]
-    with pytest.raises(ConfigError, match=re.escape(said)):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         compose_stage("score", "task=causal", "hardware=cpu", *defaults, *overrides)
 
 
-def test_score_config_of_a_task_without_pairs_names_the_key_of_params(compose_stage):
+def test_score_config_of_a_task_without_pairs_names_the_key_in_params(compose_stage):
     with pytest.raises(ConfigError, match=re.escape("params.yaml has no pairs.causal.name")):
         compose_stage("score", "task=causal")
 
@@ -178,21 +178,21 @@ BLIMP = yaml.safe_load((REPOSITORY / "conf/pairs/blimp.yaml").read_text(encoding
 NAMES = ("adjunct_island", "wh_island")
 
 
-def blimp_hub(**changes):
-    """A Hub that has two of BLiMP's configurations at the pinned commit."""
+def make_blimp_hub(**changes):
+    """Make a Hub with two of BLiMP's configurations at the pinned commit."""
     hub = BLIMP["hub"]
-    return MiniHub({f"datasets/{hub['path']}": {hub["revision"]: blimp_files(*NAMES)}}, **changes)
+    return MiniHub({f"datasets/{hub['path']}": {hub["revision"]: make_blimp_files(*NAMES)}}, **changes)
 
 
-def run_blimp(score, place, url, *more, configs=NAMES):
-    """A process of the stage, whose cache is below `place`."""
+def run_blimp(score, root, url, *more, configs=NAMES):
+    """Run the stage in a process with its cache below `root`; return the finished process."""
     overrides = ["pairs=blimp", f"pairs.hub.configs=[{','.join(configs)}]", "pairs.groups=[field,UID]", *more]
-    command = [item for item in score.command("causal", place / "out") if not item.startswith("pairs=")]
-    return Client(place, url).process("-m", "stages.score", *command, *overrides)
+    command = [item for item in score.command("causal", root / "out") if not item.startswith("pairs=")]
+    return Client(root, url).process("-m", "stages.score", *command, *overrides)
 
 
 def test_score_of_blimp_reads_the_pinned_files_once_and_reports_by_paradigm(score, tmp_path):
-    with blimp_hub().serve() as url:
+    with make_blimp_hub().serve() as url:
         done = run_blimp(score, tmp_path, url)
         assert done.returncode == 0, done.stderr
     figures = read_json(tmp_path / "out/metrics.json")["causal"]
@@ -201,12 +201,12 @@ def test_score_of_blimp_reads_the_pinned_files_once_and_reports_by_paradigm(scor
     table = pq.read_table(tmp_path / "out/items.parquet")
     assert table.column("source").to_pylist() == [name for name in NAMES for _ in range(3)]
     assert table.column("row").to_pylist() == [1, 2, 3] * 2
-    again = run_blimp(score, tmp_path, url, "pairs.groups=[absent]")  # the server is gone; all items are read before
+    again = run_blimp(score, tmp_path, url, "pairs.groups=[absent]")  # without the server: the files are cached
     assert "pairs.groups: no item has the column absent" in again.stderr
 
 
 @pytest.mark.parametrize(
-    ("hub", "more", "configs", "said"),
+    ("hub", "more", "configs", "message"),
     [
         ({}, (), ("adjunct_island", "absent"), "pairs.hub.path=nyu-mll/blimp has none of absent/train-00000"),
         ({}, (f"pairs.hub.revision={COMMIT}",), NAMES, "it has no such revision"),
@@ -214,21 +214,21 @@ def test_score_of_blimp_reads_the_pinned_files_once_and_reports_by_paradigm(scor
         ({"failing": (f"{NAMES[0]}/train-00000-of-00001.parquet",)}, (), NAMES, "access is refused (HTTP 403)"),
     ],
 )
-def test_score_of_a_hub_that_refuses_is_an_error_that_shows_the_way_on(score, tmp_path, hub, more, configs, said):
-    with blimp_hub(**hub).serve() as url:
+def test_score_with_a_hub_failure_is_an_error_with_the_reason(score, tmp_path, hub, more, configs, message):
+    with make_blimp_hub(**hub).serve() as url:
         done = run_blimp(score, tmp_path, url, *more, configs=configs)
     assert done.returncode == 1
-    assert said in done.stderr and "Traceback" not in done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_score_of_a_hub_that_is_silent_names_a_local_file_as_the_way_on(score, tmp_path):
-    with blimp_hub().serve() as url:
+def test_score_with_an_unreachable_hub_names_a_local_file_as_remedy(score, tmp_path):
+    with make_blimp_hub().serve() as url:
         pass
     done = run_blimp(score, tmp_path, url)
     assert done.returncode == 1
     assert "the Hub cannot be reached" in done.stderr
-    assert "Ways on: a local file with the same records" in done.stderr
+    assert "Use a local file with the same records" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Signals and the end of the dvc that started a stage: a request to end first, SIGKILL only after a grace."""
+"""Signals, and the end of the parent dvc: first a request to end, SIGKILL only after a grace period."""
 
 import os
 import signal
@@ -11,17 +11,17 @@ from data_helpers import REPOSITORY
 
 pytestmark = pytest.mark.timeout(60)
 
-# What a stage does with signals, without torch: it works until it is asked to end, and then takes its time.
+# Signal handling of a stage without torch: it runs until it is asked to end, and then needs `seconds` to end.
 LOOP = """
 import sys, time
 from stages.shell import interruption
 from stages.shell.app import end_with_dvc
-from stages.shell.interruption import Interrupted, end_on_signals, signals_as_request
+from stages.shell.interruption import Interrupted, end_on_signals, defer_signals
 interruption.GRACE_SECONDS = float(sys.argv[1])
 end_on_signals()
 end_with_dvc()
 try:
-    with signals_as_request() as request:
+    with defer_signals() as request:
         print("ready", flush=True)
         while request.number is None:
             time.sleep(0.05)
@@ -39,7 +39,7 @@ DVC = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)
 
 
 def start(*prefix: str, grace: float = 30.0, seconds: float = 0.2) -> "subprocess.Popen[str]":
-    """LOOP as a process that has said that it is ready."""
+    """Start LOOP in a process, and wait until it is ready."""
     process = subprocess.Popen(
         [*prefix, sys.executable, "-c", LOOP, str(grace), str(seconds)],
         cwd=REPOSITORY,
@@ -54,13 +54,13 @@ def start(*prefix: str, grace: float = 30.0, seconds: float = 0.2) -> "subproces
     return process
 
 
-def started_by_dvc(tmp_path: Path, *prefix: str, **named: float) -> "subprocess.Popen[str]":
+def start_by_dvc(tmp_path: Path, *prefix: str, **named: float) -> "subprocess.Popen[str]":
     (tmp_path / "dvc").write_text(DVC)
     return start(*prefix, sys.executable, str(tmp_path / "dvc"), **named)
 
 
-def said_by(process: "subprocess.Popen[str]") -> list[str]:
-    """What LOOP prints to its end, which closes the pipe even where its parent is gone."""
+def read_lines(process: "subprocess.Popen[str]") -> list[str]:
+    """Return the lines that LOOP prints until it ends, which closes the pipe even if its parent has ended."""
     assert process.stdout is not None
     return process.stdout.read().splitlines()
 
@@ -69,7 +69,7 @@ def said_by(process: "subprocess.Popen[str]") -> list[str]:
 def test_signal_is_a_request_and_then_the_exit_code(number):
     process = start()
     process.send_signal(number)
-    assert said_by(process) == [f"asked by {number}", "checkpoint", f"ended by {number}"]
+    assert read_lines(process) == [f"asked by {number}", "checkpoint", f"ended by {number}"]
     assert process.wait(10) == 128 + number
 
 
@@ -85,7 +85,7 @@ def test_second_signal_that_is_no_ctrl_c_changes_nothing(first, second, line):
         process.wait(1.2)  # later than a signal that comes twice
     except subprocess.TimeoutExpired:
         process.send_signal(second)
-    assert [*lines, *said_by(process)] == [f"asked by {first}", "checkpoint", f"ended by {first}"]
+    assert [*lines, *read_lines(process)] == [f"asked by {first}", "checkpoint", f"ended by {first}"]
     assert process.wait(10) == 128 + first
 
 
@@ -96,7 +96,7 @@ def test_second_ctrl_c_ends_at_once():
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1.2)
     process.send_signal(signal.SIGINT)
-    assert said_by(process) == [f"ended by {signal.SIGINT}"]
+    assert read_lines(process) == [f"ended by {signal.SIGINT}"]
 
 
 def test_hangup_that_is_ignored_at_the_start_stays_ignored():
@@ -105,24 +105,24 @@ def test_hangup_that_is_ignored_at_the_start_stays_ignored():
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1.0)
     process.send_signal(signal.SIGTERM)
-    assert said_by(process) == [f"asked by {signal.SIGTERM}", "checkpoint", f"ended by {signal.SIGTERM}"]
+    assert read_lines(process) == [f"asked by {signal.SIGTERM}", "checkpoint", f"ended by {signal.SIGTERM}"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_stage_whose_dvc_is_gone_writes_a_checkpoint_and_ends(tmp_path, number):
-    dvc = started_by_dvc(tmp_path)
+    dvc = start_by_dvc(tmp_path)
     dvc.send_signal(number)
-    assert said_by(dvc) == [f"asked by {signal.SIGTERM}", "checkpoint", f"ended by {signal.SIGTERM}"]
+    assert read_lines(dvc) == [f"asked by {signal.SIGTERM}", "checkpoint", f"ended by {signal.SIGTERM}"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signal_to_dvc_and_its_stage_is_one_request(tmp_path, number):
-    dvc = started_by_dvc(tmp_path, seconds=1.5)
+    dvc = start_by_dvc(tmp_path, seconds=1.5)
     os.killpg(dvc.pid, number)
-    assert said_by(dvc) == [f"asked by {number}", "checkpoint", f"ended by {number}"]
+    assert read_lines(dvc) == [f"asked by {number}", "checkpoint", f"ended by {number}"]
 
 
 def test_stage_that_does_not_end_in_the_grace_is_killed(tmp_path):
-    dvc = started_by_dvc(tmp_path, grace=1.0, seconds=3600)
+    dvc = start_by_dvc(tmp_path, grace=1.0, seconds=3600)
     dvc.kill()
-    assert said_by(dvc) == [f"asked by {signal.SIGTERM}"]
+    assert read_lines(dvc) == [f"asked by {signal.SIGTERM}"]

@@ -1,4 +1,4 @@
-"""tasks: pieces in order, here unless a cluster is asked for, and what is said where there is none."""
+"""Tasks: results in order, in this process unless a cluster is requested, and errors without a cluster."""
 
 import itertools
 import os
@@ -13,16 +13,16 @@ from data_helpers import REPOSITORY
 
 from stages.core.errors import StageError
 from stages.shell import tasks
-from stages.shell.tasks import Workers, are_spread, run_pieces
+from stages.shell.tasks import Workers, run_jobs, uses_ray
 
 
-def test_each_gives_the_results_in_order() -> None:
-    assert list(run_pieces(str, [3, 1, 2])) == ["3", "1", "2"]
+def test_run_pieces_gives_the_results_in_order() -> None:
+    assert list(run_jobs(str, [3, 1, 2])) == ["3", "1", "2"]
 
 
-def test_each_raises_what_a_piece_raises() -> None:
+def test_run_pieces_raises_the_error_of_a_piece() -> None:
     with pytest.raises(ZeroDivisionError):
-        list(run_pieces(lambda number: 1 // number, [1, 0]))
+        list(run_jobs(lambda number: 1 // number, [1, 0]))
 
 
 @pytest.mark.parametrize(("place", "spread"), [("", False), ("ray", True)])
@@ -30,26 +30,26 @@ def test_pieces_are_spread_where_the_environment_says_so(
     monkeypatch: pytest.MonkeyPatch, place: str, spread: bool
 ) -> None:
     monkeypatch.setenv("LM_REPRO_PREPROCESSING", place)
-    assert are_spread() is spread
+    assert uses_ray() is spread
 
 
 def test_pieces_anywhere_else_are_an_error_that_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LM_REPRO_PREPROCESSING", "dask")
-    with pytest.raises(StageError, match="LM_REPRO_PREPROCESSING=dask: it should be ray"):
-        are_spread()
+    with pytest.raises(StageError, match="LM_REPRO_PREPROCESSING=dask: set it to ray"):
+        uses_ray()
 
 
 def test_pieces_on_ray_without_it_are_an_error_that_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LM_REPRO_PREPROCESSING", "ray")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(StageError, match="Ray is not installed: `make ray`"):
-        list(run_pieces(str, [1]))
+        list(run_jobs(str, [1]))
 
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have other processes start behind few jobs."""
-    monkeypatch.setattr(tasks, "_NUM_JOBS_ALONE", 10)
+    """Start other processes after few jobs."""
+    monkeypatch.setattr(tasks, "_NUM_LOCAL_JOBS", 10)
 
 
 def invert(number: int) -> tuple[float, int]:
@@ -67,7 +67,7 @@ def start(workers: Workers) -> list[tuple[float, int]]:
     raise AssertionError
 
 
-def test_workers_give_the_results_in_order_and_start_processes_for_many_jobs_alone() -> None:
+def test_workers_give_the_results_in_order_and_start_processes_only_for_many_jobs() -> None:
     with Workers(2) as workers:
         few = list(workers.map(invert, range(1, 5)))
         many = start(workers)
@@ -126,7 +126,7 @@ def kill_this_process(_: int) -> None:
 
 
 def test_workers_that_are_killed_are_an_error_that_says_so() -> None:
-    with Workers(2) as workers, pytest.raises(StageError, match="a process that this stage started was killed"):
+    with Workers(2) as workers, pytest.raises(StageError, match="a process of this stage was killed"):
         start(workers)
         list(workers.map(kill_this_process, range(9)))
 

@@ -1,4 +1,4 @@
-"""tokenize of documents of which only a part counts: the marks of their tokens, and the ledger."""
+"""tokenize of documents that are only partly counted: the marks of their tokens, and the ledger."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from data_helpers import (
     CAUSAL_TOKENS,
     MLM_TOKENS,
-    hashes,
+    hash_files,
     read_stats,
     write_chat_bpe,
     write_conversations,
@@ -42,7 +42,7 @@ WRAP = {
 }
 
 
-def config(
+def make_config(
     tmp_path: Path, task: str, tokenizer: TokenizerSource, of_data: Flatten, of_task: Flatten | None = None
 ) -> TokenizeConfig:
     return TokenizeConfig(
@@ -57,33 +57,33 @@ def config(
     )
 
 
-def trained(task: str) -> TokenizerSource:
+def make_trained_source(task: str) -> TokenizerSource:
     roles = {"causal": CAUSAL_TOKENS, "mlm": MLM_TOKENS}[task]
     return TokenizerSource(train=TrainedTokenizer(vocab_size=300, special_tokens=dict(roles)))
 
 
-def questions(tmp_path: Path, task: str, of_data: Flatten = PROMPTED, of_task: Flatten | None = None) -> Path:
+def tokenize_questions(tmp_path: Path, task: str, of_data: Flatten = PROMPTED, of_task: Flatten | None = None) -> Path:
     for split in SPLITS:
         write_questions(tmp_path / f"raw/{split}.parquet", RECORDS, rows=2)
-    main(config(tmp_path, task, trained(task), of_data, of_task))
+    main(make_config(tmp_path, task, make_trained_source(task), of_data, of_task))
     return tmp_path / "tokens"
 
 
-def decoded(tokens: Path, ids: np.ndarray, chosen: np.ndarray) -> str:
+def decode_chosen(tokens: Path, ids: np.ndarray, chosen: np.ndarray) -> str:
     return str(load_tokenizer(tokens / "tokenizer").decode(ids[chosen].tolist(), skip_special_tokens=False))
 
 
 @pytest.mark.parametrize("task", ["causal", "mlm"])
-def test_tokens_of_completions_count_and_those_of_prompts_do_not(tmp_path: Path, task: str) -> None:
-    tokens = questions(tmp_path, task)
+def test_tokens_of_completions_are_counted_and_those_of_prompts_are_not(tmp_path: Path, task: str) -> None:
+    tokens = tokenize_questions(tmp_path, task)
     documents, vocabulary = Documents(tokens / "train"), Vocabulary.read(tokens)
     for number, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
-        ids, marks = documents[number], documents.marks(number)
+        ids, marks = documents[number], documents.get_marks(number)
         assert marks is not None
         is_text, counts = vocabulary.is_text(ids), (marks & COUNTED) > 0
-        assert decoded(tokens, ids, is_text & counts) == answer
-        assert decoded(tokens, ids, is_text & ~counts) == prompt
-        assert counts[-1]  # where the document ends is learned
+        assert decode_chosen(tokens, ids, is_text & counts) == answer
+        assert decode_chosen(tokens, ids, is_text & ~counts) == prompt
+        assert counts[-1]  # the end of the document is learned
         assert not (marks & TEMPLATE).any()
     assert documents.num_counted_bytes.tolist() == [len(answer.encode()) for answer in ANSWERS]
     assert documents.num_bytes.tolist() == [
@@ -92,83 +92,83 @@ def test_tokens_of_completions_count_and_those_of_prompts_do_not(tmp_path: Path,
 
 
 @pytest.mark.parametrize("task", ["causal", "mlm"])
-def test_marks_begin_segments_where_the_control_tokens_do(tmp_path: Path, task: str) -> None:
-    tokens = questions(tmp_path, task)
+def test_marks_begin_segments_at_the_control_tokens(tmp_path: Path, task: str) -> None:
+    tokens = tokenize_questions(tmp_path, task)
     documents, vocabulary = Documents(tokens / "train"), Vocabulary.read(tokens)
     start = vocabulary.prefix[0] if vocabulary.prefix else vocabulary.special["eos_token"]
     for number in range(len(documents)):
-        marks = documents.marks(number)
+        marks = documents.get_marks(number)
         assert marks is not None
         assert ((marks & SEGMENT_START > 0) == (documents[number] == start)).all()
 
 
-def test_ledger_says_how_much_counts(tmp_path: Path) -> None:
-    ledger = read_stats(questions(tmp_path, "causal") / "train")
+def test_ledger_has_the_counted_tokens_and_bytes(tmp_path: Path) -> None:
+    ledger = read_stats(tokenize_questions(tmp_path, "causal") / "train")
     assert ledger["counted_bytes"] == sum(len(answer.encode()) for answer in ANSWERS)
     assert ledger["bytes"] == sum(len(text.encode()) for text in [*ANSWERS, *PROMPTS])
     assert 0 < ledger["counted_tokens"] < ledger["tokens"]
 
 
-def test_flatten_of_the_task_takes_the_place_of_that_of_the_data(tmp_path: Path) -> None:
+def test_flatten_of_the_task_overrides_that_of_the_data(tmp_path: Path) -> None:
     whole = Flatten(columns=["title", "answers.text"])
-    tokens = questions(tmp_path, "causal", of_data=whole, of_task=PROMPTED)
+    tokens = tokenize_questions(tmp_path, "causal", of_data=whole, of_task=PROMPTED)
     assert Documents(tokens / "train").num_counted_bytes[1] == len(ANSWERS[1].encode())
 
 
-def test_tokens_of_documents_that_count_as_a_whole_have_no_marks(tmp_path: Path) -> None:
-    tokens = questions(tmp_path, "causal", of_data=Flatten(columns=["answers.text"]))
-    assert Documents(tokens / "train").marks(0) is None
+def test_tokens_of_fully_counted_documents_have_no_marks(tmp_path: Path) -> None:
+    tokens = tokenize_questions(tmp_path, "causal", of_data=Flatten(columns=["answers.text"]))
+    assert Documents(tokens / "train").get_marks(0) is None
     assert "counted_tokens" not in read_stats(tokens / "train")
     assert "chat_template" not in read_stats(tokens)
 
 
-def chats(tmp_path: Path) -> Path:
+def tokenize_chats(tmp_path: Path) -> Path:
     directory = write_chat_bpe(tmp_path / "chat")
     for split in SPLITS:
         write_conversations(tmp_path / f"raw/{split}.parquet", TALKS, rows=1)
-    source = TokenizerSource(path=str(directory), files=hashes(directory))
-    main(config(tmp_path, "causal", source, Flatten(messages=True)))
+    source = TokenizerSource(path=str(directory), files=hash_files(directory))
+    main(make_config(tmp_path, "causal", source, Flatten(messages=True)))
     return tmp_path / "tokens"
 
 
-def test_tokens_of_conversations_are_the_templates_and_the_assistants_count(tmp_path: Path) -> None:
-    tokens = chats(tmp_path)
+def test_tokens_of_conversations_follow_the_template_and_count_the_assistant(tmp_path: Path) -> None:
+    tokens = tokenize_chats(tmp_path)
     documents, vocabulary = Documents(tokens / "train"), Vocabulary.read(tokens)
     assert (vocabulary.lead, vocabulary.prefix, vocabulary.suffix) == ([], [], [])
     everything = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in TALKS[0])
-    ids, marks = documents[0], documents.marks(0)
+    ids, marks = documents[0], documents.get_marks(0)
     assert marks is not None
-    assert decoded(tokens, ids, np.ones(len(ids), np.bool_)) == everything
-    assert decoded(tokens, ids, marks & COUNTED > 0) == "So.<|im_end|>Yes ✓<|im_end|>"
+    assert decode_chosen(tokens, ids, np.ones(len(ids), np.bool_)) == everything
+    assert decode_chosen(tokens, ids, marks & COUNTED > 0) == "So.<|im_end|>Yes ✓<|im_end|>"
     texts = "".join(f"{role}\n{content}\n" for role, content in TALKS[0])
-    assert decoded(tokens, ids, marks & TEMPLATE == 0) == texts
-    assert (marks & SEGMENT_START).nonzero()[0].tolist() == [0]  # and not at each end of a message
+    assert decode_chosen(tokens, ids, marks & TEMPLATE == 0) == texts
+    assert (marks & SEGMENT_START).nonzero()[0].tolist() == [0]  # and not at the end of each message
     assert documents.num_counted_bytes.tolist() == [len("So.Yes ✓".encode()), len(b"Hello.")]
 
 
-def test_control_tokens_spelt_in_a_conversation_are_text_tokens(tmp_path: Path) -> None:
-    tokens = chats(tmp_path)
+def test_control_tokens_spelled_in_a_conversation_are_text_tokens(tmp_path: Path) -> None:
+    tokens = tokenize_chats(tmp_path)
     documents = Documents(tokens / "train")
-    marks = documents.marks(1)
+    marks = documents.get_marks(1)
     assert marks is not None
     assert int((marks & TEMPLATE > 0).sum()) == 4
-    assert "Hi <|im_end|>" in decoded(tokens, documents[1], marks & TEMPLATE == 0)
+    assert "Hi <|im_end|>" in decode_chosen(tokens, documents[1], marks & TEMPLATE == 0)
 
 
-def test_conversation_that_the_template_refuses_names_the_record(tmp_path: Path) -> None:
+def test_conversation_rejected_by_the_template_is_an_error_that_names_the_record(tmp_path: Path) -> None:
     directory = write_chat_bpe(tmp_path / "chat", "{{ raise_exception('no system role') }}")
     for split in SPLITS:
         write_conversations(tmp_path / f"raw/{split}.parquet", TALKS)
-    source = TokenizerSource(path=str(directory), files=hashes(directory))
-    with pytest.raises(StageError, match="train record 0: the chat template refuses its messages: no system role"):
-        main(config(tmp_path, "causal", source, Flatten(messages=True)))
+    source = TokenizerSource(path=str(directory), files=hash_files(directory))
+    with pytest.raises(StageError, match="train record 0: the chat template rejects its messages: no system role"):
+        main(make_config(tmp_path, "causal", source, Flatten(messages=True)))
     assert not (tmp_path / "tokens").exists()
 
 
 @pytest.mark.parametrize(
     ("task", "problem"),
-    [("causal", "tokenizer that is trained here has no chat template"), ("mlm", "conversations are for causal")],
+    [("causal", "tokenizer to train has no chat template"), ("mlm", "conversations are for causal")],
 )
-def test_conversations_where_there_is_no_template_for_them_are_refused(tmp_path: Path, task: str, problem: str) -> None:
+def test_conversations_without_a_usable_template_are_a_config_error(tmp_path: Path, task: str, problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
-        config(tmp_path, task, trained(task), Flatten(messages=True))
+        make_config(tmp_path, task, make_trained_source(task), Flatten(messages=True))

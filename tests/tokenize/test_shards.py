@@ -1,4 +1,4 @@
-"""Several shard files: what a split in one gives, byte for byte, from the tokens to the metrics."""
+"""A split in several shards gives the same bytes as in one shard, from the tokens to the metrics."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from conftest import MODELS, run_stage
-from data_helpers import contents
+from data_helpers import read_contents
 
-from stages.core.artifacts import SPLITS, shard_files
+from stages.core.artifacts import SPLITS, list_shards
 from stages.group_texts import block_shards
 from stages.tokenize import stage as tokenize
 
@@ -18,7 +18,7 @@ TASKS = ("causal", "mlm")
 
 @pytest.fixture(scope="module")
 def cut(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokens and blocks of the toy corpus, from records in row groups of three, in shards of 500 bytes."""
+    """Tokens and blocks of the toy corpus in shards of 500 bytes, from records in row groups of three."""
     root = tmp_path_factory.mktemp("cut")
     (root / "raw").mkdir()
     for split in SPLITS:
@@ -27,7 +27,7 @@ def cut(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenize, "SHARD_BYTES", SHARD_BYTES)
         patch.setattr(block_shards, "SHARD_BYTES", SHARD_BYTES)
-        patch.setattr(block_shards, "TOKENS_AT_ONCE", 50)
+        patch.setattr(block_shards, "TOKENS_PER_BATCH", 50)
         for task in TASKS:
             own = ["data=files", MODELS[task][0], "model.tokenizer.train.vocab_size=300"]
             run_stage("tokenize", f"task={task}", *own, f"raw={root}/raw", f"out={root}/tokens/{task}")
@@ -37,13 +37,13 @@ def cut(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_shards_of_a_split_train_and_evaluate_to_the_bytes_of_one(
+def test_several_shards_train_and_evaluate_to_the_bytes_of_one_shard(
     corpus: Path, cut: Path, trained: dict[str, Path], run_toy: Callable[..., None], tmp_path: Path, task: str
 ) -> None:
     tokens, blocks = cut / "tokens" / task, cut / "blocks" / task
-    assert len(shard_files(tokens / "train")) > 2 < len(shard_files(blocks / "train"))
-    assert len(shard_files(corpus / f"tokens/{task}/train")) == 1
+    assert len(list_shards(tokens / "train")) > 2 < len(list_shards(blocks / "train"))
+    assert len(list_shards(corpus / f"tokens/{task}/train")) == 1
     for stage in ("baseline", "train", "evaluate"):
         more = [] if stage == "baseline" else [f"blocks={blocks}"]
         run_toy(stage, task, tmp_path, f"tokens={tokens}", *more)
-    assert contents(tmp_path) == contents(trained[task])
+    assert read_contents(tmp_path) == read_contents(trained[task])

@@ -1,4 +1,4 @@
-"""tokenize: a row a document, wrapped as the task asks, nothing truncated, and a ledger that accounts for it."""
+"""tokenize: one row per document, wrapped as configured, without truncation, and a ledger that accounts for it."""
 
 import os
 import subprocess
@@ -13,8 +13,8 @@ from data_helpers import (
     MLM_TOKENS,
     REPOSITORY,
     TEXTS,
-    contents,
-    hashes,
+    hash_files,
+    read_contents,
     read_stats,
     write_bpe,
     write_raw,
@@ -23,8 +23,8 @@ from data_helpers import (
     write_word_piece,
 )  # fmt: skip
 
-from stages.core.artifacts import SPLITS, Documents, shard_files
-from stages.core.compose import compose, load
+from stages.core.artifacts import SPLITS, Documents, list_shards
+from stages.core.compose import compose_config, load_config
 from stages.core.errors import StageError
 from stages.tokenize import stage as tokenize
 from stages.tokenize.schema import Tokenize
@@ -46,7 +46,7 @@ SPLIT_TEXTS = {
 }
 
 
-def run(
+def run_tokenize(
     tmp_path: Path,
     task: str,
     tokenizer: TokenizerSource | None = None,
@@ -55,7 +55,7 @@ def run(
     sources: list[str] | None = None,
     start: Path | None = None,
 ) -> Path:
-    """What tokenize writes for SPLIT_TEXTS, by a tokenizer of its own unless another is given."""
+    """Run tokenize on SPLIT_TEXTS and return its output; train a tokenizer unless one is given."""
     trained = TrainedTokenizer(vocab_size=300, special_tokens=dict(ROLES[task]))
     config = TokenizeConfig(
         data=FlattenData(flatten=Flatten(columns=["answers.text"], joiner=" ")),
@@ -70,13 +70,13 @@ def run(
     return tmp_path / out
 
 
-def pinned(directory: Path) -> TokenizerSource:
-    return TokenizerSource(path=str(directory), files=hashes(directory))
+def pin(directory: Path) -> TokenizerSource:
+    return TokenizerSource(path=str(directory), files=hash_files(directory))
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_tokenize_causal_ends_every_document_and_begins_the_split(tmp_path: Path, split: str) -> None:
-    out = run(tmp_path, "causal")
+    out = run_tokenize(tmp_path, "causal")
     tokenizer, rows = load_tokenizer(out / "tokenizer"), Documents(out / split)
     texts = [tokenizer.decode(rows[i].tolist(), skip_special_tokens=False) for i in range(len(rows))]
     end = "<|endoftext|>"
@@ -86,23 +86,23 @@ def test_tokenize_causal_ends_every_document_and_begins_the_split(tmp_path: Path
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_tokenize_mlm_wraps_every_document(tmp_path: Path, split: str) -> None:
-    out = run(tmp_path, "mlm")
+    out = run_tokenize(tmp_path, "mlm")
     tokenizer, rows = load_tokenizer(out / "tokenizer"), Documents(out / split)
     texts = [tokenizer.decode(rows[i].tolist(), skip_special_tokens=False) for i in range(len(rows))]
     assert texts == [f"<s>{text}</s>" for text in SPLIT_TEXTS[split]]
-    assert all(rows[i][1:-1].min(initial=9) > 4 for i in range(len(rows)))  # what lies between is text
+    assert all(rows[i][1:-1].min(initial=9) > 4 for i in range(len(rows)))  # all tokens in between are text
 
 
 @pytest.mark.parametrize("task", ROLES)
 @pytest.mark.parametrize("split", SPLITS)
 def test_tokenize_ledger_accounts_for_documents_tokens_and_bytes(tmp_path: Path, task: str, split: str) -> None:
-    out = run(tmp_path, task)
+    out = run_tokenize(tmp_path, task)
     ledger, rows, vocabulary = read_stats(out / split), Documents(out / split), Vocabulary.read(out)
     stored = np.concatenate([rows[i] for i in range(len(rows))])
     num_bytes = [len(text.encode()) for text in SPLIT_TEXTS[split]]
     assert ledger["documents"] == len(rows) == len(SPLIT_TEXTS[split])
     assert ledger["tokens"] == len(stored)
-    assert ledger["text_tokens"] == len(vocabulary.text_tokens(stored))
+    assert ledger["text_tokens"] == len(vocabulary.select_text_tokens(stored))
     assert rows.num_bytes.tolist() == num_bytes
     assert ledger["bytes"] == sum(num_bytes)
     assert ledger.get("documents_lossy") == (None if split == "train" else 0)
@@ -112,9 +112,9 @@ def test_tokenize_ledger_accounts_for_documents_tokens_and_bytes(tmp_path: Path,
 @pytest.mark.parametrize("task", ROLES)
 @pytest.mark.parametrize("rows", [1, 2, 5, 6])
 def test_tokenize_of_row_groups_of_any_size_stores_the_same_documents(tmp_path: Path, task: str, rows: int) -> None:
-    whole = run(tmp_path, task)
+    whole = run_tokenize(tmp_path, task)
     raw = write_raw(tmp_path / "cut-raw", SPLIT_TEXTS, rows)
-    cut = run(tmp_path, task, raw=raw, out="cut")
+    cut = run_tokenize(tmp_path, task, raw=raw, out="cut")
     for split in SPLITS:
         one, other = Documents(whole / split), Documents(cut / split)
         assert [other[i].tolist() for i in range(len(other))] == [one[i].tolist() for i in range(len(one))]
@@ -128,10 +128,10 @@ def test_tokenize_to_several_shards_stores_the_same_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, shard_bytes: int
 ) -> None:
     raw = write_raw(tmp_path / "cut-raw", SPLIT_TEXTS, 1)
-    whole = run(tmp_path, task, raw=raw)
+    whole = run_tokenize(tmp_path, task, raw=raw)
     monkeypatch.setattr(tokenize, "SHARD_BYTES", shard_bytes)
-    cut = run(tmp_path, task, raw=raw, out="cut")
-    assert len(shard_files(cut / "train")) > (1 if shard_bytes > 1 else len(SPLIT_TEXTS["train"]) - 1)
+    cut = run_tokenize(tmp_path, task, raw=raw, out="cut")
+    assert len(list_shards(cut / "train")) > (1 if shard_bytes > 1 else len(SPLIT_TEXTS["train"]) - 1)
     for split in SPLITS:
         one, other = Documents(whole / split), Documents(cut / split)
         assert [other[i].tolist() for i in range(len(other))] == [one[i].tolist() for i in range(len(one))]
@@ -139,28 +139,28 @@ def test_tokenize_to_several_shards_stores_the_same_documents(
 
 
 @pytest.mark.parametrize("task", ROLES)
-def test_tokenize_by_either_engine_writes_the_same_shards(
+def test_tokenize_with_either_engine_writes_the_same_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:
-    fast = run(tmp_path, task, out="fast")
-    monkeypatch.setattr(encoding, "fastokens_engine", lambda tokenizer: None)
-    slow = run(tmp_path, task, out="slow")
+    fast = run_tokenize(tmp_path, task, out="fast")
+    monkeypatch.setattr(encoding, "build_fastokens_engine", lambda tokenizer: None)
+    slow = run_tokenize(tmp_path, task, out="slow")
     assert [read_stats(out)["engine"] for out in (fast, slow)] == ["fastokens", "tokenizers"]
     for split in SPLITS:
-        assert contents(fast / split) == contents(slow / split)
+        assert read_contents(fast / split) == read_contents(slow / split)
 
 
 THREADS = """
 import sys
 sys.path[:0] = ["tests", "tests/tokenize"]
 from pathlib import Path
-from test_tokenize import run
-run(Path(sys.argv[1]), "mlm")
+from test_tokenize import run_tokenize
+run_tokenize(Path(sys.argv[1]), "mlm")
 """
 
 
 @pytest.mark.parametrize("threads", ["1", "3"])
-def test_tokenize_by_any_number_of_threads_writes_the_same_bytes(tmp_path: Path, threads: str) -> None:
+def test_tokenize_with_any_number_of_threads_writes_the_same_bytes(tmp_path: Path, threads: str) -> None:
     environment = {
         **os.environ,
         "RAYON_NUM_THREADS": threads,
@@ -170,41 +170,43 @@ def test_tokenize_by_any_number_of_threads_writes_the_same_bytes(tmp_path: Path,
     (tmp_path / "there").mkdir()
     command = [sys.executable, "-c", THREADS, str(tmp_path / "there")]
     subprocess.run(command, check=True, env=environment, cwd=REPOSITORY)
-    assert contents(tmp_path / "there/t") == contents(run(tmp_path, "mlm"))
+    assert read_contents(tmp_path / "there/t") == read_contents(run_tokenize(tmp_path, "mlm"))
 
 
 @pytest.mark.parametrize("task", ROLES)
 def test_tokenize_again_writes_the_same_bytes(tmp_path: Path, task: str) -> None:
-    assert contents(run(tmp_path, task, out="one")) == contents(run(tmp_path, task, out="two"))
+    assert read_contents(run_tokenize(tmp_path, task, out="one")) == read_contents(
+        run_tokenize(tmp_path, task, out="two")
+    )
 
 
-def test_tokenize_trains_on_the_training_split_alone(tmp_path: Path) -> None:
-    one = run(tmp_path, "causal", out="one")
+def test_tokenize_trains_the_tokenizer_only_on_the_training_split(tmp_path: Path) -> None:
+    one = run_tokenize(tmp_path, "causal", out="one")
     raw = write_raw(tmp_path / "other", SPLIT_TEXTS | {"validation": ["zq " * 50], "test": ["qz " * 50]})
-    two = run(tmp_path, "causal", raw=raw, out="two")
-    assert contents(one / "tokenizer") == contents(two / "tokenizer")
+    two = run_tokenize(tmp_path, "causal", raw=raw, out="two")
+    assert read_contents(one / "tokenizer") == read_contents(two / "tokenizer")
 
 
 @pytest.mark.parametrize("task", ROLES)
-def test_tokenize_by_a_pinned_tokenizer_copies_its_files_verbatim(tmp_path: Path, task: str) -> None:
+def test_tokenize_with_a_pinned_tokenizer_copies_its_files_verbatim(tmp_path: Path, task: str) -> None:
     directory = write_bpe(tmp_path / "pinned", ROLES[task])
-    out = run(tmp_path, task, pinned(directory))
-    assert contents(out / "tokenizer") == contents(directory)
+    out = run_tokenize(tmp_path, task, pin(directory))
+    assert read_contents(out / "tokenizer") == read_contents(directory)
     assert read_stats(out / "test")["documents_lossy"] == 0
 
 
-def test_tokenize_by_a_tokenizer_changed_since_it_was_pinned_names_the_file(tmp_path: Path) -> None:
-    source = pinned(write_bpe(tmp_path / "pinned", CAUSAL_TOKENS))
+def test_tokenize_with_a_tokenizer_changed_since_pinning_names_the_file(tmp_path: Path) -> None:
+    source = pin(write_bpe(tmp_path / "pinned", CAUSAL_TOKENS))
     write_bpe(tmp_path / "pinned", CAUSAL_TOKENS, vocab_size=290)
     with pytest.raises(StageError, match=rf"{tmp_path / 'pinned/tokenizer.json'} .*pin_model"):
-        run(tmp_path, "causal", source)
+        run_tokenize(tmp_path, "causal", source)
     assert not (tmp_path / "t").exists()
 
 
-def test_tokenize_by_a_lossy_tokenizer_counts_the_documents_that_change(tmp_path: Path) -> None:
+def test_tokenize_with_a_lossy_tokenizer_counts_the_changed_documents(tmp_path: Path) -> None:
     texts = {"train": ["sky"], "validation": ["sky blue", "Sky blue", "北京", ""], "test": ["a . b", "a  b", "a.b"]}
-    source = pinned(write_word_piece(tmp_path / "pinned"))
-    out = run(tmp_path, "mlm", source, write_raw(tmp_path / "r", texts))
+    source = pin(write_word_piece(tmp_path / "pinned"))
+    out = run_tokenize(tmp_path, "mlm", source, write_raw(tmp_path / "r", texts))
     assert [read_stats(out / split).get("documents_lossy") for split in SPLITS] == [None, 2, 2]
     assert read_stats(out / "validation")["bytes"] == 8 + 8 + 6
     rows = Documents(out / "validation")
@@ -212,26 +214,26 @@ def test_tokenize_by_a_lossy_tokenizer_counts_the_documents_that_change(tmp_path
 
 
 @pytest.mark.parametrize(("task", "roles"), [("causal", {"pad_token": "<pad>"}), ("mlm", CAUSAL_TOKENS)])
-def test_tokenize_by_a_tokenizer_without_the_tasks_token_writes_nothing(
+def test_tokenize_with_a_tokenizer_without_the_tasks_token_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, roles: dict[str, str]
 ) -> None:
-    monkeypatch.setattr("stages.tokens.vocabulary._special_tokens_by_transformers", lambda directory: {})
-    without = pinned(write_bpe(tmp_path / "tokenizer", roles))
+    monkeypatch.setattr("stages.tokens.vocabulary._read_special_tokens_with_transformers", lambda directory: {})
+    without = pin(write_bpe(tmp_path / "tokenizer", roles))
     (tmp_path / "out").mkdir()
     with pytest.raises(StageError, match=f"no {WRAP[task].requires[0]}"):
-        run(tmp_path, task, without, out="out/tokens")
+        run_tokenize(tmp_path, task, without, out="out/tokens")
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_tokenize_of_a_split_without_documents_writes_an_empty_one(tmp_path: Path) -> None:
-    out = run(tmp_path, "causal", raw=write_raw(tmp_path / "r", SPLIT_TEXTS | {"test": []}))
+    out = run_tokenize(tmp_path, "causal", raw=write_raw(tmp_path / "r", SPLIT_TEXTS | {"test": []}))
     assert len(Documents(out / "test")) == 0
     assert [read_stats(out / "test")[key] for key in ("documents", "tokens", "text_tokens", "bytes")] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("task", ROLES)
-def test_tokenize_of_empty_documents_alone_keeps_a_row_each(tmp_path: Path, task: str) -> None:
-    out = run(tmp_path, task, raw=write_raw(tmp_path / "r", SPLIT_TEXTS | {"test": ["", ""]}))
+def test_tokenize_of_only_empty_documents_writes_one_row_each(tmp_path: Path, task: str) -> None:
+    out = run_tokenize(tmp_path, task, raw=write_raw(tmp_path / "r", SPLIT_TEXTS | {"test": ["", ""]}))
     rows, vocabulary = Documents(out / "test"), Vocabulary.read(out)
     assert len(rows) == 2
     assert rows[1].tolist() == [*vocabulary.prefix, *vocabulary.suffix]
@@ -244,25 +246,25 @@ def test_tokenize_of_a_damaged_parquet_file_names_it(tmp_path: Path, split: str,
     raw = write_raw(tmp_path / "raw", SPLIT_TEXTS)
     file = raw / f"{split}.parquet"
     file.write_bytes(file.read_bytes()[:keep])
-    source = pinned(write_bpe(tmp_path / "pinned", CAUSAL_TOKENS))
+    source = pin(write_bpe(tmp_path / "pinned", CAUSAL_TOKENS))
     with pytest.raises(StageError, match=f"{file} is damaged"):
-        run(tmp_path, "causal", source, raw)
+        run_tokenize(tmp_path, "causal", source, raw)
 
 
-def test_tokenize_of_the_composed_configs_matches_their_model(tmp_path: Path) -> None:
+def test_tokenize_with_a_composed_config_matches_its_model(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw", SPLIT_TEXTS)
     choices = ["data=files", "model=tiny-roberta", "task=mlm", f"raw={raw}", f"out={tmp_path / 't'}"]
-    main(load(TokenizeConfig, compose("tokenize", choices)))
+    main(load_config(TokenizeConfig, compose_config("tokenize", choices)))
     vocabulary = Vocabulary.read(tmp_path / "t")
     assert (vocabulary.prefix, vocabulary.suffix, vocabulary.special["mask_token"]) == ([0], [2], 4)
 
 
 def test_tokenize_of_a_text_that_spells_a_control_token_of_a_unigram_names_the_document(tmp_path: Path) -> None:
-    """Unigram vocabularies hold their control tokens as pieces, so that the text itself becomes one."""
+    """Unigram vocabularies contain their control tokens as pieces, so the text is encoded to a control token."""
     directory = write_unigram(tmp_path / "unigram")
     texts = {"train": ["abc", "abc"], "validation": ["abc", "a</s>b"], "test": ["abc"]}
     with pytest.raises(StageError, match="validation document 1 spells a control token"):
-        run(tmp_path, "causal", pinned(directory), raw=write_raw(tmp_path / "r", texts))
+        run_tokenize(tmp_path, "causal", pin(directory), raw=write_raw(tmp_path / "r", texts))
     assert not (tmp_path / "t").exists()
 
 
@@ -271,7 +273,7 @@ def test_tokenize_of_a_text_that_spells_a_control_token_of_a_unigram_names_the_d
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """data/raw, of which each split has records of books and web; in train also of news."""
+    """data/raw with records of books and web in each split, and of news only in train."""
     for split, texts in SPLIT_TEXTS.items():
         names = ["web", "books", "web", "books", "news", "news"][: len(texts)]
         write_records(tmp_path / "mixed" / f"{split}.parquet", texts, sources=names, rows=2)
@@ -279,11 +281,11 @@ def mixed(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("sources", [["web"], ["books", "web"], ["news", "web"]])
-def test_tokenize_of_chosen_sources_has_their_documents_with_the_numbers_of_their_records(
+def test_tokenize_of_chosen_sources_writes_their_documents_and_record_indices(
     tmp_path: Path, mixed: Path, sources: list[str]
 ) -> None:
-    tokenizer = pinned(write_bpe(tmp_path / "bpe", CAUSAL_TOKENS))
-    every, some = (run(tmp_path, "causal", tokenizer, mixed, str(out), out) for out in (None, sources))
+    tokenizer = pin(write_bpe(tmp_path / "bpe", CAUSAL_TOKENS))
+    every, some = (run_tokenize(tmp_path, "causal", tokenizer, mixed, str(out), out) for out in (None, sources))
     for split, names in (("train", ["web", "books", "web", "books", "news", "news"]), ("test", ["web", "books"])):
         whole, chosen = Documents(every / split), Documents(some / split)
         records = [number for number, name in enumerate(names) if name in sources]
@@ -291,7 +293,7 @@ def test_tokenize_of_chosen_sources_has_their_documents_with_the_numbers_of_thei
         assert chosen.num_bytes.tolist() == whole.num_bytes[records].tolist()
         first, *others = (chosen[number].tolist() for number in range(len(chosen)))
         end = first[-1]
-        # The lead stands before the first document that there is, whatever its record.
+        # The lead comes before the first document of the split, even if that is not record 0.
         assert first == [end] * (records[0] > 0) + whole[records[0]].tolist()
         assert others == [whole[record].tolist() for record in records[1:]]
         assert read_stats(some / split)["documents"] == len(records)
@@ -300,30 +302,32 @@ def test_tokenize_of_chosen_sources_has_their_documents_with_the_numbers_of_thei
 def test_tokenize_of_chosen_sources_trains_the_tokenizer_on_their_text(tmp_path: Path) -> None:
     for split in SPLITS:
         write_records(tmp_path / "raw" / f"{split}.parquet", ["aaaa " * 50, "bbbb " * 50], sources=["a", "b"])
-    out = run(tmp_path, "causal", raw=tmp_path / "raw", sources=["b"])
+    out = run_tokenize(tmp_path, "causal", raw=tmp_path / "raw", sources=["b"])
     learned = load_tokenizer(out / "tokenizer").get_vocab()
     assert "bb" in learned and "aa" not in learned
 
 
 @pytest.mark.parametrize(
-    ("sources", "told"),
+    ("sources", "message"),
     [
-        (["web", "boks"], r"sources names boks, of which .* has no records: it has books, news, web"),
-        (["news"], r"the validation split has no record of theirs, only of books, web"),
+        (["web", "boks"], r"sources names boks, but .* has no such records, only of books, news, web"),
+        (["news"], r"the validation split has no records of these sources, only of books, web"),
     ],
 )
-def test_tokenize_of_sources_that_are_not_there_names_those_that_are(
-    tmp_path: Path, mixed: Path, sources: list[str], told: str
+def test_tokenize_of_missing_sources_names_the_existing_ones(
+    tmp_path: Path, mixed: Path, sources: list[str], message: str
 ) -> None:
-    with pytest.raises(StageError, match=told):
-        run(tmp_path, "causal", raw=mixed, sources=sources)
+    with pytest.raises(StageError, match=message):
+        run_tokenize(tmp_path, "causal", raw=mixed, sources=sources)
     assert not (tmp_path / "t").exists()
 
 
-def test_tokenize_of_a_task_with_a_start_has_the_tokenizer_of_the_start(tmp_path: Path) -> None:
-    first = run(tmp_path, "causal", out="first")
+def test_tokenize_of_a_task_with_a_start_copies_the_tokenizer_of_the_start(tmp_path: Path) -> None:
+    first = run_tokenize(tmp_path, "causal", out="first")
     raw = write_raw(tmp_path / "other", dict.fromkeys(SPLITS, ("Quite another text. " * 20,)))
-    out = run(tmp_path, "causal", raw=raw, out="next", start=first / "tokenizer")
-    assert contents(out / "tokenizer") == contents(first / "tokenizer")
-    assert contents(out / "tokenizer") != contents(run(tmp_path, "causal", raw=raw, out="own") / "tokenizer")
+    out = run_tokenize(tmp_path, "causal", raw=raw, out="next", start=first / "tokenizer")
+    assert read_contents(out / "tokenizer") == read_contents(first / "tokenizer")
+    assert read_contents(out / "tokenizer") != read_contents(
+        run_tokenize(tmp_path, "causal", raw=raw, out="own") / "tokenizer"
+    )
     assert read_stats(out)["tokenizer"] == {"task": "first"}

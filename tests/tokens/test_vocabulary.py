@@ -1,4 +1,4 @@
-"""vocabulary: own tokenizers are deterministic, control tokens never stand for text, and nothing of a text is lost."""
+"""vocabulary: training is deterministic, text never becomes control tokens, and no part of a text is lost."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from data_helpers import (
     CAUSAL_TOKENS,
     MLM_TOKENS,
     REPOSITORY,
-    contents,
+    read_contents,
     write_bpe,
     write_word_piece,
 )  # fmt: skip
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from stages.core.artifacts import write_json
 from stages.core.errors import StageError
 from stages.tokens.schema import TrainedTokenizer
-from stages.tokens.vocabulary import Vocabulary, load_tokenizer, special_tokens, train_tokenizer, vocabulary_of
+from stages.tokens.vocabulary import Vocabulary, build_vocabulary, load_tokenizer, read_special_tokens, train_tokenizer
 
 SPELT_OUT = ["<|endoftext|>", "<s>", "</s>", "<pad>", "<unk>", "<mask>", "[CLS]", "[SEP]", "[MASK]"]
 ROLES = {"causal": CAUSAL_TOKENS, "mlm": MLM_TOKENS}
@@ -30,14 +30,14 @@ WRAP = {"causal": ("end_of_sequence", ["eos_token"]), "mlm": ("template", ["mask
 
 
 @pytest.fixture(scope="module", params=["causal", "mlm"])
-def own(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A task and the directory of its own tokenizer."""
+def own_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A task and the directory of a tokenizer trained for it."""
     return request.param, write_bpe(tmp_path_factory.mktemp("own") / "tokenizer", ROLES[request.param])
 
 
-def vocabulary(task: str, directory: Path) -> Vocabulary:
+def make_vocabulary(task: str, directory: Path) -> Vocabulary:
     wrap, requires = WRAP[task]
-    return vocabulary_of(load_tokenizer(directory), directory, wrap, requires)
+    return build_vocabulary(load_tokenizer(directory), directory, wrap, requires)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def vocabulary(task: str, directory: Path) -> Vocabulary:
 
 @pytest.mark.parametrize("task", ROLES)
 def test_train_tokenizer_twice_writes_the_same_bytes(tmp_path: Path, task: str) -> None:
-    one, two = (contents(write_bpe(tmp_path / name, ROLES[task])) for name in ("one", "two"))
+    one, two = (read_contents(write_bpe(tmp_path / name, ROLES[task])) for name in ("one", "two"))
     assert one == two
     assert set(one) == {"tokenizer.json", "tokenizer_config.json"}
 
@@ -68,13 +68,13 @@ def test_train_tokenizer_in_another_process_with_other_threads_writes_the_same_b
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": "11", **settings}
     command = [sys.executable, "-c", TRAIN, str(tmp_path / "there")]
     subprocess.run(command, check=True, env=environment, cwd=REPOSITORY)
-    assert contents(tmp_path / "there") == contents(write_bpe(tmp_path / "here", MLM_TOKENS))
+    assert read_contents(tmp_path / "there") == read_contents(write_bpe(tmp_path / "here", MLM_TOKENS))
 
 
 def test_train_tokenizer_on_other_texts_learns_other_tokens(tmp_path: Path) -> None:
     for name, text in (("a", "abab " * 50), ("c", "cdcd " * 50)):
         train_tokenizer(TrainedTokenizer(vocab_size=300, special_tokens={}), iter([[text]]), tmp_path / name)
-    assert contents(tmp_path / "a")["tokenizer.json"] != contents(tmp_path / "c")["tokenizer.json"]
+    assert read_contents(tmp_path / "a")["tokenizer.json"] != read_contents(tmp_path / "c")["tokenizer.json"]
 
 
 @pytest.mark.parametrize("task", ROLES)
@@ -85,9 +85,9 @@ def test_train_tokenizer_numbers_special_tokens_from_0_in_their_order(tmp_path: 
 
 
 @pytest.mark.parametrize("vocab_size", [264, 265, 290])
-def test_train_tokenizer_has_the_size_that_was_asked_for(tmp_path: Path, vocab_size: int) -> None:
+def test_train_tokenizer_has_the_requested_size(tmp_path: Path, vocab_size: int) -> None:
     directory = write_bpe(tmp_path / "t", CAUSAL_TOKENS, vocab_size)
-    assert vocabulary("causal", directory).size == vocab_size
+    assert make_vocabulary("causal", directory).size == vocab_size
 
 
 def test_train_tokenizer_without_any_text_still_encodes_bytes(tmp_path: Path) -> None:
@@ -95,13 +95,13 @@ def test_train_tokenizer_without_any_text_still_encodes_bytes(tmp_path: Path) ->
     train_tokenizer(config, iter([]), tmp_path / "t")
     tokenizer = load_tokenizer(tmp_path / "t")
     assert tokenizer.decode(tokenizer.encode("naïve 🙂").ids) == "naïve 🙂"
-    assert vocabulary("causal", tmp_path / "t").size == 257
+    assert make_vocabulary("causal", tmp_path / "t").size == 257
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
-def test_load_tokenizer_that_truncates_and_pads_does_neither(tmp_path: Path) -> None:
+def test_load_tokenizer_disables_truncation_and_padding(tmp_path: Path) -> None:
     file = write_bpe(tmp_path / "t", MLM_TOKENS) / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.enable_truncation(4)
@@ -112,7 +112,7 @@ def test_load_tokenizer_that_truncates_and_pads_does_neither(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"version": "1.0"}'])
-def test_load_tokenizer_of_a_damaged_file_names_it(tmp_path: Path, content: str) -> None:
+def test_load_tokenizer_of_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(StageError, match=f"{tmp_path / 'tokenizer.json'} is not a tokenizer"):
         load_tokenizer(tmp_path)
@@ -122,7 +122,7 @@ def test_load_tokenizer_of_a_damaged_file_names_it(tmp_path: Path, content: str)
 
 
 def test_vocabulary_of_a_causal_tokenizer_ends_documents(tmp_path: Path) -> None:
-    known = vocabulary("causal", write_bpe(tmp_path / "t", CAUSAL_TOKENS))
+    known = make_vocabulary("causal", write_bpe(tmp_path / "t", CAUSAL_TOKENS))
     assert (known.prefix, known.suffix, known.lead, known.special) == ([], [0], [0], {"eos_token": 0})
 
 
@@ -131,26 +131,26 @@ def test_vocabulary_of_an_mlm_tokenizer_wraps_as_its_template_does(
     tmp_path: Path, make: Any, prefix: list[int], suffix: list[int]
 ) -> None:
     directory = make(tmp_path / "t", MLM_TOKENS) if make is write_bpe else make(tmp_path / "t")
-    known = vocabulary("mlm", directory)
+    known = make_vocabulary("mlm", directory)
     assert (known.prefix, known.suffix, known.lead) == (prefix, suffix, [])
     assert known.special["mask_token"] == 4
 
 
 def test_vocabulary_of_a_tokenizer_without_template_wraps_nothing(tmp_path: Path) -> None:
     directory = write_bpe(tmp_path / "t", {"mask_token": "<mask>"})
-    known = vocabulary("mlm", directory)
+    known = make_vocabulary("mlm", directory)
     assert (known.prefix, known.suffix, known.lead) == ([], [], [])
-    assert known.control.tolist() == []
+    assert known.control_ids.tolist() == []
 
 
 @pytest.mark.parametrize(("task", "other"), [("causal", {"pad_token": "<pad>"}), ("mlm", CAUSAL_TOKENS)])
-def test_vocabulary_of_a_tokenizer_without_the_tasks_token_names_it(
+def test_vocabulary_without_the_tasks_token_is_an_error_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, other: dict[str, str]
 ) -> None:
-    # transformers' defaults, 5 s of imports, know no more than the files of such a tokenizer.
-    monkeypatch.setattr("stages.tokens.vocabulary._special_tokens_by_transformers", lambda directory: {})
+    # The defaults of transformers add no tokens here, and importing it takes 5 s.
+    monkeypatch.setattr("stages.tokens.vocabulary._read_special_tokens_with_transformers", lambda directory: {})
     with pytest.raises(StageError, match=f"has no {WRAP[task][1][0]}"):
-        vocabulary(task, write_bpe(tmp_path / "t", other))
+        make_vocabulary(task, write_bpe(tmp_path / "t", other))
 
 
 @pytest.mark.parametrize(
@@ -161,29 +161,29 @@ def test_vocabulary_of_a_tokenizer_without_the_tasks_token_names_it(
         ("special_tokens_map.json", {"content": "<|endoftext|>", "lstrip": False}),
     ],
 )
-def test_special_tokens_of_either_file_and_form_are_found(tmp_path: Path, file: str, token: Any) -> None:
+def test_read_special_tokens_finds_them_in_either_file_and_form(tmp_path: Path, file: str, token: Any) -> None:
     directory = write_bpe(tmp_path / "t", CAUSAL_TOKENS)
     (directory / "tokenizer_config.json").unlink()
     others = {"pad_token": None, "unk_token": "<not in the vocabulary>", "model_max_length": 5, "extra_tokens": ["a"]}
     (directory / file).write_text(json.dumps({"eos_token": token, **others}))
-    assert special_tokens(Tokenizer.from_file(str(directory / "tokenizer.json")), directory) == {"eos_token": 0}
+    assert read_special_tokens(Tokenizer.from_file(str(directory / "tokenizer.json")), directory) == {"eos_token": 0}
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(300, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
-def test_vocabulary_dtype_is_the_narrowest_that_holds_every_id(size: int, dtype: Any) -> None:
+def test_vocabulary_dtype_is_the_narrowest_for_every_id(size: int, dtype: Any) -> None:
     known = Vocabulary(size=size, special={}, prefix=[size - 1], suffix=[], lead=[])
     assert known.dtype == dtype
-    assert known.control.tolist() == [size - 1]
+    assert known.control_ids.tolist() == [size - 1]
 
 
-def test_vocabulary_text_tokens_leaves_control_tokens_out() -> None:
+def test_select_text_tokens_drops_control_tokens() -> None:
     known = Vocabulary(size=300, special={}, prefix=[2], suffix=[3, 1], lead=[1])
-    assert known.control.tolist() == [1, 2, 3]
-    assert known.text_tokens(np.array([2, 9, 8, 9, 3, 1], np.uint16)).tolist() == [9, 8, 9]
+    assert known.control_ids.tolist() == [1, 2, 3]
+    assert known.select_text_tokens(np.array([2, 9, 8, 9, 3, 1], np.uint16)).tolist() == [9, 8, 9]
 
 
-def test_vocabulary_read_gives_back_what_was_written(tmp_path: Path, own: tuple[str, Path]) -> None:
-    known = vocabulary(*own)
+def test_vocabulary_read_returns_the_written_vocabulary(tmp_path: Path, own_tokenizer: tuple[str, Path]) -> None:
+    known = make_vocabulary(*own_tokenizer)
     write_json(tmp_path / "stats.json", {"vocabulary": known.__dict__})
     assert Vocabulary.read(tmp_path) == known
 
@@ -191,21 +191,21 @@ def test_vocabulary_read_gives_back_what_was_written(tmp_path: Path, own: tuple[
 OLD_REPOSITORY = """
 import sys
 from pathlib import Path
-from stages.tokens.vocabulary import load_tokenizer, vocabulary_of
+from stages.tokens.vocabulary import load_tokenizer, build_vocabulary
 tokenizer = load_tokenizer(Path(sys.argv[1]))
-known = vocabulary_of(tokenizer, Path(sys.argv[1]), "end_of_sequence", ["eos_token"])
+known = build_vocabulary(tokenizer, Path(sys.argv[1]), "end_of_sequence", ["eos_token"])
 literal = tokenizer.encode("<|endoftext|>").ids
 print(known.suffix == [tokenizer.token_to_id("<|endoftext|>")] and not set(known.suffix) & set(literal))
 """
 
 
 @pytest.mark.slow  # imports transformers and torch
-def test_vocabulary_of_an_old_repository_takes_what_it_leaves_to_transformers(tmp_path: Path) -> None:
+def test_vocabulary_of_an_old_repository_uses_the_defaults_of_transformers(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(write_bpe(tmp_path / "t", CAUSAL_TOKENS) / "tokenizer.json"))
     (tmp_path / "old").mkdir()
     tokenizer.model.save(str(tmp_path / "old"))
     (tmp_path / "old/config.json").write_text('{"model_type": "gpt2"}')
-    assert set(contents(tmp_path / "old")) == {"vocab.json", "merges.txt", "config.json"}
+    assert set(read_contents(tmp_path / "old")) == {"vocab.json", "merges.txt", "config.json"}
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", OLD_REPOSITORY, str(tmp_path / "old")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -1,4 +1,4 @@
-"""The model card: what it says, that it is true, and that its code runs."""
+"""Tests of the model card: its contents match the artifacts, and its code runs."""
 
 import contextlib
 import html
@@ -12,19 +12,28 @@ from typing import Any
 
 import pytest
 import yaml
-from dvc_project import TASKS, run
+from dvc_project import TASKS, run_command
 from hub_cases import TOKEN
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from upload_hub import metadata_problems
+from upload_hub import find_metadata_problems
 
 from stages.core.artifacts import write_json
-from stages.core.config import flat
+from stages.core.config import flatten_values
 from stages.core.errors import printable
-from stages.tokens.prompts import prompt_template
+from stages.tokens.prompts import build_prompt_template
 from stages.tokens.texts import Flatten
-from tools.card import MEANING, RecordedRun, group_sections, locked_params, make_card, meaning, public, reproduction
-from tools.publish import public_remote, recorded_run
+from tools.card import (
+    METRIC_MEANINGS,
+    RecordedRun,
+    describe_metric,
+    get_locked_params,
+    make_card,
+    redact_values,
+    render_group_tables,
+    render_reproduction,
+)
+from tools.publish import find_public_remote, read_recorded_run
 
 NAME = "someone/some-model"
 HOSTILE_VALUES = [
@@ -43,14 +52,14 @@ HOSTILE_VALUES = [
 ]
 
 
-def card_of(task: str, license: str | None = "mit", language: list[str] | None = None) -> ModelCard:
-    return make_card(recorded_run(task)[0], NAME, license, language)
+def build_card(task: str, license: str | None = "mit", language: list[str] | None = None) -> ModelCard:
+    return make_card(read_recorded_run(task)[0], NAME, license, language)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_card_metadata_reads_back_as_what_was_measured(inside: Path, tmp_path: Path, task: str) -> None:
-    card_of(task, language=["en"]).save(tmp_path / "README.md")
-    assert metadata_problems((tmp_path / "README.md").read_text()) == []
+def test_card_metadata_has_the_measured_metrics(inside: Path, tmp_path: Path, task: str) -> None:
+    build_card(task, language=["en"]).save(tmp_path / "README.md")
+    assert find_metadata_problems((tmp_path / "README.md").read_text()) == []
     data = ModelCard.load(tmp_path / "README.md").data
     measured = json.loads((inside / f"reports/evaluate/{task}/metrics.json").read_text())[task]
     found = {(result.dataset_split, result.metric_type): result.metric_value for result in data.eval_results}
@@ -62,12 +71,12 @@ def test_card_metadata_reads_back_as_what_was_measured(inside: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_card_holds_every_figure_parameter_sample_and_sum(inside: Path, task: str) -> None:
-    text = str(card_of(task))
-    assert text == str(card_of(task))
-    assert run(inside, "git", "rev-parse", "HEAD").strip() in text
+def test_card_contains_every_metric_parameter_sample_and_md5(inside: Path, task: str) -> None:
+    text = str(build_card(task))
+    assert text == str(build_card(task))
+    assert run_command(inside, "git", "rev-parse", "HEAD").strip() in text
     measured = json.loads((inside / f"reports/evaluate/{task}/metrics.json").read_text())[task]["test"]
-    assert measured.pop("groups").keys() == {"source"} and "| By " not in text  # one source: the figures are the same
+    assert measured.pop("groups").keys() == {"source"} and "| By " not in text  # one source: no table by source
     for key, value in measured.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
         assert f"| {key} | {shown} | " in text
@@ -79,7 +88,7 @@ def test_card_holds_every_figure_parameter_sample_and_sum(inside: Path, task: st
             assert text.count(f"\n{item['md5']:36}  {item['path']}\n") == 1
         used |= stage.get("params", {}).get("params.yaml", {})
     shown = re.search(r"`params\.yaml`\n\n```yaml\n(.*?)```", text, flags=re.DOTALL)
-    assert shown is not None and dict(flat(yaml.safe_load(shown[1]))) == used
+    assert shown is not None and dict(flatten_values(yaml.safe_load(shown[1]))) == used
     assert "num_train_epochs: 0.05" in text and "weight_decay: 0.01" in text and "max_records: 80" in text
     assert {"causal", "mlm"} - {task} <= set(TASKS) and f"  {({*TASKS} - {task}).pop()}:\n" not in text
     assert f"torch {json.loads(Path(f'reports/train/{task}/stats.json').read_text())['versions']['torch']}" in text
@@ -87,9 +96,9 @@ def test_card_holds_every_figure_parameter_sample_and_sum(inside: Path, task: st
 
 
 @pytest.fixture
-def scored(inside: Path) -> Iterator[RecordedRun]:
-    """The run of the causal model as if its stage score had run, on one item of a hostile group."""
-    found, _ = recorded_run("causal")
+def scored_run(inside: Path) -> Iterator[RecordedRun]:
+    """Run of the causal model with results of a score stage: one item, in a group with a hostile name."""
+    found, _ = read_recorded_run("causal")
     items = {"items": 1, "chance": 0.5, "ties": 0}
     items["accuracy"] = {"sum": {"correct": 1, "share": 1.0, "low": 0.25, "high": 1.0}}
     figures = {"method": "log_likelihood", "digest": "d", **items, "groups": {"a|b": {"`c`": items}}}
@@ -98,58 +107,58 @@ def scored(inside: Path) -> Iterator[RecordedRun]:
     shutil.rmtree("reports/score")
 
 
-def test_card_of_a_scored_model_has_its_accuracy_and_how_to_make_it_again(scored: RecordedRun) -> None:
-    text = str(make_card(scored, NAME, "mit", None))
+def test_card_of_scored_model_has_accuracy_and_command_to_reproduce_it(scored_run: RecordedRun) -> None:
+    text = str(make_card(scored_run, NAME, "mit", None))
     assert "Accuracy on minimal pairs and multiple-choice questions, by log-likelihood\n\n| items |" in text
     assert "| `all` | 100.0% | 25.0% to 100.0% | 1 |\n| `` a\\|b: `c` `` | 100.0% | 25.0% to 100.0% | 1 |" in text
     assert "$ dvc repro evaluate@causal score@causal\n" in text
 
 
-def test_card_of_a_model_without_the_stage_has_no_accuracy_of_an_earlier_run(scored: RecordedRun) -> None:
-    text = str(card_of("causal"))
+def test_card_without_score_stage_ignores_accuracy_of_an_earlier_run(scored_run: RecordedRun) -> None:
+    text = str(build_card("causal"))
     assert "minimal pairs" not in text and "score@" not in text
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_card_code_runs(inside: Path, task: str) -> None:
-    code = re.search(r"```python\n(.*?)```", str(card_of(task)), flags=re.DOTALL)
+    code = re.search(r"```python\n(.*?)```", str(build_card(task)), flags=re.DOTALL)
     assert code is not None
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         exec(code[1].replace(NAME, f"models/{task}"), {})
-    assert {"causal": "The reason the sky is blue is", "mlm": "'score'"}[task] in said.getvalue()
+    assert {"causal": "The reason the sky is blue is", "mlm": "'score'"}[task] in output.getvalue()
 
 
-def test_card_of_answers_only_says_what_counts_and_asks_as_in_training(inside: Path) -> None:
-    recorded, _ = recorded_run("causal")  # before the workspace changes
-    form = prompt_template(Flatten(prompt=["title"], completion=["answers.text"]), None)
+def test_card_of_answers_only_states_counted_bytes_and_uses_chat_template(inside: Path) -> None:
+    recorded, _ = read_recorded_run("causal")  # before the workspace changes
+    form = build_prompt_template(Flatten(prompt=["title"], completion=["answers.text"]), None)
     tokens = inside / "data/tokens/causal"
     for file, values in [(tokens / "stats.json", {"chat_template": form})] + [
         (tokens / split / "stats.json", {"counted_tokens": 9, "counted_bytes": 1234})
         for split in ("train", "validation", "test")
     ]:
         changed = json.loads(file.read_text()) | values
-        file.unlink()  # a link to DVC's cache, perhaps
+        file.unlink()  # it may be a link to DVC's cache
         file.write_text(json.dumps(changed))
     (inside / "models/causal/chat_template.jinja").write_text(str(form))
     text = str(make_card(recorded, NAME, "mit", None))
     assert "Only completions are trained on: 1,234 bytes of train, 1,234 bytes of validation" in text
     code = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert code is not None and '"role": "user"' in code[1]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         exec(code[1].replace(NAME, "models/causal"), {})
-    assert said.getvalue().strip()
+    assert output.getvalue().strip()
 
 
-def test_card_without_license_says_so(inside: Path) -> None:
-    card = card_of("causal", license=None)
+def test_card_without_license_says_that_none_is_chosen(inside: Path) -> None:
+    card = build_card("causal", license=None)
     assert card.data.license is None
-    assert "## License\n\nNone has been chosen for this model" in str(card)
+    assert "## License\n\nNo license has been chosen for this model" in str(card)
 
 
-def test_card_of_a_hub_data_set_and_checkpoint_names_both(inside: Path) -> None:
-    found, _ = recorded_run("causal")
+def test_card_of_hub_data_set_and_checkpoint_names_both(inside: Path) -> None:
+    found, _ = read_recorded_run("causal")
     stages = json.loads(json.dumps(found.stages))
     for stage in stages.values():
         if model := stage.get("params", {}).get("conf/model/tiny-gpt2.yaml"):
@@ -157,7 +166,7 @@ def test_card_of_a_hub_data_set_and_checkpoint_names_both(inside: Path) -> None:
     ledger = inside / "data/raw/stats.json"
     stats = json.loads(ledger.read_text())
     stats["source"] = {"hub": "owner/set", "revision": "main", "commit": "def"}
-    ledger.unlink()  # DVC links it to its cache
+    ledger.unlink()  # a link to DVC's cache
     ledger.write_text(json.dumps(stats))
     card = make_card(found._replace(stages=stages), None, None, None)
     assert (card.data.base_model, card.data.datasets) == ("owner/base", ["owner/set"])
@@ -166,30 +175,30 @@ def test_card_of_a_hub_data_set_and_checkpoint_names_both(inside: Path) -> None:
         "fine-tuned from `owner/base` on [owner/set](https://huggingface.co/datasets/owner/set) at commit `def`"
         in str(card)
     )
-    assert metadata_problems(str(card)) == []
+    assert find_metadata_problems(str(card)) == []
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_card_every_metric_has_a_meaning(clean: Path, task: str) -> None:
     measured = json.loads((clean / f"reports/evaluate/{task}/metrics.json").read_text())[task]["test"]
     for key in measured.keys() - {"groups"}:
-        assert meaning(key, context=128, block_size=64)
-    assert all(key in (clean / "docs/metrics.md").read_text() for key in MEANING)
+        assert describe_metric(key, context=128, block_size=64)
+    assert all(key in (clean / "docs/metrics.md").read_text() for key in METRIC_MEANINGS)
 
 
-def by_value(bits: dict[str, float], **more: Any) -> dict[str, Any]:
+def make_figures_by_value(bits: dict[str, float], **more: Any) -> dict[str, Any]:
     return {
         value: {"bits_per_byte": found, "base_bits_per_byte": 4.0, "documents": 2, "bytes": 1500, **more}
         for value, found in bits.items()
     }
 
 
-def test_card_shows_groups_of_several_values_and_texts_that_are_only_evaluated() -> None:
-    groups = {"source": by_value({"toy": 2.0}), "topic": by_value({"why": 2.25, "how": 2.5})}
-    validation = {"source": by_value({"toy": 2.0}), "topic": by_value({"why": 2.75})}
-    texts = by_value({"wiki": 3.0})
+def test_card_shows_groups_with_several_values_and_evaluated_texts() -> None:
+    groups = {"source": make_figures_by_value({"toy": 2.0}), "topic": make_figures_by_value({"why": 2.25, "how": 2.5})}
+    validation = {"source": make_figures_by_value({"toy": 2.0}), "topic": make_figures_by_value({"why": 2.75})}
+    texts = make_figures_by_value({"wiki": 3.0})
     metrics = {"test": {"groups": groups}, "validation": {"groups": validation}, "texts": texts}
-    topic, text = group_sections(metrics)
+    topic, text = render_group_tables(metrics)
     assert topic.splitlines()[1:] == [
         "| By `topic` | documents | bytes | bits_per_byte, test (before training)"
         " | bits_per_byte, validation (before training) |",
@@ -200,16 +209,16 @@ def test_card_shows_groups_of_several_values_and_texts_that_are_only_evaluated()
     assert text.splitlines()[-1] == "| `wiki` | 2 | 1,500 | 3.0000 (4.0000) |"
 
 
-def test_card_shows_at_most_20_values_of_a_group_and_counts_the_others() -> None:
-    groups = {"topic": by_value({f"value {number}": 2.0 for number in range(30)})}
-    (section,) = group_sections({"test": {"groups": groups}, "validation": {"groups": groups}})
-    assert "`value 19`" in section and "`value 20`" not in section and "10 values more are in" in section
+def test_card_group_with_many_values_shows_20_and_counts_the_others() -> None:
+    groups = {"topic": make_figures_by_value({f"value {number}": 2.0 for number in range(30)})}
+    (section,) = render_group_tables({"test": {"groups": groups}, "validation": {"groups": groups}})
+    assert "`value 19`" in section and "`value 20`" not in section and "10 more values are in" in section
 
 
 @pytest.mark.parametrize("value", HOSTILE_VALUES)
-def test_card_values_of_groups_are_text_in_one_cell(value: str) -> None:
-    groups = {"topic": by_value({"why": 2.25, value: 2.5})}
-    (section,) = group_sections({"test": {"groups": groups}, "validation": {"groups": groups}})
+def test_card_hostile_group_value_stays_text_in_one_cell(value: str) -> None:
+    groups = {"topic": make_figures_by_value({"why": 2.25, value: 2.5})}
+    (section,) = render_group_tables({"test": {"groups": groups}, "validation": {"groups": groups}})
     page = MarkdownIt("gfm-like", {"linkify": False}).render(section)
     assert page.count("<tr>") == 3 and page.count("<td>") == 10
     assert set(re.findall(r"</?(\w+)", page)) == {"table", "thead", "tbody", "tr", "th", "td", "code"}
@@ -217,29 +226,31 @@ def test_card_values_of_groups_are_text_in_one_cell(value: str) -> None:
     assert found.strip() == printable(value).strip()
 
 
-def test_card_local_paths_are_not_in_the_card() -> None:
+def test_redact_values_reduces_local_paths_to_last_part() -> None:
     values = {"data": {"path": "/home/me/secret/a.txt", "joiner": "/"}, "path": "~/b", "model": {"path": "owner/name"}}
-    assert public(values) == {
+    assert redact_values(values) == {
         "data": {"path": ".../a.txt", "joiner": "/"},
         "path": ".../b",
         "model": {"path": "owner/name"},
     }
 
 
-def test_card_credentials_in_addresses_are_not_in_the_card() -> None:
+def test_redact_values_masks_credentials_in_urls() -> None:
     values = {"ray": {"storage": f"s3://me:{TOKEN}@bucket/a"}, "started_by": ["run", f"--to=https://me:{TOKEN}@host"]}
-    assert public(values) == {
+    assert redact_values(values) == {
         "ray": {"storage": "s3://me:***@bucket/a"},
         "started_by": ["run", "--to=https://me:***@host"],
     }
 
 
-def run_of(task: str, params: dict[str, Any]) -> RecordedRun:
-    return RecordedRun(task, "0" * 40, None, {f"train@{task}": {"params": params}}, text_in_git=True, dvc_remote=False)
+def make_run(task: str, params: dict[str, Any]) -> RecordedRun:
+    return RecordedRun(
+        task, "0" * 40, None, {f"train@{task}": {"params": params}}, is_text_in_git=True, has_dvc_remote=False
+    )
 
 
-def test_card_dotted_keys_of_the_lock_are_nested_and_sections_keep_their_keys() -> None:
-    found = run_of(
+def test_get_locked_params_nests_dotted_keys_and_merges_sections() -> None:
+    found = make_run(
         "prefix",
         {
             "params.yaml": {"data.name": "sample", "tasks.prefix.model": "tiny", "tasks.prefix.batch_size": 4},
@@ -247,7 +258,7 @@ def test_card_dotted_keys_of_the_lock_are_nested_and_sections_keep_their_keys() 
         },
     )
     found.stages["evaluate@prefix"] = {"params": {"conf/task/prefix.yaml": {"objective": {"mlm_probability": 0.1}}}}
-    assert locked_params(found) == {
+    assert get_locked_params(found) == {
         "params.yaml": {"data": {"name": "sample"}, "tasks": {"prefix": {"model": "tiny", "batch_size": 4}}},
         "conf/task/prefix.yaml": {"objective": {"name": "mlm", "mlm_probability": 0.1}, "filter": {"a.b": 1}},
     }
@@ -259,13 +270,13 @@ def test_card_dotted_keys_of_the_lock_are_nested_and_sections_keep_their_keys() 
     ("framework", "ray", "targets"),
     [("trainer", None, "env"), ("keras", None, "env keras"), ("trainer", {"workers": 2}, "env ray")],
 )
-def test_card_says_what_to_install(framework: str, ray: dict[str, int] | None, targets: str) -> None:
+def test_card_reproduction_installs_required_packages(framework: str, ray: dict[str, int] | None, targets: str) -> None:
     hardware = {"device": "cpu"} if ray is None else {"device": "cpu", "ray": ray}
     params = {
         "params.yaml": {"framework": framework, "hardware": "mine"},
         "conf/hardware/mine.yaml": {"hardware": hardware},
     }
-    assert f"$ make {targets} && source" in reproduction(run_of("prefix", params), {"files": "a.txt"})
+    assert f"$ make {targets} && source" in render_reproduction(make_run("prefix", params), {"files": "a.txt"})
 
 
 @pytest.mark.parametrize(
@@ -280,10 +291,10 @@ def test_card_says_what_to_install(framework: str, ray: dict[str, int] | None, t
         ("file:///home/me/b", None),
     ],
 )
-def test_card_remote_is_named_without_credentials(
+def test_find_public_remote_removes_credentials_and_local_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, shown: str | None
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run(tmp_path, "git", "init", "-q")
-    run(tmp_path, "git", "remote", "add", "origin", url)
-    assert public_remote() == shown
+    run_command(tmp_path, "git", "init", "-q")
+    run_command(tmp_path, "git", "remote", "add", "origin", url)
+    assert find_public_remote() == shown

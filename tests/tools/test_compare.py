@@ -1,4 +1,4 @@
-"""What `make compare` shows: metrics, the parameters in which experiments differ, and repeats over seeds."""
+"""Tests of tools.compare: metrics, differing parameters and summaries over seeds."""
 
 import io
 from typing import Any
@@ -6,13 +6,21 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tools.compare import break_heading, differing_params, draw, make_table, read_rows, summarize_seeds, width_of
+from tools.compare import (
+    break_heading,
+    find_differing_headings,
+    make_metrics_table,
+    measure_width,
+    print_metrics_table,
+    read_rows,
+    summarize_seeds,
+)
 
 SAMPLE = {"source": "sample", "split": {"seed": 0, "train": 0.8}, "columns": {"title": "title"}}
 
 
-def revision(name: str, bits: float | None = 2.0, state: str = "success", **changes: Any) -> dict[str, Any]:
-    """A row of `dvc exp show --json`; `changes` are dotted keys (a__b for a.b) of params.yaml."""
+def make_revision(name: str, bits: float | None = 2.0, state: str = "success", **changes: Any) -> dict[str, Any]:
+    """Return a row of `dvc exp show --json`; `changes` are keys of params.yaml, with `__` for each dot."""
     params: dict[str, Any] = {
         "data": {"name": "sample"},
         "hardware": "cpu",
@@ -51,28 +59,32 @@ def revision(name: str, bits: float | None = 2.0, state: str = "success", **chan
     return {**row, "data": {"params": shown, "metrics": metrics}, "executor": {"state": state}}
 
 
-def differing(*revisions: dict[str, Any]) -> list[str]:
-    return differing_params(read_rows(revisions, "val"))
+def find_differences(*revisions: dict[str, Any]) -> list[str]:
+    return find_differing_headings(read_rows(revisions, "val"))
 
 
-def drawn(*revisions: dict[str, Any], width: int = 80, split: str = "val") -> str:
+def render_metrics_table(*revisions: dict[str, Any], width: int = 80, split: str = "val") -> str:
     console = Console(width=width, highlight=False, file=io.StringIO())
     rows = read_rows(revisions, split)
     with pytest.MonkeyPatch.context() as patch:
         text = io.StringIO()
         patch.setattr("sys.stdout", text)
-        draw(rows, console)
+        print_metrics_table(rows, console)
     return text.getvalue()
 
 
-def test_compare_of_experiments_alike_has_no_parameter() -> None:
-    assert differing(revision("main"), revision("same")) == []
+def test_compare_equal_experiments_differ_in_no_parameter() -> None:
+    assert find_differences(make_revision("main"), make_revision("same")) == []
 
 
 def test_compare_names_each_differing_parameter_once() -> None:
-    other = revision("other", seed=2, tasks__mlm__learning_rate=0.1)
+    other = make_revision("other", seed=2, tasks__mlm__learning_rate=0.1)
     other["data"]["params"]["conf/task/causal.yaml"]["data"] = {"trainer": {"weight_decay": 0.1}}
-    assert differing(revision("main"), other) == ["seed", "mlm.learning_rate", "causal: trainer.weight_decay"]
+    assert find_differences(make_revision("main"), other) == [
+        "seed",
+        "mlm.learning_rate",
+        "causal: trainer.weight_decay",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -91,40 +103,40 @@ def test_compare_names_each_differing_parameter_once() -> None:
         ),
     ],
 )
-def test_compare_of_another_file_of_a_group_names_the_keys_that_differ(
+def test_compare_other_file_of_group_lists_differing_keys(
     chosen: str, old: str, new: str, changes: dict[str, str], expected: list[str]
 ) -> None:
-    main = revision("main")
+    main = make_revision("main")
     main["data"]["params"][old]["data"] = SAMPLE
-    other = revision("other", **changes)
+    other = make_revision("other", **changes)
     del other["data"]["params"][old]
     other["data"]["params"][new] = {"data": {**SAMPLE, "source": chosen}}
-    assert differing(main, other) == expected
+    assert find_differences(main, other) == expected
 
 
-def test_compare_of_another_model_of_one_task_names_its_keys_for_that_task() -> None:
-    main = revision("main", files={"conf/model/tiny-gpt2.yaml": {"config": {"n_embd": 128, "n_layer": 2}}})
+def test_compare_other_model_of_one_task_lists_keys_of_that_task() -> None:
+    main = make_revision("main", files={"conf/model/tiny-gpt2.yaml": {"config": {"n_embd": 128, "n_layer": 2}}})
     wide = {"conf/model/wide.yaml": {"config": {"n_embd": 256, "n_layer": 2}}}
-    other = revision("other", tasks__causal__model="wide", files=wide)
-    assert differing(main, other) == ["causal.model", "causal.model: config.n_embd"]
+    other = make_revision("other", tasks__causal__model="wide", files=wide)
+    assert find_differences(main, other) == ["causal.model", "causal.model: config.n_embd"]
 
 
-def test_compare_of_a_key_that_hardware_has_from_its_base_knows_which_wins() -> None:
-    same = revision(
+def test_compare_hardware_key_overrides_key_of_base_file() -> None:
+    same = make_revision(
         "same", files={"conf/hardware/cpu.yaml": {"hardware": {"num_threads": 2}, "trainer": {"bf16": False}}}
     )
-    other = revision(
+    other = make_revision(
         "other", files={"conf/hardware/cpu.yaml": {"hardware": {"num_threads": 2}, "trainer": {"bf16": True}}}
     )
-    assert differing(revision("main"), same) == []
-    assert differing(revision("main"), other) == ["hardware: trainer.bf16"]
+    assert find_differences(make_revision("main"), same) == []
+    assert find_differences(make_revision("main"), other) == ["hardware: trainer.bf16"]
 
 
-NAMES = ("plum-cyan", "tawny-bots", "main")
+EXPERIMENT_NAMES = ("plum-cyan", "tawny-bots", "main")
 
 
-def experiments(number: int) -> list[dict[str, Any]]:
-    """Three experiments that differ in `number` parameters of realistic names."""
+def make_experiments(number: int) -> list[dict[str, Any]]:
+    """Return three experiments that differ in `number` parameters with realistic names."""
     changes = [
         "tasks__causal__learning_rate",
         "tasks__mlm__num_train_epochs",
@@ -133,87 +145,87 @@ def experiments(number: int) -> list[dict[str, Any]]:
         "tasks__mlm__learning_rate",
     ]
     return [
-        revision(name, 2.0 + index, **dict.fromkeys(changes[:number], (0.00123, 0.00246, 0.00369)[index]))
-        for index, name in enumerate(NAMES)
+        make_revision(name, 2.0 + index, **dict.fromkeys(changes[:number], (0.00123, 0.00246, 0.00369)[index]))
+        for index, name in enumerate(EXPERIMENT_NAMES)
     ]
 
 
 @pytest.mark.parametrize(("number", "width"), [(2, 80), (5, 120)])
-def test_compare_table_fits_with_its_parameters(number: int, width: int) -> None:
-    text = drawn(*experiments(number), width=width)
+def test_compare_table_with_parameters_fits_into_width(number: int, width: int) -> None:
+    text = render_metrics_table(*make_experiments(number), width=width)
     assert max(map(len, text.splitlines())) <= width
-    assert "as `dvc exp run -S` takes them" not in text
+    assert "as arguments of `dvc exp run -S`" not in text
     assert "0.00123" in text and "…" not in text
 
 
-def test_compare_table_that_does_not_fit_moves_its_parameters_below() -> None:
-    text = drawn(*experiments(5), width=60)
+def test_compare_table_too_wide_lists_parameters_below() -> None:
+    text = render_metrics_table(*make_experiments(5), width=60)
     assert "2.0000*" in text and "…" not in text
-    below = text.partition("as `dvc exp run -S` takes them:\n")[2].splitlines()
+    below = text.partition("as arguments of `dvc exp run -S`:\n")[2].splitlines()
     assert below[0].startswith("  plum-cyan   block_size=0.00123 ") or below[0].split()[0] == "plum-cyan"
     assert "tasks.causal.learning_rate=0.00123" in below[0] and "tasks.mlm.num_train_epochs=0.00246" in below[1]
 
 
-def test_compare_long_values_are_listed_whole() -> None:
+def test_compare_long_values_are_not_cut() -> None:
     path = "/a/very/long/path" * 10
-    text = drawn(revision("main"), revision("other", data__path=path), width=80)
+    text = render_metrics_table(make_revision("main"), make_revision("other", data__path=path), width=80)
     assert f'data.path="{path}"' in text
 
 
 def test_compare_marks_the_best_of_each_column_and_ties() -> None:
-    text = drawn(revision("a", 2.5), revision("b", 2.25), revision("c", 2.25, seed=3))
+    text = render_metrics_table(make_revision("a", 2.5), make_revision("b", 2.25), make_revision("c", 2.25, seed=3))
     assert text.count("2.2500*") == 2 and "2.5000 " in text and "2.5000*" not in text
     assert text.count("3.0000*") == 3
-    assert "*" not in drawn(revision("a", 2.5))
+    assert "*" not in render_metrics_table(make_revision("a", 2.5))
 
 
-def test_compare_shows_the_split_that_is_asked_for() -> None:
-    assert "3.5000" in drawn(revision("a", 2.5), split="test")
+def test_compare_split_test_shows_metrics_of_test() -> None:
+    assert "3.5000" in render_metrics_table(make_revision("a", 2.5), split="test")
 
 
 def test_compare_third_task_has_a_column() -> None:
-    row = revision("a")
+    row = make_revision("a")
     row["data"]["metrics"]["metrics/prefix.json"] = {"data": {"prefix": {"val": {"bpb": 1.5}}}}
-    text = drawn(row, revision("b"))
+    text = render_metrics_table(row, make_revision("b"))
     assert "prefix" in text and "1.5000*" in text and "- " in text
 
 
-def test_compare_row_of_an_earlier_version_has_no_metrics_and_no_error() -> None:
-    old = revision("old")
+def test_compare_row_in_earlier_format_has_no_metrics() -> None:
+    old = make_revision("old")
     old["data"]["metrics"] = {"metrics/causal.json": {"data": {"causal": {"validation": {"bits_per_byte": 2.0}}}}}
     old["data"]["params"] = {"params.yaml": {"data": {"causal": {"model": "tiny"}, "data": {"name": "sample"}}}}
-    text = drawn(old, revision("new"), width=300)
+    text = render_metrics_table(old, make_revision("new"), width=300)
     assert [line for line in text.splitlines() if " old " in line and " - " in line]
 
 
-def test_compare_leaves_out_what_has_no_results_of_its_own() -> None:
+def test_compare_experiments_without_results_are_left_out() -> None:
     found = [
-        revision("main"),
-        revision("queued", state="queued"),
-        revision("none", bits=None),
+        make_revision("main"),
+        make_revision("queued", state="queued"),
+        make_revision("none", bits=None),
         {"rev": "x", "data": None},
     ]
     assert [row.name for row in read_rows(found, "val")] == ["main"]
 
 
-def test_compare_shows_the_workspace_where_it_is_like_no_other_row() -> None:
-    assert [row.name for row in read_rows([revision("workspace"), revision("main")], "val")] == ["main"]
-    found = [revision("workspace", seed=7), revision("main")]
+def test_compare_workspace_is_shown_only_if_it_differs_from_all_rows() -> None:
+    assert [row.name for row in read_rows([make_revision("workspace"), make_revision("main")], "val")] == ["main"]
+    found = [make_revision("workspace", seed=7), make_revision("main")]
     assert [row.name for row in read_rows(found, "val")] == ["workspace", "main"]
 
 
 @pytest.mark.parametrize(
     "heading", ["causal.learning_rate", "mlm.num_train_epochs", "causal: trainer.per_device_train_batch_size", "seed"]
 )
-def test_compare_heading_over_several_lines_has_all_of_its_letters(heading: str) -> None:
+def test_break_heading_keeps_all_letters_in_lines_of_limited_width(heading: str) -> None:
     lines = break_heading(heading).split("\n")
     assert "".join(lines) == heading.replace(": ", ":")
     assert all(0 < len(line) <= 12 for line in lines)
 
 
-def test_compare_sums_up_over_seeds_those_rows_that_differ_in_nothing_else() -> None:
-    found = [revision("a", 2.0, seed=1), revision("b", 4.0, seed=2), revision("again", 4.0, seed=2)]
-    found.append(revision("c", 9.0, seed=3, block_size=64))
+def test_summarize_seeds_groups_rows_that_differ_only_in_seed() -> None:
+    found = [make_revision("a", 2.0, seed=1), make_revision("b", 4.0, seed=2), make_revision("again", 4.0, seed=2)]
+    found.append(make_revision("c", 9.0, seed=3, block_size=64))
     assert list(summarize_seeds(read_rows(found, "val"))) == [
         "  a, again (seeds 1, 2)",
         "    causal bpb: 3.0000 +- 1.4142",
@@ -221,7 +233,7 @@ def test_compare_sums_up_over_seeds_those_rows_that_differ_in_nothing_else() -> 
     ]
 
 
-def test_compare_width_counts_the_longest_line() -> None:
-    rows = read_rows([revision("main")], "val")
+def test_measure_width_is_width_of_longest_line() -> None:
+    rows = read_rows([make_revision("main")], "val")
     console = Console(width=20, file=io.StringIO())
-    assert width_of(make_table(rows, []), console) > 20
+    assert measure_width(make_metrics_table(rows, []), console) > 20

@@ -1,4 +1,4 @@
-"""What `make compare` says of experiments in pairs: what compares with what, over which seeds, and how it is shown."""
+"""Tests of paired comparisons in `make compare`: comparability, seeds, stale metrics and the printed tables."""
 
 import json
 from io import BytesIO, StringIO
@@ -9,14 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from test_compare import revision
+from test_compare import make_revision
 
-from tools.compare import draw, read_rows
+from tools.compare import print_metrics_table, read_rows
 from tools.compare_pairs import (
-    compare_with,
-    describe_verdicts,
+    compare_with_baseline,
+    drop_stale_metrics,
+    explain_verdicts,
     find_baseline,
-    leave_out_stale_metrics,
     make_pairs_table,
     read_evaluation,
 )
@@ -27,13 +27,13 @@ BYTES = RANDOM.integers(100, 900, 40)
 BITS = BYTES * RANDOM.normal(2.4, 0.3, 40)
 
 
-class Files:
-    """Stands in for Outs: the scores and the ledger of each revision."""
+class FakeOuts:
+    """Replacement of Outs with the scores and the ledger of each revision."""
 
     def __init__(self, **scores: dict[str, Any]) -> None:
         self._scores = scores
 
-    def read(self, rev: str, path: str) -> bytes | None:
+    def read_out(self, rev: str, path: str) -> bytes | None:
         scores = self._scores.get(rev)
         if scores is None:
             return None
@@ -53,41 +53,43 @@ class Files:
         return stream.getvalue()
 
 
-def named(name: str, **changes: Any) -> dict[str, Any]:
-    """A revision of which the commit is its name."""
-    return revision(name, **changes) | {"rev": name}
+def make_named_revision(name: str, **changes: Any) -> dict[str, Any]:
+    """Return a revision that has its name as its commit."""
+    return make_revision(name, **changes) | {"rev": name}
 
 
-def noisy(effect: float, seed: int) -> np.ndarray:
-    """Bits of a model that needs `effect` bits per byte more, and has noise of its own."""
+def make_noisy_bits(effect: float, seed: int) -> np.ndarray:
+    """Return bits per document, float64 `[num_documents]`, of a noisy model that needs `effect` more bits per byte."""
     return BITS + BYTES * (effect + np.random.default_rng(seed).normal(0, 0.01, len(BYTES)))
 
 
-def compared(files: Files, *revisions: dict[str, Any], task: str = "causal") -> dict[str, Any]:
-    """Names to the line of each comparison with the first revision."""
+def compare_revisions(files: FakeOuts, *revisions: dict[str, Any], task: str = "causal") -> dict[str, Any]:
+    """Compare revisions with the first one; return each comparison by the names of its experiment."""
     rows = read_rows(revisions, "val")
     evaluations = [read_evaluation(row, task, "val", files) for row in rows]  # type: ignore[arg-type]
-    lines = compare_with(evaluations[0], [item for item in evaluations if item is not None])  # type: ignore[arg-type]
+    lines = compare_with_baseline(evaluations[0], [item for item in evaluations if item is not None])  # type: ignore[arg-type]
     return {" ".join(line.names): line for line in lines}
 
 
-def shown(lines: Any) -> str:
+def render_pairs_table(lines: Any) -> str:
     console = Console(width=200, file=StringIO(), highlight=False)
     console.print(make_pairs_table(list(lines)))
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-def test_experiments_are_judged_in_pairs() -> None:
-    files = Files(
-        main={"bits": noisy(0, 1)},
-        good={"bits": noisy(-0.05, 2)},
-        bad={"bits": noisy(0.05, 3)},
-        like={"bits": noisy(0, 4)},
+def test_compare_pairs_judges_experiments_on_the_same_documents() -> None:
+    files = FakeOuts(
+        main={"bits": make_noisy_bits(0, 1)},
+        good={"bits": make_noisy_bits(-0.05, 2)},
+        bad={"bits": make_noisy_bits(0.05, 3)},
+        like={"bits": make_noisy_bits(0, 4)},
     )
-    lines = compared(
-        files, named("main"), *(named(name, block_size=size) for size, name in enumerate(("good", "bad", "like")))
+    lines = compare_revisions(
+        files,
+        make_named_revision("main"),
+        *(make_named_revision(name, block_size=size) for size, name in enumerate(("good", "bad", "like"))),
     )
-    text = shown(lines.values())
+    text = render_pairs_table(lines.values())
     verdicts = {line.split()[0]: line for line in text.splitlines() if line.split()}
     assert " better" in verdicts["good"] and " worse" in verdicts["bad"] and " not decided" in verdicts["like"]
     assert "seeds" not in text
@@ -96,26 +98,32 @@ def test_experiments_are_judged_in_pairs() -> None:
     assert f"{low:+.4f} to {high:+.4f}" in verdicts["good"]
 
 
-def test_experiments_that_differ_only_in_seed_are_one_with_several_seeds() -> None:
-    files = Files(
-        **{f"main{seed}": {"bits": noisy(0, seed)} for seed in (1, 2, 3)},
-        **{f"wide{seed}": {"bits": noisy(0.05, 10 + seed)} for seed in (1, 2)},
+def test_compare_pairs_experiments_that_differ_only_in_seed_are_one_comparison() -> None:
+    files = FakeOuts(
+        **{f"main{seed}": {"bits": make_noisy_bits(0, seed)} for seed in (1, 2, 3)},
+        **{f"wide{seed}": {"bits": make_noisy_bits(0.05, 10 + seed)} for seed in (1, 2)},
     )
-    revisions = [named(f"main{seed}", seed=seed) for seed in (1, 2, 3)]
-    lines = compared(files, *revisions, *(named(f"wide{seed}", seed=seed, block_size=256) for seed in (1, 2)))
+    revisions = [make_named_revision(f"main{seed}", seed=seed) for seed in (1, 2, 3)]
+    lines = compare_revisions(
+        files, *revisions, *(make_named_revision(f"wide{seed}", seed=seed, block_size=256) for seed in (1, 2))
+    )
     assert set(lines) == {"wide1 wide2", "main2", "main3"}
     assert lines["wide1 wide2"].difference.num_seeds == (2, 3)
     assert lines["wide1 wide2"].difference.error_of_seeds > 0
-    assert lines["main2"].is_seed and lines["main2"].difference.error_of_seeds == 0
-    assert "2 and 3" in shown(lines.values())
-    assert any("not in the interval" in line for line in describe_verdicts(list(lines.values())))
+    assert lines["main2"].is_seed_only and lines["main2"].difference.error_of_seeds == 0
+    assert "2 and 3" in render_pairs_table(lines.values())
+    assert any("does not include variation between seeds" in line for line in explain_verdicts(list(lines.values())))
 
 
-def test_another_tasks_parameters_make_no_other_experiment() -> None:
-    files = Files(main={"bits": noisy(0, 1)}, other={"bits": noisy(0, 2)})
-    assert compared(files, named("main"), named("other", seed=2, tasks__mlm__learning_rate=1.0))["other"].is_seed
-    line = compared(files, named("main"), named("other", seed=2, tasks__causal__learning_rate=1.0))["other"]
-    assert not line.is_seed
+def test_compare_pairs_ignores_parameters_of_other_tasks() -> None:
+    files = FakeOuts(main={"bits": make_noisy_bits(0, 1)}, other={"bits": make_noisy_bits(0, 2)})
+    assert compare_revisions(
+        files, make_named_revision("main"), make_named_revision("other", seed=2, tasks__mlm__learning_rate=1.0)
+    )["other"].is_seed_only
+    line = compare_revisions(
+        files, make_named_revision("main"), make_named_revision("other", seed=2, tasks__causal__learning_rate=1.0)
+    )["other"]
+    assert not line.is_seed_only
 
 
 @pytest.mark.parametrize(
@@ -125,50 +133,56 @@ def test_another_tasks_parameters_make_no_other_experiment() -> None:
         ({"bytes": BYTES[1:], "bits": BITS[1:]}, {}, "causal", "other documents"),
         ({}, {"files": {"conf/task/causal.yaml": {"evaluate": {"context": 64}}}}, "causal", "evaluate.context 64, not"),
         ({"tokens": BYTES // 5}, {}, "causal", ""),
-        ({"tokens": BYTES // 5, "lossy": 1}, {}, "causal", "another tokenizer, of which one is lossy"),
-        ({"lossy": 1}, {}, "causal", ""),  # the same tokenizer loses the same
+        ({"tokens": BYTES // 5, "lossy": 1}, {}, "causal", "another tokenizer, and one of the two is lossy"),
+        ({"lossy": 1}, {}, "causal", ""),  # the same lossy tokenizer on both sides
         ({"tokens": BYTES // 5}, {}, "mlm", "another tokenizer"),
     ],
 )
-def test_what_cannot_be_paired_is_named_and_not_compared(
+def test_compare_pairs_incomparable_experiment_gives_a_reason(
     scores: dict[str, Any], changes: dict[str, Any], task: str, reason: str
 ) -> None:
-    files = Files(main={"bits": BITS}, other={"bits": noisy(-1, 2), **scores})
-    line = compared(files, named("main"), named("other", block_size=256, **changes), task=task)["other"]
+    files = FakeOuts(main={"bits": BITS}, other={"bits": make_noisy_bits(-1, 2), **scores})
+    line = compare_revisions(
+        files, make_named_revision("main"), make_named_revision("other", block_size=256, **changes), task=task
+    )["other"]
     assert line.reason.startswith(reason) and bool(line.reason) == bool(reason)
     assert (line.difference is None) == bool(reason)
-    assert ("better" in shown([line]).splitlines()[-2]) == (not reason)
+    assert ("better" in render_pairs_table([line]).splitlines()[-2]) == (not reason)
 
 
-def test_table_marks_what_does_not_compare_and_never_takes_it_for_the_best() -> None:
-    rows = read_rows([named("main", bits=2.4), named("other", bits=0.22, data__path="x")], "val")
+def test_compare_pairs_table_marks_incomparable_metrics_and_excludes_them_from_best() -> None:
+    rows = read_rows(
+        [make_named_revision("main", bits=2.4), make_named_revision("other", bits=0.22, data__path="x")], "val"
+    )
     console = Console(width=120, file=StringIO(), highlight=False)
     table_of = {
-        name: line for line in _drawn(rows, {("other", "causal")}, console).splitlines() for name in line.split()[:1]
+        name: line
+        for line in _render_metrics_table(rows, {("other", "causal")}, console).splitlines()
+        for name in line.split()[:1]
     }
     assert "2.4000*" in table_of["main"] and "0.2200\u2020" in table_of["other"]
-    assert "3.0000*" in table_of["other"]  # of the other task
+    assert "3.0000*" in table_of["other"]  # metric of the other task
 
 
-def _drawn(rows: Any, incomparable: Any, console: Console) -> str:
+def _render_metrics_table(rows: Any, incomparable: Any, console: Console) -> str:
     from tools import compare
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "Console", lambda **_: console)
-        draw(rows, console, incomparable)
+        print_metrics_table(rows, console, incomparable)
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-def test_baseline_is_the_last_commit_or_the_one_that_is_named() -> None:
-    commit = named("main")
+def test_find_baseline_is_last_commit_or_named_row() -> None:
+    commit = make_named_revision("main")
     del commit["executor"]
-    rows = read_rows([named("workspace", bits=1.0), commit, named("wide", bits=1.5)], "val")
+    rows = read_rows([make_named_revision("workspace", bits=1.0), commit, make_named_revision("wide", bits=1.5)], "val")
     assert find_baseline(rows, None).name == "main"  # type: ignore[union-attr]
     assert find_baseline(rows, "wide").name == "wide"  # type: ignore[union-attr]
     assert find_baseline(rows, "nothing") is None
 
 
-# -- stale figures -----------------------------------------------------------------------------------------------------
+# -- stale metrics -----------------------------------------------------------------------------------------------------
 
 LOCK = {
     "group_texts@causal": {
@@ -188,7 +202,7 @@ LOCK = {
 }
 
 
-class Locked(Outs):
+class LockedOuts(Outs):
     def __init__(self, lock: dict[str, Any]) -> None:
         self.read_lock = lambda rev: lock  # type: ignore[assignment]
         self._list_files = lambda md5: None  # type: ignore[assignment]
@@ -200,20 +214,22 @@ class Locked(Outs):
         ({"block_size": 256}, {"group_texts@mlm", "train@mlm", "evaluate@mlm"}),
         ({"block_size": 128}, {"group_texts@causal", "evaluate@causal"}),
         ({"block_size": 64}, set(LOCK)),
-        ({}, set()),  # of another version of the project
+        ({}, set()),  # from another version of the project
     ],
 )
-def test_stages_of_other_parameters_are_stale_with_all_that_reads_them(params: dict[str, Any], stale: set[str]) -> None:
-    assert Locked(LOCK).stale_stages("x", {"params.yaml": {"data": params}}) == stale
+def test_stale_stages_include_dependents_of_stages_with_other_parameters(
+    params: dict[str, Any], stale: set[str]
+) -> None:
+    assert LockedOuts(LOCK).find_stale_stages("x", {"params.yaml": {"data": params}}) == stale
 
 
-def test_stage_that_read_what_was_written_again_is_stale() -> None:
+def test_stale_stages_include_stages_that_read_an_older_output() -> None:
     lock = json.loads(json.dumps(LOCK))
     lock["group_texts@mlm"]["outs"][0]["md5"] = "b3"
-    assert Locked(lock).stale_stages("x", {}) == {"train@mlm", "evaluate@mlm"}
+    assert LockedOuts(lock).find_stale_stages("x", {}) == {"train@mlm", "evaluate@mlm"}
 
 
-def test_stale_figures_are_left_out() -> None:
-    found = [named("main", block_size=256)]
-    (row,) = leave_out_stale_metrics(read_rows(found, "val"), found, Locked(LOCK))
+def test_drop_stale_metrics_removes_metrics_of_stale_tasks() -> None:
+    found = [make_named_revision("main", block_size=256)]
+    (row,) = drop_stale_metrics(read_rows(found, "val"), found, LockedOuts(LOCK))
     assert list(row.metrics) == ["causal bpb"]

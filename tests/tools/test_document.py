@@ -1,32 +1,34 @@
-"""docs/configuration.md: in step with the schemas and conf/, and what it says of types and values."""
+"""Tests of tools.document: docs/configuration.md matches the schemas and conf/, and describes types and values."""
 
 import pytest
 import yaml
 
 from stages.core.config import CONF, MISSING
-from stages.shell.keys import describe_type
 from tools import document
+from tools.keys import describe_type
 
 FILES = sorted(file.relative_to(CONF).as_posix() for file in CONF.glob("*/*.yaml"))
 
 
-def test_document_page_is_what_would_be_written_now() -> None:
-    assert document.PAGE.read_text(encoding="utf-8") == document.page(), "run `python -m tools.document`"
+def test_document_page_is_up_to_date() -> None:
+    assert document.PAGE.read_text(encoding="utf-8") == document.render_configuration_page(), (
+        "run `python -m tools.document`"
+    )
 
 
 @pytest.mark.parametrize("content", [None, "# Configuration\n"])
-def test_document_check_of_a_stale_page_exits_1_and_names_the_command(monkeypatch, tmp_path, content) -> None:
+def test_document_check_of_outdated_page_fails_with_command(monkeypatch, tmp_path, content) -> None:
     page = tmp_path / "configuration.md"
     if content is not None:
         page.write_text(content, encoding="utf-8")
     monkeypatch.setattr(document, "PAGE", page)
     monkeypatch.setattr("sys.argv", ["document", "--check"])
-    with pytest.raises(SystemExit, match=r"is stale: run `python -m tools.document`"):
+    with pytest.raises(SystemExit, match=r"is out of date: run `python -m tools.document`"):
         document.main()
     assert page.is_file() == (content is not None)  # nothing written
 
 
-def test_document_written_page_passes_its_check(monkeypatch, tmp_path) -> None:
+def test_document_check_of_written_page_passes(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(document, "PAGE", tmp_path / "configuration.md")
     monkeypatch.setattr("sys.argv", ["document"])
     document.main()
@@ -35,14 +37,18 @@ def test_document_written_page_passes_its_check(monkeypatch, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_document_names_every_key_of_a_conf_file(file: str) -> None:
-    section = document.page().split(f"\n## conf/{file.partition('/')[0]}\n")[1].split("\n## ")[0]
+def test_document_page_lists_every_key_of_conf_file(file: str) -> None:
+    section = document.render_configuration_page().split(f"\n## conf/{file.partition('/')[0]}\n")[1].split("\n## ")[0]
     values = yaml.safe_load((CONF / file).read_text(encoding="utf-8"))
-    # Those of the architecture and of files are free; the others are keys of a schema or TrainingArguments.
-    names = [name for name, _ in document.flat(values) if name.partition(".")[0] not in ("config", "files", "filter")]
+    # Keys of `config`, `files` and `filter` are free; all others belong to a schema or to TrainingArguments.
+    names = [
+        name
+        for name, _ in document.flatten_values(values)
+        if name.partition(".")[0] not in ("config", "files", "filter")
+    ]
     missing = [name for name in names if f"| `{name}` |" not in section]
-    free = (".special_tokens.", ".accelerator_config.", ".fsdp_config.")
-    assert [name for name in missing if not any(part in name for part in free)] == []
+    free_sections = (".special_tokens.", ".accelerator_config.", ".fsdp_config.")
+    assert [name for name in missing if not any(section in name for section in free_sections)] == []
 
 
 @pytest.mark.parametrize(
@@ -58,7 +64,7 @@ def test_document_names_every_key_of_a_conf_file(file: str) -> None:
         ({"type": "boolean"}, "`true`, `false`"),
     ],
 )
-def test_describe_says_type_and_range_in_words(schema, words) -> None:
+def test_describe_type_gives_type_and_range_in_words(schema, words) -> None:
     assert describe_type(schema) == words
 
 
@@ -69,14 +75,17 @@ def test_describe_says_type_and_range_in_words(schema, words) -> None:
         ({"cpu": 2, "gpu": 8}, "`2`: cpu<br>`8`: gpu"),
         ({"cpu": MISSING, "gpu": True}, "`true`: gpu"),
         ({"cpu": MISSING}, ""),
-        ({str(number): number for number in range(5)}, "[each its own](../conf/hardware)"),
+        ({str(number): number for number in range(5)}, "[differs by file](../conf/hardware)"),
     ],
 )
-def test_in_files_names_the_files_where_their_values_differ(values, cell) -> None:
-    assert document.in_files(values, "hardware") == cell
+def test_format_file_values_names_files_if_values_differ(values, cell) -> None:
+    assert document.format_file_values(values, "hardware") == cell
 
 
-def test_read_gives_the_comment_beside_a_nested_key(tmp_path) -> None:
+def test_read_commented_yaml_returns_comments_of_nested_keys(tmp_path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("# about\nouter:  # of all\n  inner: '#1'  # of one\nplain: 2\n", encoding="utf-8")
-    assert document.read(file) == ({"outer": {"inner": "#1"}, "plain": 2}, {"outer": "of all", "outer.inner": "of one"})
+    assert document.read_commented_yaml(file) == (
+        {"outer": {"inner": "#1"}, "plain": 2},
+        {"outer": "of all", "outer.inner": "of one"},
+    )

@@ -1,4 +1,4 @@
-"""tools.generate on toy models, and the code that README.md shows for a trained model."""
+"""Tests of tools.generate with toy models, and of the code in docs/sharing.md."""
 
 import json
 import re
@@ -16,17 +16,17 @@ from safetensors.torch import load_file, save_file
 from toys import ARCHITECTURES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, GPT2LMHeadModel
 
-from stages.tokens.prompts import prompt_template
+from stages.tokens.prompts import build_prompt_template
 from stages.tokens.texts import Flatten
 from tools import generate
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+SHARING = (REPOSITORY / "docs/sharing.md").read_text(encoding="utf-8")
 PROMPTS = {"causal": "The sky is blue because", "mlm": "The sky is {mask} because"}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with models/causal and models/mlm as train writes them."""
+    """Directory with models/causal and models/mlm as written by train."""
     root = tmp_path_factory.mktemp("generate")
     for task, model_type, tokens, auto in (
         ("causal", "gpt2", CAUSAL_TOKENS, AutoModelForCausalLM),
@@ -38,10 +38,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def say(
+def run_generate(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, directory: Path, *arguments: str
 ) -> tuple[str, str]:
-    """What the command prints, and the error that it ends with, if any."""
+    """Run the command and return its output and the error with which it exits, empty if none."""
     monkeypatch.setattr(sys, "argv", ["generate", str(directory), *arguments])
     try:
         generate.main()
@@ -51,58 +51,60 @@ def say(
 
 
 @pytest.mark.parametrize("more", [[], ["--temperature", "0"], ["--top-k", "1"], ["--seed", "3"]])
-def test_generate_completes_a_prompt_the_same_for_the_same_arguments(
+def test_generate_with_equal_arguments_repeats_the_completion(
     models: Path, capsys: Any, monkeypatch: Any, more: list[str]
 ) -> None:
     given = [models / "models/causal", PROMPTS["causal"], "--max-new-tokens", "12", *more]
-    first, error = say(capsys, monkeypatch, *given)
+    first, error = run_generate(capsys, monkeypatch, *given)
     assert error == "" and first.startswith(PROMPTS["causal"]) and len(first) > len(PROMPTS["causal"]) + 1
-    assert say(capsys, monkeypatch, *given)[0] == first
+    assert run_generate(capsys, monkeypatch, *given)[0] == first
     if not more:
-        assert say(capsys, monkeypatch, *given, "--seed", "3")[0] != first
+        assert run_generate(capsys, monkeypatch, *given, "--seed", "3")[0] != first
 
 
-def test_generate_stops_where_the_model_has_no_positions(models: Path, capsys: Any, monkeypatch: Any) -> None:
-    """Of 64: one for the end-of-sequence token before the prompt; the last new token is read by nobody."""
+def test_generate_at_the_last_position_of_the_model_stops(models: Path, capsys: Any, monkeypatch: Any) -> None:
+    """Of 64 positions, one is for the end-of-sequence token before the prompt; the last new token needs none."""
     prompt = "x" * 60
     for most in ("4", "500"):
-        said, error = say(capsys, monkeypatch, models / "models/causal", prompt, "--max-new-tokens", most)
-        assert error == "" and said.startswith(prompt)
-    assert say(capsys, monkeypatch, models / "models/causal", "x" * 63, "--max-new-tokens", "5")[1] == ""
+        output, error = run_generate(capsys, monkeypatch, models / "models/causal", prompt, "--max-new-tokens", most)
+        assert error == "" and output.startswith(prompt)
+    assert run_generate(capsys, monkeypatch, models / "models/causal", "x" * 63, "--max-new-tokens", "5")[1] == ""
 
 
-def test_generate_draws_several_texts_each_as_its_seed_alone_does(models: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_generate_several_samples_equals_one_call_per_seed(models: Path, capsys: Any, monkeypatch: Any) -> None:
     given = [models / "models/causal", PROMPTS["causal"], "--max-new-tokens", "12"]
-    alone = [say(capsys, monkeypatch, *given, "--seed", str(seed))[0] for seed in (5, 6, 7)]
-    together, error = say(capsys, monkeypatch, *given, "--seed", "5", "--num-samples", "3")
-    assert error == "" and together == "\n---\n\n".join(alone)
-    assert len(set(alone)) == 3
+    separate = [run_generate(capsys, monkeypatch, *given, "--seed", str(seed))[0] for seed in (5, 6, 7)]
+    together, error = run_generate(capsys, monkeypatch, *given, "--seed", "5", "--num-samples", "3")
+    assert error == "" and together == "\n---\n\n".join(separate)
+    assert len(set(separate)) == 3
 
 
 @pytest.mark.parametrize("past_end", [False, True])
-def test_generate_past_the_end_of_a_document_begins_another_behind_an_empty_line(
+def test_generate_past_end_starts_another_document_after_an_empty_line(
     models: Path, tmp_path: Path, capsys: Any, monkeypatch: Any, past_end: bool
 ) -> None:
     directory = shutil.copytree(models / "models/causal", tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     config = AutoConfig.from_pretrained(directory, tie_word_embeddings=False)
     model = AutoModelForCausalLM.from_config(config)
-    make_follow(model, tokenizer.convert_tokens_to_ids([tokenizer.eos_token, "a", "b"]))
+    set_token_cycle(model, tokenizer.convert_tokens_to_ids([tokenizer.eos_token, "a", "b"]))
     model.save_pretrained(directory)
     more = ["--past-end"] if past_end else []
-    said, error = say(capsys, monkeypatch, directory, "a", "--max-new-tokens", "7", "--temperature", "0", *more)
-    assert (said, error) == ("ab\n\nab\n\nab\n" if past_end else "ab\n", "")
+    output, error = run_generate(
+        capsys, monkeypatch, directory, "a", "--max-new-tokens", "7", "--temperature", "0", *more
+    )
+    assert (output, error) == ("ab\n\nab\n\nab\n" if past_end else "ab\n", "")
 
 
-def make_follow(model: Any, cycle: list[int]) -> None:
-    """Set the weights of a GPT-2 so that each token of `cycle` is followed by the next, and the last by the first."""
+def set_token_cycle(model: Any, cycle: list[int]) -> None:
+    """Set the weights of a GPT-2 so that it predicts the tokens of `cycle` over and over."""
     with torch.no_grad():
         for weight in model.parameters():
-            weight.zero_()  # so that the layers add nothing to what they are given
+            weight.zero_()  # so the layers add nothing to the residual stream
         model.transformer.ln_f.weight.fill_(1.0)
         for number, token in enumerate(cycle):
             vector = torch.zeros(model.config.n_embd)
-            vector[2 * number], vector[2 * number + 1] = 1.0, -1.0  # of mean 0, which the last LayerNorm keeps
+            vector[2 * number], vector[2 * number + 1] = 1.0, -1.0  # mean 0, preserved by the last LayerNorm
             model.transformer.wte.weight[token] = vector
             model.lm_head.weight[cycle[(number + 1) % len(cycle)]] = vector
 
@@ -111,40 +113,40 @@ def make_follow(model: Any, cycle: list[int]) -> None:
 def test_generate_fills_a_mask_with_the_likeliest_tokens(
     models: Path, capsys: Any, monkeypatch: Any, top_k: int
 ) -> None:
-    said, error = say(capsys, monkeypatch, models / "models/mlm", PROMPTS["mlm"], "--top-k", str(top_k))
-    shares = [float(line.split("%")[0]) for line in said.splitlines()]
+    output, error = run_generate(capsys, monkeypatch, models / "models/mlm", PROMPTS["mlm"], "--top-k", str(top_k))
+    shares = [float(line.split("%")[0]) for line in output.splitlines()]
     assert error == "" and len(shares) == top_k and shares == sorted(shares, reverse=True) and 0 < shares[0] <= 100
 
 
 @pytest.mark.parametrize(
     ("task", "prompt", "message"),
     [
-        ("none", "a", "is no directory: `dvc repro`"),
-        ("..", "a", "holds no model: it has no config.json"),
+        ("none", "a", "is not a directory: `dvc repro`"),
+        ("..", "a", "contains no model: it has no config.json"),
         ("causal", " ", "the prompt is empty"),
-        ("causal", "x" * 64, "the prompt has 65 tokens, the model positions for 64"),
+        ("causal", "x" * 64, "the prompt has 65 tokens, but the model only has 64 positions"),
         ("mlm", "The sky", "the prompt has 0 masks"),
         ("mlm", "{mask} is {mask}", "the prompt has 2 masks"),
         ("mlm", "{mask} is <mask>", "the prompt has 2 masks"),
-        ("mlm", "{mask}" + "x" * 70, "the prompt has 73 tokens, the model positions for 64"),
+        ("mlm", "{mask}" + "x" * 70, "the prompt has 73 tokens, but the model only has 64 positions"),
     ],
 )
-def test_generate_wrong_argument_is_said_in_a_line(
+def test_generate_invalid_argument_exits_with_one_line(
     models: Path, capsys: Any, monkeypatch: Any, task: str, prompt: str, message: str
 ) -> None:
-    said, error = say(capsys, monkeypatch, models / "models" / task, prompt)
-    assert said == "" and error.startswith("generate: error: ") and message in error and "\n" not in error
+    output, error = run_generate(capsys, monkeypatch, models / "models" / task, prompt)
+    assert output == "" and error.startswith("generate: error: ") and message in error and "\n" not in error
 
 
-def test_generate_reads_no_pickled_weights(models: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_generate_pickled_weights_are_refused(models: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     (tmp_path / "config.json").write_bytes((models / "models/causal/config.json").read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    said, error = say(capsys, monkeypatch, tmp_path, "a")
-    assert said == "" and "only " in error and "pytorch_model.bin: pickled weights can run code" in error
+    output, error = run_generate(capsys, monkeypatch, tmp_path, "a")
+    assert output == "" and "only " in error and "pytorch_model.bin: pickled weights can run code" in error
 
 
-def changed(**values: Any) -> Callable[[Path], Any]:
-    """Sets values of config.json."""
+def edit_config(**values: Any) -> Callable[[Path], Any]:
+    """Return a function that sets values of config.json."""
 
     def change(directory: Path) -> None:
         file = directory / "config.json"
@@ -153,18 +155,18 @@ def changed(**values: Any) -> Callable[[Path], Any]:
     return change
 
 
-def text(name: str, content: str) -> Callable[[Path], Any]:
+def write_file(name: str, content: str) -> Callable[[Path], Any]:
     return lambda directory: (directory / name).write_text(content)
 
 
-def nan(directory: Path) -> None:
+def set_nan_weight(directory: Path) -> None:
     weights = load_file(directory / "model.safetensors")
     weights["transformer.wpe.weight"][0] = float("nan")
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def tokenizer(**changes: Any) -> Callable[[Path], Any]:
-    """Sets values of tokenizer.json."""
+def edit_tokenizer(**changes: Any) -> Callable[[Path], Any]:
+    """Return a function that sets values of tokenizer.json."""
 
     def change(directory: Path) -> None:
         file = directory / "tokenizer.json"
@@ -174,41 +176,43 @@ def tokenizer(**changes: Any) -> Callable[[Path], Any]:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "config-empty": (text("config.json", ""), "config.json is not JSON"),
-    "config-of-a-list": (text("config.json", "[]"), "config.json is not a JSON object"),
-    "config-nested": (text("config.json", "[" * 200_000), "config.json is not JSON"),
-    "architectures-of-a-number": (changed(architectures=5, model_type="t5"), "transformers has no such model"),
-    "architectures-of-numbers": (changed(architectures=[5], n_head=0), "makes no gpt2"),
-    "heads-0": (changed(n_head=0), "makes no gpt2"),
-    "layers-10^9": (changed(n_layer=10**9), "cannot be meant"),
-    "vocabulary-2^40": (changed(vocab_size=2**40), "cannot be meant"),
-    "vocabulary-below-the-tokenizers": (changed(vocab_size=299), "another shape"),
-    "activation-unknown": (changed(activation_function="sine"), "makes no gpt2"),
-    "another-type": (changed(model_type="bert", architectures=["BertForMaskedLM"]), "are missing"),
-    "quantized": (changed(quantization_config={"quant_method": "gptq"}), "quantized weights are not trained"),
-    "weights-nan": (nan, "transformer.wpe.weight has values that are NaN"),
-    "weights-empty": (text("model.safetensors", ""), "cannot be loaded"),
-    "base-of-no-task": (text("base.json", "{}"), "base.json is damaged"),
-    "base-of-a-list": (text("base.json", "[]"), "base.json is not a JSON object"),
-    "base-of-another-shape": (text("base.json", '{"task": "causal"}'), "base.json is damaged"),
-    "tokenizer-empty": (text("tokenizer.json", ""), "holds no tokenizer"),
-    "tokenizer-nested": (text("tokenizer.json", "[" * 200_000), "holds no tokenizer"),
-    "tokenizer-missing": (lambda directory: (directory / "tokenizer.json").unlink(), "holds no tokenizer"),
-    "settings-nested": (text("tokenizer_config.json", '{"a":' * 200_000), "holds no tokenizer"),
-    "tokenizer-panics": (tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "holds no"),
-    "tokenizer-panics-over-the-prompt": (tokenizer(pre_tokenizer={"type": "FixedLength", "length": 0}), "the prompt"),
-    "more-tokens": (text("added_tokens.json", '{"zebra": 300}'), "the tokenizer has 301 tokens, the model"),
+    "config-empty": (write_file("config.json", ""), "config.json is not JSON"),
+    "config-of-a-list": (write_file("config.json", "[]"), "config.json is not a JSON object"),
+    "config-nested": (write_file("config.json", "[" * 200_000), "config.json is not JSON"),
+    "architectures-of-a-number": (edit_config(architectures=5, model_type="t5"), "transformers has no such model"),
+    "architectures-of-numbers": (edit_config(architectures=[5], n_head=0), "cannot build a gpt2"),
+    "heads-0": (edit_config(n_head=0), "cannot build a gpt2"),
+    "layers-10^9": (edit_config(n_layer=10**9), "is out of range"),
+    "vocabulary-2^40": (edit_config(vocab_size=2**40), "the limit is 1 TiB"),
+    "vocabulary-below-the-tokenizers": (edit_config(vocab_size=299), "do not match"),
+    "activation-unknown": (edit_config(activation_function="sine"), "cannot build a gpt2"),
+    "another-type": (edit_config(model_type="bert", architectures=["BertForMaskedLM"]), "are missing"),
+    "quantized": (edit_config(quantization_config={"quant_method": "gptq"}), "quantized weights cannot be trained"),
+    "weights-nan": (set_nan_weight, "transformer.wpe.weight has values that are NaN"),
+    "weights-empty": (write_file("model.safetensors", ""), "cannot be loaded"),
+    "base-of-no-task": (write_file("base.json", "{}"), "base.json is damaged"),
+    "base-of-a-list": (write_file("base.json", "[]"), "base.json is not a JSON object"),
+    "base-of-another-shape": (write_file("base.json", '{"task": "causal"}'), "base.json is damaged"),
+    "tokenizer-empty": (write_file("tokenizer.json", ""), "cannot load a tokenizer"),
+    "tokenizer-nested": (write_file("tokenizer.json", "[" * 200_000), "cannot load a tokenizer"),
+    "tokenizer-missing": (lambda directory: (directory / "tokenizer.json").unlink(), "cannot load a tokenizer"),
+    "settings-nested": (write_file("tokenizer_config.json", '{"a":' * 200_000), "cannot load a tokenizer"),
+    "tokenizer-panics": (
+        edit_tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "cannot load a tokenizer"
+    ),
+    "tokenizer-panics-on-prompt": (edit_tokenizer(pre_tokenizer={"type": "FixedLength", "length": 0}), "the prompt"),
+    "more-tokens": (write_file("added_tokens.json", '{"zebra": 300}'), "the tokenizer has 301 tokens, but the model"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_generate_of_a_broken_directory_ends_in_a_line(
+def test_generate_broken_directory_exits_with_one_line(
     models: Path, tmp_path: Path, capsys: Any, monkeypatch: Any, name: str
 ) -> None:
     shutil.copytree(models / "models/causal", tmp_path / "model")
     change, message = BROKEN[name]
     change(tmp_path / "model")
-    _, error = say(capsys, monkeypatch, tmp_path / "model", PROMPTS["causal"], "--max-new-tokens", "2")
+    _, error = run_generate(capsys, monkeypatch, tmp_path / "model", PROMPTS["causal"], "--max-new-tokens", "2")
     assert error.startswith("generate: error: ") and message in error
     assert error.isprintable() and len(error) < 1000
 
@@ -217,42 +221,42 @@ def test_generate_of_a_broken_directory_ends_in_a_line(
 def test_generate_option_out_of_range_is_refused(
     models: Path, capsys: Any, monkeypatch: Any, option: list[str]
 ) -> None:
-    assert say(capsys, monkeypatch, models / "models/causal", "a", *option)[1] == "2"
+    assert run_generate(capsys, monkeypatch, models / "models/causal", "a", *option)[1] == "2"
 
 
-def test_generate_ends_quietly_on_ctrl_c(models: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_generate_interrupted_exits_without_message(models: Path, capsys: Any, monkeypatch: Any) -> None:
     def interrupted(_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "speak", interrupted)
-    assert say(capsys, monkeypatch, models / "models/causal", "a") == ("\n", "130")
+    monkeypatch.setattr(generate, "generate_text", interrupted)
+    assert run_generate(capsys, monkeypatch, models / "models/causal", "a") == ("\n", "130")
     assert capsys.readouterr().err == ""
 
 
-def test_generate_as_a_command_streams_and_is_quiet_beside(models: Path) -> None:
+def test_generate_command_prints_only_the_text(models: Path) -> None:
     command = [sys.executable, "-m", "tools.generate", str(models / "models/causal"), PROMPTS["causal"]]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(PROMPTS["causal"])
 
 
-def test_generate_readme_code_loads_both_models_as_they_are(
+def test_generate_documented_code_loads_both_models(
     models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code = re.search(r"```python\n(.*?)```", SHARING, flags=re.DOTALL)
     assert code is not None and "models/causal" in code[1] and "models/mlm" in code[1]
     monkeypatch.chdir(models)
     exec(code[1], {})
-    said = capsys.readouterr().out
-    assert said.startswith(PROMPTS["causal"]) and len(said.splitlines()) >= 2
+    output = capsys.readouterr().out
+    assert output.startswith(PROMPTS["causal"]) and len(output.splitlines()) >= 2
 
 
-def test_generate_gives_a_model_of_answers_its_prompt_as_in_training(
+def test_generate_with_chat_template_formats_the_prompt_as_in_training(
     models: Path, capsys: Any, monkeypatch: Any, tmp_path: Path
 ) -> None:
     directory = tmp_path / "answers"
     shutil.copytree(models / "models/causal", directory)
-    form = prompt_template(Flatten(prompt=["title"], completion=["answers.text"], separator="\nA: "), None)
+    form = build_prompt_template(Flatten(prompt=["title"], completion=["answers.text"], separator="\nA: "), None)
     assert form is not None
     (directory / "chat_template.jinja").write_text(form, encoding="utf-8")
     seen: list[list[int]] = []
@@ -263,7 +267,7 @@ def test_generate_gives_a_model_of_answers_its_prompt_as_in_training(
         return original(self, ids, **named)
 
     monkeypatch.setattr(GPT2LMHeadModel, "generate", record)
-    said, error = say(capsys, monkeypatch, directory, "Why?", "--max-new-tokens", "3")
+    output, error = run_generate(capsys, monkeypatch, directory, "Why?", "--max-new-tokens", "3")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert (error, tokenizer.decode(seen[0])) == ("", f"{tokenizer.eos_token}Why?\nA: ")
-    assert said.startswith("Why?\n\n")
+    assert output.startswith("Why?\n\n")

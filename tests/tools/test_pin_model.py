@@ -1,4 +1,4 @@
-"""pin_model: a directory of a model or a tokenizer as a configuration that the stages take."""
+"""Tests of tools.pin_model, which turns a directory of a model or tokenizer into a configuration of the stages."""
 
 import json
 import sys
@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
-from data_helpers import CAUSAL_TOKENS, MLM_TOKENS, hashes, write_bpe
+from data_helpers import CAUSAL_TOKENS, MLM_TOKENS, hash_files, write_bpe
 
-from stages.core.config import CONF, validate
-from stages.hub.files import pinned_files, weights_files
+from stages.core.config import CONF, validate_values
+from stages.hub.files import find_pinned_files, find_weights_files
 from stages.model.schema import Model
 from stages.tokens.schema import ModelTokenizer, TokenizerSource
 from tools import pin_model
@@ -21,14 +21,14 @@ ROBERTA = {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"], "ma
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory: a project whose conf/model is empty."""
+    """Current directory, a project with an empty conf/model."""
     (tmp_path / "project").mkdir()
     monkeypatch.chdir(tmp_path / "project")
     return tmp_path / "project"
 
 
 def write_model(directory: Path, settings: dict[str, Any], weights: str | None = "model.safetensors") -> Path:
-    """The directory, with a toy tokenizer, the configuration and something in place of weights."""
+    """Write a toy tokenizer, the configuration and fake weights to `directory` and return it."""
     write_bpe(directory, MLM_TOKENS if settings["model_type"] == "roberta" else CAUSAL_TOKENS)
     (directory / "config.json").write_text(json.dumps(settings))
     (directory / "generation_config.json").write_text("{}")
@@ -43,23 +43,23 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
     pin_model.main()
 
 
-def refused(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> str:
-    """The words of the refusal."""
+def run_refused(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> str:
+    """Run the command, which must fail without writing m.yaml, and return its error."""
     with pytest.raises(SystemExit) as exit_:
         run(monkeypatch, *arguments)
     assert not Path("conf/model/m.yaml").exists()
     return str(exit_.value)
 
 
-def config_of(name: str) -> Any:
+def read_config(name: str) -> Any:
     return yaml.safe_load(Path(f"conf/model/{name}.yaml").read_text(encoding="utf-8"))
 
 
-def model_of(name: str) -> Model:
-    """The configuration, taken by both schemas that read it."""
-    values = config_of(name)
-    assert validate(ModelTokenizer, values, "tokenize").tokenizer.path is not None
-    return validate(Model, values, "train")
+def load_model_config(name: str) -> Model:
+    """Load the configuration with both schemas that read it."""
+    values = read_config(name)
+    assert validate_values(ModelTokenizer, values, "tokenize").tokenizer.path is not None
+    return validate_values(Model, values, "train")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def model_of(name: str) -> Model:
         (GPT2, ["--task", "mlm"], "mlm", 64, False),
     ],
 )
-def test_pin_model_of_a_checkpoint_writes_a_config_that_the_stages_take(
+def test_pin_model_of_a_checkpoint_writes_a_valid_config(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
@@ -85,23 +85,23 @@ def test_pin_model_of_a_checkpoint_writes_a_config_that_the_stages_take(
 ) -> None:
     directory = write_model(tmp_path / "m", settings)
     run(monkeypatch, directory, *options)
-    model = model_of("m")
+    model = load_model_config("m")
     assert (model.task, model.max_positions, model.from_scratch) == (task, positions, from_scratch)
     assert (model.path, model.revision, model.config) == (str(directory), None, {"model_type": settings["model_type"]})
-    assert set(config_of("m")) == set(yaml.safe_load((CONF / "model/tiny-gpt2.yaml").read_text(encoding="utf-8")))
+    assert set(read_config("m")) == set(yaml.safe_load((CONF / "model/tiny-gpt2.yaml").read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("options", [[], ["--from-scratch"]])
-def test_pin_model_of_a_checkpoint_pins_what_the_stages_read(
+def test_pin_model_of_a_checkpoint_pins_the_files_that_stages_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
     directory = write_model(tmp_path / "m", GPT2)
     run(monkeypatch, directory, *options)
     names = {"config.json", "generation_config.json"} | ({"model.safetensors"} if not options else set())
-    files = config_of("m")["files"]
-    assert files == {name: value for name, value in hashes(directory).items() if name in names}
-    assert set(config_of("m")["tokenizer"]["files"]) == {"tokenizer.json", "tokenizer_config.json", "config.json"}
-    pinned_files("model", str(directory), None, files, list(names), ["config.json"])
+    files = read_config("m")["files"]
+    assert files == {name: value for name, value in hash_files(directory).items() if name in names}
+    assert set(read_config("m")["tokenizer"]["files"]) == {"tokenizer.json", "tokenizer_config.json", "config.json"}
+    find_pinned_files("model", str(directory), None, files, list(names), ["config.json"])
 
 
 def test_pin_model_of_sharded_weights_pins_index_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_pin_model_of_sharded_weights_pins_index_and_shards(tmp_path: Path, monk
     index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     run(monkeypatch, directory)
-    assert len(weights_files("model", TokenizerSource(path=str(directory), files=config_of("m")["files"]))) == 2
+    assert len(find_weights_files("model", TokenizerSource(path=str(directory), files=read_config("m")["files"]))) == 2
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_pin_model_of_sharded_weights_pins_index_and_shards(tmp_path: Path, monk
         ("roberta", MLM_TOKENS, "mlm", {"model_type": "roberta", "max_position_embeddings": 514}),
     ],
 )
-def test_pin_model_of_a_tokenizer_alone_writes_a_model_from_scratch(
+def test_pin_model_of_only_a_tokenizer_writes_a_model_from_scratch(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     model_type: str,
@@ -129,10 +129,10 @@ def test_pin_model_of_a_tokenizer_alone_writes_a_model_from_scratch(
     settings: dict[str, Any],
 ) -> None:
     run(monkeypatch, write_bpe(tmp_path / "m", tokens), "--model-type", model_type)
-    model = model_of("m")
+    model = load_model_config("m")
     assert (model.task, model.config, model.from_scratch, model.path) == (task, settings, True, None)
     assert model.max_positions == 512
-    assert set(config_of("m")) == set(yaml.safe_load((CONF / "model/tiny-gpt2.yaml").read_text(encoding="utf-8")))
+    assert set(read_config("m")) == set(yaml.safe_load((CONF / "model/tiny-gpt2.yaml").read_text(encoding="utf-8")))
 
 
 def test_pin_model_says_how_to_use_the_config(
@@ -140,17 +140,17 @@ def test_pin_model_says_how_to_use_the_config(
 ) -> None:
     run(monkeypatch, write_model(tmp_path / "m", ROBERTA), "--name", "mine")
     assert "-S tasks.mlm.model=mine" in capsys.readouterr().out
-    assert model_of("mine").task == "mlm"
+    assert load_model_config("mine").task == "mlm"
 
 
-def test_pin_model_of_a_directory_with_an_odd_name_gives_a_plain_one(
+def test_pin_model_of_a_directory_with_special_characters_gets_a_plain_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = write_model(tmp_path / "my model, naïve: v1.0", GPT2)
     run(monkeypatch, directory)
     (file,) = Path("conf/model").iterdir()
     assert not set(" ,:'\"") & set(file.name)
-    assert model_of(file.stem).path == str(directory)
+    assert load_model_config(file.stem).path == str(directory)
 
 
 def test_pin_model_of_a_relative_directory_writes_the_absolute_path(
@@ -158,7 +158,7 @@ def test_pin_model_of_a_relative_directory_writes_the_absolute_path(
 ) -> None:
     write_model(workplace / "m", GPT2)
     run(monkeypatch, "m")
-    assert model_of("m").path == str(workplace / "m")
+    assert load_model_config("m").path == str(workplace / "m")
 
 
 def test_pin_model_of_a_name_that_exists_is_refused_without_force(
@@ -172,11 +172,11 @@ def test_pin_model_of_a_name_that_exists_is_refused_without_force(
         run(monkeypatch, directory)
     assert Path("conf/model/m.yaml").read_text() == before
     run(monkeypatch, directory, "--force")
-    assert config_of("m")["files"]["model.safetensors"] == hashes(directory)["model.safetensors"]
+    assert read_config("m")["files"]["model.safetensors"] == hash_files(directory)["model.safetensors"]
 
 
 def test_pin_model_of_an_absent_directory_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert f"{tmp_path / 'm'} is not a directory" in refused(monkeypatch, tmp_path / "m")
+    assert f"{tmp_path / 'm'} is not a directory" in run_refused(monkeypatch, tmp_path / "m")
 
 
 def test_pin_model_of_a_directory_without_tokenizer_names_it_and_the_files(
@@ -184,34 +184,36 @@ def test_pin_model_of_a_directory_without_tokenizer_names_it_and_the_files(
 ) -> None:
     directory = write_model(tmp_path / "m", GPT2)
     (directory / "tokenizer.json").unlink()
-    message = refused(monkeypatch, directory)
+    message = run_refused(monkeypatch, directory)
     assert f"{directory} has no tokenizer" in message
     assert "tokenizer.json" in message
 
 
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", None])
-def test_pin_model_without_safetensors_is_refused_but_from_scratch(
+def test_pin_model_without_safetensors_is_refused_unless_from_scratch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str | None
 ) -> None:
     directory = write_model(tmp_path / "m", GPT2, weights)
-    message = refused(monkeypatch, directory)
+    message = run_refused(monkeypatch, directory)
     assert str(directory) in message
     assert "safetensors" in message
     run(monkeypatch, directory, "--from-scratch")
-    assert set(config_of("m")["files"]) == {"config.json", "generation_config.json"}
+    assert set(read_config("m")["files"]) == {"config.json", "generation_config.json"}
 
 
-def test_pin_model_of_a_tokenizer_alone_asks_for_the_architecture(
+def test_pin_model_of_only_a_tokenizer_asks_for_the_architecture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = write_bpe(tmp_path / "m", CAUSAL_TOKENS)
-    message = refused(monkeypatch, directory)
+    message = run_refused(monkeypatch, directory)
     assert str(directory) in message
     assert "--model-type" in message
 
 
-def test_pin_model_of_unbounded_positions_says_what_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = refused(monkeypatch, write_model(tmp_path / "m", {"model_type": "bloom"}))
+def test_pin_model_with_unbounded_positions_asks_for_max_positions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = run_refused(monkeypatch, write_model(tmp_path / "m", {"model_type": "bloom"}))
     assert "max_positions" in message
 
 
@@ -222,4 +224,4 @@ def test_pin_model_of_a_damaged_file_names_it(
 ) -> None:
     directory = write_model(tmp_path / "m", GPT2 | {"architectures": None})
     (directory / name).write_bytes(raw)
-    assert str(directory / name) in refused(monkeypatch, directory)
+    assert str(directory / name) in run_refused(monkeypatch, directory)

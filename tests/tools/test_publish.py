@@ -1,4 +1,4 @@
-"""tools.publish: what it refuses, the card that it writes, and what arrives at a Hub on the loopback."""
+"""Tests of tools.publish: refusals, the card, and uploads to a Hub on the loopback interface."""
 
 import os
 import shutil
@@ -12,20 +12,20 @@ from typing import Any
 
 import pytest
 import yaml
-from data_helpers import contents
-from dvc_project import edit, run
+from data_helpers import read_contents
+from dvc_project import edit_yaml, run_command
 from hub_cases import TOKEN
 from huggingface_hub import ModelCard
 from upload_hub import UploadHub
 
 from stages.core.errors import StageError
-from tools.publish import recorded_run
+from tools.publish import read_recorded_run
 
 NAME = "someone/some-model"
 
 
-def publish(project: Path, home: Path, url: str, *arguments: str, **more: str) -> str:
-    """Exit code and output of the command, for a Hub at `url`, in one line or two where it fails."""
+def run_publish(project: Path, home: Path, url: str, *arguments: str, **more: str) -> str:
+    """Run the command with a Hub at `url` and return "exit CODE: " and its output."""
     kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HUGGING"))}
     own = {"HF_HOME": str(home), "HF_ENDPOINT": url, "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1", **more}
     done = subprocess.run(
@@ -37,19 +37,19 @@ def publish(project: Path, home: Path, url: str, *arguments: str, **more: str) -
         check=False,
         timeout=100,
     )
-    said = f"exit {done.returncode}: {done.stdout}{done.stderr}"
-    assert "Traceback" not in said, said
-    return said
+    output = f"exit {done.returncode}: {done.stdout}{done.stderr}"
+    assert "Traceback" not in output, output
+    return output
 
 
 @pytest.fixture
-def named(clean: Path) -> Path:
-    """The project with a repository for its causal model."""
-    edit(clean / "conf/publish.yaml", causal__repository=NAME)
+def named_project(clean: Path) -> Path:
+    """Project with a Hub repository for its causal model."""
+    edit_yaml(clean / "conf/publish.yaml", causal__repository=NAME)
     return clean
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def append(file: Path, text: str) -> None:
@@ -61,7 +61,7 @@ def append(file: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("stages/train/stage.py", "# x\n", r"the card would lie: code: stages modified"),
+        ("stages/train/stage.py", "# x\n", r"the card would be wrong: code: stages modified"),
         ("models/causal/config.json", " ", r"train@causal: models/causal modified.*evaluate@causal: models/causal"),
         ("models/causal/new.json", "{}", r"train@causal: models/causal modified"),
         ("metrics/causal.json", " ", r"evaluate@causal: metrics/causal\.json modified"),
@@ -73,14 +73,14 @@ def append(file: Path, text: str) -> None:
         ("dvc.yaml", "# x\n", r"^not committed as in the workspace: dvc\.yaml: "),
     ],
 )
-def test_publish_workspace_other_than_what_is_recorded_is_refused(
+def test_publish_workspace_that_differs_from_the_record_is_refused(
     inside: Path, file: str, text: str, message: str
 ) -> None:
     if not (inside / file).exists():
         (inside / file).write_text("")
     append(inside / file, text)
     with pytest.raises(StageError, match=message):
-        recorded_run("causal")
+        read_recorded_run("causal")
 
 
 @pytest.mark.parametrize(
@@ -91,16 +91,16 @@ def test_publish_workspace_other_than_what_is_recorded_is_refused(
     ],
 )
 def test_publish_changed_parameter_is_refused(inside: Path, key: str, value: float, message: str) -> None:
-    edit(inside / "params.yaml", **{key: value})
+    edit_yaml(inside / "params.yaml", **{key: value})
     with pytest.raises(StageError, match=message):
-        recorded_run("causal")
+        read_recorded_run("causal")
 
 
 @pytest.mark.parametrize(
     ("text", "task", "message"),
     [
-        ("causal: {repository: null}", "casual", "casual is no task of params.yaml: did you mean causal?"),
-        ("causal: {repository: null}", "prefix", "prefix is no task of params.yaml: there are causal, mlm"),
+        ("causal: {repository: null}", "casual", "casual is not a task of params.yaml: did you mean causal?"),
+        ("causal: {repository: null}", "prefix", "prefix is not a task of params.yaml: there are causal, mlm"),
         (
             "mlm: {repository: null}",
             "causal",
@@ -114,65 +114,65 @@ def test_publish_changed_parameter_is_refused(inside: Path, key: str, value: flo
             "causal.repository=${oc.env:HF_TOKEN}: ",
         ),
         ("causal: {language: [en, '${oc.env:HF_TOKEN}']}", "causal", "causal.language=${oc.env:HF_TOKEN}: "),
-        ("causal: {repository: &a x, license: *a}", "causal", "aliases (*name) and tags (!name) cannot be used"),
+        ("causal: {repository: &a x, license: *a}", "causal", "aliases (*name) and tags (!name) are not allowed"),
     ],
 )
-def test_publish_settings_that_cannot_be_used_are_refused_by_name(
+def test_publish_invalid_settings_are_refused_by_name(
     clean: Path, tmp_path: Path, text: str, task: str, message: str
 ) -> None:
     (clean / "conf/publish.yaml").write_text(text)
-    said = publish(clean, tmp_path, "http://127.0.0.1:1", task, "--dry-run", HF_TOKEN=TOKEN)
-    assert said.startswith("exit 1") and message in said
-    assert TOKEN not in said
+    output = run_publish(clean, tmp_path, "http://127.0.0.1:1", task, "--dry-run", HF_TOKEN=TOKEN)
+    assert output.startswith("exit 1") and message in output
+    assert TOKEN not in output
 
 
 def test_publish_changed_key_of_conf_is_named(inside: Path) -> None:
-    edit(inside / "conf/task/causal.yaml", trainer__weight_decay=0.5)
+    edit_yaml(inside / "conf/task/causal.yaml", trainer__weight_decay=0.5)
     with pytest.raises(StageError, match=r"train@causal: conf/task/causal\.yaml trainer changed"):
-        recorded_run("causal")
+        read_recorded_run("causal")
 
 
 def test_publish_file_that_git_ignores_is_named(inside: Path) -> None:
-    run(inside, "git", "rm", "-q", "--cached", "conf/model/tiny-gpt2.yaml")
+    run_command(inside, "git", "rm", "-q", "--cached", "conf/model/tiny-gpt2.yaml")
     with pytest.raises(StageError, match=r"not committed as in the workspace: conf/model/tiny-gpt2\.yaml: "):
-        recorded_run("causal")
+        read_recorded_run("causal")
 
 
 @pytest.mark.parametrize("size", [0, 500])
-def test_publish_lock_that_is_cut_short_or_gone_is_refused(inside: Path, size: int) -> None:
+def test_publish_truncated_or_missing_lock_is_refused(inside: Path, size: int) -> None:
     lock = inside / "dvc.lock"
     lock.write_bytes(lock.read_bytes()[:size])
     with pytest.raises(StageError, match=r"dvc\.lock"):
-        recorded_run("causal")
+        read_recorded_run("causal")
     lock.unlink()
-    with pytest.raises(StageError, match="the card would lie"):
-        recorded_run("causal")
+    with pytest.raises(StageError, match="the card would be wrong"):
+        read_recorded_run("causal")
 
 
-def test_publish_what_made_nothing_may_change(inside: Path) -> None:
+def test_publish_changes_of_unrelated_files_are_allowed(inside: Path) -> None:
     for file in ("conf/publish.yaml", "README.md", "docs/new.md"):
         (inside / file).touch()
         append(inside / file, "# x\n")
-    edit(inside / "conf/task/mlm.yaml", trainer__weight_decay=0.5)
-    run(inside, "git", "commit", "-qam", "other task")
+    edit_yaml(inside / "conf/task/mlm.yaml", trainer__weight_decay=0.5)
+    run_command(inside, "git", "commit", "-qam", "other task")
     try:
-        assert recorded_run("causal")[0].task == "causal"
+        assert read_recorded_run("causal")[0].task == "causal"
         with pytest.raises(StageError, match="train@mlm"):
-            recorded_run("mlm")
+            read_recorded_run("mlm")
     finally:
-        run(inside, "git", "reset", "-q", "--hard", "HEAD~1")
+        run_command(inside, "git", "reset", "-q", "--hard", "HEAD~1")
 
 
 def test_publish_pickled_weights_are_never_uploaded(inside: Path) -> None:
     (inside / "models/causal/training_args.bin").write_bytes(b"pickle")
-    run(inside, "dvc", "commit", "--force", "train@causal")
-    run(inside, "dvc", "commit", "--force", "evaluate@causal")
-    run(inside, "git", "commit", "-qam", "pickle")
+    run_command(inside, "dvc", "commit", "--force", "train@causal")
+    run_command(inside, "dvc", "commit", "--force", "evaluate@causal")
+    run_command(inside, "git", "commit", "-qam", "pickle")
     try:
         with pytest.raises(StageError, match=r"models/causal/training_args\.bin is never published"):
-            recorded_run("causal")
+            read_recorded_run("causal")
     finally:
-        run(inside, "git", "reset", "-q", "--hard", "HEAD~1")
+        run_command(inside, "git", "reset", "-q", "--hard", "HEAD~1")
 
 
 @pytest.mark.parametrize(
@@ -185,135 +185,142 @@ def test_publish_pickled_weights_are_never_uploaded(inside: Path) -> None:
         ("mlm__private", "no", 'conf/publish.yaml: mlm.private="no": '),
     ],
 )
-def test_publish_wrong_configuration_is_named(clean: Path, tmp_path: Path, key: str, value: Any, message: str) -> None:
-    edit(clean / "conf/publish.yaml", **{key: value})
-    said = publish(clean, tmp_path, "http://127.0.0.1:9", key.partition("__")[0])
-    assert said.startswith("exit 1") and message in said
+def test_publish_invalid_configuration_is_named(
+    clean: Path, tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    edit_yaml(clean / "conf/publish.yaml", **{key: value})
+    output = run_publish(clean, tmp_path, "http://127.0.0.1:9", key.partition("__")[0])
+    assert output.startswith("exit 1") and message in output
 
 
 # -- to the Hub --------------------------------------------------------------------------------------------------------
 
 
-def test_publish_dry_run_writes_the_card_and_asks_no_hub(clean: Path, tmp_path: Path) -> None:
-    said = publish(clean, tmp_path, "http://127.0.0.1:9", "mlm", "--dry-run", HF_TOKEN=TOKEN)
-    assert said.startswith("exit 0: reports/cards/mlm.md: the card")
-    assert "no license is chosen (conf/publish.yaml: mlm.license)" in said
-    assert run(clean, "git", "status", "--porcelain") == ""
-    publish(clean, tmp_path, "http://127.0.0.1:9", "mlm", "--dry-run", str(tmp_path / "card.md"))
+def test_publish_dry_run_writes_the_card_without_contacting_the_hub(clean: Path, tmp_path: Path) -> None:
+    output = run_publish(clean, tmp_path, "http://127.0.0.1:9", "mlm", "--dry-run", HF_TOKEN=TOKEN)
+    assert output.startswith("exit 0: reports/cards/mlm.md: the card")
+    assert "no license is chosen (conf/publish.yaml: mlm.license)" in output
+    assert run_command(clean, "git", "status", "--porcelain") == ""
+    run_publish(clean, tmp_path, "http://127.0.0.1:9", "mlm", "--dry-run", str(tmp_path / "card.md"))
     written = (tmp_path / "card.md").read_text()
     assert written == (clean / "reports/cards/mlm.md").read_text()
-    assert ModelCard(written).data.license is None and TOKEN not in written + said
+    assert ModelCard(written).data.license is None and TOKEN not in written + output
 
 
 @pytest.mark.slow
-def test_publish_task_of_ones_own_has_a_card_of_its_objective(clean: Path, tmp_path: Path) -> None:
+def test_publish_custom_task_has_a_card_for_its_objective(clean: Path, tmp_path: Path) -> None:
     for file, name in (("params.yaml", "tasks"), ("conf/publish.yaml", None)):
         values = yaml.safe_load((clean / file).read_text())
         sections = values[name] if name else values
         sections["prefix"] = dict(sections["mlm"])
         (clean / file).write_text(yaml.safe_dump(values, sort_keys=False))
-    edit(clean / "conf/publish.yaml", prefix__repository=NAME)
+    edit_yaml(clean / "conf/publish.yaml", prefix__repository=NAME)
     shutil.copy(clean / "conf/task/mlm.yaml", clean / "conf/task/prefix.yaml")
-    run(clean, "dvc", "repro", "evaluate@prefix")
-    run(clean, "git", "add", "-A")
-    run(clean, "git", "commit", "-qm", "a task")
+    run_command(clean, "dvc", "repro", "evaluate@prefix")
+    run_command(clean, "git", "add", "-A")
+    run_command(clean, "git", "commit", "-qm", "a task")
     try:
-        said = publish(clean, tmp_path, "http://127.0.0.1:9", "prefix", "--dry-run")
-        assert said.startswith("exit 0: reports/cards/prefix.md: the card")
+        output = run_publish(clean, tmp_path, "http://127.0.0.1:9", "prefix", "--dry-run")
+        assert output.startswith("exit 0: reports/cards/prefix.md: the card")
         card = ModelCard((clean / "reports/cards/prefix.md").read_text())
         assert (card.data.pipeline_tag, card.data.model_name) == ("fill-mask", "some-model")
         assert {"pseudo_bits_per_byte", "masked_loss"} <= {result.metric_type for result in card.data.eval_results}
         assert "dvc repro evaluate@prefix" in card.text and "  prefix:\n" in card.text
         assert "conf/task/mlm.yaml" not in card.text and "data/tokens/mlm" not in card.text
     finally:
-        run(clean, "git", "reset", "-q", "--hard", "HEAD~1")
+        run_command(clean, "git", "reset", "-q", "--hard", "HEAD~1")
 
 
 @pytest.fixture
 def hub() -> Iterator[tuple[UploadHub, str]]:
-    """A Hub and its URL."""
+    """Hub server and its URL."""
     hub = UploadHub()
     with hub.serve() as url:
         yield hub, url
 
 
 def test_publish_uploads_the_model_and_its_card_in_one_commit(
-    named: Path, tmp_path: Path, hub: tuple[UploadHub, str]
+    named_project: Path, tmp_path: Path, hub: tuple[UploadHub, str]
 ) -> None:
     server, url = hub
-    said = publish(named, tmp_path, url, "causal", HF_TOKEN=TOKEN)
-    assert said.startswith(f"exit 0: published at {url}/{NAME}\n"), said
+    output = run_publish(named_project, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+    assert output.startswith(f"exit 0: published at {url}/{NAME}\n"), output
     repository = server.repositories[NAME]
     card = repository["files"].pop("README.md").decode()
-    assert repository == {"private": True, "files": contents(named / "models/causal")}
+    assert repository == {"private": True, "files": read_contents(named_project / "models/causal")}
     assert len(server.commits) == 1
     assert "POST /api/validate-yaml" in server.requests
-    publish(named, tmp_path, url, "causal", "--dry-run")
-    assert card == (named / "reports/cards/causal.md").read_text()
+    run_publish(named_project, tmp_path, url, "causal", "--dry-run")
+    assert card == (named_project / "reports/cards/causal.md").read_text()
     assert f'model="{NAME}"' in card
-    assert f"Bearer {TOKEN}" in server.authorizations  # or there was nothing to give away
-    written = [*tmp_path.rglob("*"), *(named / "reports").rglob("*")]
-    assert TOKEN not in said + card and not [f for f in written if f.is_file() and TOKEN.encode() in f.read_bytes()]
+    assert f"Bearer {TOKEN}" in server.authorizations  # makes sure that the token was in use
+    written = [*tmp_path.rglob("*"), *(named_project / "reports").rglob("*")]
+    assert TOKEN not in output + card and not [f for f in written if f.is_file() and TOKEN.encode() in f.read_bytes()]
 
 
-def test_publish_again_removes_what_is_left_of_an_earlier_model(
-    named: Path, tmp_path: Path, hub: tuple[UploadHub, str]
+def test_publish_again_deletes_stale_files_of_an_earlier_model(
+    named_project: Path, tmp_path: Path, hub: tuple[UploadHub, str]
 ) -> None:
     server, url = hub
     theirs = {"model-00001-of-00002.safetensors": b"", "pytorch_model.bin": b"", "LICENSE": b"l", "onnx/a.json": b"a"}
     server.repositories[NAME] = {"private": True, "files": dict(theirs)}
-    said = publish(named, tmp_path, url, "causal", HF_TOKEN=TOKEN)
-    assert "deleted there, left from an earlier model: model-00001-of-00002.safetensors, pytorch_model.bin" in said
+    output = run_publish(named_project, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+    assert (
+        "deleted from the repository, left from an earlier model: model-00001-of-00002.safetensors, pytorch_model.bin"
+        in output
+    )
     kept = {"README.md", "LICENSE", "onnx/a.json"}
-    assert set(server.repositories[NAME]["files"]) == kept | set(contents(named / "models/causal"))
+    assert set(server.repositories[NAME]["files"]) == kept | set(read_contents(named_project / "models/causal"))
     assert len(server.commits) == 1
 
 
-def test_publish_private_model_does_not_go_to_a_public_repository(
-    named: Path, tmp_path: Path, hub: tuple[UploadHub, str]
+def test_publish_private_model_to_a_public_repository_is_refused(
+    named_project: Path, tmp_path: Path, hub: tuple[UploadHub, str]
 ) -> None:
     server, url = hub
     server.repositories[NAME] = {"private": False, "files": {}}
-    said = publish(named, tmp_path, url, "causal", HF_TOKEN=TOKEN)
-    assert said.startswith("exit 1") and "is there and public" in said
+    output = run_publish(named_project, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+    assert output.startswith("exit 1") and "exists and is public" in output
     assert server.repositories[NAME]["files"] == {}
 
 
-def test_publish_card_that_the_hub_refuses_creates_nothing(
-    named: Path, tmp_path: Path, hub: tuple[UploadHub, str]
+def test_publish_card_refused_by_the_hub_creates_no_repository(
+    named_project: Path, tmp_path: Path, hub: tuple[UploadHub, str]
 ) -> None:
     server, url = hub
-    edit(named / "conf/publish.yaml", causal__license="no-such-license")
-    said = publish(named, tmp_path, url, "causal", HF_TOKEN=TOKEN)
-    assert said.startswith("exit 1") and "license" in said and "must be one of apache-2.0" in said
+    edit_yaml(named_project / "conf/publish.yaml", causal__license="no-such-license")
+    output = run_publish(named_project, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+    assert output.startswith("exit 1") and "license" in output and "must be one of apache-2.0" in output
     assert server.repositories == {}
 
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(401, "run `hf auth login`, or set HF_TOKEN"), (403, f"the token may not write to {NAME} (403)")],
+    [(401, "run `hf auth login`, or set HF_TOKEN"), (403, f"the token cannot write to {NAME} (403)")],
 )
-def test_publish_refused_token_is_said_and_not_shown(named: Path, tmp_path: Path, status: int, message: str) -> None:
+def test_publish_refused_token_is_reported_without_showing_it(
+    named_project: Path, tmp_path: Path, status: int, message: str
+) -> None:
     server = UploadHub(refusal=status)
     with server.serve() as url:
-        said = publish(named, tmp_path, url, "causal", HF_TOKEN=TOKEN)
-    assert said.startswith("exit 1") and message in said
-    assert f"Bearer {TOKEN}" in server.authorizations and TOKEN not in said
-    assert said.count("\n") <= 4  # with the notes on license and remote
+        output = run_publish(named_project, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+    assert output.startswith("exit 1") and message in output
+    assert f"Bearer {TOKEN}" in server.authorizations and TOKEN not in output
+    assert output.count("\n") <= 4  # with the notes on license and remote
 
 
-def test_publish_without_token_says_how_to_log_in(named: Path, tmp_path: Path) -> None:
-    assert "run `hf auth login`" in publish(named, tmp_path, "http://127.0.0.1:9", "causal")
+def test_publish_without_token_says_how_to_log_in(named_project: Path, tmp_path: Path) -> None:
+    assert "run `hf auth login`" in run_publish(named_project, tmp_path, "http://127.0.0.1:9", "causal")
 
 
 @pytest.mark.parametrize("listens", [False, True])
-def test_publish_without_network_is_said_within_seconds(named: Path, tmp_path: Path, listens: bool) -> None:
+def test_publish_without_network_fails_within_seconds(named_project: Path, tmp_path: Path, listens: bool) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if listens:
             server.listen()  # and never answers
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         started = time.monotonic()
-        said = publish(named, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+        output = run_publish(named_project, tmp_path, url, "causal", HF_TOKEN=TOKEN)
     assert time.monotonic() - started < 15
-    assert said.startswith("exit 1") and f"the Hub cannot be reached: {url}: " in said and TOKEN not in said
+    assert output.startswith("exit 1") and f"the Hub cannot be reached: {url}: " in output and TOKEN not in output

@@ -1,4 +1,4 @@
-"""What `make` ends with: each task's metric before and after training."""
+"""Tests of tools.summary, the table of each task's metric before and after training at the end of `make`."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ from tools import summary
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with three tasks, of which one was not evaluated."""
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Directory with three tasks, two of them evaluated."""
     section = "{model: tiny, learning_rate: 1}"
     (tmp_path / "params.yaml").write_text(f"tasks: {{causal: {section}, prefix: {section}, mlm: {section}}}")
     monkeypatch.setattr(summary, "PARAMS", tmp_path / "params.yaml")
@@ -22,8 +22,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_summary_has_a_row_for_each_task_and_says_which_was_not_evaluated(
-    place: Path, capsys: pytest.CaptureFixture[str]
+def test_summary_shows_a_row_per_task_and_names_tasks_without_evaluation(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     summary.main()
     shown = capsys.readouterr()
@@ -35,7 +35,7 @@ def test_summary_has_a_row_for_each_task_and_says_which_was_not_evaluated(
     assert "summary: prefix is not evaluated yet: run `dvc repro`" in shown.err
 
 
-def test_summary_of_a_damaged_report_ends_in_a_line(place: Path) -> None:
-    (place / "reports/evaluate/mlm/metrics.json").write_text("{")
+def test_summary_of_a_damaged_report_exits_with_one_line(workspace: Path) -> None:
+    (workspace / "reports/evaluate/mlm/metrics.json").write_text("{")
     with pytest.raises(SystemExit, match=r"summary: reports/evaluate/mlm/metrics\.json is damaged"):
         summary.main()

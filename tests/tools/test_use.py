@@ -1,4 +1,4 @@
-"""use: presets that compose in every stage, what is written, shown and refused, and YAML edits that keep comments."""
+"""Tests of tools.use: composition of every preset, output, refusals, and YAML edits that keep comments."""
 
 import re
 import shutil
@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import yaml
-from dvc_project import ROOT, commit_working_tree, run
+from dvc_project import ROOT, commit_working_tree, run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stages.core.compose
 import stages.core.config
-from stages.core.compose import compose, load
-from stages.core.config import find, read_yaml
+from stages.core.compose import compose_config, load_config
+from stages.core.config import find_value, read_yaml
 from stages.core.errors import StageError
 from tools import use
-from tools.check import schema_of
+from tools.check import get_config_class
 from tools.yaml_edit import edit_yaml
-from tools.yaml_edit import load as load_text
+from tools.yaml_edit import load_yaml as load_text
 
 PRESETS = sorted(file.stem for file in (ROOT / "presets").glob("*.yaml"))
 STAGES = ("tokenize", "group_texts", "baseline", "train", "evaluate")
@@ -29,7 +29,7 @@ STAGES = ("tokenize", "group_texts", "baseline", "train", "evaluate")
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the configuration, without git and DVC, as the current directory."""
+    """Current directory with a copy of the configuration, without git and DVC."""
     for name in ("conf", "presets"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("params.yaml", "dvc.yaml"):
@@ -44,7 +44,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tool(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """`tool(*arguments)`: what the command prints, without its check; `SystemExit` where it refuses."""
+    """Function that runs the command without the check and returns its output; SystemExit on a refusal."""
 
     def write(before: dict[str, str], after: dict[str, str], needs_path: bool) -> None:
         for file, text in after.items():
@@ -61,7 +61,7 @@ def tool(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the working tree as a commit."""
+    """Git repository with the working tree as its only commit."""
     directory = tmp_path_factory.mktemp("clone")
     commit_working_tree(directory)
     return directory
@@ -69,34 +69,34 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def committed(clone: Path) -> Path:
-    """The clone as committed."""
-    run(clone, "git", "reset", "-q", "--hard")
-    run(clone, "git", "clean", "-qfd")
+    """The clone without any uncommitted changes."""
+    run_command(clone, "git", "reset", "-q", "--hard")
+    run_command(clone, "git", "clean", "-qfd")
     return clone
 
 
-def refused(tool: Callable[..., str], *arguments: str) -> str:
-    """The words of the refusal."""
+def run_refused(tool: Callable[..., str], *arguments: str) -> str:
+    """Run the command, which must fail, and return its error."""
     with pytest.raises(SystemExit) as exit_:
         tool(*arguments)
     return str(exit_.value)
 
 
-def apply(name: str) -> None:
-    """Write the values of a preset, without asking git."""
-    for file, text in use.edited_files(use.read_preset(name))[1].items():
+def write_preset_values(name: str) -> None:
+    """Write the values of a preset without checking for uncommitted changes."""
+    for file, text in use.edit_files(use.read_preset(name))[1].items():
         Path(file).write_text(text, encoding="utf-8")
 
 
-def preset(text: str) -> None:
+def write_preset(text: str) -> None:
     Path("presets/mine.yaml").write_text(text, encoding="utf-8")
 
 
-def config(stage: str, task: str | None) -> Any:
-    return load(schema_of(stage), compose(stage, item=task))
+def load_stage_config(stage: str, task: str | None) -> Any:
+    return load_config(get_config_class(stage), compose_config(stage, item=task))
 
 
-def tasks_of(name: str) -> list[str]:
+def list_preset_tasks(name: str) -> list[str]:
     return list(use.read_preset(name).files["params.yaml"]["tasks"])
 
 
@@ -105,43 +105,43 @@ def tasks_of(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_use_preset_composes_in_every_stage(workplace: Path, name: str) -> None:
-    apply(name)
+    write_preset_values(name)
     tasks = list(read_yaml(workplace / "params.yaml")["tasks"])
-    assert isinstance(config("download", None), schema_of("download"))
+    assert isinstance(load_stage_config("download", None), get_config_class("download"))
     for task in tasks:
         for stage in STAGES:
-            assert isinstance(config(stage, task), schema_of(stage))
+            assert isinstance(load_stage_config(stage, task), get_config_class(stage))
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_use_preset_gives_the_same_configuration_after_any_other(workplace: Path, name: str) -> None:
+def test_use_preset_after_any_other_gives_the_same_configuration(workplace: Path, name: str) -> None:
     def configs() -> list[Any]:
-        each = [(stage, task) for stage in ("tokenize", "train") for task in tasks_of(name)]
-        return [compose(stage, item=task).values for stage, task in [("download", None), *each]]
+        stages_of_tasks = [(stage, task) for stage in ("tokenize", "train") for task in list_preset_tasks(name)]
+        return [compose_config(stage, item=task).values for stage, task in [("download", None), *stages_of_tasks]]
 
     start = {file: file.read_text() for file in [workplace / "params.yaml", *(workplace / "conf").rglob("*.yaml")]}
-    apply(name)
-    alone = configs()
+    write_preset_values(name)
+    expected = configs()
     for other in PRESETS:
         for file, text in start.items():
             file.write_text(text)
-        apply(other)
-        apply(name)
-        assert configs() == alone, other
+        write_preset_values(other)
+        write_preset_values(name)
+        assert configs() == expected, other
 
 
-def test_use_modernbert_masks_the_share_of_its_own_training(workplace: Path) -> None:
-    apply("modernbert")
-    objective = config("train", "mlm").objective
+def test_use_modernbert_sets_its_own_masking_probabilities(workplace: Path) -> None:
+    write_preset_values("modernbert")
+    objective = load_stage_config("train", "mlm").objective
     assert (objective.mlm_probability, objective.mask_replace_prob, objective.random_replace_prob) == (0.3, 0.8, 0.1)
     assert read_yaml(workplace / "params.yaml")["tasks"]["mlm"]["model"] == "modernbert"
-    apply("guide")
-    objective = config("train", "mlm").objective
+    write_preset_values("guide")
+    objective = load_stage_config("train", "mlm").objective
     assert (objective.mlm_probability, objective.mask_replace_prob, objective.random_replace_prob) == (0.15, 0.8, 0.1)
 
 
-def test_use_guide_is_what_the_guide_does(workplace: Path) -> None:
-    apply("guide")
+def test_use_guide_sets_the_values_of_the_guide(workplace: Path) -> None:
+    write_preset_values("guide")
     params = read_yaml(workplace / "params.yaml")
     assert (params["data"]["name"], params["block_size"]) == ("eli5_category", 128)
     expected = {
@@ -156,19 +156,19 @@ def test_use_guide_is_what_the_guide_does(workplace: Path) -> None:
     assert params["tasks"]["mlm"] == {"model": "distilroberta", **expected}
 
 
-def test_use_support_keeps_the_tickets_of_a_customer_together(workplace: Path) -> None:
-    apply("support")
-    data = config("download", None).data
+def test_use_support_splits_by_customer(workplace: Path) -> None:
+    write_preset_values("support")
+    data = load_stage_config("download", None).data
     assert (data.split.key, data.columns.texts) == ("customer", ["body", "reply"])
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_use_preset_says_whom_it_is_for_and_what_it_needs(name: str) -> None:
+def test_use_preset_comment_states_audience_and_needs(name: str) -> None:
     head = "\n".join(use.read_preset(name).head)
     assert re.search(r"^For whom: .*^Needs: ", head, flags=re.MULTILINE | re.DOTALL)
 
 
-# -- what it prints and writes -----------------------------------------------------------------------------------------
+# -- output and written files ------------------------------------------------------------------------------------------
 
 
 def test_use_without_a_name_lists_every_preset(tool: Callable[..., str]) -> None:
@@ -176,21 +176,21 @@ def test_use_without_a_name_lists_every_preset(tool: Callable[..., str]) -> None
     assert [line.split()[0] for line in lines[: len(PRESETS)]] == PRESETS
 
 
-def test_use_lists_a_wrong_preset_with_the_others(tool: Callable[..., str]) -> None:
-    preset("# x\nblok_size: 1\n")
+def test_use_without_a_name_lists_invalid_presets_too(tool: Callable[..., str]) -> None:
+    write_preset("# x\nblok_size: 1\n")
     lines = tool().splitlines()
-    assert any(line.startswith("mine ") and "blok_size is no key" in line for line in lines)
+    assert any(line.startswith("mine ") and "blok_size is not a key" in line for line in lines)
     assert all(any(line.startswith(name) for line in lines) for name in PRESETS)
 
 
-def test_use_shows_the_difference_and_keeps_comments(tool: Callable[..., str]) -> None:
+def test_use_prints_the_diff_and_keeps_comments(tool: Callable[..., str]) -> None:
     before = Path("params.yaml").read_text()
-    said = tool("modernbert", "--force")
+    output = tool("modernbert", "--force")
     after = Path("params.yaml").read_text()
     assert re.findall("#.*", after) == re.findall("#.*", before)
-    assert "-block_size: 128 " in said and "+block_size: 512 " in said
-    assert "+  mlm_probability: 0.3             # share of the text tokens to predict" in said
-    assert "dvc exp run -n modernbert evaluate@mlm" in said
+    assert "-block_size: 128 " in output and "+block_size: 512 " in output
+    assert "+  mlm_probability: 0.3             # share of the text tokens to predict" in output
+    assert "dvc exp run -n modernbert evaluate@mlm" in output
     changed = [line for line, old in zip(after.splitlines(), before.splitlines(), strict=True) if line != old]
     assert len(changed) == 6
 
@@ -209,100 +209,102 @@ def test_use_dry_run_writes_nothing(tool: Callable[..., str]) -> None:
     assert Path("params.yaml").read_bytes() == before
 
 
-def test_use_path_is_the_users_own_file(tool: Callable[..., str]) -> None:
+def test_use_path_sets_the_users_own_file(tool: Callable[..., str]) -> None:
     tool("novel", "--path", "my book: #1.txt", "--force")
     assert read_yaml(Path("params.yaml").resolve())["data"] == {"name": "novel", "path": "my book: #1.txt"}
-    assert "the preset guide reads no file of your own" in refused(tool, "guide", "--path", "x")
-    assert "interpolations are not resolved" in refused(tool, "novel", "--path", "${oc.env:HOME}")
+    assert "the preset guide reads no file of your own" in run_refused(tool, "guide", "--path", "x")
+    assert "interpolations are not resolved" in run_refused(tool, "novel", "--path", "${oc.env:HOME}")
 
 
 def test_use_section_that_was_removed_is_added_again(tool: Callable[..., str]) -> None:
     params = Path("params.yaml").read_text()
     Path("params.yaml").write_text(params[: params.index("  mlm:")])
     tool("guide", "--force")
-    assert config("train", "mlm").learning_rate == 2e-5
+    assert load_stage_config("train", "mlm").learning_rate == 2e-5
 
 
-# -- what it refuses ---------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["giude", "../presets/guide", "guide.yaml", "", "/etc/passwd", "\x1b[31m"])
-def test_use_unknown_name_is_refused_with_all_presets(tool: Callable[..., str], name: str) -> None:
-    said = refused(tool, name)
-    assert "is no preset" in said and "\x1b" not in said
-    assert all(other in said for other in PRESETS)
+def test_use_unknown_name_is_refused_with_a_list_of_presets(tool: Callable[..., str], name: str) -> None:
+    output = run_refused(tool, name)
+    assert "is not a preset" in output and "\x1b" not in output
+    assert all(other in output for other in PRESETS)
 
 
-def test_use_unknown_name_near_a_preset_is_told_so(tool: Callable[..., str]) -> None:
-    assert "did you mean guide?" in refused(tool, "giude")
+def test_use_misspelled_name_gets_a_suggestion(tool: Callable[..., str]) -> None:
+    assert "did you mean guide?" in run_refused(tool, "giude")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("# x\nblok_size: 1\n", "presets/mine.yaml: blok_size is no key of params.yaml; did you mean block_size?"),
-        ("# x\ntasks: {mlm: {modle: x}}\n", "tasks.mlm.modle is no key of params.yaml"),
-        ("# x\ntasks: {../x: {model: x}}\n", "tasks.../x.model is no key of params.yaml"),
-        ("# x\nconf/task/mlm.yaml: {objectiv: 1}\n", "presets/mine.yaml: objectiv is no key of conf/task/mlm.yaml"),
-        ("# x\nconf/task/mml.yaml: {objective: 1}\n", "conf/task/mml.yaml is no file"),
-        ("# x\nconf/task/../../x.yaml: {a: 1}\n", "conf/task/../../x.yaml is no file"),
-        ("# x\nstages/x.yaml: {a: 1}\n", "stages/x.yaml is no file"),
-        ("# x\nparams.yaml: {seed: 1}\nseed: 2\n", "presets/mine.yaml: params.yaml.seed is no key of params.yaml"),
+        ("# x\nblok_size: 1\n", "presets/mine.yaml: blok_size is not a key of params.yaml; did you mean block_size?"),
+        ("# x\ntasks: {mlm: {modle: x}}\n", "tasks.mlm.modle is not a key of params.yaml"),
+        ("# x\ntasks: {../x: {model: x}}\n", "tasks.../x.model is not a key of params.yaml"),
+        ("# x\nconf/task/mlm.yaml: {objectiv: 1}\n", "presets/mine.yaml: objectiv is not a key of conf/task/mlm.yaml"),
+        ("# x\nconf/task/mml.yaml: {objective: 1}\n", "conf/task/mml.yaml is not a file"),
+        ("# x\nconf/task/../../x.yaml: {a: 1}\n", "conf/task/../../x.yaml is not a file"),
+        ("# x\nstages/x.yaml: {a: 1}\n", "stages/x.yaml is not a file"),
+        ("# x\nparams.yaml: {seed: 1}\nseed: 2\n", "presets/mine.yaml: params.yaml.seed is not a key of params.yaml"),
         ("# x\ndata: {path: '${oc.env:HOME}'}\n", "interpolations are not resolved"),
         ("# x\nseed: &a 1\nblock_size: *a\n", "presets/mine.yaml:3: aliases"),
         ("# x\nseed: !!python/object:os.system 1\n", "presets/mine.yaml:2"),
-        ("# x\n- seed\n", "presets/mine.yaml: it should hold keys and values"),
+        ("# x\n- seed\n", "presets/mine.yaml: it should be a mapping of keys to values"),
         ("# x\n", "presets/mine.yaml: it sets nothing"),
         ("seed: 1\n", "presets/mine.yaml: its first line should be a comment"),
         ("# x\nseed: [\n", "presets/mine.yaml: "),
     ],
 )  # fmt: skip
-def test_use_wrong_preset_is_refused_by_file_and_key(tool: Callable[..., str], text: str, message: str) -> None:
-    preset(text)
+def test_use_invalid_preset_is_refused_by_file_and_key(tool: Callable[..., str], text: str, message: str) -> None:
+    write_preset(text)
     before = Path("params.yaml").read_bytes()
-    assert message in refused(tool, "mine", "--force")
+    assert message in run_refused(tool, "mine", "--force")
     assert Path("params.yaml").read_bytes() == before
 
 
 def test_use_without_git_says_how_to_proceed(tool: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(Path.cwd().parent))
-    assert "git cannot say whether edits of params.yaml and conf/task/mlm.yaml would be lost" in refused(tool, "guide")
+    assert "git cannot say whether edits of params.yaml and conf/task/mlm.yaml would be lost" in run_refused(
+        tool, "guide"
+    )
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "use --force" in refused(tool, "guide")
+    assert "use --force" in run_refused(tool, "guide")
 
 
 @pytest.mark.slow
-def test_use_uncommitted_edits_are_kept_unless_forced(committed: Path) -> None:
+def test_use_with_uncommitted_edits_is_refused_unless_forced(committed: Path) -> None:
     params = committed / "params.yaml"
     edited = params.read_text().replace("seed: 42", "seed: 43")
     params.write_text(edited)
     (committed / "presets/mine.yaml").write_text("# x\nblock_size: 64\n")
-    said = run(committed, sys.executable, "-m", "tools.use", "mine", check=False)
-    assert "uncommitted edits of params.yaml would be lost" in said and "git restore params.yaml" in said
+    output = run_command(committed, sys.executable, "-m", "tools.use", "mine", check=False)
+    assert "uncommitted edits of params.yaml would be lost" in output and "git checkout HEAD -- params.yaml" in output
     assert params.read_text() == edited
-    said = run(committed, sys.executable, "-m", "tools.use", "mine", "--force")
-    assert "is in order" in said and "Wrote params.yaml." in said
+    output = run_command(committed, sys.executable, "-m", "tools.use", "mine", "--force")
+    assert "is in order" in output and "Wrote params.yaml." in output
     assert yaml.safe_load(params.read_text())["seed"] == 43
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("# x\ntasks: {causal: {model: ../../secret}}\n", "a name holds letters"),
-        ("# x\ndata: {name: novel, path: nowhere.txt}\n", "Name your own file with --path FILE."),
+        ("# x\ntasks: {causal: {model: ../../secret}}\n", "a name has letters"),
+        ("# x\ndata: {name: novel, path: nowhere.txt}\n", "Set your own file with --path FILE."),
     ],
 )
-def test_use_result_that_fails_the_check_is_undone(committed: Path, text: str, message: str) -> None:
+def test_use_result_that_fails_the_check_is_reverted(committed: Path, text: str, message: str) -> None:
     (committed / "presets/mine.yaml").write_text(text)
-    said = run(committed, sys.executable, "-m", "tools.use", "mine", check=False)
-    assert message in said and "nothing was changed" in said and "Traceback" not in said
-    assert run(committed, "git", "status", "--porcelain", "params.yaml", "conf") == ""
+    output = run_command(committed, sys.executable, "-m", "tools.use", "mine", check=False)
+    assert message in output and "nothing was changed" in output and "Traceback" not in output
+    assert run_command(committed, "git", "status", "--porcelain", "params.yaml", "conf") == ""
 
 
 @pytest.mark.slow
 def test_use_own_text_passes_the_check(committed: Path) -> None:
     (committed / "book.txt").write_text("One.\n\nTwo.\n")
-    assert "is in order" in run(committed, sys.executable, "-m", "tools.use", "novel", "--path", "book.txt")
+    assert "is in order" in run_command(committed, sys.executable, "-m", "tools.use", "novel", "--path", "book.txt")
 
 
 # -- editing YAML ------------------------------------------------------------------------------------------------------
@@ -329,7 +331,7 @@ def test_use_own_text_passes_the_check(committed: Path) -> None:
         ("a: é 🙂 # x\n", {"a": "yes"}, 'a: "yes" # x\n'),
     ],
 )  # fmt: skip
-def test_use_edit_of_yaml_changes_the_value_only(text: str, values: dict[str, Any], expected: str) -> None:
+def test_edit_yaml_changes_only_the_value(text: str, values: dict[str, Any], expected: str) -> None:
     assert edit_yaml(text, values, "x").replace("  #", " #") == expected.replace("  #", " #")
 
 
@@ -343,7 +345,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from("abcd"), VALUES, max_size=4))
-def test_use_edit_of_yaml_sets_any_value_or_says_that_it_cannot(values: dict[str, Any]) -> None:
+def test_edit_yaml_sets_any_value_or_raises(values: dict[str, Any]) -> None:
     text = "# head\na: 1     # one\nb:\n  c: [1]\n  d:\n    a: null\n# end\n"
     try:
         edited = edit_yaml(text, values, "x")
@@ -352,9 +354,9 @@ def test_use_edit_of_yaml_sets_any_value_or_says_that_it_cannot(values: dict[str
     assert edited.startswith("# head\n") and "# end\n" in edited
     for key, value in values.items():
         if not isinstance(value, dict):
-            assert find(load_text(edited), key) == value
+            assert find_value(load_text(edited), key) == value
 
 
-def test_use_edit_of_yaml_in_flow_style_is_refused() -> None:
+def test_edit_yaml_in_flow_style_is_refused() -> None:
     with pytest.raises(StageError, match="set a by hand"):
         edit_yaml("{a: 1}\n", {"a": 2}, "x")

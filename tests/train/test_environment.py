@@ -1,4 +1,4 @@
-"""Variables of the environment that change what libraries compute do not reach a stage."""
+"""Environment variables that change the computation of libraries do not reach a stage."""
 
 import os
 import subprocess
@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from data_helpers import REPOSITORY, contents
+from data_helpers import REPOSITORY, read_contents
 
-from stages.core.environment import settings_of_collectives
+from stages.core.environment import read_collective_settings
 from stages.core.errors import StageError
 from stages.launch.ray import _worker_main
-from stages.train.stage import name_of
+from stages.train.stage import compute_run_fingerprint
 
-# The value of each is one that is not the default on a machine with AVX2 and several cores.
+# No value is the default on a machine with AVX2 and several cores.
 CHANGE_RESULTS = {
     "OMP_DYNAMIC": "true",
     "OMP_THREAD_LIMIT": "1",
@@ -76,17 +76,17 @@ print(sys.argv[1:], os.getpid(), *(f"{name}={value}" for name, value in os.envir
 
 
 def train(overrides: list[str], out: Path, given: dict[str, str]) -> tuple[dict[str, bytes], str]:
-    """The outs of train with the variables `given`, and what it said."""
+    """Run train with the environment variables `given`; return its outs and its output."""
     clean = {name: value for name, value in os.environ.items() if name not in CHANGE_RESULTS | HARMLESS}
     command = [sys.executable, "-m", "stages.train", *overrides]
     run = subprocess.run(command, cwd=REPOSITORY, env=clean | given, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    return contents(out), run.stderr
+    return read_contents(out), run.stderr
 
 
 @pytest.fixture(scope="module")
 def command(overrides, cache):
-    """`command(out)`: the command line of a training on two threads."""
+    """`command(out)`: command line of a training on two threads."""
     more = ["hardware.num_threads=2", "batch_size=36", "num_train_epochs=1"]
     return lambda out: overrides("train", "causal", out, *more)
 
@@ -122,7 +122,7 @@ def test_training_with_every_variable_has_the_bytes_of_one_without_and_names_the
     assert [name for name in HARMLESS if name in said] == []
 
 
-@pytest.mark.slow  # a process with torch each
+@pytest.mark.slow  # one process with torch per case
 @pytest.mark.parametrize("name", [*CHANGE_RESULTS, *HARMLESS])
 def test_training_with_a_variable_has_the_bytes_of_one_without(command, undisturbed, tmp_path, name):
     value = (CHANGE_RESULTS | HARMLESS)[name]
@@ -130,17 +130,17 @@ def test_training_with_a_variable_has_the_bytes_of_one_without(command, undistur
 
 
 def test_variable_of_a_ray_worker_that_changes_results_is_an_error(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as Ray sets it
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # set by Ray
     monkeypatch.setenv("OMP_DYNAMIC", "true")
-    with pytest.raises(StageError, match=r"^OMP_DYNAMIC: set where Ray was started"):
+    with pytest.raises(StageError, match=r"^OMP_DYNAMIC: set when Ray was started"):
         _worker_main({})
 
 
 def test_run_is_known_by_what_decides_how_several_gpus_add_up(compose_stage, command, tmp_path, monkeypatch):
     config = compose_stage("train", *command(tmp_path))
-    before = name_of(config)
+    before = compute_run_fingerprint(config)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
-    assert name_of(config) == before
+    assert compute_run_fingerprint(config) == before
     monkeypatch.setenv("NCCL_ALGO", "Tree")
-    assert settings_of_collectives() == {"NCCL_ALGO": "Tree"}
-    assert name_of(config) != before
+    assert read_collective_settings() == {"NCCL_ALGO": "Tree"}
+    assert compute_run_fingerprint(config) != before

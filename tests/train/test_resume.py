@@ -1,4 +1,4 @@
-"""Training that was interrupted ends with the very bytes of training that was not."""
+"""Interrupted and resumed training ends with the same bytes as uninterrupted training."""
 
 import json
 import os
@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from data_helpers import REPOSITORY, contents, read_until
+from data_helpers import REPOSITORY, read_contents, read_until
 from training_cases import BEST, RUINED
 from transformers import TrainerCallback
 
 from stages.shell.interruption import Interrupted
 from stages.train import checkpoints
 from stages.train.checkpoints import Checkpoints, find_damage
-from stages.train.stage import name_of
+from stages.train.stage import compute_run_fingerprint
 from stages.train.training import BlockTrainer
 
 TASKS = ("causal", "mlm")
@@ -28,12 +28,12 @@ DROPOUT = {
 
 
 class Killed(BaseException):
-    """What ends a run as SIGKILL would: nothing is written after it."""
+    """Exception that ends a run like SIGKILL: nothing is written after it."""
 
 
 @pytest.fixture
 def kill_at(monkeypatch):
-    """`kill_at(step)`: training ends after that step and its checkpoint; `kill_at(None)`: never."""
+    """`kill_at(step)`: end training after that step and its checkpoint; `kill_at(None)`: do not end it."""
 
     def kill(step):
         class Kill(TrainerCallback):
@@ -60,7 +60,7 @@ def kill_at(monkeypatch):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache of this file's own: it leaves checkpoints, and other files look for none."""
+    """Cache directory for this file only: its tests leave checkpoints, which tests of other files must not find."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LM_REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield Path(os.environ["LM_REPRO_CACHE"])
@@ -68,14 +68,14 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(run_toy, cache, tmp_path_factory):
-    """`undisturbed(task, *more)`: the outs of a run that nothing disturbs."""
+    """`undisturbed(task, *more)`: outs of an uninterrupted run."""
     known = {}
 
     def outs(task, *more):
         if (task, more) not in known:
             root = tmp_path_factory.mktemp("undisturbed")
             run_toy("train", task, root, *more)
-            known[task, more] = contents(root)
+            known[task, more] = read_contents(root)
         return known[task, more]
 
     return outs
@@ -86,16 +86,16 @@ def resumed_from(caplog):
 
 
 def check_resumes(run_toy, undisturbed, kill_at, caplog, root, task, more, step=5):
-    """Training that is killed behind `step` goes on from there, and ends with the bytes of an undisturbed one."""
+    """Check that training killed after `step` resumes there and ends with the bytes of an uninterrupted run."""
     kill_at(step)
     with pytest.raises(Killed):
         run_toy("train", task, root, *more)
-    assert not [name for name in contents(root) if not name.startswith(".live-report/")]
+    assert not [name for name in read_contents(root) if not name.startswith(".live-report/")]
     kill_at(None)
     caplog.set_level("INFO")
     run_toy("train", task, root, *more)
     assert resumed_from(caplog) == [step]
-    assert contents(root) == undisturbed(task, *more)
+    assert read_contents(root) == undisturbed(task, *more)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -117,14 +117,14 @@ def test_training_killed_again_and_again_ends_with_the_same_bytes(run_toy, undis
     kill_at(None)
     run_toy("train", "causal", tmp_path, *more)
     assert resumed_from(caplog) == [2, 3, 7]
-    assert contents(tmp_path) == undisturbed("causal", *more)
+    assert read_contents(tmp_path) == undisturbed("causal", *more)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_training_of_an_adapter_killed_ends_with_the_same_bytes(run_toy, undisturbed, kill_at, caplog, tmp_path, task):
     more = [*EVERY, "adapter=lora", "adapter.dropout=0.1"]
     check_resumes(run_toy, undisturbed, kill_at, caplog, tmp_path, task, more)
-    assert contents(tmp_path)["model/model.safetensors"] != undisturbed(task, *EVERY)["model/model.safetensors"]
+    assert read_contents(tmp_path)["model/model.safetensors"] != undisturbed(task, *EVERY)["model/model.safetensors"]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -134,13 +134,13 @@ def test_training_killed_with_the_best_model_asked_for_keeps_it_and_the_patience
     more = [*BEST, *RUINED, "num_train_epochs=12", "early_stopping={patience: 4, threshold: 0.0}"]
     expected = undisturbed(task, *more)
     ledger = json.loads(expected["report/stats.json"])
-    assert ledger["best_step"] < ledger["steps"] - 10  # else nothing is asked of the checkpoint that is kept
+    assert ledger["best_step"] < ledger["steps"] - 10  # otherwise the retained checkpoint is not tested
     kill_at(ledger["steps"] - 4)
     with pytest.raises(Killed):
         run_toy("train", task, tmp_path, *more)
     kill_at(None)
     run_toy("train", task, tmp_path, *more)
-    assert contents(tmp_path) == expected
+    assert read_contents(tmp_path) == expected
 
 
 def killed_run(run_toy, kill_at, root, *more, step=6):
@@ -165,21 +165,21 @@ def test_checkpoint_of_another_config_is_not_taken(run_toy, undisturbed, kill_at
 def test_checkpoint_of_other_library_versions_is_not_taken(run_toy, kill_at, caplog, monkeypatch, tmp_path):
     killed_run(run_toy, kill_at, tmp_path, "trainer.logging_steps=2")
     caplog.set_level("INFO")
-    monkeypatch.setattr(checkpoints, "versions", lambda *names: dict.fromkeys(names, "0"))
+    monkeypatch.setattr(checkpoints, "get_versions", lambda *names: dict.fromkeys(names, "0"))
     run_toy("train", "causal", tmp_path, *EVERY, "trainer.logging_steps=2")
     assert resumed_from(caplog) == []
 
 
 def test_fingerprint_follows_the_bytes_of_the_inputs_and_not_their_places(corpus, overrides, compose_stage, tmp_path):
     def name(*more):
-        return name_of(compose_stage("train", *overrides("train", "causal", tmp_path, *more)))
+        return compute_run_fingerprint(compose_stage("train", *overrides("train", "causal", tmp_path, *more)))
 
     for part in ("tokens/causal", "blocks-16/causal"):
         shutil.copytree(corpus / part, tmp_path / "elsewhere" / part)
     places = [f"tokens={tmp_path}/elsewhere/tokens/causal", f"blocks={tmp_path}/elsewhere/blocks-16/causal", "out=x"]
     settings = ["checkpoints.minutes=1", "checkpoints.keep=9"]
     assert name() == name(*places) == name(*places, *settings)
-    # Of the shards by their checksums, with which each is compared when it is read.
+    # The shards count by their checksums, which are verified when they are read.
     checksums = tmp_path / "elsewhere/blocks-16/causal/train/shards.json"
     checksums.write_text(checksums.read_text().replace("0", "1"))
     assert name(*places) != name()
@@ -189,23 +189,23 @@ def test_fingerprint_knows_the_number_of_gpus_that_a_config_leaves_open(
     overrides, compose_stage, tmp_path, monkeypatch
 ):
     def name(number):
-        monkeypatch.setattr("stages.model.processes.world_size", lambda: number)
+        monkeypatch.setattr("stages.model.processes.get_world_size", lambda: number)
         launch = "++hardware.launch={processes_per_machine: null, machines: 1, rendezvous: null}"
-        return name_of(compose_stage("train", *overrides("train", "causal", tmp_path, launch)))
+        return compute_run_fingerprint(compose_stage("train", *overrides("train", "causal", tmp_path, launch)))
 
     assert name(2) == name(2) != name(4)
 
 
 @pytest.fixture
 def own_cache(tmp_path):
-    """A cache in which no other test leaves checkpoints."""
+    """Cache directory without checkpoints of other tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LM_REPRO_CACHE", str(tmp_path / "cache"))
         yield tmp_path / "cache"
 
 
 def left(cache):
-    """The checkpoints that the one killed run left."""
+    """Checkpoints of the one killed run."""
     (place,) = {path.parent for path in cache.rglob("checkpoint-*")}
     return Checkpoints(place, keep=2)
 
@@ -219,7 +219,7 @@ def test_damaged_checkpoint_is_passed_over_for_the_one_before(
     run_toy, undisturbed, kill_at, own_cache, caplog, tmp_path, file, damage
 ):
     killed_run(run_toy, kill_at, tmp_path / "out")
-    path = left(own_cache).path(6) / file
+    path = left(own_cache).get_path(6) / file
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.unlink()
@@ -229,24 +229,24 @@ def test_damaged_checkpoint_is_passed_over_for_the_one_before(
     run_toy("train", "causal", tmp_path / "out", *EVERY)
     assert resumed_from(caplog) == [5]
     assert any("step 6 is damaged" in record.getMessage() for record in caplog.records)
-    assert contents(tmp_path / "out") == undisturbed("causal", *EVERY)
+    assert read_contents(tmp_path / "out") == undisturbed("causal", *EVERY)
 
 
 def test_checkpoints_that_are_all_damaged_mean_a_new_start(run_toy, undisturbed, kill_at, own_cache, caplog, tmp_path):
     killed_run(run_toy, kill_at, tmp_path / "out")
-    for step in left(own_cache).steps():
-        (left(own_cache).path(step) / "optimizer.pt").unlink()
+    for step in left(own_cache).list_steps():
+        (left(own_cache).get_path(step) / "optimizer.pt").unlink()
     caplog.set_level("INFO")
     run_toy("train", "causal", tmp_path / "out", *EVERY)
     assert resumed_from(caplog) == []
-    assert contents(tmp_path / "out") == undisturbed("causal", *EVERY)
+    assert read_contents(tmp_path / "out") == undisturbed("causal", *EVERY)
 
 
 # -- the directory of checkpoints --------------------------------------------------------------------------------------
 
 
 def write_checkpoint(found, step, best=None):
-    with found.writing(step, best) as aside:
+    with found.write_checkpoint(step, best) as aside:
         (aside / f"checkpoint-{step}/deep").mkdir(parents=True)
         (aside / f"checkpoint-{step}/deep/file").write_text(str(step))
 
@@ -255,35 +255,35 @@ def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
     found = Checkpoints(tmp_path / "run", keep=2)
     for step in (1, 2, 9, 10, 11):
         write_checkpoint(found, step, best=2)
-    assert found.steps() == [2, 10, 11]
-    assert found.newest() == 11
-    assert (found.path(11) / "deep/file").read_text() == "11"
+    assert found.list_steps() == [2, 10, 11]
+    assert found.find_newest() == 11
+    assert (found.get_path(11) / "deep/file").read_text() == "11"
 
 
 def test_checkpoints_cleared_are_gone(tmp_path):
     found = Checkpoints(tmp_path / "run", keep=2)
     write_checkpoint(found, 1)
     write_checkpoint(found, 2)
-    found.clear()
-    assert found.steps() == []
+    found.remove_all()
+    assert found.list_steps() == []
 
 
 def test_checkpoint_whose_writing_fails_is_not_there(tmp_path):
     found = Checkpoints(tmp_path / "run", keep=2)
     write_checkpoint(found, 1)
-    with pytest.raises(OSError, match="full"), found.writing(2, None) as aside:
+    with pytest.raises(OSError, match="full"), found.write_checkpoint(2, None) as aside:
         (aside / "checkpoint-2").mkdir()
         raise OSError("full")
-    assert found.steps() == [1]
+    assert found.list_steps() == [1]
     assert [path.name for path in found.directory.iterdir()] == ["checkpoint-1"]
 
 
 def test_checkpoint_with_a_file_too_many_or_a_changed_one_is_damaged(tmp_path):
     found = Checkpoints(tmp_path / "run", keep=2)
     write_checkpoint(found, 1)
-    assert find_damage(found.path(1)) is None
-    (found.path(1) / "deep/file").write_text("2")
-    assert find_damage(found.path(1)) == "deep/file changed"
+    assert find_damage(found.get_path(1)) is None
+    (found.get_path(1) / "deep/file").write_text("2")
+    assert find_damage(found.get_path(1)) == "deep/file changed"
 
 
 MANIFESTS = [
@@ -298,8 +298,8 @@ def test_checkpoint_whose_manifest_says_anything_else_is_left_out(tmp_path, capl
     found = Checkpoints(tmp_path / "run", keep=2)
     write_checkpoint(found, 1)
     write_checkpoint(found, 2)
-    (found.path(2) / "manifest-0.json").write_text(manifest, encoding="latin-1")
-    assert found.newest() == 1
+    (found.get_path(2) / "manifest-0.json").write_text(manifest, encoding="latin-1")
+    assert found.find_newest() == 1
     assert [path.name for path in found.directory.iterdir()] == ["checkpoint-1"]
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("the checkpoint of step 2 is damaged (") and message.isprintable() and len(message) < 400
@@ -332,10 +332,10 @@ def test_entries_that_are_no_checkpoints_stay_and_stop_nothing(tmp_path, name, k
     found = Checkpoints(tmp_path / "run", keep=1)
     write_checkpoint(found, 1)
     ODD[kind](found.directory / name)
-    assert (found.steps(), found.newest()) == ([1], 1)
+    assert (found.list_steps(), found.find_newest()) == ([1], 1)
     write_checkpoint(found, 6)
-    assert (found.steps(), found.newest()) == ([6], 6)
-    found.clear()
+    assert (found.list_steps(), found.find_newest()) == ([6], 6)
+    found.remove_all()
     assert [path.name for path in found.directory.iterdir()] == [name]
 
 
@@ -345,36 +345,36 @@ def test_checkpoint_takes_the_place_of_whatever_has_its_name(tmp_path, name, kin
     found = Checkpoints(tmp_path / "run", keep=2)
     write_checkpoint(found, 1)
     ODD[kind](found.directory / name)
-    assert found.newest() == 1
+    assert found.find_newest() == 1
     write_checkpoint(found, 6)
-    assert found.newest() == 6
+    assert found.find_newest() == 6
     assert sorted(path.name for path in found.directory.iterdir()) == ["checkpoint-1", "checkpoint-6"]
 
 
 @pytest.mark.parametrize("kind", ["file", "dangling link", "link to itself", "pipe"])
 def test_checkpoint_directory_takes_the_place_of_what_is_none(cache, kind):
-    with checkpoints.checkpoint_directory("odd") as place:
+    with checkpoints.lock_checkpoint_directory("odd") as place:
         pass
     ODD[kind](place)
-    with checkpoints.checkpoint_directory("odd") as again:
+    with checkpoints.lock_checkpoint_directory("odd") as again:
         assert again == place
         write_checkpoint(Checkpoints(place, keep=2), 1)
     assert not place.exists()
 
 
 def test_checkpoint_directory_in_use_is_left_to_its_user(cache):
-    with checkpoints.checkpoint_directory("same") as one, checkpoints.checkpoint_directory("same") as two:
+    with checkpoints.lock_checkpoint_directory("same") as one, checkpoints.lock_checkpoint_directory("same") as two:
         assert one != two
-    with checkpoints.checkpoint_directory("same") as again:
+    with checkpoints.lock_checkpoint_directory("same") as again:
         assert again == one
 
 
 def test_checkpoint_directory_stays_after_an_error_and_goes_after_the_end(cache):
-    with pytest.raises(ValueError, match="oops"), checkpoints.checkpoint_directory("run") as place:
+    with pytest.raises(ValueError, match="oops"), checkpoints.lock_checkpoint_directory("run") as place:
         place.mkdir()
         raise ValueError("oops")
     assert place.is_dir()
-    with checkpoints.checkpoint_directory("run") as again:
+    with checkpoints.lock_checkpoint_directory("run") as again:
         assert again == place
     assert not place.exists()
 
@@ -382,7 +382,7 @@ def test_checkpoint_directory_stays_after_an_error_and_goes_after_the_end(cache)
 # -- signals -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # a process with torch each
+@pytest.mark.slow  # one process with torch per case
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_signal_to_all_processes_writes_a_checkpoint_says_how_to_go_on_and_ends_with_its_code(
@@ -392,13 +392,13 @@ def test_signal_to_all_processes_writes_a_checkpoint_says_how_to_go_on_and_ends_
     command = [sys.executable, "-m", "stages.train", *overrides("train", "causal", tmp_path, *more)]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # as without nohup
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the default, as without nohup
     )  # fmt: skip
     read_until(process.stderr, "validation loss")
     os.killpg(process.pid, number)
     said = process.stderr.read()
     assert process.wait(60) == code, said
-    assert "`dvc repro` goes on from there" in said and "Traceback" not in said
+    assert "`dvc repro` continues from there" in said and "Traceback" not in said
     assert list(cache.rglob("checkpoint-*/optimizer.pt"))
 
 
@@ -425,7 +425,7 @@ def test_request_by_signal_ends_training_behind_a_checkpoint(
     monkeypatch.setenv("LM_REPRO_CACHE", str(cache))
     run_toy("train", "causal", tmp_path, "trainer.logging_steps=4")
     assert resumed_from(caplog) == [4]
-    assert contents(tmp_path) == undisturbed("causal", "trainer.logging_steps=4")
+    assert read_contents(tmp_path) == undisturbed("causal", "trainer.logging_steps=4")
 
 
 # -- training that goes on from another task's model -------------------------------------------------------------------
@@ -433,7 +433,7 @@ def test_request_by_signal_ends_training_behind_a_checkpoint(
 
 @pytest.fixture(scope="module")
 def starts(run_toy, cache, tmp_path_factory):
-    """Task to the directory of a trained model; `other` is one of causal with other weights."""
+    """Task to the directory of a trained model; `other` is a causal model with other weights."""
     root = tmp_path_factory.mktemp("starts")
     for name, task, *more in (("causal", "causal"), ("mlm", "mlm"), ("other", "causal", "seed=7")):
         run_toy("train", task, root / name, *more)
@@ -447,7 +447,7 @@ def test_training_from_a_start_killed_ends_with_the_same_bytes(
 ):
     more = [*EVERY, *more, f"start={starts[task]}"]
     check_resumes(run_toy, undisturbed, kill_at, caplog, tmp_path, task, more)
-    ledger = json.loads(contents(tmp_path)["report/stats.json"])
+    ledger = json.loads(read_contents(tmp_path)["report/stats.json"])
     assert ledger["start"]["files"].keys() == {file.name for file in starts[task].iterdir()}
     assert ledger["from_scratch"] is False
 
@@ -464,4 +464,4 @@ def test_checkpoint_of_another_start_is_not_taken(run_toy, undisturbed, starts, 
     run_toy("train", "causal", tmp_path / "changed", *EVERY, *more, f"start={tmp_path}/start")
     assert resumed_from(caplog) == []
     run_toy("train", "causal", tmp_path / "out", *EVERY, *more, f"start={starts['causal']}")
-    assert resumed_from(caplog) == [6]  # wherever the same start is
+    assert resumed_from(caplog) == [6]  # the directory of the start model does not matter

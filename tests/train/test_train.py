@@ -7,17 +7,17 @@ import math
 import pytest
 import torch
 import transformers
-from data_helpers import contents
+from data_helpers import read_contents
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from stages.core.artifacts import Blocks
 from stages.core.errors import ConfigError, StageError
-from stages.model.block_loss import block_loss
+from stages.model.block_loss import compute_block_loss
 from stages.model.hardware import Hardware
 from stages.model.objectives import make_objective
-from stages.model.trained import load_trained
+from stages.model.trained import load_trained_model
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
-from stages.train.stage import batches
+from stages.train.batches import split_batch
 
 TASKS = ("causal", "mlm")
 AUTO = {"causal": AutoModelForCausalLM, "mlm": AutoModelForMaskedLM}
@@ -37,13 +37,13 @@ def curve(report, name):
         (["hardware.per_device_batch_size=3"], "batch_size=8 is not a multiple of 3"),
         (["block_size=65"], "block_size=65 is above the model's positions, 64"),
         (["model.task=mlm"], "model.task=mlm: this model cannot be trained with objective.name=causal"),
-        (["++trainer.learning_rate=1"], "trainer.learning_rate cannot be set: it stands in params.yaml"),
+        (["++trainer.learning_rate=1"], "trainer.learning_rate cannot be set: it is set in params.yaml"),
         (["++trainer.weight_decy=1"], "did you mean weight_decay?"),
         (["early_stopping={patience: 1, threshold: 0.0}"], "early_stopping needs trainer.load_best_model_at_end"),
         (["learning_rate=0"], "learning_rate=0: it should be greater than 0"),
         (["num_train_epochs=0"], "num_train_epochs=0: it should be greater than 0"),
-        (["num_train_epochs=null"], "num_train_epochs=null: give a number, or set trainer.max_steps"),
-        (["+trainer.max_steps=9"], "num_train_epochs=2 has no effect beside trainer.max_steps=9: set it to null"),
+        (["num_train_epochs=null"], "num_train_epochs=null: set a number, or set trainer.max_steps"),
+        (["+trainer.max_steps=9"], "num_train_epochs=2 has no effect with trainer.max_steps=9: set it to null"),
         (["batch_size=0"], "batch_size=0: it should be greater than or equal to 1"),
         (["seed=-1"], "seed=-1: it should be greater than or equal to 0"),
         (["++objective.mlm_probability=0.15"], "objective.mlm_probability has no meaning"),
@@ -70,21 +70,21 @@ def test_train_config_with_several_mistakes_names_them_all(compose_stage, overri
     ("at_once", "processes", "expected"),
     [(None, 1, (8, 1)), (4, 1, (4, 2)), (8, 1, (8, 1)), (None, 2, (4, 1)), (2, 2, (2, 2))],
 )
-def test_train_batches_are_batch_size_whatever_the_hardware(at_once, processes, expected):
-    assert batches(8, hardware(at_once), processes) == expected
+def test_split_batch_on_any_hardware_adds_up_to_batch_size(at_once, processes, expected):
+    assert split_batch(8, hardware(at_once), processes) == expected
 
 
 @pytest.mark.parametrize(
     ("at_once", "processes", "message"),
     [
-        (3, 1, "multiple of 3: 3 sequences at once .*; 6 and 9 would be"),
-        (None, 16, "multiple of 16: 16 processes .*; 16 would be"),
-        (4, 3, "multiple of 12: 3 processes .* of 4 sequences at once .*; 12 would be"),
+        (3, 1, "multiple of 3, for 3 sequences .*; set it to 6 or 9"),
+        (None, 16, "multiple of 16, for 16 processes .*; set it to 16"),
+        (4, 3, "multiple of 12, for 3 processes .* of 4 sequences .*; set it to 12"),
     ],
 )
-def test_train_batches_that_do_not_fit_name_what_would(at_once, processes, message):
+def test_split_batch_of_a_size_that_does_not_divide_names_the_nearest_that_do(at_once, processes, message):
     with pytest.raises(ValueError, match=f"batch_size=8 is not a {message}"):
-        batches(8, hardware(at_once), processes)
+        split_batch(8, hardware(at_once), processes)
 
 
 def hardware(at_once):
@@ -97,7 +97,7 @@ def hardware(at_once):
 @pytest.mark.parametrize("task", TASKS)
 def test_train_of_a_toy_corpus_writes_model_tokenizer_curves_and_ledger(trained, corpus, task):
     root = trained[task]
-    files = contents(root / "model")
+    files = read_contents(root / "model")
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= files.keys()
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
     tokenizer = corpus / "tokens" / task / "tokenizer"
@@ -117,29 +117,31 @@ def test_train_of_a_toy_corpus_ends_with_the_validation_loss_of_the_saved_model(
 ):
     root, vocabulary = trained[task], Vocabulary.read(corpus / "tokens" / task)
     config = compose_stage("train", *overrides("train", task, root))
-    model = load_trained(task, root / "model")
+    model = load_trained_model(task, root / "model")
     objective = make_objective(task, vocabulary, config.objective, model)
-    loss = block_loss(model, objective, Blocks(corpus / "blocks-16" / task / "validation"), 4096)
+    loss = compute_block_loss(model, objective, Blocks(corpus / "blocks-16" / task / "validation"), 4096)
     assert curve(root / "report", "validation/loss")[-1][1] == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_train_run_twice_gives_the_same_bytes(trained, run_toy, cache, tmp_path, task):
     run_toy("train", task, tmp_path)
-    assert contents(tmp_path / "model") == contents(trained[task] / "model")
-    assert contents(tmp_path / "report") == contents(trained[task] / "report")
+    assert read_contents(tmp_path / "model") == read_contents(trained[task] / "model")
+    assert read_contents(tmp_path / "report") == read_contents(trained[task] / "report")
 
 
 def test_train_with_another_seed_gives_other_weights(trained, run_toy, cache, tmp_path):
     run_toy("train", "causal", tmp_path, "seed=43")
-    ours, theirs = (contents(root / "model")["model.safetensors"] for root in (tmp_path, trained["causal"]))
+    ours, theirs = (read_contents(root / "model")["model.safetensors"] for root in (tmp_path, trained["causal"]))
     assert ours != theirs
 
 
 def test_train_with_accumulation_ends_near_the_weights_of_the_whole_batch(run_toy, cache, tmp_path):
     run_toy("train", "causal", tmp_path, "hardware.per_device_batch_size=2", "++trainer.adam_epsilon=1e-3")
     run_toy("train", "causal", tmp_path / "whole", "++trainer.adam_epsilon=1e-3")
-    ours, theirs = (load_trained("causal", root / "model").state_dict() for root in (tmp_path, tmp_path / "whole"))
+    ours, theirs = (
+        load_trained_model("causal", root / "model").state_dict() for root in (tmp_path, tmp_path / "whole")
+    )
     for name, weights in theirs.items():
         torch.testing.assert_close(ours[name], weights, rtol=1e-4, atol=1e-5)
 
@@ -186,7 +188,7 @@ def test_trained_causal_model_keeps_the_cache_that_generation_needs(trained):
 
 # -- the best model ----------------------------------------------------------------------------------------------------
 
-# A learning rate that rises until it ruins the model, so that the last one is not the best.
+# The learning rate rises until it ruins the model, so that the last model is not the best.
 RUINED = ["learning_rate=5", "++trainer.lr_scheduler_type=constant_with_warmup", "++trainer.warmup_steps=40"]
 BEST = ["++trainer.load_best_model_at_end=true", "++trainer.save_strategy=epoch", "++trainer.eval_strategy=epoch"]
 
@@ -202,9 +204,9 @@ def test_train_with_the_best_model_at_the_end_saves_the_one_of_least_validation_
     assert ledger["best_step"] == min(losses, key=losses.get) != max(losses)
     assert ledger["best_validation_loss"] == pytest.approx(min(losses.values()), rel=1e-6)
     config = compose_stage("train", *overrides("train", task, tmp_path, *more))
-    model = load_trained(task, tmp_path / "model")
+    model = load_trained_model(task, tmp_path / "model")
     objective = make_objective(task, Vocabulary.read(corpus / "tokens" / task), config.objective, model)
-    saved = block_loss(model, objective, Blocks(corpus / "blocks-16" / task / "validation"), 4096)
+    saved = compute_block_loss(model, objective, Blocks(corpus / "blocks-16" / task / "validation"), 4096)
     assert saved == pytest.approx(min(losses.values()), rel=1e-6)
     assert not list(cache.rglob("checkpoint-*"))
 
@@ -223,7 +225,7 @@ def test_train_with_early_stopping_stops_after_patience_evaluations_without_impr
 def test_train_with_the_best_model_at_the_end_run_twice_gives_the_same_bytes(run_toy, cache, tmp_path):
     for name in ("one", "two"):
         run_toy("train", "causal", tmp_path / name, *BEST)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert read_contents(tmp_path / "one") == read_contents(tmp_path / "two")
 
 
 def test_train_that_diverges_stops_with_the_step_and_writes_nothing(run_toy, cache, tmp_path):

@@ -1,17 +1,46 @@
-"""The `trainer` node: what is refused, why, and what reaches transformers.TrainingArguments."""
+"""The `trainer` section: refused values with their reasons, and the arguments passed to TrainingArguments."""
 
 import dataclasses
+from typing import Any, Literal, Optional
 
 import pytest
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
-from stages.train.trainer_arguments import MERGED, OWNED, known_arguments, problems, resolve
+from stages.train.trainer_arguments import MERGED, OWNED, find_argument_problems, resolve_merged
+from tools.argument_table import FILE, render_table, spell_default, spell_type
 
 FIELDS = [field.name for field in dataclasses.fields(TrainingArguments)]
 
 
-def test_known_arguments_are_all_fields_of_the_installed_training_arguments():
-    assert sorted(known_arguments()) == sorted(FIELDS)
+def test_argument_table_matches_the_installed_transformers():
+    assert FILE.read_text(encoding="utf-8") == render_table(), "run `python -m tools.argument_table`"
+
+
+@pytest.mark.parametrize(
+    ("hint", "source"),
+    [
+        (bool, "bool"),
+        (float | None, "float | None"),
+        (Optional[dict[str, Any]], "dict[str, Any] | None"),  # noqa: UP045
+        (IntervalStrategy | str, "Literal['no', 'steps', 'epoch']"),
+        (str | None | Literal[False], "str | None | Literal[False]"),
+        (list[IntervalStrategy] | str, "list[Literal['no', 'steps', 'epoch']] | str"),
+        (PreTrainedConfig | None, "Any"),
+        (list[PreTrainedConfig], "Any"),
+        (Any, "Any"),
+    ],
+)
+def test_spell_type_is_the_source_of_the_type(hint, source):
+    assert spell_type(hint) == source
+
+
+@pytest.mark.parametrize(
+    ("default", "source"),
+    [(IntervalStrategy.STEPS, "'steps'"), (5e-05, "5e-05"), (None, "None"), (dataclasses.MISSING, "None"), (-1, "-1")],
+)
+def test_spell_default_is_the_source_of_a_literal_or_none(default, source):
+    assert spell_default(default) == source
 
 
 @pytest.mark.parametrize("name", OWNED)
@@ -21,7 +50,7 @@ def test_owned_name_is_a_field_of_the_installed_training_arguments(name):
 
 @pytest.mark.parametrize("name", OWNED)
 def test_problems_of_an_owned_name_refuses_it_with_the_reason(name):
-    assert problems({name: None}) == [f"trainer.{name} cannot be set: {OWNED[name]}"]
+    assert find_argument_problems({name: None}) == [f"trainer.{name} cannot be set: {OWNED[name]}"]
 
 
 @pytest.mark.parametrize(("merged", "into"), MERGED.items())
@@ -35,7 +64,7 @@ def test_merged_name_is_no_field_of_the_installed_training_arguments_and_its_tar
     [("weight_decy", "weight_decay"), ("lr_scheduler", "lr_scheduler_type"), ("max_gradnorm", "max_grad_norm")],
 )
 def test_problems_of_an_unknown_name_names_the_nearest(name, nearest):
-    (problem,) = problems({name: 1})
+    (problem,) = find_argument_problems({name: 1})
     assert f"trainer.{name} is not an argument" in problem
     assert problem.endswith(f"did you mean {nearest}?")
 
@@ -64,7 +93,7 @@ def test_problems_of_an_unknown_name_names_the_nearest(name, nearest):
     ],
 )
 def test_problems_of_a_right_value_are_none(name, value):
-    assert problems({name: value}) == []
+    assert find_argument_problems({name: value}) == []
 
 
 @pytest.mark.parametrize(
@@ -87,7 +116,7 @@ def test_problems_of_a_right_value_are_none(name, value):
     ],
 )
 def test_problems_of_a_wrong_value_name_the_key_and_the_value(name, value):
-    found = problems({name: value})
+    found = find_argument_problems({name: value})
     assert found
     assert all(problem.startswith(f"trainer.{name}={value!r}: it should be ") for problem in found)
 
@@ -95,12 +124,12 @@ def test_problems_of_a_wrong_value_name_the_key_and_the_value(name, value):
 @pytest.mark.parametrize(
     ("arguments", "device", "problem"),
     [
-        ({"fp16": True}, "cpu", "trainer.fp16=True: hardware.device=cpu would ignore it (cuda and mps would not)"),
-        ({"tf32": True}, "cpu", "trainer.tf32=True: hardware.device=cpu would ignore it (cuda would not)"),
-        ({"tf32": True}, "mps", "trainer.tf32=True: hardware.device=mps would ignore it"),
+        ({"fp16": True}, "cpu", "trainer.fp16=True: hardware.device=cpu ignores it (it is for cuda and mps)"),
+        ({"tf32": True}, "cpu", "trainer.tf32=True: hardware.device=cpu ignores it (it is for cuda)"),
+        ({"tf32": True}, "mps", "trainer.tf32=True: hardware.device=mps ignores it"),
         ({"torch_empty_cache_steps": 5}, "cpu", "trainer.torch_empty_cache_steps=5: hardware.device=cpu"),
         ({"fp16": True, "bf16": True}, "cuda", "trainer.fp16 and trainer.bf16 are both true"),
-        ({"greater_is_better": True}, "cpu", "trainer.greater_is_better=True: less loss is better"),
+        ({"greater_is_better": True}, "cpu", "trainer.greater_is_better=True: a lower loss is better"),
         ({"metric_for_best_model": "accuracy"}, "cpu", "trainer.metric_for_best_model='accuracy': validation during"),
         ({"debug": "tpu_metrics_debug"}, "cpu", "trainer.debug='tpu_metrics_debug': the other features are for TPUs"),
         (
@@ -130,7 +159,7 @@ def test_problems_of_a_wrong_value_name_the_key_and_the_value(name, value):
     ],
 )
 def test_problems_of_a_value_that_would_be_ignored_or_do_harm_say_why(arguments, device, problem):
-    (found,) = problems(arguments, device)
+    (found,) = find_argument_problems(arguments, device)
     assert problem in found
 
 
@@ -152,16 +181,16 @@ def test_problems_of_a_value_that_would_be_ignored_or_do_harm_say_why(arguments,
     ],
 )
 def test_problems_of_arguments_that_go_together_are_none(arguments, device):
-    assert problems(arguments, device) == []
+    assert find_argument_problems(arguments, device) == []
 
 
 def test_problems_of_a_wrong_enumeration_name_the_allowed_values():
-    (problem,) = problems({"eval_strategy": "epochs"})
+    (problem,) = find_argument_problems({"eval_strategy": "epochs"})
     assert all(f"'{allowed}'" in problem for allowed in ("no", "steps", "epoch"))
 
 
 def test_problems_of_several_arguments_are_reported_together():
-    assert len(problems({"seed": 1, "weight_decy": 0.1, "max_steps": "ten", "bf16": False})) == 3
+    assert len(find_argument_problems({"seed": 1, "weight_decy": 0.1, "max_steps": "ten", "bf16": False})) == 3
 
 
 @pytest.mark.parametrize(
@@ -173,7 +202,7 @@ def test_problems_of_several_arguments_are_reported_together():
     ],
 )
 def test_problems_of_warmup_given_twice_are_found(arguments, number):
-    assert len(problems(arguments)) == number
+    assert len(find_argument_problems(arguments)) == number
 
 
 @pytest.mark.parametrize(
@@ -186,16 +215,16 @@ def test_problems_of_warmup_given_twice_are_found(arguments, number):
     ],
 )
 def test_resolve_puts_the_merged_argument_into_the_one_that_took_it_in(arguments, resolved):
-    assert resolve(arguments) == resolved
+    assert resolve_merged(arguments) == resolved
 
 
 def test_resolve_of_a_warmup_ratio_warms_up_for_that_share_of_all_steps(tmp_path):
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **resolve({"warmup_ratio": 0.1}))
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **resolve_merged({"warmup_ratio": 0.1}))
     assert arguments.get_warmup_steps(200) == 20
 
 
 def test_problems_of_a_warmup_ratio_whose_steps_are_null_are_none():
     # As the error says: "give one (the other null)".
     arguments = {"warmup_ratio": 0.1, "warmup_steps": None}
-    assert problems(arguments) == []
-    assert resolve(arguments) == {"warmup_steps": 0.1}
+    assert find_argument_problems(arguments) == []
+    assert resolve_merged(arguments) == {"warmup_steps": 0.1}

@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from toys import (
     END,
-    TASK,
-    objective_for,
+    MODEL_TASKS,
+    add_control_tokens,
+    draw_text_ids,
+    make_toy_blocks,
+    make_toy_model,
+    make_toy_objective,
+    make_toy_trainer,
     save_blocks,
-    text_ids,
-    toy_blocks,
-    toy_model,
-    toy_trainer,
-    wrapped,
 )
 from transformers import TrainerCallback
 
 from stages.figures.metrics import full_precision
-from stages.model.block_loss import block_loss
+from stages.model.block_loss import compute_block_loss
 from stages.model.isolation import isolate_segments
 from stages.model.masking import IGNORED
 
@@ -34,7 +34,7 @@ MODELS = ["gpt2", "roberta", "bert"]
 
 
 class Gradients(TrainerCallback):
-    """Keeps the gradients of each optimizer step."""
+    """Records the gradients of each optimizer step."""
 
     def __init__(self):
         self.steps = []
@@ -52,14 +52,16 @@ def relative_difference(one, other):
 
 
 def step(directory, model_type, per_device_batch_size, **arguments):
-    """The gradient, the new weights and the reported loss of one optimizer step over 16 blocks."""
-    model, gradients = toy_model(model_type), Gradients()
-    blocks = toy_blocks(directory / f"blocks-{per_device_batch_size}", TASK[model_type], NUM_BLOCKS, BLOCK_SIZE)
+    """Gradient, new weights and reported loss of one optimizer step over 16 blocks."""
+    model, gradients = make_toy_model(model_type), Gradients()
+    blocks = make_toy_blocks(
+        directory / f"blocks-{per_device_batch_size}", MODEL_TASKS[model_type], NUM_BLOCKS, BLOCK_SIZE
+    )
     defaults = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
-    trainer = toy_trainer(
+    trainer = make_toy_trainer(
         directory,
         model,
-        objective_for(model),
+        make_toy_objective(model),
         blocks,
         per_device_train_batch_size=per_device_batch_size,
         gradient_accumulation_steps=NUM_BLOCKS // per_device_batch_size,
@@ -96,21 +98,21 @@ def test_step_accumulated_with_adamw_ends_with_the_weights_of_the_whole_batch(tm
     adamw = {"optim": "adamw_torch_fused", "learning_rate": 0.01, "adam_epsilon": 1e-3}
     whole, accumulated = (step(tmp_path, "bert", size, **adamw)[1] for size in (NUM_BLOCKS, 4))
     assert relative_difference(accumulated, whole) < 1e-5
-    assert relative_difference(whole, flat(toy_model("bert").parameters())) > 1e-3
+    assert relative_difference(whole, flat(make_toy_model("bert").parameters())) > 1e-3
 
 
 def test_step_has_the_gradient_and_loss_of_the_plain_mean_over_tokens(whole_step):
     model_type, gradient, _, loss, blocks = whole_step
-    model = toy_model(model_type, use_cache=False).train()
-    objective = objective_for(model)
-    batch = objective.batch(blocks[range(NUM_BLOCKS)], range(NUM_BLOCKS), 3, 0)
+    model = make_toy_model(model_type, use_cache=False).train()
+    objective = make_toy_objective(model)
+    batch = objective.build_batch(blocks[range(NUM_BLOCKS)], range(NUM_BLOCKS), 3, 0)
     labels = batch.pop("labels")
     logits = model(**isolate_segments(batch, model)).logits
-    if TASK[model_type] == "causal":
+    if MODEL_TASKS[model_type] == "causal":
         logits, labels = logits[:, :-1], batch["input_ids"][:, 1:]
     else:
         counts = (labels.view(4, 4, -1) != IGNORED).sum((1, 2))
-        assert len(set(counts.tolist())) > 1  # micro-batches of unequal counts, which a mean of means gets wrong
+        assert len(set(counts.tolist())) > 1  # micro-batches with unequal token counts: a mean of means is wrong
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     expected.backward()
     assert relative_difference(gradient, flat(parameter.grad for parameter in model.parameters())) < 1e-5
@@ -118,11 +120,11 @@ def test_step_has_the_gradient_and_loss_of_the_plain_mean_over_tokens(whole_step
 
 
 def test_step_of_blocks_without_a_masked_token_has_loss_zero(tmp_path):
-    # Blocks of control tokens alone: nothing can be chosen.
-    blocks, model = save_blocks(tmp_path, np.zeros((4, 8))), toy_model("roberta")
+    # Blocks of control tokens only: no token can be chosen.
+    blocks, model = save_blocks(tmp_path, np.zeros((4, 8))), make_toy_model("roberta")
     logs = {"logging_steps": 1, "logging_nan_inf_filter": False}
-    trainer = toy_trainer(
-        tmp_path, model, objective_for(model), blocks, per_device_train_batch_size=4, max_steps=1, **logs
+    trainer = make_toy_trainer(
+        tmp_path, model, make_toy_objective(model), blocks, per_device_train_batch_size=4, max_steps=1, **logs
     )
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == 0.0
@@ -131,17 +133,23 @@ def test_step_of_blocks_without_a_masked_token_has_loss_zero(tmp_path):
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_training_with_isolated_documents_gives_the_model_each_document_alone(tmp_path, model_type):
-    task, model, seen = TASK[model_type], toy_model(model_type), []
+    task, model, seen = MODEL_TASKS[model_type], make_toy_model(model_type), []
 
     def record(_, args, inputs, outputs):
         if model.training:
             seen.append((inputs["input_ids"], outputs.logits.detach()))
 
     model.register_forward_hook(record, with_kwargs=True)
-    ids = wrapped(task, *(text_ids(length, length).tolist() for length in (7, 9, 5)))
+    ids = add_control_tokens(task, *(draw_text_ids(length, length).tolist() for length in (7, 9, 5)))
     blocks = save_blocks(tmp_path / "blocks", np.array([ids]))
-    trainer = toy_trainer(
-        tmp_path, model, objective_for(model), blocks, per_device_train_batch_size=1, max_steps=1, learning_rate=0.0
+    trainer = make_toy_trainer(
+        tmp_path,
+        model,
+        make_toy_objective(model),
+        blocks,
+        per_device_train_batch_size=1,
+        max_steps=1,
+        learning_rate=0.0,
     )
     trainer.train()
     (input_ids, hidden), *_ = seen
@@ -149,7 +157,7 @@ def test_training_with_isolated_documents_gives_the_model_each_document_alone(tm
     first = {"causal": 8, "mlm": 9}[task]  # the control token before the second document
     last = first + {"causal": 10, "mlm": 11}[task]
     with full_precision(model):
-        alone = toy_model(model_type)(input_ids[:, first:last]).logits
+        alone = make_toy_model(model_type)(input_ids[:, first:last]).logits
     torch.testing.assert_close(logits[:, first:last], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -158,10 +166,10 @@ def test_training_with_isolated_documents_gives_the_model_each_document_alone(tm
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_trainer_evaluate_reports_the_block_loss_of_the_metrics(tmp_path, model_type):
-    task, model = TASK[model_type], toy_model(model_type)
-    train, validation = (toy_blocks(tmp_path / str(seed), task, 7, BLOCK_SIZE, seed) for seed in (0, 1))
-    objective = objective_for(model)
-    trainer = toy_trainer(
+    task, model = MODEL_TASKS[model_type], make_toy_model(model_type)
+    train, validation = (make_toy_blocks(tmp_path / str(seed), task, 7, BLOCK_SIZE, seed) for seed in (0, 1))
+    objective = make_toy_objective(model)
+    trainer = make_toy_trainer(
         tmp_path,
         model,
         objective,
@@ -173,18 +181,18 @@ def test_trainer_evaluate_reports_the_block_loss_of_the_metrics(tmp_path, model_
         learning_rate=0.01,
         evaluate_batch_tokens=50,
     )
-    before = block_loss(model, objective, validation, 4096)
+    before = compute_block_loss(model, objective, validation, 4096)
     trainer.train()
     logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(logged) == 2
-    assert logged[-1] == pytest.approx(block_loss(copy.deepcopy(model), objective, validation, 4096), rel=1e-6)
+    assert logged[-1] == pytest.approx(compute_block_loss(copy.deepcopy(model), objective, validation, 4096), rel=1e-6)
     assert logged[-1] != pytest.approx(before, rel=1e-3)
 
 
 def test_trainer_evaluate_while_training_in_bf16_is_in_fp32(tmp_path):
-    model = toy_model("roberta")
-    blocks, objective = toy_blocks(tmp_path, "mlm", 8, BLOCK_SIZE), objective_for(model)
-    trainer = toy_trainer(
+    model = make_toy_model("roberta")
+    blocks, objective = make_toy_blocks(tmp_path, "mlm", 8, BLOCK_SIZE), make_toy_objective(model)
+    trainer = make_toy_trainer(
         tmp_path,
         model,
         objective,
@@ -196,20 +204,20 @@ def test_trainer_evaluate_while_training_in_bf16_is_in_fp32(tmp_path):
         eval_steps=2,
     )
     trainer.train()
-    untouched = toy_model("roberta")
+    untouched = make_toy_model("roberta")
     untouched.load_state_dict(model.state_dict())
-    exact = block_loss(untouched, objective, blocks, 4096)
+    exact = compute_block_loss(untouched, objective, blocks, 4096)
     logged = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     assert logged == exact
     assert trainer.evaluate()["eval_loss"] == exact
-    ids = torch.from_numpy(text_ids(8).astype(np.int64))[None]
+    ids = torch.from_numpy(draw_text_ids(8).astype(np.int64))[None]
     assert not torch.equal(model.eval()(ids).logits, untouched(ids).logits)  # bf16 would show
 
 
 def test_trainer_evaluate_twice_gives_the_same_digits(tmp_path):
-    model = toy_model("bert")
-    blocks = toy_blocks(tmp_path, "mlm", 8, BLOCK_SIZE)
-    trainer = toy_trainer(tmp_path, model, objective_for(model), blocks)
+    model = make_toy_model("bert")
+    blocks = make_toy_blocks(tmp_path, "mlm", 8, BLOCK_SIZE)
+    trainer = make_toy_trainer(tmp_path, model, make_toy_objective(model), blocks)
     assert trainer.evaluate() == trainer.evaluate()
 
 
@@ -218,13 +226,13 @@ def test_trainer_evaluate_twice_gives_the_same_digits(tmp_path):
 
 def test_training_on_two_repeated_documents_teaches_where_they_end(tmp_path):
     texts = [[7, 8, 9, 10, 11], [20, 21, 22]]
-    stream = wrapped("causal", *(texts * 32))[: 16 * 16]
-    blocks, model = save_blocks(tmp_path / "blocks", np.array(stream).reshape(16, 16)), toy_model("gpt2")
-    model.config.pad_token_id = END  # what the stock collator would turn into labels that count for nothing
-    trainer = toy_trainer(
+    stream = add_control_tokens("causal", *(texts * 32))[: 16 * 16]
+    blocks, model = save_blocks(tmp_path / "blocks", np.array(stream).reshape(16, 16)), make_toy_model("gpt2")
+    model.config.pad_token_id = END  # transformers' collator would set their labels to -100
+    trainer = make_toy_trainer(
         tmp_path,
         model,
-        objective_for(model),
+        make_toy_objective(model),
         blocks,
         per_device_train_batch_size=8,
         max_steps=80,
@@ -236,7 +244,7 @@ def test_training_on_two_repeated_documents_teaches_where_they_end(tmp_path):
     for text in texts:
         with full_precision(model):
             predictions[len(text)] = model(torch.tensor([[END, *text]])).logits[0].argmax(-1).tolist()
-    # After the first token of a document all others follow, and then its end, which comes at no other place.
+    # The first token of a document determines all others and its end.
     assert predictions[5][1:] == [8, 9, 10, 11, END]
     assert predictions[3][1:] == [21, 22, END]
 
@@ -250,15 +258,15 @@ def test_training_compiled_compiles_once_and_has_the_losses_of_training_uncompil
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
 
     def losses(**arguments):
-        model = toy_model(model_type)
+        model = make_toy_model(model_type)
         # 7 blocks in batches of 4: the last batch of an epoch is filled up.
-        blocks = toy_blocks(tmp_path / "blocks", TASK[model_type], 7, BLOCK_SIZE)
+        blocks = make_toy_blocks(tmp_path / "blocks", MODEL_TASKS[model_type], 7, BLOCK_SIZE)
         common = {"per_device_train_batch_size": 4, "num_train_epochs": 3, "learning_rate": 0.01, "logging_steps": 1}
-        trainer = toy_trainer(
-            tmp_path, model, objective_for(model), blocks, eval_strategy="epoch", **common, **arguments
+        trainer = make_toy_trainer(
+            tmp_path, model, make_toy_objective(model), blocks, eval_strategy="epoch", **common, **arguments
         )
         trainer.train()
-        assert model(torch.tensor([[7, 8]])).logits.shape[-1] == 50  # the output embedding is there again
+        assert model(torch.tensor([[7, 8]])).logits.shape[-1] == 50  # the output embedding is restored
         return [entry[name] for entry in trainer.state.log_history for name in ("loss", "eval_loss") if name in entry]
 
     plain = losses()

@@ -1,4 +1,4 @@
-"""What the Trainer is fed: the order of the blocks and their masks, however batched and resumed."""
+"""Inputs of the Trainer: the order of the blocks and their masks, for any batch size and after a resumption."""
 
 import math
 
@@ -8,14 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import (
-    VOCABULARY,
-    objective_config,
-    objective_for,
+    VOCABULARIES,
+    draw_text_ids,
+    make_objective_config,
+    make_toy_blocks,
+    make_toy_model,
+    make_toy_objective,
+    make_toy_trainer,
     save_blocks,
-    text_ids,
-    toy_blocks,
-    toy_model,
-    toy_trainer,
 )
 from transformers import TrainerCallback
 
@@ -60,7 +60,11 @@ def test_epoch_sampler_of_an_epoch_does_not_depend_on_those_before():
 
 
 def test_training_blocks_of_a_key_is_the_block_with_its_epochs_masks(tmp_path):
-    blocks, vocabulary, config = toy_blocks(tmp_path, "mlm", 5, BLOCK_SIZE), VOCABULARY["mlm"], objective_config("mlm")
+    blocks, vocabulary, config = (
+        make_toy_blocks(tmp_path, "mlm", 5, BLOCK_SIZE),
+        VOCABULARIES["mlm"],
+        make_objective_config("mlm"),
+    )
     dataset = TrainingBlocks(blocks, make_objective("mlm", vocabulary, config), seed=9)
     batch = dataset.__getitems__([3 * 5 + 4, 3 * 5 + 0])
     input_ids, labels = mask_blocks(blocks[[4, 0]], [4, 0], vocabulary, config, 9, 3)
@@ -71,8 +75,8 @@ def test_training_blocks_of_a_key_is_the_block_with_its_epochs_masks(tmp_path):
 @pytest.mark.parametrize("task", ["causal", "mlm"])
 @pytest.mark.parametrize(("keys", "real"), [([7, 9, ~5, ~5], 2), ([~8, ~8], 0)])
 def test_training_blocks_of_keys_that_fill_up_predict_nothing(tmp_path, task, keys, real):
-    blocks = toy_blocks(tmp_path, task, 5, BLOCK_SIZE)
-    objective = make_objective(task, VOCABULARY[task], objective_config(task, isolate_documents=True))
+    blocks = make_toy_blocks(tmp_path, task, 5, BLOCK_SIZE)
+    objective = make_objective(task, VOCABULARIES[task], make_objective_config(task, isolate_documents=True))
     dataset = TrainingBlocks(blocks, objective, 9)
     filled, whole = dataset.__getitems__(keys), dataset.__getitems__([max(key, ~key) for key in keys])
     assert all(torch.equal(filled[name], value) for name, value in whole.items() if name != "labels")
@@ -84,13 +88,13 @@ def test_training_blocks_of_keys_that_fill_up_predict_nothing(tmp_path, task, ke
 
 
 def loaded_batches(directory, batch_size, num_workers, num_epochs=2):
-    """Task mlm: the batches of the Trainer's own loader, epoch by epoch, as (input_ids, labels)."""
-    model = toy_model("roberta")
-    blocks = toy_blocks(directory / f"blocks-{batch_size}-{num_workers}", "mlm", 10, BLOCK_SIZE)
-    trainer = toy_trainer(
+    """Batches of the Trainer's loader for task mlm, epoch by epoch, as (input_ids, labels)."""
+    model = make_toy_model("roberta")
+    blocks = make_toy_blocks(directory / f"blocks-{batch_size}-{num_workers}", "mlm", 10, BLOCK_SIZE)
+    trainer = make_toy_trainer(
         directory,
         model,
-        objective_for(model),
+        make_toy_objective(model),
         blocks,
         per_device_train_batch_size=batch_size,
         dataloader_num_workers=num_workers,
@@ -117,10 +121,10 @@ def test_train_dataloader_with_another_batch_size_gives_the_same_rows_in_the_sam
     assert rows(10) == rows(3)
 
 
-# Blocks that can be told apart when masked: their first token is a control token, which is never chosen.
+# The first token identifies a masked block: it is a control token, which is never chosen.
 NUMBERED = Vocabulary(
     size=50,
-    special=VOCABULARY["mlm"].special,
+    special=VOCABULARIES["mlm"].special,
     prefix=[0],
     suffix=list(range(30, 30 + NUM_BLOCKS)),
     lead=[],
@@ -128,10 +132,10 @@ NUMBERED = Vocabulary(
 
 
 def trained_masks(directory, batch_size, seed=3, resume=False, **arguments):
-    """(epoch, block) to the inputs that the model saw in two epochs, masked or not, and the order of the pairs."""
-    ids = np.stack([text_ids(BLOCK_SIZE, seed) % 20 + 5 for seed in range(NUM_BLOCKS)])
+    """Map (epoch, block) to the model's inputs in two epochs, masked or not; and the order of these pairs."""
+    ids = np.stack([draw_text_ids(BLOCK_SIZE, seed) % 20 + 5 for seed in range(NUM_BLOCKS)])
     ids[:, 0] = 30 + np.arange(NUM_BLOCKS)
-    blocks, model = save_blocks(directory / "blocks", ids), toy_model("roberta")
+    blocks, model = save_blocks(directory / "blocks", ids), make_toy_model("roberta")
     seen = []
 
     def record(_, args, inputs):
@@ -140,8 +144,8 @@ def trained_masks(directory, batch_size, seed=3, resume=False, **arguments):
             seen.extend(((epoch, row[0] - 30), tuple(row)) for row in inputs["input_ids"].tolist())
 
     model.register_forward_pre_hook(record, with_kwargs=True)
-    objective = make_objective("mlm", NUMBERED, objective_config("mlm", mlm_probability=0.4), model)
-    trainer = toy_trainer(
+    objective = make_objective("mlm", NUMBERED, make_objective_config("mlm", mlm_probability=0.4), model)
+    trainer = make_toy_trainer(
         directory,
         model,
         objective,
@@ -152,7 +156,7 @@ def trained_masks(directory, batch_size, seed=3, resume=False, **arguments):
         **arguments,
     )
     trainer.train(resume_from_checkpoint=resume or None)
-    return dict(seen), list(dict.fromkeys(key for key, _ in seen))  # rows that fill up a batch are its first again
+    return dict(seen), list(dict.fromkeys(key for key, _ in seen))  # filler rows repeat the first row of the epoch
 
 
 @pytest.fixture(scope="module")
@@ -199,12 +203,14 @@ def test_training_resumed_inside_an_epoch_goes_on_with_the_same_blocks_and_masks
 
 def test_training_resumed_inside_an_epoch_ends_with_the_same_weights(tmp_path):
     def weights(directory, **arguments):
-        model = toy_model("gpt2", resid_pdrop=0.1)
-        blocks = toy_blocks(directory / "blocks", "causal", NUM_BLOCKS, BLOCK_SIZE)
+        model = make_toy_model("gpt2", resid_pdrop=0.1)
+        blocks = make_toy_blocks(directory / "blocks", "causal", NUM_BLOCKS, BLOCK_SIZE)
         resume = arguments.pop("resume", None)
         common = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 0.01, "save_steps": 3}
         arguments = {**common, "save_strategy": "steps", "callbacks": [], **arguments}
-        toy_trainer(directory, model, objective_for(model), blocks, **arguments).train(resume_from_checkpoint=resume)
+        make_toy_trainer(directory, model, make_toy_objective(model), blocks, **arguments).train(
+            resume_from_checkpoint=resume
+        )
         return model.state_dict()
 
     straight = weights(tmp_path / "straight")

@@ -1,11 +1,11 @@
-"""The plan of a training, remembered for its log."""
+"""Stored plan of a training, for its log."""
 
 import logging
 from pathlib import Path
 
 import pytest
 
-from stages.train.plan import Plan, log_against_plan, peak_bytes, show_bytes, show_seconds, write_plan
+from stages.train.plan import Plan, format_bytes, format_seconds, log_against_plan, measure_peak_bytes, write_plan
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +35,10 @@ def test_log_of_a_training_without_a_sound_plan_says_nothing(
 
 
 def test_peak_of_this_process_counts_what_it_allocates() -> None:
-    before = peak_bytes()
-    held = bytearray(before)  # zeros: not all pages are touched
+    before = measure_peak_bytes()
+    held = bytearray(before)  # zeros, so not all of its pages are touched
     held[::4096] = b"x" * len(held[::4096])
-    assert before + 0.5 * len(held) < peak_bytes() < 10 * before
+    assert before + 0.5 * len(held) < measure_peak_bytes() < 10 * before
 
 
 @pytest.mark.parametrize(
@@ -46,11 +46,11 @@ def test_peak_of_this_process_counts_what_it_allocates() -> None:
     [(0.04, "0.0 s"), (9.94, "9.9 s"), (47.4, "47 s"), (299.4, "299 s"), (300, "5 min"), (12_000, "3 h 20 min")],
 )
 def test_seconds_are_shown_to_two_or_three_digits(seconds: float, shown: str) -> None:
-    assert show_seconds(seconds) == shown
+    assert format_seconds(seconds) == shown
 
 
 @pytest.mark.parametrize(
     ("size", "shown"), [(40, "0.0 kB"), (940_000, "940 kB"), (1_440_000, "1.4 MB"), (2.5e10, "25 GB"), (3e12, "3.0 TB")]
 )
 def test_bytes_are_shown_to_two_or_three_digits(size: float, shown: str) -> None:
-    assert show_bytes(size) == shown
+    assert format_bytes(size) == shown

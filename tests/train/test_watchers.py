@@ -1,4 +1,4 @@
-"""What shows a training while it runs changes no byte of it: live curves, and trackers."""
+"""Live curves and trackers, which do not change the result of a training."""
 
 import logging
 import os
@@ -11,48 +11,48 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_helpers import contents
+from data_helpers import read_contents
 from transformers import TrainerCallback
 
 from stages.core.errors import StageError
 from stages.train import live
-from stages.train.live import live_directory
-from stages.train.stage import name_of
-from stages.train.tracking import without_secrets
+from stages.train.live import get_live_directory
+from stages.train.stage import compute_run_fingerprint
+from stages.train.tracking import format_without_secrets
 from stages.train.training import BlockTrainer
-from stages.train.watchers import chosen_trackers, is_running, run_name
+from stages.train.watchers import get_run_name, is_running, read_tracker_names
 
 MORE = ["++trainer.save_strategy=steps", "++trainer.save_steps=2", "trainer.logging_steps=2"]
 DROPOUT = ["model.config.resid_pdrop=0.1"]
 
 
 class Killed(BaseException):
-    """What ends a run as SIGKILL would: nothing is written after it."""
+    """Exception that ends a run like SIGKILL: nothing is written after it."""
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """A cache of the test's own, without checkpoints of others."""
+    """Cache directory without checkpoints of other tests."""
     monkeypatch.setenv("LM_REPRO_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LM_REPRO_TRACK", raising=False)
     monkeypatch.delenv("DVC_EXP_NAME", raising=False)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_DISABLE_TELEMETRY"):
-        monkeypatch.setenv(name, "")  # which the tracker sets, restored at the end
+        monkeypatch.setenv(name, "")  # the tracker sets them; restored at the end
 
 
 @pytest.fixture(scope="module")
 def undisturbed(run_toy, tmp_path_factory):
-    """The outs of a training that nobody watches."""
+    """Outs of a training without trackers."""
     root = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LM_REPRO_CACHE", str(tmp_path_factory.mktemp("cache")))
         run_toy("train", "causal", root, *MORE, *DROPOUT)
-    return contents(root)
+    return read_contents(root)
 
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """`at_step(step, act)`: training calls `act` after that step."""
+    """`at_step(step, act)`: make training call `act` after that step."""
 
     def set_up(step, act):
         class Act(TrainerCallback):
@@ -82,29 +82,29 @@ def steps(directory, name="train"):
 
 def test_live_curves_grow_while_training_runs_and_are_gone_after_it(run_toy, undisturbed, at_step, tmp_path):
     seen = []
-    directory = live_directory(tmp_path / "out/report")
+    directory = get_live_directory(tmp_path / "out/report")
     at_step(11, lambda: seen.append((steps(directory), steps(directory, "validation"), is_running(directory))))
     run_toy("train", "causal", tmp_path / "out", *MORE, *DROPOUT)
     assert seen == [([2, 4, 6, 8, 10], [8], True)]
-    assert contents(tmp_path / "out") == undisturbed
+    assert read_contents(tmp_path / "out") == undisturbed
     assert not directory.exists()
 
 
 def test_live_curves_of_a_killed_training_stay_and_go_on_after_its_resumption(
     run_toy, undisturbed, at_step, tmp_path, monkeypatch
 ):
-    directory = live_directory(tmp_path / "out/report")
+    directory = get_live_directory(tmp_path / "out/report")
     at_step(11, kill)
     with pytest.raises(Killed):
         run_toy("train", "causal", tmp_path / "out", *MORE, *DROPOUT)
     monkeypatch.undo()
     monkeypatch.setenv("LM_REPRO_CACHE", str(tmp_path / "cache"))
-    assert sorted(contents(tmp_path / "out")) == [".live-report/train.tsv", ".live-report/validation.tsv"]
+    assert sorted(read_contents(tmp_path / "out")) == [".live-report/train.tsv", ".live-report/validation.tsv"]
     seen = []
     at_step(13, lambda: seen.append(steps(directory)))
     run_toy("train", "causal", tmp_path / "out", *MORE, *DROPOUT)
-    assert seen == [[2, 4, 6, 8, 10, 12]]  # each once
-    assert contents(tmp_path / "out") == undisturbed
+    assert seen == [[2, 4, 6, 8, 10, 12]]  # each only once
+    assert read_contents(tmp_path / "out") == undisturbed
 
 
 def test_live_curves_that_cannot_be_written_end_no_training(
@@ -113,17 +113,17 @@ def test_live_curves_that_cannot_be_written_end_no_training(
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    at_step(5, lambda: monkeypatch.setattr(live, "_lines", full))
+    at_step(5, lambda: monkeypatch.setattr(live, "_format_rows", full))
     run_toy("train", "causal", tmp_path / "out", *MORE, *DROPOUT)
-    assert contents(tmp_path / "out") == undisturbed
+    assert read_contents(tmp_path / "out") == undisturbed
     assert len([record for record in caplog.records if "no live curves" in record.message]) == 1
 
 
 def test_live_curves_leave_a_file_in_their_place_alone(run_toy, undisturbed, tmp_path):
     (tmp_path / "out").mkdir()
-    live_directory(tmp_path / "out/report").write_text("mine")
+    get_live_directory(tmp_path / "out/report").write_text("mine")
     run_toy("train", "causal", tmp_path / "out", *MORE, *DROPOUT)
-    assert contents(tmp_path / "out") == {**undisturbed, ".live-report": b"mine"}
+    assert read_contents(tmp_path / "out") == {**undisturbed, ".live-report": b"mine"}
 
 
 def test_directory_without_a_writer_is_of_no_running_training(tmp_path):
@@ -135,7 +135,7 @@ def test_directory_without_a_writer_is_of_no_running_training(tmp_path):
 
 
 class FakeTrackio(types.ModuleType):
-    """A package `trackio` that notes what it is told, draws random numbers, and fails from a given call on."""
+    """Fake package `trackio` that records its calls, draws random numbers, and fails from a given call on."""
 
     __version__ = "0.30.0"
 
@@ -181,7 +181,7 @@ def test_training_with_a_tracker_has_the_same_bytes_and_tells_it_the_losses(
     fake = trackio()
     monkeypatch.setenv("DVC_EXP_NAME", "wide")
     run_toy("train", "causal", tmp_path / "out", *MORE, *DROPOUT)
-    assert contents(tmp_path / "out") == undisturbed
+    assert read_contents(tmp_path / "out") == undisturbed
     (_, started), *logged = fake.told
     assert (started["name"], started["project"]) == ("causal-wide", "lm-repro")
     losses = [values["train/global_step"] for what, values in logged if what == "log" and "train/loss" in values]
@@ -196,18 +196,18 @@ def test_tracker_that_fails_is_named_once_and_ends_no_training(
     trackio(fails_at)
     monkeypatch.setenv("TRACKIO_API_KEY", "0123456789abcdef")
     run_toy("train", "causal", tmp_path / "out", *MORE, *DROPOUT)
-    assert contents(tmp_path / "out") == undisturbed
+    assert read_contents(tmp_path / "out") == undisturbed
     (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert said == (
-        "trackio fails (ConnectionError: https://***@host/ cannot be reached with ***): training goes on without it"
+        "trackio failed (ConnectionError: https://***@host/ cannot be reached with ***): training continues without it"
     )
 
 
 def test_tracker_is_in_no_fingerprint(compose_stage, overrides, trackio, tmp_path):
     config = compose_stage("train", *overrides("train", "causal", tmp_path))
-    before = name_of(config)
+    before = compute_run_fingerprint(config)
     trackio()
-    assert name_of(compose_stage("train", *overrides("train", "causal", tmp_path))) == before
+    assert compute_run_fingerprint(compose_stage("train", *overrides("train", "causal", tmp_path))) == before
 
 
 def test_checkpoints_hold_nothing_of_a_tracker(run_toy, trackio, at_step, tmp_path):
@@ -220,7 +220,7 @@ def test_checkpoints_hold_nothing_of_a_tracker(run_toy, trackio, at_step, tmp_pa
         with pytest.raises(Killed):
             run_toy("train", "causal", tmp_path / place / "out", *MORE, *DROPOUT)
         (directory,) = (tmp_path / place).rglob("checkpoint-4")
-        found.append({name: data for name, data in contents(directory).items() if name in COMPARED})
+        found.append({name: data for name, data in read_contents(directory).items() if name in COMPARED})
     assert found[0] == found[1] and len(found[0]) == len(COMPARED)
 
 
@@ -232,7 +232,7 @@ def test_unknown_tracker_is_an_error_that_lists_those_there_are(monkeypatch):
     with pytest.raises(
         StageError, match="LM_REPRO_TRACK=tensorbord: it should be one or more of trackio, tensorboard, wandb, mlflow"
     ):
-        chosen_trackers()
+        read_tracker_names()
 
 
 def test_tracker_that_is_not_installed_is_an_error_before_training(run_toy, tmp_path, monkeypatch):
@@ -246,14 +246,14 @@ def test_tracker_that_is_not_installed_is_an_error_before_training(run_toy, tmp_
 
 def test_run_is_named_by_its_task_and_experiment(compose_stage, overrides, tmp_path, monkeypatch):
     config = compose_stage("train", *overrides("train", "mlm", tmp_path))
-    assert run_name(config) == "mlm"
+    assert get_run_name(config) == "mlm"
     monkeypatch.setenv("DVC_EXP_NAME", "silky-cat")
-    assert run_name(config) == "mlm-silky-cat"
+    assert get_run_name(config) == "mlm-silky-cat"
 
 
 def test_errors_are_shown_without_secrets(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "abcdef0123456789")
-    shown = without_secrets(ValueError("key abcdef0123456789\nof http://u:p@host"))
+    shown = format_without_secrets(ValueError("key abcdef0123456789\nof http://u:p@host"))
     assert shown == "ValueError: key *** of http://***@host"
 
 
@@ -263,7 +263,7 @@ def test_tensorboard_has_the_losses_and_the_outs_their_bytes(run_toy, undisturbe
 
     monkeypatch.setenv("LM_REPRO_TRACK", "tensorboard")
     run_toy("train", "causal", tmp_path / "out", *MORE, *DROPOUT)
-    assert contents(tmp_path / "out") == undisturbed
+    assert read_contents(tmp_path / "out") == undisturbed
     (directory,) = Path(tmp_path / "cache/tracking/tensorboard").iterdir()
     assert directory.name.startswith("causal-")
     events = EventAccumulator(str(directory)).Reload()

@@ -1,4 +1,4 @@
-"""Trains with Keras: `fit` of a model of KerasHub's layers, on JAX or TensorFlow, on the CPU."""
+"""Training with Keras: `fit` of a model of KerasHub's layers, with JAX or TensorFlow, on the CPU."""
 
 import contextlib
 import os
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from stages.core.artifacts import Blocks
 from stages.core.environment import drop_environment_variables
 from stages.core.errors import StageError
-from stages.shell.cache import cache_directory
-from stages.shell.interruption import Request
+from stages.shell.cache import get_cache_directory
+from stages.shell.interruption import StopRequest
 from stages.tokens.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -19,39 +19,39 @@ if TYPE_CHECKING:
 
     from stages.train.stage import TrainConfig
 
-# Keras and what it computes with take settings from these, where DVC cannot see them.
-_SETTINGS_OF_OTHERS = (
+# Prefixes of variables that configure Keras and its backends; DVC does not track them.
+_LIBRARY_VARIABLES = (
     *("JAX_", "KERAS_", "NPROC", "PJRT_", "XLA_"),
     *("TF_DETERMINISTIC", "TF_ENABLE_", "TF_NUM_", "TF_XLA_"),
 )
 
 
-def prepare(config: "TrainConfig") -> None:
-    """Choose the backend and its threads, which are read when it is imported, and import it.
+def prepare_framework(config: "TrainConfig") -> None:
+    """Set the backend and its number of threads, then import Keras, which reads these settings at import.
 
     Raises:
-        StageError: if it is not installed.
+        StageError: if a library is not installed.
     """
-    ours = {
+    variables = {
         "KERAS_BACKEND": str(config.framework.backend),
-        "KERAS_HOME": str(cache_directory() / "keras"),  # where Keras writes its settings and reads them again
+        "KERAS_HOME": str(get_cache_directory() / "keras"),  # where Keras reads and writes its settings
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache_directory() / "jax"),  # half a minute for a small model
-        "NPROC": str(config.hardware.num_threads),  # XLA's threads
-        "PJRT_NPROC": str(config.hardware.num_threads),  # the same, and read before
+        "JAX_COMPILATION_CACHE_DIR": str(get_cache_directory() / "jax"),  # saves half a minute for a small model
+        "NPROC": str(config.hardware.num_threads),  # number of XLA threads
+        "PJRT_NPROC": str(config.hardware.num_threads),  # the same; takes precedence
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    drop_environment_variables(_SETTINGS_OF_OTHERS, ours)
-    os.environ.update(ours)
-    import transformers.trainer  # noqa: F401  triton's LLVM, loaded behind TensorFlow's, ends the process
+    drop_environment_variables(_LIBRARY_VARIABLES, variables)
+    os.environ.update(variables)
+    import transformers.trainer  # noqa: F401  triton's LLVM crashes if loaded after TensorFlow's
 
     try:
-        with silence():
+        with silence_stderr():
             import keras_hub  # noqa: F401
-            import tensorflow  # which KerasHub needs with any backend
+            import tensorflow  # KerasHub needs it with any backend
     except ModuleNotFoundError as error:
         raise StageError(f"framework=keras: {error.name} is not installed: run `make keras`") from None
-    import stages.frameworks.keras.training  # noqa: F401  the fingerprint of a run is of what is loaded
+    import stages.frameworks.keras.training  # noqa: F401  the fingerprint covers the loaded modules
 
     tensorflow.config.set_visible_devices([], "GPU")
     if config.framework.backend == "tensorflow":
@@ -60,21 +60,21 @@ def prepare(config: "TrainConfig") -> None:
 
 
 @contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Within, nothing is written to stderr: TensorFlow's own code tells of the GPUs that it does not find."""
+def silence_stderr() -> Iterator[None]:
+    """Discard writes to stderr inside the block, also from C++: TensorFlow reports GPUs that it does not find."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    saved_stderr = os.dup(2)
     try:
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
+        with Path(os.devnull).open("wb") as null_device:
+            os.dup2(null_device.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved_stderr, 2)
+        os.close(saved_stderr)
 
 
-def libraries(config: "TrainConfig") -> tuple[str, ...]:
-    """The libraries that decide the result, beside those that decide it under every framework."""
+def list_libraries(config: "TrainConfig") -> tuple[str, ...]:
+    """Return the libraries that determine the result only under this framework."""
     backend = ("jax", "jaxlib") if config.framework.backend == "jax" else ("tensorflow",)
     return ("keras", "keras-hub", *backend)
 
@@ -86,23 +86,26 @@ def fit(
     train: Blocks,
     validation: Blocks,
     directory: str,
-    request: Request,
+    request: StopRequest,
 ) -> tuple[Any, "TrainerState"]:
-    """The trained `model` and the record of its training, from the newest checkpoint in `directory` if there is one.
+    """Train `model`, from the newest checkpoint in `directory` if there is one.
+
+    Returns:
+        `model` with the trained weights, and the state and history of its training.
 
     Raises:
-        StageError: if the model's configuration asks for what KerasHub's layers do not do.
-        Interrupted: when `request` asked for the end; a checkpoint has then been written.
+        StageError: if KerasHub's layers do not support the model's configuration.
+        Interrupted: if a stop was requested; a checkpoint has then been written.
     """
-    from stages.frameworks.keras.training import Training
+    from stages.frameworks.keras.training import KerasTraining
 
     pad = Vocabulary.read(Path(config.tokens)).special.get("pad_token")
     if model.config.model_type != "gpt2" and model.config.pad_token_id != pad:
-        # torch counts no position for it, and gives its embedding no gradient.
+        # torch does not count positions of this token and gives its embedding no gradient.
         raise StageError(
-            f"framework=keras: model.config.pad_token_id={model.config.pad_token_id}, and the tokenizer's is {pad}:"
-            " give the model that one, or take framework: trainer"
+            f"framework=keras: model.config.pad_token_id={model.config.pad_token_id}, but the tokenizer's is {pad}:"
+            " set the model's to the tokenizer's, or set framework: trainer"
         )
-    training = Training(config, model, objective, train, validation, Path(directory), request)
-    training.run()
+    training = KerasTraining(config, model, objective, train, validation, Path(directory), request)
+    training.train_or_resume()
     return model, training.state

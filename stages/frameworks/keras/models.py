@@ -1,7 +1,7 @@
-"""GPT-2, BERT and RoBERTa of KerasHub's layers, and their weights as those of transformers' models.
+"""GPT-2, BERT and RoBERTa built from KerasHub's layers, and conversion of weights from and to transformers' models.
 
-KerasHub's own backbones fix what a transformers config may choose (the activation, layer norm's epsilon), number
-positions without regard to documents and mask padding alone; their layers leave all of that open.
+KerasHub's backbones fix values that a transformers config can set (the activation, the epsilon of layer norms), ignore
+documents when they number positions, and only mask padding. Their layers are free of these limits.
 """
 
 import functools
@@ -15,10 +15,10 @@ import torch
 from keras import layers, ops
 
 from stages.core.errors import StageError
-from stages.train.framework import ACTIVATION, DROPOUTS, keras_model_refusals
+from stages.frameworks.keras.rules import ACTIVATION, DROPOUTS, find_model_problems
 
 _tanh_gelu = functools.partial(keras.activations.gelu, approximate=True)
-_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {  # those of framework_config
+_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {  # those of ACTIVATIONS in rules.py
     "gelu": functools.partial(keras.activations.gelu, approximate=False),
     "gelu_new": _tanh_gelu,
     "gelu_pytorch_tanh": _tanh_gelu,
@@ -29,7 +29,7 @@ _ACTIVATIONS: dict[str, Callable[[Any], Any]] = {  # those of framework_config
 
 
 class _BlockModel(keras.Model):  # type: ignore[misc]
-    """A functional model whose logs hold the loss of the step alone: Keras's own `loss` is the mean of the epoch."""
+    """Functional model that also logs the loss of the last step: Keras's `loss` is the mean over the epoch."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -42,7 +42,7 @@ class _BlockModel(keras.Model):  # type: ignore[misc]
 
 
 class _StepLoss(keras.metrics.Metric):  # type: ignore[misc]
-    """The last value that it was given."""
+    """Metric with the value of the last update."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name=name)
@@ -55,23 +55,28 @@ class _StepLoss(keras.metrics.Metric):  # type: ignore[misc]
         return ops.convert_to_tensor(self._value)
 
 
-def build(model: Any) -> _BlockModel:
-    """The Keras model that computes what `model`, transformers' on torch, computes, with its weights.
+def build_keras_model(model: Any) -> _BlockModel:
+    """Build the Keras model that computes the same function as a torch model of transformers, with its weights.
 
-    Its inputs are int32: input_ids, position_ids and segments [batch, length], tokens of other segments not being
-    attended to; of a masked model also mask_positions [batch, num_predicted], the positions whose logits are wanted.
-    Its output are logits [batch, length or num_predicted, vocab_size].
+    Inputs of the Keras model, all int32:
+
+    - input_ids, position_ids: [batch, length].
+    - segments: [batch, length]; tokens only attend to tokens of the same segment.
+    - mask_positions: [batch, num_predicted], only for masked models; the positions for which to compute logits.
+
+    Its output is fp32 logits [batch, length, vocab_size], or [batch, num_predicted, vocab_size] for masked models.
 
     Raises:
-        StageError: if its architecture or its configuration asks for what the layers do not do.
+        StageError: if the layers do not support the architecture or its configuration.
     """
     config = model.config
-    check(config)
+    check_config(config)
     inputs = {
         name: keras.Input((None,), dtype="int32", name=name) for name in ("input_ids", "position_ids", "segments")
     }
     segments = inputs["segments"]
-    together = ops.equal(ops.expand_dims(segments, 2), ops.expand_dims(segments, 1))
+    # [batch, length, 1] == [batch, 1, length] -> [batch, length, length] bool
+    is_same_segment = ops.equal(ops.expand_dims(segments, 2), ops.expand_dims(segments, 1))
     embedding = keras_hub.layers.ReversibleEmbedding(config.vocab_size, config.hidden_size, name="token_embedding")
     dropout = layers.Dropout(getattr(config, DROPOUTS[config.model_type][0]), name="embeddings_dropout")
     embedded = embedding(inputs["input_ids"])
@@ -81,9 +86,11 @@ def build(model: Any) -> _BlockModel:
         hidden = dropout(layers.Add(name="embeddings_add")(summands))
         for index in range(config.num_hidden_layers):
             hidden = keras_hub.layers.TransformerDecoder(
-                **block(config, config.n_inner or 4 * config.hidden_size, config.layer_norm_epsilon, index),
+                **build_layer_arguments(
+                    config, config.n_inner or 4 * config.hidden_size, config.layer_norm_epsilon, index
+                ),
                 normalize_first=True,
-            )(hidden, decoder_attention_mask=together)
+            )(hidden, decoder_attention_mask=is_same_segment)
         hidden = layers.LayerNormalization(epsilon=config.layer_norm_epsilon, name="layer_norm")(hidden)
         logits = embedding(hidden, reverse=True)
     else:
@@ -94,10 +101,10 @@ def build(model: Any) -> _BlockModel:
         epsilon = config.layer_norm_eps
         hidden = dropout(layers.LayerNormalization(epsilon=epsilon, name="embeddings_layer_norm")(hidden))
         for index in range(config.num_hidden_layers):
-            hidden = keras_hub.layers.TransformerEncoder(**block(config, config.intermediate_size, epsilon, index))(
-                hidden, attention_mask=together
-            )
-        # RoBERTa's head has its own activation, whatever the layers have.
+            hidden = keras_hub.layers.TransformerEncoder(
+                **build_layer_arguments(config, config.intermediate_size, epsilon, index)
+            )(hidden, attention_mask=is_same_segment)
+        # RoBERTa's head always uses GELU, also if its layers use another activation.
         activation = _ACTIVATIONS[config.hidden_act if config.model_type == "bert" else "gelu"]
         logits = keras_hub.layers.MaskedLMHead(
             token_embedding=embedding,
@@ -105,20 +112,20 @@ def build(model: Any) -> _BlockModel:
             layer_norm_epsilon=epsilon,
             name="mlm_head",
         )(hidden, inputs["mask_positions"])
-    # TensorFlow takes the name for a scope, whose names begin with a letter.
+    # TensorFlow uses the name as a scope, which must begin with a letter.
     built = _BlockModel(inputs=inputs, outputs=logits, name="block_model")
-    _to_keras(model, built)
+    _copy_to_keras(model, built)
     return built
 
 
-def check(config: Any) -> None:
-    """Raise StageError unless the layers can do what `config` asks for."""
-    for reason in keras_model_refusals(config.to_dict()):
+def check_config(config: Any) -> None:
+    """Raise StageError if the layers do not support `config`."""
+    for reason in find_model_problems(config.to_dict()):
         raise StageError(f"framework=keras: {reason}")
 
 
-def block(config: Any, intermediate: int, epsilon: float, index: int) -> dict[str, Any]:
-    """The arguments of the transformer layer number `index`."""
+def build_layer_arguments(config: Any, intermediate: int, epsilon: float, index: int) -> dict[str, Any]:
+    """Build the arguments of transformer layer `index`."""
     return {
         "intermediate_dim": intermediate,
         "num_heads": config.num_attention_heads,
@@ -131,7 +138,7 @@ def block(config: Any, intermediate: int, epsilon: float, index: int) -> dict[st
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
-# Keras layer to torch module; `:0` to `:2` are the thirds of one that holds query, key and value.
+# Keras layer to torch module. `:0` to `:2` are the thirds of a module with query, key and value in one weight.
 _LAYERS = {
     "gpt2": {
         "token_embedding": "transformer.wte",
@@ -175,26 +182,26 @@ _ENCODER = {
 }
 
 
-def modules(config: Any) -> Iterator[tuple[str, str]]:
-    """Each Keras layer with weights and the torch module that has the same."""
+def list_layer_modules(config: Any) -> Iterator[tuple[str, str]]:
+    """Yield the name of each Keras layer with weights, and of the torch module with the same weights."""
     name = config.model_type
     yield from _LAYERS[name].items()
     if name != "gpt2":
         yield from ((layer, f"{name}.embeddings.{module}") for layer, module in _EMBEDDINGS.items())
-    place, inner = ("transformer.h", _DECODER) if name == "gpt2" else (f"{name}.encoder.layer", _ENCODER)
+    parent, inner = ("transformer.h", _DECODER) if name == "gpt2" else (f"{name}.encoder.layer", _ENCODER)
     for index in range(config.num_hidden_layers):
         for layer, module in inner.items():
-            yield f"transformer_layer_{index}/{layer}", f"{place}.{index}.{module}"
+            yield f"transformer_layer_{index}/{layer}", f"{parent}.{index}.{module}"
 
 
-def views(model: Any) -> dict[str, torch.Tensor]:
-    """Path of each Keras variable to the view of `model`'s weights that is the same numbers in the same order.
+def map_weight_views(model: Any) -> dict[str, torch.Tensor]:
+    """Map the path of each Keras variable to a view of the torch weights with the same elements in the same order.
 
-    A view may have another shape. (torch's Linear holds weights [out, in], Keras and GPT-2's Conv1D [in, out]; Keras
-    takes the heads apart.)
+    A view may have another shape than its variable: Keras splits heads, so that the kernel of a query layer is
+    [in, heads, head_size]. torch's Linear stores weights [out, in], GPT-2's Conv1D and Keras [in, out].
     """
     found = {}
-    for layer, name in modules(model.config):
+    for layer, name in list_layer_modules(model.config):
         name, _, part = name.partition(":")
         module = model.get_submodule(name)
         weight = module.weight.detach()
@@ -208,6 +215,7 @@ def views(model: Any) -> dict[str, torch.Tensor]:
         if isinstance(module, torch.nn.Linear):
             weight = weight.T
         if part:
+            # [in, 3 * out] -> [in, out] and [3 * out] -> [out]
             weight, bias = weight.chunk(3, dim=-1)[int(part)], bias.chunk(3, dim=-1)[int(part)]
         found |= {f"{layer}/kernel": weight, f"{layer}/bias": bias}
     if model.config.model_type != "gpt2":
@@ -215,22 +223,22 @@ def views(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def decays(path: str) -> bool:
-    """Whether a Keras variable decays: as transformers has it, all but biases and the weights of layer norms."""
+def has_weight_decay(path: str) -> bool:
+    """Return True if weight decay applies: as in transformers, to all but biases and the weights of layer norms."""
     return path.rpartition("/")[2] in ("kernel", "embeddings")
 
 
-def _to_keras(model: Any, built: keras.Model) -> None:
-    """Give the Keras model the weights of `model`."""
-    known = views(model)
+def _copy_to_keras(model: Any, built: keras.Model) -> None:
+    """Copy the weights of the torch model `model` to the Keras model."""
+    views = map_weight_views(model)
     for variable in built.trainable_variables:
-        variable.assign(known.pop(variable.path).reshape(tuple(variable.shape)).numpy())
-    assert not known  # each has its variable
+        variable.assign(views.pop(variable.path).reshape(tuple(variable.shape)).numpy())
+    assert not views  # every view has a variable
 
 
-def to_torch(built: keras.Model, model: Any) -> None:
-    """Give `model` the weights of the Keras model."""
-    known = views(model)
+def copy_to_torch(built: keras.Model, model: Any) -> None:
+    """Copy the weights of the Keras model to the torch model `model`."""
+    views = map_weight_views(model)
     for variable in built.trainable_variables:
-        view = known[variable.path]
+        view = views[variable.path]
         view.copy_(torch.from_numpy(np.array(variable.value)).reshape(view.shape))

@@ -1,4 +1,4 @@
-"""Trains with transformers' Trainer."""
+"""Training with transformers' Trainer."""
 
 import copy
 import os
@@ -10,30 +10,30 @@ from stages.core.artifacts import Blocks
 from stages.core.errors import StageError
 from stages.frameworks.trainer.arguments import make_arguments
 from stages.model.precision import check_bf16
-from stages.model.processes import rank, world_size
-from stages.shell.cache import cache_directory
-from stages.shell.interruption import Request
-from stages.train.batches import batches
-from stages.train.trainer_arguments import resolve
+from stages.model.processes import get_rank, get_world_size
+from stages.shell.cache import get_cache_directory
+from stages.shell.interruption import StopRequest
+from stages.train.batches import split_batch
+from stages.train.trainer_arguments import resolve_merged
 from stages.train.training import BlockTrainer, TrainingProgress
-from stages.train.watchers import watchers
+from stages.train.watchers import create_watchers
 
 if TYPE_CHECKING:
     from stages.train.stage import TrainConfig
 
 
-def prepare(config: "TrainConfig") -> None:
-    """Set what has to be set before a model is built.
+def prepare_framework(config: "TrainConfig") -> None:
+    """Check bf16 support, and set the cache directory of torch.compile, before a model is built.
 
     Raises:
-        StageError: if this processor cannot do what `config` asks for.
+        StageError: if the processor does not support bf16 and `config` uses it.
     """
     check_bf16(config.hardware.device, config.trainer.get("bf16") is True)
-    _keep_compiled()
+    _set_compile_cache()
 
 
-def libraries(_: "TrainConfig") -> tuple[str, ...]:
-    """The libraries that decide the result, beside those that decide it under every framework."""
+def list_libraries(_: "TrainConfig") -> tuple[str, ...]:
+    """Return the libraries that determine the result only under this framework."""
     return ()
 
 
@@ -44,54 +44,62 @@ def fit(
     train: Blocks,
     validation: Blocks,
     directory: str,
-    request: Request,
+    request: StopRequest,
 ) -> tuple[Any, TrainerState]:
-    """The trained `model` and the record of its training, from the newest checkpoint in `directory` if there is one.
+    """Train `model`, from the newest checkpoint in `directory` if there is one.
 
-    Of a sharded model, the first process alone has it.
+    Returns:
+        The trained model, and the state and history of its training. Of a sharded model, only process 0 gets the
+        trained weights.
 
     Raises:
-        Interrupted: when `request` asked for the end; a checkpoint has then been written.
+        Interrupted: if a stop was requested; a checkpoint has then been written.
     """
     sharded = bool(config.trainer.get("fsdp"))
-    whole = copy.deepcopy(model) if sharded and not rank() else None
+    unsharded = copy.deepcopy(model) if sharded and not get_rank() else None
     trainer = make_trainer(config, model, objective, train, validation, directory)
-    trainer.train_on(request)
+    trainer.train_or_resume(request)
     if not sharded:
         return trainer.model, trainer.state
-    from stages.train.sharding import gathered
+    from stages.train.sharding import gather_weights
 
-    return gathered(trainer.model, whole), trainer.state
+    return gather_weights(trainer.model, unsharded), trainer.state
 
 
-def _keep_compiled() -> None:
-    """Have torch.compile keep its work for the next run: half a minute for a small model."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
+def _set_compile_cache() -> None:
+    """Make torch.compile cache its output on disk, which saves the next run half a minute for a small model."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(get_cache_directory() / "inductor"))
 
 
 def make_trainer(
     config: "TrainConfig", model: Any, objective: Any, train: Blocks, validation: Blocks, directory: str
 ) -> BlockTrainer:
-    """The Trainer that `config` describes; its checkpoints stand in `directory`."""
+    """Create the Trainer that `config` describes, with its checkpoints in `directory`."""
     try:
-        at_once, accumulation = batches(config.batch_size, config.hardware, world_size())
+        micro_batch_size, accumulation_steps = split_batch(config.batch_size, config.hardware, get_world_size())
     except ValueError as error:
         raise StageError(str(error)) from None
-    callbacks: list[Any] = [TrainingProgress(config.batch_size * config.block_size), *watchers(config, directory)]
+    callbacks: list[Any] = [
+        TrainingProgress(config.batch_size * config.block_size),
+        *create_watchers(config, directory),
+    ]
     if config.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.threshold))
-    given = resolve(config.trainer)
+    given = resolve_merged(config.trainer)
     if given.get("fsdp"):
-        from stages.train.sharding import Sharded, layers_of, without_twins
+        from stages.train.sharding import ShardingCheck, find_layers_to_shard, remove_duplicate_bias
 
-        callbacks.append(Sharded())
-        model = without_twins(model)
-        given["fsdp_config"] = {"transformer_layer_cls_to_wrap": layers_of(model), **(given.get("fsdp_config") or {})}
+        callbacks.append(ShardingCheck())
+        model = remove_duplicate_bias(model)
+        given["fsdp_config"] = {
+            "transformer_layer_cls_to_wrap": find_layers_to_shard(model),
+            **(given.get("fsdp_config") or {}),
+        }
     if config.hardware.ray is not None:
-        from stages.launch.ray import reporting
+        from stages.launch.ray import create_report_callback
 
-        callbacks.append(reporting())
-    arguments = make_arguments(config, given, directory, at_once, accumulation)
+        callbacks.append(create_report_callback())
+    arguments = make_arguments(config, given, directory, micro_batch_size, accumulation_steps)
     return BlockTrainer(
         model,
         arguments,
@@ -101,5 +109,5 @@ def make_trainer(
         config.hardware.evaluate_batch_tokens,
         config.checkpoints,
         callbacks,
-        each_saves=config.hardware.ray is not None,
+        saves_per_process=config.hardware.ray is not None,
     )
