@@ -20,7 +20,7 @@ from pydantic import Field
 from stages.core.artifacts import write_text
 from stages.core.compose import Params, find_forbidden_values
 from stages.core.config import CONF, config_section, read_yaml, suggest_name, validate_values
-from stages.core.errors import ConfigError, StageError, printable_lines
+from stages.core.errors import ConfigError, StageError, format_cause, printable_lines
 from stages.hub.client import find_hub_problem
 from stages.hub.files import CONVERT_HINT, PICKLE_SUFFIXES
 from stages.shell.app import format_error
@@ -275,20 +275,16 @@ def upload_model(settings: Publication, card: Any, directory: Path, files: list[
     except HfHubHTTPError as error:
         raise StageError(describe_refusal(name, error)) from None
     except ValueError as error:  # the Hub's message; nearly always about the card's metadata
-        raise StageError(f"the Hub refuses {name} (see conf/publish.yaml): {join_lines(error)}") from None
+        raise StageError(f"the Hub refuses {name} (see conf/publish.yaml): {format_cause(error)}") from None
     except Exception as error:  # the HTTP libraries have different errors
         cause = error.__cause__ or error
         raise StageError(
-            f"publishing was interrupted ({type(cause).__name__}: {join_lines(cause)})\n  Run it again: files that are"
-            " already there are not sent twice, and the model changes in one commit or not at all"
+            f"publishing was interrupted ({type(cause).__name__}: {format_cause(cause)})\n  Run it again: files that"
+            " are already there are not sent twice, and the model changes in one commit or not at all"
         ) from None
     if stale:
         print(f"deleted from the repository, left from an earlier model: {', '.join(stale)}")
     return f"{constants.ENDPOINT}/{name}"
-
-
-def join_lines(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def describe_refusal(name: str, error: Any) -> str:

@@ -17,12 +17,12 @@ from stages.core.artifacts import check_output_path, write_directory, write_json
 from stages.core.config import Seed, config_view
 from stages.figures.groups import compute_document_figures
 from stages.figures.names import EVALUATED, EVALUATED_FILES, SAMPLES_FILE, TEXTS_PREFIX, separate_texts
-from stages.figures.schema import Evaluate, Samples, check_prompts
+from stages.figures.schema import Evaluate, TaskSamples
 from stages.figures.scores import add_scores, read_record_columns, write_scores
 from stages.figures.texts import find_source_files, open_texts
 from stages.model.hardware import Hardware
 from stages.model.lean_import import import_lean
-from stages.model.schema import Model, ObjectiveName, check_task
+from stages.model.schema import Model, ObjectiveName, check_task, check_within_positions
 from stages.tokens.texts import Flatten, FlattenData, choose_flatten
 from stages.tokens.vocabulary import Vocabulary
 
@@ -42,7 +42,7 @@ class BaselineConfig:
     seed: Seed
     """Seed of the initial weights."""
     evaluate: Evaluate
-    samples: Samples
+    samples: TaskSamples
     start: str | None
     """Directory of the trained model that training starts from; null: it starts from `model`."""
     tokens: str
@@ -68,19 +68,9 @@ class BaselineConfig:
     @classmethod
     def _check_context_fits_model(cls, evaluate: Evaluate, info: ValidationInfo) -> Evaluate:
         model = info.data.get("model")
-        if model is not None and evaluate.context > model.max_positions:
-            raise ValueError(
-                f"evaluate.context={evaluate.context} is above the model's positions, {model.max_positions}"
-            )
+        if model is not None:
+            check_within_positions("evaluate.context", evaluate.context, model.max_positions)
         return evaluate
-
-    @field_validator("samples")
-    @classmethod
-    def _check_prompts_fit_objective(cls, samples: Samples, info: ValidationInfo) -> Samples:
-        objective = info.data.get("objective")
-        if objective is not None:
-            check_prompts(samples, objective.name)
-        return samples
 
 
 def main(config: BaselineConfig) -> None:

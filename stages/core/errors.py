@@ -42,6 +42,15 @@ def printable(value: object, limit: int = 200) -> str:
     )
 
 
+def format_cause(error: BaseException, limit: int = 500) -> str:
+    """Format an error of a library as one printable line, with its type if the text is not clear without it."""
+    text = " ".join(str(error).split())
+    if not text:
+        return type(error).__name__
+    needs_type = isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | TypeError)
+    return printable(f"{type(error).__name__}: {text}" if needs_type else text, limit)
+
+
 def escape_controls(text: str) -> str:
     """Escape control characters and marks that change the direction of text, except newlines and tabs."""
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import ValidationInfo, field_validator
 
 from stages.core.artifacts import (
     Blocks,
@@ -33,14 +32,14 @@ from stages.core.config import config_view
 from stages.core.errors import StageError
 from stages.figures.groups import compute_document_figures, compute_group_figures
 from stages.figures.names import EVALUATED, SAMPLES_FILE, TOKENS_DIRECTORY, select_headline_metrics, separate_texts
-from stages.figures.schema import Evaluate, Samples, check_prompts
+from stages.figures.schema import Evaluate, TaskSamples
 from stages.figures.scores import TokenBits, add_scores, get_scores, read_scores, write_scores, write_token_bits
 from stages.figures.texts import Texts, open_texts
 from stages.hub.files import count_usable_positions
 from stages.launch.torchrun import run_in_processes
 from stages.model.hardware import Hardware
 from stages.model.lean_import import import_lean
-from stages.model.schema import ObjectiveConfig
+from stages.model.schema import ObjectiveConfig, check_within_positions
 from stages.tokens.texts import Flatten, FlattenData, choose_flatten
 from stages.tokens.vocabulary import Vocabulary
 
@@ -57,7 +56,7 @@ class EvaluateConfig:
     objective: ObjectiveConfig
     hardware: Hardware
     evaluate: Evaluate
-    samples: Samples
+    samples: TaskSamples
     trained: str
     """Directory of the trained model."""
     tokens: str
@@ -74,14 +73,6 @@ class EvaluateConfig:
     """Directory of all metrics and of the scores to write."""
     samples_out: str
     """File of the samples to write."""
-
-    @field_validator("samples")
-    @classmethod
-    def _check_prompts_fit_objective(cls, samples: Samples, info: ValidationInfo) -> Samples:
-        objective = info.data.get("objective")
-        if objective is not None:
-            check_prompts(samples, objective.name)
-        return samples
 
 
 def main(config: EvaluateConfig) -> None:
@@ -106,8 +97,7 @@ def evaluate_task(config: EvaluateConfig) -> None:
     vocabulary = Vocabulary.read(tokens)
     model = load_trained_model(name, config.trained).to(config.hardware.device)
     positions = count_usable_positions(model.config.to_dict())
-    if positions is not None and config.evaluate.context > positions:
-        raise StageError(f"evaluate.context={config.evaluate.context} is above the model's positions, {positions}")
+    check_within_positions("evaluate.context", config.evaluate.context, positions)
     block_size = Blocks(Path(config.blocks) / "validation").block_size
     if config.evaluate.context > block_size:
         log.warning(

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from stages.core.config import Positive, Seed, config_section
 
@@ -42,14 +42,17 @@ class Samples:
     """Beginnings to complete (causal), or sentences with one {mask} (mlm)."""
 
 
-def check_prompts(samples: Samples, objective: str) -> None:
-    """Check that `samples` has the values and prompts that the objective needs.
+def _check_prompts(samples: Samples, info: ValidationInfo) -> Samples:
+    """Check that `samples` has the values and prompts that the field `objective`, declared before it, needs.
 
     Raises:
         ValueError: with one problem per line.
     """
     problems = []
-    if objective == "causal":
+    objective = info.data.get("objective")
+    if objective is None:  # it has a problem of its own
+        return samples
+    if objective.name == "causal":
         missing = [key for key in ("max_new_tokens", "temperature") if getattr(samples, key) is None]
         problems += [f"samples.{key} is missing for objective.name=causal" for key in missing]
     else:
@@ -57,3 +60,8 @@ def check_prompts(samples: Samples, objective: str) -> None:
         problems += [f"samples.prompts: {prompt!r} needs exactly one {{mask}}" for prompt in wrong]
     if problems:
         raise ValueError("\n".join(problems))
+    return samples
+
+
+TaskSamples = Annotated[Samples, AfterValidator(_check_prompts)]
+"""Samples of a stage's config, checked against its objective."""

@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from stages.core.artifacts import read_json_object
 from stages.core.config import suggest_name
 from stages.core.environment import drop_environment_variables
-from stages.core.errors import StageError, printable
+from stages.core.errors import StageError, format_cause, printable
 from stages.hub.files import (
     OFFSET_POSITIONS,
     SHARDED_WEIGHTS,
@@ -125,7 +125,7 @@ def _build_model(model: Model, vocabulary: Vocabulary | None, seed: int, scratch
         except RuntimeError as error:  # from a distribution that torch cannot sample
             if "memory" in str(error):
                 raise
-            raise StageError(f"cannot build a {config.model_type} from model.config: {_format_error(error)}") from None
+            raise StageError(f"cannot build a {config.model_type} from model.config: {format_cause(error)}") from None
         check_finite(built, "the initial weights that follow from model.config")
         return built
     _check_shape(auto, config, f"config.json of {_format_source(model)} and model.config")
@@ -175,7 +175,7 @@ def _check_shape(auto: Any, config: Any, where: str) -> None:
         with torch.device("meta"), no_init_weights():
             built = auto.from_config(copy.deepcopy(config), dtype=torch.float32)
     except Exception as error:  # architectures check their values in different ways, or not at all
-        raise StageError(f"cannot build a {config.model_type} from {where}: {_format_error(error)}") from None
+        raise StageError(f"cannot build a {config.model_type} from {where}: {format_cause(error)}") from None
     num_bytes = sum(tensor.nbytes for tensor in itertools.chain(built.parameters(), built.buffers()))
     if num_bytes > MAX_MODEL_BYTES:
         raise StageError(
@@ -200,12 +200,12 @@ def _override_config(config: Any, model: Model) -> Any:
             return type(config)(**values)
         except Exception as error:  # architectures check their values in different ways
             shown = ", ".join(f"model.config.{key}={value!r}" for key, value in values.items())
-            raise StageError(f"{printable(shown)}: {_format_error(error)}") from None
+            raise StageError(f"{printable(shown)}: {format_cause(error)}") from None
     for key, value in values.items():
         try:
             setattr(config, key, value)
         except Exception as error:
-            raise StageError(f"model.config.{key}={printable(repr(value))}: {_format_error(error)}") from None
+            raise StageError(f"model.config.{key}={printable(repr(value))}: {format_cause(error)}") from None
     return config
 
 
@@ -283,7 +283,7 @@ def _read_config(directory: Path, source: Path, where: str) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # architectures check their values in different ways
-        reason = _format_error(error).replace(str(directory), str(source))
+        reason = format_cause(error).replace(str(directory), str(source))
         if "trust_remote_code" in reason:
             reason = "transformers has no such model_type, and code that comes with a model is never run"
         raise StageError(f"{where}: its config.json cannot be used: {reason}") from None
@@ -309,7 +309,7 @@ def _load_weights(auto: Any, directory: Path, config: Any, where: str) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # from safetensors, transformers, or invalid content of a file
-        raise StageError(f"the weights in {where} cannot be loaded: {_format_error(error)}") from None
+        raise StageError(f"the weights in {where} cannot be loaded: {format_cause(error)}") from None
     if other := sorted(info["mismatched_keys"]):
         name, found, expected = other[0]
         raise StageError(
@@ -332,13 +332,6 @@ def _load_weights(auto: Any, directory: Path, config: Any, where: str) -> Any:
             "%d weights are not in the checkpoint and are initialized: %s ...", len(names), ", ".join(names[:3])
         )
     return loaded
-
-
-def _format_error(error: Exception) -> str:
-    """Format an error as one line of at most 500 characters, with its type if the text is not clear without it."""
-    text = " ".join(str(error).split())
-    needs_type = isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | TypeError)
-    return printable(f"{type(error).__name__}: {text}" if needs_type else text, 500)
 
 
 def check_positions(config: Any, model: Model) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from stages.core.config import Fraction, Positive, config_section, config_view
-from stages.core.errors import printable
+from stages.core.errors import StageError, printable
 from stages.core.pins import TrainedModel, check_pin
 
 # Files that train writes if adapter.merge is false: the adapter's weights, and the config of its base model.
@@ -53,6 +53,12 @@ class Model:
         if "model_type" not in self.config:
             raise ValueError("model.config.model_type is missing: a model without path needs its architecture's name")
         return self
+
+
+def check_within_positions(key: str, num_tokens: int, positions: int | None) -> None:
+    """Raise StageError if the value of `key` is above the number of positions of the model (None: unlimited)."""
+    if positions is not None and num_tokens > positions:
+        raise StageError(f"{key}={num_tokens} is above the model's positions, {positions}")
 
 
 def check_task(model: Model, objective: str) -> None:

@@ -14,11 +14,10 @@ import pyarrow.parquet as pq
 
 from stages.core.artifacts import check_output_path, write_directory, write_json
 from stages.core.config import config_view
-from stages.core.errors import StageError
 from stages.hub.files import count_usable_positions
 from stages.model.hardware import Hardware
 from stages.model.lean_import import import_lean
-from stages.model.schema import ObjectiveName
+from stages.model.schema import ObjectiveName, check_within_positions
 from stages.score.items import compute_digest, read_items
 from stages.score.schema import Pairs
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
@@ -59,8 +58,7 @@ def main(config: ScoreConfig) -> None:
     choices = encode_choices(items, tokenizer, vocabulary, config.pairs.joiner)
     model = load_trained_model(name, config.trained).to(config.hardware.device)
     positions = count_usable_positions(model.config.to_dict())
-    if positions is not None and context > positions:
-        raise StageError(f"pairs.context={context} is above the model's positions, {positions}")
+    check_within_positions("pairs.context", context, positions)
     batch_tokens = config.hardware.evaluate_batch_tokens
     nats, num_tokens = score_choices(model, name, choices, vocabulary, context, batch_tokens)
     table = build_item_table(items, config.pairs.groups, nats, num_tokens)

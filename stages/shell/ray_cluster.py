@@ -10,7 +10,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from stages.core.errors import StageError
+from stages.core.errors import StageError, format_cause
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -41,7 +41,7 @@ def connect_to_cluster() -> Any:
             )
         except (OSError, ValueError) as error:
             raise StageError(
-                f"no Ray cluster at {address}: {' '.join(str(error).split())[:200]}\n  start one on this machine"
+                f"no Ray cluster at {address}: {format_cause(error, 200)}\n  start one on this machine"
                 " (`ray start --head`; docs/cluster.md explains how to secure it) or set RAY_ADDRESS; a cluster that"
                 " requires a token also needs RAY_AUTH_MODE=token here"
             ) from None

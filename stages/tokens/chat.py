@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from stages.core.errors import StageError, is_error, printable
+from stages.core.errors import StageError, format_cause, is_error
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
@@ -148,7 +148,7 @@ class ChatTemplate:
         except BaseException as error:  # Jinja and the template can raise any exception
             if not is_error(error):
                 raise
-            raise ValueError(f"the chat template rejects its messages: {_format_template_error(error)}") from None
+            raise ValueError(f"the chat template rejects its messages: {format_cause(error)}") from None
 
     def _cut_segments(self, text: str, spans: Sequence[tuple[int, int]], spelled: dict[str, str]) -> Iterator[Segment]:
         """Cut the rendered `text` at its control tokens and at the ends of the assistant's `spans`.
@@ -175,10 +175,6 @@ class ChatTemplate:
                 piece = piece.lstrip()
             if piece:
                 yield Segment("".join(spelled.get(character, character) for character in piece), is_counted)
-
-
-def _format_template_error(error: BaseException) -> str:
-    return printable(" ".join(str(error).split()), 300) or type(error).__name__
 
 
 def read_chat_template(directory: Path, tokenizer: Tokenizer, special: dict[str, int]) -> ChatTemplate:

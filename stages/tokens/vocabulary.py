@@ -24,7 +24,7 @@ from stages.core.artifacts import (
     read_json,
     read_json_object,
 )
-from stages.core.errors import StageError, is_error, printable
+from stages.core.errors import StageError, format_cause, is_error, printable
 from stages.tokens.chat import CHAT_TEMPLATE_FILE
 from stages.tokens.schema import TrainedTokenizer
 
@@ -236,7 +236,7 @@ def convert_rust_errors(problem: str) -> Iterator[None]:
     except BaseException as error:
         if not is_error(error):
             raise
-        raise StageError(f"{problem}: {printable(' '.join(str(error).split()))}") from None
+        raise StageError(f"{problem}: {format_cause(error)}") from None
 
 
 def _load_tokenizer_file(directory: Path) -> Tokenizer | None:

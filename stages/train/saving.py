@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from stages.core.artifacts import Blocks, write_json
-from stages.core.errors import StageError
+from stages.core.errors import StageError, format_cause
 from stages.model.schema import ADAPTER_WEIGHTS, BASE_MODEL_CONFIG, Adapter, Model
 from stages.model.trained import load_trained_model
 
@@ -51,7 +51,7 @@ def add_adapter(model: Any, adapter: Adapter, source: Model, seed: int) -> Any:
         owners = _map_weights_to_layers(model)
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise StageError(f"adapter.targets={adapter.targets}: {' '.join(str(error).split())}") from None
+        raise StageError(f"adapter.targets={adapter.targets}: {format_cause(error)}") from None
     for problem in _find_tied_targets(adapted, owners):
         raise StageError(f"adapter.targets={adapter.targets}: {problem}")
     base = source.path if source.from_ is None else source.from_.description  # not the files from which it was loaded

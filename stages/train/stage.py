@@ -32,7 +32,7 @@ from stages.core.source_code import hash_code
 from stages.launch.torchrun import run_in_processes
 from stages.model.hardware import Hardware
 from stages.model.lean_import import import_lean
-from stages.model.schema import Adapter, Model, ObjectiveConfig, check_isolation, check_task
+from stages.model.schema import Adapter, Model, ObjectiveConfig, check_isolation, check_task, check_within_positions
 from stages.shell.interruption import defer_signals
 from stages.tokens.vocabulary import Vocabulary, export_tokenizer
 from stages.train.batches import split_batch
@@ -147,8 +147,8 @@ class TrainConfig:
         model, objective = info.data.get("model"), info.data.get("objective")
         if objective is not None and objective.name == "causal" and block_size < 2:
             raise ValueError("block_size=1: a causal model predicts a token from those before it: set 2 or more")
-        if model is not None and block_size > model.max_positions:
-            raise ValueError(f"block_size={block_size} is above the model's positions, {model.max_positions}")
+        if model is not None:
+            check_within_positions("block_size", block_size, model.max_positions)
         return block_size
 
     @field_validator("batch_size")

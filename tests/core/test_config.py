@@ -71,10 +71,10 @@ def test_config_hardware_file_has_the_key_that_baseline_and_evaluate_track_and_r
         (
             "train",
             ["+trainer.load_best_model_at_end=true"],
-            "load_best_model_at_end needs save_strategy and eval_strategy",
+            "load_best_model_at_end needs the same save_strategy and eval_strategy",
         ),
         ("train", ["learning_rate=.inf"], "learning_rate"),
-        ("train", ["trainer.eval_strategy=false"], "in quotes: YAML takes a bare no for false"),
+        ("train", ["trainer.eval_strategy=false"], "quote it: in YAML, a bare no means false"),
         ("train", ["model.config.model_type=bloom"], "objective.isolate_documents=true is not proven for bloom"),
         ("tokenize", ["~model.tokenizer.train.special_tokens.eos_token"], "special_tokens has no eos_token"),
         ("evaluate", ["samples.max_new_tokens=null"], "samples.max_new_tokens is missing for objective.name=causal"),

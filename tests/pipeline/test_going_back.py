@@ -42,6 +42,11 @@ def repository(committed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(committed, tmp_path / "repository", symlinks=True))
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_going_back_command_is_the_same_on_all_pages(back: str, page: str) -> None:
+    assert f"$ {back}\n" in (RECIPES.parents[1] / page).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_going_back_restores_the_committed_state(repository: Path, back: str, way: str) -> None:
     run_shell(repository, WAYS[way])

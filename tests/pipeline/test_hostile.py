@@ -316,7 +316,7 @@ def test_hostile_source_without_permission_is_named_by_the_process(tmp_path: Pat
         "download", "data=files", f"data.path={source}", f"out={tmp_path}/raw", prefix=AS_UNPRIVILEGED
     )
     source.chmod(0o700)
-    assert error.startswith(f"Permission denied: {source}: this user may not read or write there: change its owner")
+    assert error.startswith(f"Permission denied: {source}: this user may not read or write it: change its owner")
     assert not (tmp_path / "raw").exists()
 
 

@@ -334,7 +334,7 @@ def test_hostile_workspace_without_permission_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir(mode=0o500)
     command = ["data=files", f"data.path={source}", f"out={tmp_path}/data/raw"]
     error = run_process_for_error("download", *command, prefix=AS_UNPRIVILEGED)
-    assert re.match(rf"Permission denied: {tmp_path}/data/.tmp-raw-\w+: this user may not read or write there", error)
+    assert re.match(rf"Permission denied: {tmp_path}/data/.tmp-raw-\w+: this user may not read or write it", error)
     assert list_files(tmp_path / "data") == []
 
 

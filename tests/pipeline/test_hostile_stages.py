@@ -166,7 +166,7 @@ BROKEN_TOKENIZER = [
     ),
     Case("nested", chain(CAUSAL, write("tokenizer.json", "[" * 200_000)), "DIR/tokenizer.json is not a tokenizer"),
     Case("settings nested", chain(CAUSAL, write(SETTINGS, '{"a":' * 200_000)), f"DIR/{SETTINGS} is not JSON"),
-    Case("made by its own code alone", write_code_tokenizer, "code of a repository is never run"),
+    Case("only its own code", write_code_tokenizer, "code in the directory is never run"),
 ]  # fmt: skip
 
 
@@ -304,7 +304,7 @@ BROKEN_TOKENS = [
     Case("shard missing", remove(SHARD), "DIR/test has no shards: run `dvc repro`"),
     Case("shard a directory", replace_by_directory(SHARD), f"DIR/{SHARD} is damaged"),
     Case("shard of another schema", write_foreign_shard, f"DIR/{SHARD} is damaged"),
-    Case("shard too many", lambda d: shutil.copy(d / SHARD, d / "test/shard-00001.arrow"), "DIR/test: the shards are"),
+    Case("shard too many", lambda d: shutil.copy(d / SHARD, d / "test/shard-00001.arrow"), "DIR/test: the shards do not match"),
     Case("checksums truncated", truncate("test/shards.json", 0.5), f"delete DIR/test/shards.json {REMADE}"),
     Case("checksums bit-flipped", flip_bit("test/shards.json", 0.8), f"DIR/{SHARD} is damaged"),
     Case("checksums of another shape", write("test/shards.json", "[]"), "the shards do not match shards.json"),

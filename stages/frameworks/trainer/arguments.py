@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import GreedyLR, get_scheduler
 
-from stages.core.errors import StageError, printable
+from stages.core.errors import StageError, format_cause, printable
 from stages.train.trainer_arguments import DEFAULTS, MERGED, resolve_merged
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def make_arguments(
     try:
         arguments = TrainingArguments(**{**DEFAULTS, **pinned, **given, **owned})
     except Exception as error:  # transformers' checks raise different exceptions
-        raise StageError(f"trainer: {_format_error(error)}") from None
+        raise StageError(f"trainer: {format_cause(error)}") from None
     check_arguments(arguments, given)
     return arguments
 
@@ -114,14 +114,14 @@ def _try_optimizer(arguments: TrainingArguments) -> list[Any]:
     except Exception as error:  # a missing library, invalid optim_args
         if "target modules" in str(error) and arguments.optim_target_modules:
             return [arguments.optim_target_modules]  # names of the model's layers, which the toy model lacks
-        raise StageError(f"trainer.optim={name}: {_format_error(error)}") from None
+        raise StageError(f"trainer.optim={name}: {format_cause(error)}") from None
     if not isinstance(optimizer_class, type) or options.keys() & {"model", "optimizer_dict", "params"}:
         return [str(options)]  # built from the model's layers
     groups = [{"params": list(toy.parameters()), "weight_decay": arguments.weight_decay}]
     try:
         optimizer = optimizer_class(groups, **options)
     except Exception as error:
-        raise StageError(f"trainer.optim={name}: {_format_error(error)}") from None
+        raise StageError(f"trainer.optim={name}: {format_cause(error)}") from None
     settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
     return [settings, *_compute_learning_rates(arguments, optimizer)]
 
@@ -147,8 +147,4 @@ def _compute_learning_rates(arguments: TrainingArguments, optimizer: Any) -> Ite
             optimizer.step()  # no gradient: changes nothing, but without it the schedule would warn
             schedule.step(1.0) if needs_metric else schedule.step()
     except Exception as error:
-        raise StageError(f"trainer.lr_scheduler_type={kind.value}: {_format_error(error)}") from None
-
-
-def _format_error(error: Exception) -> str:
-    return printable(" ".join(str(error).split()), 400) or type(error).__name__
+        raise StageError(f"trainer.lr_scheduler_type={kind.value}: {format_cause(error)}") from None
