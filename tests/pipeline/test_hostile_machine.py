@@ -96,17 +96,17 @@ BROKEN_MODELS = [
     Case(
         "misspelt value",
         change_nothing,
-        "model.config.n_embed: gpt2 has no such value; did you",
+        "model.config.n_embed: gpt2 has no such setting; did you",
         GPT2 | {"n_embed": 16},
     ),
     Case("width that heads do not divide", set_config(n_head=3), "must be divisible by num_heads"),
     Case(
-        "vocabulary below the tokenizer's", change_nothing, "the tokenizer has 301 tokens, the model embeddings for 300"
+        "vocabulary below the tokenizer's", change_nothing, "the tokenizer has 301 tokens, but the model only has 300"
     ),
     Case(
         "fewer positions than said",
         change_nothing,
-        "model.max_positions=65: the model has positions for 64 tokens alone",
+        "model.max_positions=65: the model only has 64 positions",
     ),
 ]  # fmt: skip
 
@@ -154,7 +154,7 @@ def test_hostile_causal_model_that_sees_both_sides_is_refused(
         task="causal", path=None, revision=None, files=None, from_scratch=True, max_positions=64, config=config
     )
     error = run_stage_for_error("baseline", *overrides("baseline", "causal", tmp_path), model=model)
-    assert f"task=causal: {model_type} attends to the tokens on both sides" in error
+    assert f"task=causal: {model_type} attends to tokens on both sides" in error
 
 
 # -- training and evaluation -------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_hostile_blocks_of_another_size_than_block_size_are_named(
     overrides: Callable[..., list[str]], corpus: Path, cache: Path, tmp_path: Path
 ) -> None:
     error = run_stage_for_error("train", *overrides("train", "causal", tmp_path, "block_size=8"))
-    assert error == f"block_size=8: the blocks in {corpus}/blocks-16/causal hold 16 tokens each"
+    assert error == f"block_size=8: the blocks in {corpus}/blocks-16/causal have 16 tokens each"
 
 
 @pytest.mark.parametrize("logging_steps", [1, 1000])
@@ -218,11 +218,11 @@ def exhaust_cuda(*_: Any, **__: Any) -> Any:
 @pytest.mark.parametrize(
     ("stage", "target", "setting"),
     [
-        ("train", (Blocks, "__getitem__"), "halve hardware.per_device_batch_size (conf/hardware; null is"),
+        ("train", (Blocks, "__getitem__"), "halve hardware.per_device_batch_size (conf/hardware; null means"),
         (
             "baseline",
             (metrics, "compute_window_nats"),
-            "halve hardware.evaluate_batch_tokens (conf/hardware; changes no",
+            "halve hardware.evaluate_batch_tokens (conf/hardware; results stay",
         ),
     ],
 )
@@ -325,7 +325,7 @@ def test_hostile_workspace_that_is_read_only_is_named(tmp_path: Path) -> None:
     with mount(tmp_path / "disk", "-t", "tmpfs", "-o", "ro", "tmpfs") as disk:
         error = run_process_for_error("download", "data=files", f"data.path={source}", f"out={disk}/data/raw")
     assert error.startswith(f"Read-only file system: {disk}/data")
-    assert error.endswith(": nothing can be written there: run in a workspace on a writable disk")
+    assert error.endswith(": the file system is read-only: run in a workspace on a writable disk")
 
 
 @needs_modes
@@ -400,6 +400,6 @@ def test_loader_of_batches_that_is_killed_is_reported_as_out_of_memory(how: Call
     with pytest.raises(RuntimeError) as caught:
         list(torch.utils.data.DataLoader(WorkerKillingDataset(how), num_workers=1))
     error = app.format_error(caught.value, "train")
-    assert error.startswith("a process that loads batches was killed: out of memory")
+    assert error.startswith("a process that loads batches was killed: is memory or /dev/shm full?")
     assert "hardware.per_device_batch_size" in error and "trainer.dataloader_num_workers: 0" in error
     assert "LM_REPRO_DEBUG" not in error

@@ -25,7 +25,7 @@ def run_check(project: Path, *, wrong: bool = True) -> str:
         ("params.yaml", "hardware", "cpuu", "did you mean cpu?"),
         ("params.yaml", "data__name", "sampel", "did you mean sample?"),
         ("params.yaml", "data__name", "eli5", "defunct"),
-        ("params.yaml", "data__path", "it's mine.txt", "data.path=it's mine.txt: data.name=sample reads"),
+        ("params.yaml", "data__path", "it's mine.txt", "data.path=it's mine.txt: data.name=sample only reads"),
         ("params.yaml", "block_size", 1024, "above the model's positions, 512 (train@causal, train@mlm)"),
         ("params.yaml", "seed", -1, "seed=-1"),
         ("params.yaml", "tasks__mlm__model", "tiny-gpt2", "model.task=causal: this model cannot"),
