@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ TASKS = tuple(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 ONCE = tuple(name for name, stage in STAGES.items() if "foreach" not in stage)
 PER_TASK = tuple(name for name, stage in STAGES.items() if stage.get("foreach") == "${tasks}")
 ALL = {*ONCE} | {f"{stage}@{task}" for stage in PER_TASK for task in TASKS}
+
+
+def mark_rest_slow(cases: Iterable[Any], num_fast: int) -> list[Any]:
+    """Mark all parameter sets but the first `num_fast` as slow, for tests whose cases take the same path."""
+    sets = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*values, marks=pytest.mark.slow if n >= num_fast else ()) for n, values in enumerate(sets)]
 
 
 def build_environment(directory: Path) -> dict[str, str]:

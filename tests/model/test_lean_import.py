@@ -57,6 +57,7 @@ def test_trainer_imported_lean_leaves_out_what_it_does_not_use(whole: dict[str, 
     assert run(given, "import transformers\ntransformers.Trainer\n", LOADED)["loaded"] == ""
 
 
+@pytest.mark.slow
 def test_trainer_imported_lean_for_an_adapter_knows_one() -> None:
     check = """
 import torch
@@ -87,16 +88,19 @@ def test_import_where_it_may_be_used_is_whole(given: str) -> None:
     assert found["imported"] == "False"
 
 
+@pytest.mark.slow
 def test_import_of_a_transformers_that_it_does_not_suit_is_whole_and_computes_the_same(whole: dict[str, str]) -> None:
     given = "lean_import.HIDDEN_PACKAGES = ('nothing',)\nlean_import.import_lean(hardware())\n"
     assert run(given, MODEL, LOADED) == whole
 
 
+@pytest.mark.slow
 def test_import_of_a_torch_that_it_does_not_suit_computes_the_same(whole: dict[str, str]) -> None:
     given = "lean_import._INDEPENDENT_SUBMODULE = 'of_another_version'\nlean_import.import_lean(hardware())\n"
     assert run(given, MODEL)["logits"] == whole["logits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "use",
     [
@@ -124,6 +128,7 @@ print("compiled", float(torch.compile(lambda x: x + 1, backend="eager")(torch.on
     }
 
 
+@pytest.mark.slow
 def test_model_imported_lean_trains_without_dynamo(whole: dict[str, str]) -> None:
     trained = """
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
@@ -138,6 +143,7 @@ print("present", "torch._dynamo.utils" in sys.modules)
     assert lean["trained"] == run(MODEL, trained)["trained"] != lean["logits"]
 
 
+@pytest.mark.slow
 def test_model_imported_lean_can_be_compiled_later(whole: dict[str, str]) -> None:
     compiled = """
 model = torch.compile(model, backend="eager")

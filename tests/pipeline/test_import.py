@@ -6,6 +6,8 @@ import pytest
 import yaml
 from dvc_project import edit_yaml, run_command
 
+pytestmark = pytest.mark.slow
+
 MODEL = Path("models/causal")
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from small_repository import make_repository, run_shell
 
+pytestmark = pytest.mark.slow
+
 RECIPES = Path(__file__).parents[2] / "docs/recipes.md"
 
 

@@ -21,7 +21,7 @@ from data_helpers import (
     write_jsonl,
     write_raw,
 )
-from dvc_project import edit_yaml, run_command
+from dvc_project import edit_yaml, mark_rest_slow, run_command
 from hostile import run_stage_for_error
 from hub_cases import TOKEN
 from mini_hub import MiniHub
@@ -138,7 +138,7 @@ ATTACKS = {
 }
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", mark_rest_slow(ATTACKS, num_fast=4))
 def test_security_attack_by_a_value_or_a_file_is_refused_by_check_and_stage(clean: Path, attack: str) -> None:
     file, key, value, stage, message = ATTACKS[attack]
     if key:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from dvc_project import ALL, edit_yaml, run_command
+from dvc_project import ALL, edit_yaml, mark_rest_slow, run_command
 
 from tools.architectures import find_config_keys, list_model_types
 
@@ -20,7 +20,7 @@ def run_check(project: Path, *, wrong: bool = True) -> str:
 
 @pytest.mark.parametrize(
     ("file", "key", "value", "message"),
-    [
+    mark_rest_slow([
         ("params.yaml", "tasks__causal__model", "tiny-gtp2", "no conf/model/tiny-gtp2.yaml; did you mean tiny-gpt2?"),
         ("params.yaml", "hardware", "cpuu", "did you mean cpu?"),
         ("params.yaml", "data__name", "sampel", "did you mean sample?"),
@@ -34,7 +34,7 @@ def run_check(project: Path, *, wrong: bool = True) -> str:
         ("conf/task/mlm.yaml", "samples__prompts", ["no mask"], "needs exactly one {mask}"),
         ("conf/model/tiny-gpt2.yaml", "config__n_embdd", 64, "n_embdd is not a key of gpt2; did you mean n_embd?"),
         ("conf/model/tiny-gpt2.yaml", "config__model_type", "gpt22", "model_type=gpt22 is not a known architecture"),
-    ],
+    ], num_fast=5),
 )  # fmt: skip
 def test_check_wrong_value_is_refused_by_name(clean: Path, file: str, key: str, value: object, message: str) -> None:
     edit_yaml(clean / file, **{key: value})
@@ -189,7 +189,7 @@ def test_check_artifacts_of_another_library_version_print_warning(clean: Path) -
     assert "data/raw was made with pyarrow 1.0" in run_check(clean, wrong=False)
 
 
-@pytest.mark.parametrize("size", [0, 8, 500, 1500])
+@pytest.mark.parametrize("size", mark_rest_slow([500, 0, 8, 1500], num_fast=1))
 def test_check_truncated_dvc_lock_names_the_fix(clean: Path, size: int) -> None:
     lock = clean / "dvc.lock"
     raw = lock.read_bytes()

@@ -61,7 +61,7 @@ def test_start_with_another_tokenizer_says_whose_is_whose(build, trained, corpus
     tokenizer["model"]["merges"].pop()
     file.write_text(json.dumps(tokenizer), encoding="utf-8")
     with pytest.raises(
-        StageError, match=f"{tmp_path}/start was trained with the tokenizer .*{corpus}/tokens/causal/tokenizer"
+        StageError, match=f"{tmp_path}/start was trained with its own tokenizer, .*{corpus}/tokens/causal/tokenizer"
     ):
         build("causal", tmp_path / "start")
 

@@ -230,7 +230,7 @@ COMPARED = ("model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt"
 def test_unknown_tracker_is_an_error_that_lists_those_there_are(monkeypatch):
     monkeypatch.setenv("LM_REPRO_TRACK", "tensorbord")
     with pytest.raises(
-        StageError, match="LM_REPRO_TRACK=tensorbord: it should be one or more of trackio, tensorboard, wandb, mlflow"
+        StageError, match="LM_REPRO_TRACK=tensorbord: choose one or more of trackio, tensorboard, wandb, mlflow"
     ):
         read_tracker_names()
 
