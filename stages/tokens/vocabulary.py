@@ -236,7 +236,7 @@ def convert_rust_errors(problem: str) -> Iterator[None]:
     except BaseException as error:
         if not is_error(error):
             raise
-        raise StageError(f"{problem}: {format_cause(error)}") from None
+        raise StageError(f"{problem}: {format_cause(error, 200)}") from None
 
 
 def _load_tokenizer_file(directory: Path) -> Tokenizer | None:
