@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from docs_commands import read_make_targets
 from small_repository import run_shell
 
 ROOT = Path(__file__).parents[2]
@@ -38,8 +39,7 @@ def find_make_targets(script: str) -> list[str]:
 
 
 def find_missing_targets(script: str) -> list[str]:
-    known = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.MULTILINE))
-    return [target for target in find_make_targets(script) if target not in known]
+    return [target for target in find_make_targets(script) if target not in read_make_targets()]
 
 
 def find_unknown_dvc_options(script: str) -> list[str]:

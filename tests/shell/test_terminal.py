@@ -9,8 +9,6 @@ import pytest
 
 from stages.core.config import CONF
 from stages.core.source_code import list_stages
-from tools.check import get_config_class
-from tools.keys import list_keys
 
 STAGES = [*list_stages(), "code"]
 
@@ -25,12 +23,6 @@ def python(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[
         env={**kept, **environment},
         check=False,
     )
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_terminal_keys_are_each_explained(stage: str) -> None:
-    unexplained = [key.name for key in list_keys(get_config_class(stage)) if not key.meaning]
-    assert unexplained == []
 
 
 @pytest.mark.parametrize("stage", STAGES)
