@@ -13,22 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from stages.core.artifacts import (
     Blocks,
     check_output_path,
-    compute_sha256,
     get_versions,
     read_json,
     write_directory,
     write_json,
 )
 from stages.core.config import Positive, Seed, config_view
-from stages.core.environment import read_collective_settings
 from stages.core.errors import StageError
 from stages.core.pins import get_pin
-from stages.core.source_code import hash_code
 from stages.launch.torchrun import run_in_processes
 from stages.model.hardware import Hardware
 from stages.model.lean_import import import_lean
@@ -36,7 +33,8 @@ from stages.model.schema import Adapter, Model, ObjectiveConfig, check_isolation
 from stages.shell.interruption import defer_signals
 from stages.tokens.vocabulary import Vocabulary, export_tokenizer
 from stages.train.batches import split_batch
-from stages.train.checkpoints import LIBRARIES, compute_fingerprint, lock_checkpoint_directory
+from stages.train.checkpoints import LIBRARIES, lock_checkpoint_directory
+from stages.train.fingerprints import compute_run_fingerprint, hash_start_model, import_framework
 from stages.train.plan import log_against_plan
 from stages.train.saving import add_adapter, compute_probe_loss, list_saved_files, save_model, verify_saved_model
 from stages.train.schema import CheckpointSettings, EarlyStopping, Framework
@@ -216,7 +214,7 @@ def train(config: TrainConfig) -> None:
     from stages.model.start import build_start_model
     from stages.train.live import remove_live_curves
 
-    framework = _import_framework(config)
+    framework = import_framework(config)
     framework.prepare_framework(config)
     prepare_torch(config.hardware)
     tokens, blocks = Path(config.tokens), Path(config.blocks)
@@ -246,11 +244,6 @@ def train(config: TrainConfig) -> None:
         log_against_plan(Path(directory).name)
 
 
-def _import_framework(config: TrainConfig) -> Any:
-    """Import the package of the chosen framework. The libraries of the other frameworks need not be installed."""
-    return importlib.import_module(f"stages.frameworks.{config.framework.name}")
-
-
 @contextlib.contextmanager
 def _open_checkpoints(config: TrainConfig) -> Iterator[str]:
     """Yield the directory of the run's checkpoints.
@@ -276,37 +269,6 @@ def _reserve_checkpoint_name(config: TrainConfig) -> Iterator[str]:
     """Yield a name for the run that is stable across restarts; no other process can use it until the block ends."""
     with lock_checkpoint_directory(compute_run_fingerprint(config)) as directory:
         yield directory.name
-
-
-def compute_run_fingerprint(config: TrainConfig) -> str:
-    """Compute the fingerprint of a run: a hash of its inputs, config, code, libraries and environment.
-
-    Output paths and the frequency of checkpoints do not count, since they do not change the result.
-    """
-    from stages.model.processes import get_world_size
-
-    values = TypeAdapter(TrainConfig).dump_python(config)
-    for key in ("checkpoints", "tokens", "blocks", "out", "report"):
-        del values[key]
-    for launcher in (values["hardware"]["launch"], values["hardware"]["ray"]):
-        for key in ("rendezvous", "started_by", "max_failures", "storage"):
-            (launcher or {}).pop(key, None)
-    values["processes"] = config.hardware.num_processes or get_world_size()  # None: one per GPU
-    values["libraries"] = get_versions(*_import_framework(config).list_libraries(config))
-    values["start"] = hash_start_model(config)
-    values["environment"] = read_collective_settings()
-    # The ledgers contain the checksums of the blocks, which are verified when the blocks are read.
-    ledgers = [Path(config.tokens) / "stats.json", *sorted(Path(config.blocks).rglob("*.json"))]
-    return compute_fingerprint(values, ledgers, hash_code(f"train-{config.framework.name}"))
-
-
-def hash_start_model(config: TrainConfig) -> dict[str, str]:
-    """Map each file of the start model to its SHA-256; empty if config.start is None."""
-    return (
-        {}
-        if config.start is None
-        else {file.name: compute_sha256(file) for file in sorted(Path(config.start).iterdir())}
-    )
 
 
 def write_outputs(
@@ -363,5 +325,5 @@ def build_ledger(config: TrainConfig, state: "TrainerState", num_blocks: int) ->
         "epochs": state.epoch,
         "best_step": state.best_global_step,
         "best_validation_loss": state.best_metric,
-        "versions": get_versions(*LIBRARIES, *_import_framework(config).list_libraries(config)),
+        "versions": get_versions(*LIBRARIES, *import_framework(config).list_libraries(config)),
     }

@@ -11,9 +11,10 @@ from dvc_project import edit_yaml, run_command
 
 from stages.core.compose import compose_config, load_config
 from stages.core.errors import StageError
+from stages.train.batches import count_steps
 from stages.train.stage import TrainConfig
 from tools.forecast import Forecast, Verdict
-from tools.plan import Amounts, Cost, choose_tasks, count_events, count_steps, print_table, run_trial
+from tools.plan import Amounts, Cost, choose_tasks, count_events, print_table, run_trial
 
 CONFIG = load_config(TrainConfig, compose_config("train", ["batch_size=4", "num_train_epochs=3"], "causal"))
 

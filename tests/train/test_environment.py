@@ -11,7 +11,7 @@ from data_helpers import REPOSITORY, read_contents
 from stages.core.environment import read_collective_settings
 from stages.core.errors import StageError
 from stages.launch.ray import _worker_main
-from stages.train.stage import compute_run_fingerprint
+from stages.train.fingerprints import compute_run_fingerprint
 
 # No value is the default on a machine with AVX2 and several cores.
 CHANGE_RESULTS = {
