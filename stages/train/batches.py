@@ -42,6 +42,13 @@ def count_steps_per_epoch(config: "TrainConfig", num_blocks: int) -> int:
 
 def count_steps(config: "TrainConfig", num_blocks: int) -> int:
     """Return the number of optimizer steps of a training; an upper bound with early stopping."""
-    if config.num_train_epochs is None:
-        return int(config.trainer["max_steps"])
-    return math.ceil(config.num_train_epochs * count_steps_per_epoch(config, num_blocks))
+    steps = [int(config.trainer["max_steps"])] if config.trainer.get("max_steps", -1) != -1 else []
+    if config.num_train_epochs is not None:
+        steps.append(math.ceil(config.num_train_epochs * count_steps_per_epoch(config, num_blocks)))
+    return min(steps)
+
+
+def count_schedule_steps(config: "TrainConfig", num_blocks: int) -> int:
+    """Return the number of steps that the schedule of the learning rate spans; training may end earlier."""
+    max_steps = int(config.trainer.get("max_steps", -1))
+    return count_steps(config, num_blocks) if max_steps == -1 else max_steps

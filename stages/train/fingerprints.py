@@ -1,6 +1,7 @@
 """Fingerprints of a training run: hashes of its inputs, config, code, libraries and environment."""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,12 @@ from stages.train.checkpoints import compute_fingerprint
 if TYPE_CHECKING:
     from stages.train.stage import TrainConfig
 
+# Arguments that determine the steps of a run only through the learning rates and the numbers of steps between events.
+_SCHEDULE_ARGUMENTS = {
+    *("lr_scheduler_kwargs", "lr_scheduler_type", "max_steps", "warmup_ratio", "warmup_steps"),
+    *("eval_steps", "logging_steps", "save_steps"),
+}
+
 
 def compute_run_fingerprint(config: "TrainConfig") -> str:
     """Compute the fingerprint of a run.
@@ -21,6 +28,22 @@ def compute_run_fingerprint(config: "TrainConfig") -> str:
     Output paths and the frequency of checkpoints do not count, since they do not change the result.
     """
     return _compute_fingerprint(config, _collect_values(config))
+
+
+def compute_branch_fingerprint(config: "TrainConfig", resolved: Mapping[str, int]) -> str:
+    """Compute a hash of everything that determines a step of a run, except the schedule of the learning rate.
+
+    Args:
+        resolved: numbers of steps that may depend on the length of the run, such as the interval of evaluations.
+    """
+    from stages.model.precision import describe_processor
+
+    values = _collect_values(config)
+    del values["num_train_epochs"]
+    values["trainer"] = {name: value for name, value in config.trainer.items() if name not in _SCHEDULE_ARGUMENTS}
+    values["resolved"] = dict(resolved)
+    values["processor"] = describe_processor(config.hardware.device)
+    return _compute_fingerprint(config, values)
 
 
 def _collect_values(config: "TrainConfig") -> dict[str, Any]:

@@ -68,7 +68,8 @@ class TrainConfig:
     learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
     """Peak learning rate; trainer.lr_scheduler_type sets how it changes."""
     num_train_epochs: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None
-    """Passes over the training blocks, may be fractional; null: trainer.max_steps sets the length of training."""
+    """Passes over the training blocks, may be fractional; null: trainer.max_steps sets the length of training. If both
+    are set, training ends at the earlier one, and the schedule of the learning rate spans trainer.max_steps."""
     batch_size: Positive
     """Sequences per optimizer step, on any hardware."""
     start: str | None
@@ -104,6 +105,16 @@ class TrainConfig:
             check_isolation(objective, model.config.get("model_type"))
         return objective
 
+    @field_validator("checkpoints")
+    @classmethod
+    def _check_checkpoints(cls, checkpoints: CheckpointSettings, info: ValidationInfo) -> CheckpointSettings:
+        hardware = info.data.get("hardware")
+        if checkpoints.keep_for_branches is not None and hardware is not None and hardware.ray is not None:
+            raise ValueError(
+                "checkpoints.keep_for_branches is not supported with hardware.ray, which has its own storage: set null"
+            )
+        return checkpoints
+
     @field_validator("trainer")
     @classmethod
     def _check_trainer(cls, trainer: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -132,11 +143,6 @@ class TrainConfig:
         max_steps = info.data.get("trainer", {}).get("max_steps", -1)
         if num_train_epochs is None and max_steps == -1:
             raise ValueError("num_train_epochs=null: set a number, or set trainer.max_steps (conf/task)")
-        if num_train_epochs is not None and max_steps != -1:
-            raise ValueError(
-                f"num_train_epochs={num_train_epochs:g} has no effect with trainer.max_steps={max_steps}: set it to"
-                " null, or remove trainer.max_steps"
-            )
         return num_train_epochs
 
     @field_validator("block_size")
@@ -234,9 +240,11 @@ def train(config: TrainConfig) -> None:
     with _open_checkpoints(config) as directory:
         resumes = Path(directory).exists()
         with defer_signals() as request:
-            model, state = framework.fit(config, model, objective, training, validation, directory, request)
+            model, state, state_chain = framework.fit(
+                config, model, objective, training, validation, directory, request
+            )
         if not get_rank():
-            write_outputs(config, model, state, len(training), use_cache, objective, validation)
+            write_outputs(config, model, state, state_chain, len(training), use_cache, objective, validation)
             remove_live_curves(config.report)
         wait_for_all()
     log.info("%d steps -> %s", state.global_step, config.out)
@@ -275,6 +283,7 @@ def write_outputs(
     config: TrainConfig,
     model: Any,
     state: "TrainerState",
+    state_chain: list[str],
     num_blocks: int,
     use_cache: bool | None,
     objective: "Objective",
@@ -283,9 +292,12 @@ def write_outputs(
     """Write the model and the curves; verify the written model on blocks of `validation`.
 
     Args:
+        state_chain: link of each step; empty if the framework does not compute them.
         num_blocks: number of training blocks.
         use_cache: the value that the model's configuration had before training; None: it has no such setting.
     """
+    from stages.train.state_chain import write_state_chain
+
     if use_cache is not None:
         model.config.use_cache = use_cache  # the Trainer disables it, which would make generation slow
     loss = compute_probe_loss(model, objective, validation)  # before the adapter is merged into the weights
@@ -297,6 +309,8 @@ def write_outputs(
         export_tokenizer(tokens / "tokenizer", directory, special, config.model.max_positions, chat_template)
     with write_directory(config.report, ["stats.json"]) as directory:
         _write_curves(state.log_history, directory)
+        if state_chain:
+            write_state_chain(directory, state_chain)
         write_json(directory / "stats.json", build_ledger(config, state, num_blocks))
 
 
@@ -316,6 +330,8 @@ def _write_curves(history: list[dict[str, float]], directory: Path) -> None:
 
 def build_ledger(config: TrainConfig, state: "TrainerState", num_blocks: int) -> dict[str, Any]:
     """Build the ledger: inputs and progress of the training, and nothing that differs between two equal runs."""
+    from stages.model.precision import describe_processor
+
     return {
         "model": get_pin(config.model),  # null: built from its config
         "from_scratch": config.model.from_scratch and config.start is None,
@@ -325,5 +341,6 @@ def build_ledger(config: TrainConfig, state: "TrainerState", num_blocks: int) ->
         "epochs": state.epoch,
         "best_step": state.best_global_step,
         "best_validation_loss": state.best_metric,
+        "processor": describe_processor(config.hardware.device),  # another one may give other last digits
         "versions": get_versions(*LIBRARIES, *import_framework(config).list_libraries(config)),
     }

@@ -30,8 +30,10 @@ def build_config(epochs: float | None = 3, **trainer: Any) -> TrainConfig:
         (build_config(0.5), 105),
         (build_config(0.001), 1),
         (build_config(None, max_steps=7), 7),
+        (build_config(0.5, max_steps=104), 104),
+        (build_config(0.5, max_steps=106), 105),
     ],
-    ids=["epochs", "half-an-epoch", "a-step", "max_steps"],
+    ids=["epochs", "half-an-epoch", "a-step", "max_steps", "max_steps-first", "epochs-first"],
 )
 def test_count_steps_of_834_blocks_equals_the_trainers(config: TrainConfig, steps: int) -> None:
     assert count_steps(config, 834) == steps

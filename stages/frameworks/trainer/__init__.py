@@ -13,7 +13,8 @@ from stages.model.precision import check_bf16
 from stages.model.processes import get_rank, get_world_size
 from stages.shell.cache import get_cache_directory
 from stages.shell.interruption import StopRequest
-from stages.train.batches import split_batch
+from stages.train.batches import count_schedule_steps, count_steps, split_batch
+from stages.train.branches import open_branches
 from stages.train.trainer_arguments import resolve_merged
 from stages.train.training import BlockTrainer, TrainingProgress
 from stages.train.watchers import create_watchers
@@ -45,12 +46,12 @@ def fit(
     validation: Blocks,
     directory: str,
     request: StopRequest,
-) -> tuple[Any, TrainerState]:
+) -> tuple[Any, TrainerState, list[str]]:
     """Train `model`, from the newest checkpoint in `directory` if there is one.
 
     Returns:
-        The trained model, and the state and history of its training. Of a sharded model, only process 0 gets the
-        trained weights.
+        The trained model, the state and history of its training, and its state chain. Of a sharded model, only process
+        0 gets the trained weights.
 
     Raises:
         Interrupted: if a stop was requested; a checkpoint has then been written.
@@ -59,11 +60,12 @@ def fit(
     unsharded = copy.deepcopy(model) if sharded and not get_rank() else None
     trainer = make_trainer(config, model, objective, train, validation, directory)
     trainer.train_or_resume(request)
-    if not sharded:
-        return trainer.model, trainer.state
-    from stages.train.sharding import gather_weights
+    model = trainer.model
+    if sharded:
+        from stages.train.sharding import gather_weights
 
-    return gather_weights(trainer.model, unsharded), trainer.state
+        model = gather_weights(model, unsharded)
+    return model, trainer.state, trainer.state_chain.links
 
 
 def _set_compile_cache() -> None:
@@ -100,6 +102,8 @@ def make_trainer(
 
         callbacks.append(create_report_callback())
     arguments = make_arguments(config, given, directory, micro_batch_size, accumulation_steps)
+    if config.num_train_epochs is not None and arguments.max_steps != -1:
+        arguments.max_steps = count_steps(config, len(train))
     return BlockTrainer(
         model,
         arguments,
@@ -110,4 +114,6 @@ def make_trainer(
         config.checkpoints,
         callbacks,
         saves_per_process=config.hardware.ray is not None,
+        branches=open_branches(config, arguments, len(train)),
+        schedule_steps=count_schedule_steps(config, len(train)),
     )
