@@ -14,7 +14,7 @@ from stages.model.processes import get_rank, get_world_size
 from stages.shell.cache import get_cache_directory
 from stages.shell.interruption import StopRequest
 from stages.train.batches import count_schedule_steps, count_steps, split_batch
-from stages.train.branches import open_branches
+from stages.train.branches import Branches, open_branches
 from stages.train.trainer_arguments import resolve_merged
 from stages.train.training import BlockTrainer, TrainingProgress
 from stages.train.watchers import create_watchers
@@ -71,6 +71,25 @@ def fit(
 def _set_compile_cache() -> None:
     """Make torch.compile cache its output on disk, which saves the next run half a minute for a small model."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(get_cache_directory() / "inductor"))
+
+
+def find_branches(config: "TrainConfig", num_blocks: int) -> Branches | None:
+    """Return the kept checkpoints that a run of `config` may continue from, without a model or data.
+
+    Args:
+        num_blocks: number of training blocks.
+
+    Returns:
+        None if `config` keeps no checkpoints.
+
+    Raises:
+        StageError: if an argument is invalid on this machine.
+    """
+    num_processes = config.hardware.num_processes or get_world_size()
+    micro_batch_size, accumulation_steps = split_batch(config.batch_size, config.hardware, num_processes)
+    given = resolve_merged(config.trainer)
+    arguments = make_arguments(config, given, "unused", micro_batch_size, accumulation_steps)
+    return open_branches(config, arguments, num_blocks)
 
 
 def make_trainer(
