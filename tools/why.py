@@ -132,10 +132,8 @@ def describe_shared_steps(task: str) -> str:
         return f"the steps shared with kept checkpoints are unknown: {error}"
     if branches is None:
         return ""
-    steps, total = branches.list_steps(), count_steps(config, num_blocks)
-    return (
-        f"{f'steps 1 to {steps[-1]:,}' if steps else 'none'} of {total:,} are in a kept checkpoint (docs/branches.md)"
-    )
+    num_shared, num_steps = max(branches.list_steps(), default=0), count_steps(config, num_blocks)
+    return f"{num_shared:,} of {num_steps:,} steps are taken from a kept checkpoint (docs/branches.md)"
 
 
 def describe_change(change: Change) -> str:
