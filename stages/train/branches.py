@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BYTES_PER_GIGABYTE = 10**9
+_ENTRY_NAME = re.compile(r"[0-9a-f]{32}-([1-9][0-9]{,17})-[0-9a-f]{16}")  # fingerprint, step, learning rates
 
 
 def open_branches(config: "TrainConfig", arguments: TrainingArguments, num_blocks: int) -> "Branches | None":
@@ -153,14 +155,15 @@ class Branches:
     def list_steps(self) -> list[int]:
         """Return the steps of the kept checkpoints that the run can continue from, in ascending order."""
         num_steps = len(self._rates)
-        names = [path.name.split("-") for path in self._directory.glob(f"{self._fingerprint}-*-*")]
-        steps = sorted(int(step) for _, step, _ in names if step.isdecimal() and 0 < int(step) <= num_steps)
+        names = (_ENTRY_NAME.fullmatch(path.name) for path in self._directory.glob(f"{self._fingerprint}-*"))
+        steps = {int(name[1]) for name in names if name is not None}
         # The Trainer cannot continue at the last step of a run that ends in the middle of an epoch.
-        return [
+        return sorted(
             step
-            for step in dict.fromkeys(steps)
-            if self._get_entry(step).is_dir() and (step < num_steps or step % self._steps_per_epoch == 0)
-        ]
+            for step in steps
+            if (step < num_steps or (step == num_steps and step % self._steps_per_epoch == 0))
+            and self._get_entry(step).is_dir()
+        )
 
     def keep_checkpoint(self, checkpoints: Checkpoints, step: int, best: int | None) -> None:
         """Keep the checkpoint of `step`, and that of the step `best`; remove the least recently used ones.

@@ -4,11 +4,13 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import read_contents
+from data_helpers import REPOSITORY, read_contents
 from training_cases import BEST
 from transformers import TrainerCallback, TrainingArguments
 
@@ -284,6 +286,18 @@ def test_kept_checkpoints_stay_within_their_size_and_the_last_used_ones_remain(t
     assert list_kept(own_cache) == [8, 24]
 
 
+def test_other_files_among_the_kept_checkpoints_are_ignored(train_branch, fresh, own_cache):
+    train_branch("causal", *CONSTANT, "num_train_epochs=1")
+    [entry] = (path for path in (own_cache / "branches").iterdir() if path.is_dir())
+    fingerprint = entry.name.split("-")[0]
+    for name in ("", "-", "-12", "-12-x", "-012-" + "0" * 16, "-\N{FULLWIDTH DIGIT SIX}-" + "0" * 16, "-9-" + "0" * 16):
+        (entry.parent / f"{fingerprint}{name}").mkdir()
+    shutil.copytree(entry, entry.with_name(entry.name + ".bak"))
+    outs, shared = train_branch("causal", *CONSTANT)
+    assert shared == STEPS
+    assert outs == fresh("causal", *CONSTANT)
+
+
 @pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau"])
 def test_schedule_that_depends_on_the_metric_keeps_nothing_and_says_so(train_branch, own_cache, caplog, scheduler):
     more = [*BEST, f"++trainer.lr_scheduler_type={scheduler}"]
@@ -337,3 +351,26 @@ def test_read_only_directory_of_kept_checkpoints_does_not_stop_training(train_br
     assert "no kept checkpoint is used" in caplog.text
     assert "is not kept for branches" in caplog.text
     assert outs == fresh("causal", *CONSTANT)
+
+
+def test_runs_at_the_same_time_share_kept_checkpoints_and_end_with_the_same_bytes(
+    train_branch, fresh, overrides, own_cache, tmp_path
+):
+    train_branch("causal", *CONSTANT, "num_train_epochs=1", every=2)
+    [size, *_] = (
+        sum(file.stat().st_size for file in path.rglob("*"))
+        for path in (own_cache / "branches").iterdir()
+        if path.is_dir()
+    )
+    keep = KEEP.format(1, 3.5 * size / 1e9)  # every run keeps many and removes those of the others
+    runs = {}
+    for index, epochs in enumerate((2, 2, 3, 4)):
+        more = overrides(
+            "train", "causal", tmp_path / f"at-once-{index}", *CONSTANT, f"num_train_epochs={epochs}", keep
+        )
+        command = [sys.executable, "-m", "stages.train", *more]
+        runs[index, epochs] = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE)
+    for (index, epochs), process in runs.items():
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()
+        assert read_contents(tmp_path / f"at-once-{index}") == fresh("causal", *CONSTANT, f"num_train_epochs={epochs}")
