@@ -44,14 +44,15 @@ def main() -> None:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         dvc = ["dvc", "repro", "-q", "group_texts@causal"]
         subprocess.run(dvc, cwd=project, env={**os.environ, "PATH": path}, check=True)
-        rows = [measure_run(project, Path(scratch), name, more) for name, more in RUNS.items()]
+        rows = [measure_run(project, Path(scratch), name) for name in RUNS]
         killed, identical = kill_runs(project, Path(scratch), arguments.kills, random.Random(arguments.seed))
     print(json.dumps({"rows": rows, "kills": killed, "identical": identical}))
 
 
-def measure_run(project: Path, scratch: Path, name: str, more: list[str]) -> dict[str, object]:
+def measure_run(project: Path, scratch: Path, name: str) -> dict[str, object]:
     """Train from the first step and from a kept checkpoint, print a row of the table, and return it."""
-    fresh, branch = scratch / "fresh" / name, scratch / "branch" / name
+    more, number = RUNS[name], list(RUNS).index(name)
+    fresh, branch = scratch / f"fresh-{number}", scratch / f"branch-{number}"
     fresh_seconds, _ = train(project, fresh, fresh / "cache", more)
     branch_seconds, log = train(project, branch, scratch / "shared", [*more, KEEP])
     shared = [line.split()[3] for line in log.splitlines() if "taken from a kept checkpoint" in line]

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,18 +200,18 @@ class Branches:
             shutil.copytree(source, aside / source.name, copy_function=link_or_copy)
         aside.rename(entry)
 
-    def fetch_checkpoint(self, checkpoints: Checkpoints, after: int) -> int | None:
-        """Copy the kept checkpoint of the last shared step into `checkpoints`; remove damaged ones.
+    def fetch_checkpoint(self, checkpoints: Checkpoints, steps: Iterable[int]) -> int | None:
+        """Copy the last intact one of the kept checkpoints of `steps` into `checkpoints`; remove damaged ones.
 
         Args:
-            after: minimum step, exclusive.
+            steps: some of `list_steps()`.
 
         Returns:
-            The step of the checkpoint, or None if there is no intact one after the step `after`.
+            The step of the checkpoint, or None if none is intact.
         """
         try:
             with self._lock():
-                for step in reversed([step for step in self.list_steps() if step > after]):
+                for step in sorted(steps, reverse=True):
                     entry = self._get_entry(step)
                     damage = _find_entry_damage(entry, step)
                     if damage is None:

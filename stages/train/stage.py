@@ -11,7 +11,7 @@ import importlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -209,16 +209,31 @@ def main(config: TrainConfig) -> None:
     run_in_processes("train", train, config, _reserve_checkpoint_name)
 
 
-def train(config: TrainConfig) -> None:
-    """Do the work of one process of the stage."""
+class PreparedTraining(NamedTuple):
+    """Everything that a framework needs to train."""
+
+    framework: Any
+    """Package of the framework."""
+    model: Any
+    objective: "Objective"
+    training: Blocks
+    validation: Blocks
+    use_cache: bool | None
+    """Value that the model's configuration had before training; None: it has no such setting."""
+
+
+def prepare_training(config: TrainConfig) -> PreparedTraining:
+    """Build the initial model and open the blocks, as each process of the stage does before training.
+
+    Raises:
+        StageError: if the blocks or the model do not fit the config.
+    """
     if config.trainer.get("torch_compile") is not True:
         import_lean(config.hardware, config.model.attention, trainer=True, adapter=config.adapter is not None)
     from stages.model.block_loss import check_predictions
     from stages.model.models import prepare_torch
     from stages.model.objectives import make_objective
-    from stages.model.processes import get_rank, wait_for_all
     from stages.model.start import build_start_model
-    from stages.train.live import remove_live_curves
 
     framework = import_framework(config)
     framework.prepare_framework(config)
@@ -237,6 +252,15 @@ def train(config: TrainConfig) -> None:
         )
     check_predictions(objective, validation)
     log.info("%d blocks of %d tokens, %d per step", len(training), training.block_size, config.batch_size)
+    return PreparedTraining(framework, model, objective, training, validation, use_cache)
+
+
+def train(config: TrainConfig) -> None:
+    """Do the work of one process of the stage."""
+    framework, model, objective, training, validation, use_cache = prepare_training(config)
+    from stages.model.processes import get_rank, wait_for_all
+    from stages.train.live import remove_live_curves
+
     with _open_checkpoints(config) as directory:
         resumes = Path(directory).exists()
         with defer_signals() as request:

@@ -36,8 +36,8 @@ def checksum_weights(model: torch.nn.Module) -> bytes:
     """
     weights = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
     local = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]
-    # Metal has no kernel for it.
-    sums = [torch.hash_tensor(weight.cpu() if weight.device.type == "mps" else weight) for weight in local]
+    on_device = [weight.cpu() if weight.device.type == "mps" else weight for weight in local]  # Metal has no kernel
+    sums = [torch.hash_tensor(weight) for weight in on_device if weight.numel()]  # a process may have an empty shard
     return bytes(torch.stack(sums).cpu().view(torch.uint8).tolist()) if sums else b""
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import SaveStrategy
 
 from stages.core.artifacts import Blocks
 from stages.core.errors import StageError
@@ -183,12 +184,33 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(_CheckpointRestorer(self, step))
         self.train(resume_from_checkpoint=str(self._checkpoints.get_path(step)))
 
+    def replay_steps(self, first: int, last: int) -> list[str]:
+        """Train from the kept checkpoint of step `first` to step `last`; return the links of steps first + 1 to last.
+
+        Args:
+            first: 0, or a step of a kept checkpoint.
+
+        Raises:
+            StageError: if the kept checkpoint is damaged.
+        """
+        self.args.load_best_model_at_end, self.args.save_strategy = False, SaveStrategy.NO
+        self.add_callback(_StopAfterStep(last))
+        if first == 0:
+            self.train()
+            return self.state_chain.links
+        if self._branches is None or self._branches.fetch_checkpoint(self._checkpoints, [first]) is None:
+            raise StageError(f"the kept checkpoint of step {first} is missing or damaged")
+        self.add_callback(_CheckpointRestorer(self, first))
+        self.train(resume_from_checkpoint=str(self._checkpoints.get_path(first)))
+        return self.state_chain.links[first:]
+
     def _find_resume_step(self) -> int | None:
         """Return the step to resume from, or None: that of the newest checkpoint, or of a kept one of a later step."""
         step = self._find_own_step()
         if self._branches is None:
             return step
-        kept_step = self._branches.fetch_checkpoint(self._checkpoints, after=step or 0)
+        later_steps = [kept_step for kept_step in self._branches.list_steps() if kept_step > (step or 0)]
+        kept_step = self._branches.fetch_checkpoint(self._checkpoints, later_steps)
         if kept_step is not None:
             log.info("the first %d steps are taken from a kept checkpoint", kept_step)
         return kept_step or step
@@ -326,6 +348,17 @@ class _CheckpointRestorer(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._trainer.restore_from_checkpoint(self._step)
+
+
+class _StopAfterStep(TrainerCallback):  # type: ignore[misc]
+    """Ends training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= self._step:
+            control.should_training_stop = True
 
 
 class ProcessSeed(TrainerCallback):  # type: ignore[misc]

@@ -365,10 +365,9 @@ def test_runs_at_the_same_time_share_kept_checkpoints_and_end_with_the_same_byte
     keep = KEEP.format(1, 3.5 * size / 1e9)  # every run keeps many and removes those of the others
     runs = {}
     for index, epochs in enumerate((2, 2, 3, 4)):
-        more = overrides(
-            "train", "causal", tmp_path / f"at-once-{index}", *CONSTANT, f"num_train_epochs={epochs}", keep
-        )
-        command = [sys.executable, "-m", "stages.train", *more]
+        out = tmp_path / f"at-once-{index}"
+        more = [*CONSTANT, f"num_train_epochs={epochs}", keep]
+        command = [sys.executable, "-m", "stages.train", *overrides("train", "causal", out, *more)]
         runs[index, epochs] = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE)
     for (index, epochs), process in runs.items():
         _, errors = process.communicate(timeout=300)

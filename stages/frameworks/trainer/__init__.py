@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback, TrainerState
@@ -58,7 +59,8 @@ def fit(
     """
     sharded = bool(config.trainer.get("fsdp"))
     unsharded = copy.deepcopy(model) if sharded and not get_rank() else None
-    trainer = make_trainer(config, model, objective, train, validation, directory)
+    watchers = create_watchers(config, directory)
+    trainer = make_trainer(config, model, objective, train, validation, directory, watchers)
     trainer.train_or_resume(request)
     model = trainer.model
     if sharded:
@@ -93,16 +95,26 @@ def find_branches(config: "TrainConfig", num_blocks: int) -> Branches | None:
 
 
 def make_trainer(
-    config: "TrainConfig", model: Any, objective: Any, train: Blocks, validation: Blocks, directory: str
+    config: "TrainConfig",
+    model: Any,
+    objective: Any,
+    train: Blocks,
+    validation: Blocks,
+    directory: str,
+    watchers: Sequence[Any] = (),
 ) -> BlockTrainer:
-    """Create the Trainer that `config` describes, with its checkpoints in `directory`."""
+    """Create the Trainer that `config` describes, with its checkpoints in `directory`.
+
+    Args:
+        watchers: callbacks that show the training.
+    """
     try:
         micro_batch_size, accumulation_steps = split_batch(config.batch_size, config.hardware, get_world_size())
     except ValueError as error:
         raise StageError(str(error)) from None
     callbacks: list[Any] = [
         TrainingProgress(config.batch_size * config.block_size),
-        *create_watchers(config, directory),
+        *watchers,
     ]
     if config.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.threshold))
