@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from stages.core.config import Positive, config_section
+from stages.core.errors import printable
 
 
 @config_section
@@ -32,7 +33,10 @@ class KeepForBranches:
     @classmethod
     def _check_directory(cls, directory: str | None) -> str | None:
         if directory is not None and not Path(directory).is_absolute():
-            raise ValueError("it should be an absolute path, since experiments run in directories of their own")
+            raise ValueError(
+                f"checkpoints.keep_for_branches.directory={printable(directory)}: it should be an absolute path, since"
+                " experiments run in directories of their own"
+            )
         return directory
 
 
