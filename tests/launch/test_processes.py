@@ -113,7 +113,7 @@ def test_training_in_two_processes_killed_ends_with_the_same_bytes(run_toy, cach
     monkeypatch.setattr("stages.train.stage.train", train_and_be_killed)
     with pytest.raises(StageError, match="SIGKILL"):
         run_toy("train", "causal", tmp_path / "killed", *every)
-    assert not (tmp_path / "killed").exists()
+    assert [name for name in read_contents(tmp_path / "killed") if not name.startswith(".live-report/")] == []
     # Also run by a function of this file: the modules that this file imports are part of the fingerprint.
     monkeypatch.setattr("stages.train.stage.train", train_on)
     run_toy("train", "causal", tmp_path / "killed", *every)
