@@ -80,9 +80,10 @@ def kill_runs(project: Path, scratch: Path, kills: int, rng: random.Random) -> t
         out, cache, kills_of_run = scratch / f"killed-{killed}", scratch / f"cache-{killed}", 0
         shutil.copytree(scratch / "kept", cache)
         while kills_of_run < min(KILLS_PER_RUN, kills - killed):
-            process = start_training(project, out, cache, [*three, KEEP])
+            process, started = start_training(project, out, cache, [*three, KEEP]), time.monotonic()
             try:
-                process.communicate(timeout=rng.uniform(0.3 * seconds, seconds))
+                process.communicate(timeout=rng.uniform(0.3, 1.0) * seconds)
+                seconds = time.monotonic() - started  # the speed of the machine may vary
                 shutil.rmtree(out)  # it finished before the kill: start over, so that every kill counts
                 shutil.rmtree(cache)
                 shutil.copytree(scratch / "kept", cache)
