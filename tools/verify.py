@@ -21,16 +21,17 @@ from typing import Any
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from stages.core.artifacts import check_output_path, write_json
+from stages.core.artifacts import check_output_path, read_json, write_json
 from stages.core.dvc_cache import DvcCache
 from stages.core.errors import StageError, printable, printable_lines
 from stages.shell.app import format_error
 from stages.shell.interruption import Interrupted, end_on_signals
 from tools.lock_history import Entry, list_changed_files, parse_mapping, read_lock_at, resolve_revision
 from tools.verify_replay import hash_path, list_cached_files, open_clone, provide_inputs
-from tools.verify_report import Verification, describe_verification, make_statement
+from tools.verify_report import Verification, describe_verification, list_processors, make_statement
 from tools.verify_stages import TrainingVerifier, log, verify_stages
 from tools.verify_statement import get_statement_path
+from tools.verify_training import make_training_verifier
 
 
 def main() -> None:
@@ -60,10 +61,6 @@ def main() -> None:
         if os.environ.get("LM_REPRO_DEBUG") == "1":
             raise
         sys.exit(printable_lines(f"verify: error: {format_error(error)}"))
-
-
-def make_training_verifier(number: int, seed: int) -> TrainingVerifier:
-    raise StageError("--segments is not available yet")
 
 
 def run_verification(rev: str, statement: Path | None, verify_training: TrainingVerifier | None) -> int:
@@ -102,8 +99,8 @@ def verify_commit(repo: Repo, rev: str, verify_training: TrainingVerifier | None
     commit = find_commit(repo, rev)
     text = read_lock_at(commit)
     lock = parse_lock(text, commit)
-    other_versions = list(find_other_versions(repo, lock))
-    for message in (*list_notes(repo, commit), *(f"warning: {warning}" for warning in other_versions)):
+    environment_differences = list(find_environment_differences(repo, lock))
+    for message in (*list_notes(repo, commit), *(f"warning: {warning}" for warning in environment_differences)):
         log(message)
     with open_clone(repo, commit, lock) as clone:
         missing = list(provide_inputs(clone, repo, lock))
@@ -113,7 +110,7 @@ def verify_commit(repo: Repo, rev: str, verify_training: TrainingVerifier | None
             stages = list(verify_stages(clone, repo, lock, verify_training))
         except DvcException as error:
             raise StageError(f"DVC cannot read the stages of commit {commit[:7]}: {printable(error)}") from None
-    return Verification(commit, text, stages, missing, other_versions, started, datetime.now(UTC))
+    return Verification(commit, text, stages, missing, environment_differences, started, datetime.now(UTC))
 
 
 def find_commit(repo: Repo, rev: str) -> str:
@@ -169,8 +166,8 @@ def list_notes(repo: Repo, commit: str) -> Iterator[str]:
         yield f"the workspace has changes that are not committed ({names}), which are not verified"
 
 
-def find_other_versions(repo: Repo, lock: dict[str, Entry]) -> Iterator[str]:
-    """Yield the libraries whose installed version is not the one in the ledgers of a commit's artifacts.
+def find_environment_differences(repo: Repo, lock: dict[str, Entry]) -> Iterator[str]:
+    """Yield how this environment differs from the one in the ledgers of a commit's artifacts: versions and processor.
 
     The ledgers are read from DVC's cache. Those that it does not have are not compared.
     """
@@ -184,6 +181,10 @@ def find_other_versions(repo: Repo, lock: dict[str, Entry]) -> Iterator[str]:
             ledgers[item["path"]] = file
     for path, library, used, installed in compare_versions(ledgers):
         yield f"{printable(path)} was made with {library} {used}, but {installed} is installed: results may differ"
+    for path, ledger in ledgers.items():
+        processor = read_json(ledger).get("processor")
+        if processor is not None and processor not in (found := list_processors()):
+            yield f"{printable(path)} was made on {printable(processor)}, this is {found[-1]}: last digits may differ"
 
 
 if __name__ == "__main__":

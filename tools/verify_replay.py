@@ -114,11 +114,14 @@ class Clone:
         entry = {} if problem else self.read_lock().get(stage.name, {})
         return StageRun(entry, problem, time.monotonic() - started)
 
-    def run_command(self, command: Sequence[str], **options: Any) -> int:
-        """Run a command in the clone and return its exit code; if this process is interrupted, kill it."""
-        options.setdefault("stdout", _STDERR)
+    def run_command(self, command: Sequence[str], env: dict[str, str] | None = None) -> int:
+        """Run a command in the clone and return its exit code; if this process is interrupted, kill it.
+
+        Args:
+            env: its environment variables; None: `self.environment`.
+        """
         process = subprocess.Popen(
-            command, cwd=self.directory, env=self.environment, stdin=subprocess.DEVNULL, **options
+            command, cwd=self.directory, env=env or self.environment, stdin=subprocess.DEVNULL, stdout=_STDERR
         )
         try:
             return process.wait()

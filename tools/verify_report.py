@@ -26,8 +26,8 @@ class Verification(NamedTuple):
     stages: list[StageResult]
     missing_inputs: list[str]
     """Inputs that no stage writes and that were not found, each with the reason."""
-    other_versions: list[str]
-    """Libraries with another version than the one that made the artifacts."""
+    environment_differences: list[str]
+    """Differences of this environment from the one that made the artifacts: versions of libraries, processor."""
     started: datetime
     finished: datetime
 
@@ -90,6 +90,8 @@ def describe_segments(result: SegmentsResult) -> Iterator[str]:
     )
     for replay in result.replays:
         yield f"  {replay.segment}: {describe_segment(replay)}"
+    if result.model_difference is not None:
+        yield f"  trained model: DIFFERS: {printable(result.model_difference)}"
     yield (
         f"a change of one step would have been caught with a probability of {result.probability:.1%}"
         f" ({chosen} / {num_segments}: each segment was equally likely to be chosen)"
@@ -102,7 +104,9 @@ def describe_segment(replay: SegmentReplay) -> str:
         return f"NOT REPLAYED: {printable(replay.problem, 400)}"
     if replay.first_difference is not None:
         return f"DIFFERS from step {replay.first_difference:,} on"
-    return "same state after every step"
+    if replay.state_difference is not None:
+        return f"DIFFERS from the kept checkpoint at its end: {printable(replay.state_difference)}"
+    return "same weights after every step"
 
 
 def explain_differences(verification: Verification) -> Iterator[str]:
@@ -156,7 +160,7 @@ def make_statement(verification: Verification) -> dict[str, Any]:
         "timeFinished": format_time(verification.finished),
         "machine": describe_machine(),
         "versions": read_installed_versions(),
-        "otherVersions": verification.other_versions,
+        "environmentDifferences": verification.environment_differences,
         "missingInputs": verification.missing_inputs,
         "stages": {stage.name: _record_stage(stage) for stage in verification.stages},
         "segments": {name: _record_segments(result) for name, result in partly.items()},
@@ -202,12 +206,14 @@ def _record_segments(result: SegmentsResult) -> dict[str, Any]:
         "numReplayed": len(result.replays),
         "seed": result.seed,
         "probability": result.probability,
+        "modelDifference": result.model_difference,
         "formula": "numReplayed / numSegments, for a change of one step",
         "replays": [
             {
                 "firstStep": replay.segment.first + 1,
                 "lastStep": replay.segment.last,
                 "firstDifference": replay.first_difference,
+                "stateDifference": replay.state_difference,
                 "problem": replay.problem or None,
             }
             for replay in result.replays
@@ -222,10 +228,18 @@ def format_time(time: datetime) -> str:
 
 def describe_machine() -> dict[str, str]:
     """Return the kind of this machine, without names of its own."""
+    machine = {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version()}
+    return {**machine, "processor": ", ".join(list_processors())}
+
+
+def list_processors() -> list[str]:
+    """Return the processors of this machine as ledgers name them: the CPU, then a GPU if it has one."""
     import torch  # a second
 
-    machine = {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version()}
-    return {**machine, "processor": torch.backends.cpu.get_cpu_capability()}
+    from stages.model.precision import describe_processor
+
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    return [describe_processor(device) for device in devices]
 
 
 def read_installed_versions() -> dict[str, str]:

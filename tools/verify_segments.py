@@ -1,18 +1,28 @@
 """Verification of a training by replaying random segments of its steps between kept checkpoints.
 
-train writes a hash chain: one line per step, a hash of the previous line and of the trained weights after the step. A
-segment (first, last] is replayed from the checkpoint of step `first`, and its lines are compared with those of the
-chain. A step that was changed, in the training or in a checkpoint, gives another line in its segment.
+train writes a state chain: a link per step, which is a hash of the previous link and of the trained weights after the
+step. A segment (first, last] is replayed from the checkpoint of step `first`. Its links are compared with those of the
+chain, and its state after step `last` with the checkpoint of this step, from which the next segment starts. So each
+change of a step, or of a checkpoint, belongs to one segment, whose replay reveals it.
 """
 
+import itertools
 import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from stages.core.errors import StageError
+
+
+class StepsReplay(NamedTuple):
+    """Result of `Training.replay_steps`."""
+
+    links: list[str]
+    """Links of the replayed steps."""
+    state_difference: str | None
+    """Part of the state after the last step that differs from the kept checkpoint of this step; None if it is equal."""
 
 
 class Segment(NamedTuple):
@@ -33,14 +43,16 @@ class SegmentReplay(NamedTuple):
     """Result of the replay of a segment."""
 
     segment: Segment
-    first_difference: int | None
-    """First step whose line differs from the chain; None if all lines are equal."""
+    first_difference: int | None = None
+    """First step whose link differs from the chain; None if all links are equal."""
+    state_difference: str | None = None
+    """Part of the state after the last step that differs from the kept checkpoint; None if it is equal."""
     problem: str = ""
     """Why the segment could not be replayed; the empty string if it was."""
 
     @property
     def verified(self) -> bool:
-        return self.first_difference is None and not self.problem
+        return self.first_difference is None and self.state_difference is None and not self.problem
 
 
 class SegmentsResult(NamedTuple):
@@ -57,10 +69,12 @@ class SegmentsResult(NamedTuple):
     seconds: float
     problem: str = ""
     """Why no segment could be replayed; the empty string if some were."""
+    model_difference: str | None = None
+    """Why the trained model is not that of the chain; None if it is."""
 
     @property
     def verified(self) -> bool:
-        return not self.problem and all(replay.verified for replay in self.replays)
+        return not self.problem and self.model_difference is None and all(replay.verified for replay in self.replays)
 
     @property
     def num_steps_replayed(self) -> int:
@@ -78,14 +92,17 @@ class Training(Protocol):
     def list_kept_steps(self) -> list[int]:
         """Return the steps whose checkpoints were kept, in ascending order."""
 
-    def replay_steps(self, first: int, last: int) -> list[str]:
-        """Replay the steps first + 1 to last, from the checkpoint of step `first`; return their lines of the chain."""
+    def replay_steps(self, first: int, last: int) -> StepsReplay:
+        """Replay the steps first + 1 to last, from the checkpoint of step `first`."""
+
+    def find_model_difference(self) -> str | None:
+        """Describe why the trained model is not that of the chain; None if it is."""
 
 
 def list_segments(kept_steps: Sequence[int], num_steps: int) -> list[Segment]:
     """Return the segments between consecutive kept checkpoints, including the start and the end of the training."""
-    inner = {step for step in kept_steps if 0 < step < num_steps}
-    return [Segment(first, last) for first, last in pairwise(sorted({0, num_steps} | inner))] if num_steps else []
+    ends = {0, num_steps, *(step for step in kept_steps if 0 < step < num_steps)}
+    return [Segment(first, last) for first, last in itertools.pairwise(sorted(ends))]
 
 
 def choose_segments(segments: Sequence[Segment], number: int, seed: int) -> list[Segment]:
@@ -119,29 +136,26 @@ def replay_segments(training: Training, chain: Sequence[str], segments: Sequence
     """Replay segments, and compare each with the chain.
 
     Args:
-        chain: lines of the chain, one per step.
+        chain: links of all steps.
         segments: the segments to replay.
     """
     for segment in segments:
         claimed = chain[segment.first : segment.last]
         try:
-            lines = training.replay_steps(segment.first, segment.last)
+            replay = training.replay_steps(segment.first, segment.last)
         except StageError as error:
-            yield SegmentReplay(segment, None, str(error))
+            yield SegmentReplay(segment, problem=str(error))
             continue
-        if len(lines) != len(claimed):
-            yield SegmentReplay(segment, None, f"its replay has {len(lines):,} steps, the chain {len(claimed):,}")
-            continue
-        different = (number for number, pair in enumerate(zip(claimed, lines, strict=True)) if pair[0] != pair[1])
-        first = next(different, None)
-        yield SegmentReplay(segment, None if first is None else segment.first + 1 + first)
+        pairs = itertools.zip_longest(claimed, replay.links)
+        first = next((number for number, (old, new) in enumerate(pairs, segment.first + 1) if old != new), None)
+        yield SegmentReplay(segment, first, replay.state_difference)
 
 
 def verify_training(training: Training, chain: Sequence[str], number: int, seed: int) -> SegmentsResult:
     """Replay random segments of a training, and compare them with its chain.
 
     Args:
-        chain: lines of the chain, one per step.
+        chain: links of all steps.
         number: number of segments to replay; all of them if there are fewer.
         seed: seed of the choice of segments.
     """
@@ -150,4 +164,5 @@ def verify_training(training: Training, chain: Sequence[str], number: int, seed:
     if not segments:
         return SegmentsResult(0, [], seed, [], 0.0, "its chain has no steps")
     replays = list(replay_segments(training, chain, choose_segments(segments, number, seed)))
-    return SegmentsResult(len(chain), segments, seed, replays, time.monotonic() - started)
+    difference = training.find_model_difference()
+    return SegmentsResult(len(chain), segments, seed, replays, time.monotonic() - started, "", difference)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dvc.fs import LocalFileSystem
 from dvc.repo import Repo
@@ -28,6 +28,13 @@ from tools.verify_segments import SegmentsResult
 
 TrainingVerifier = Callable[[Clone, str], SegmentsResult]
 """Replays segments of the training of a stage, whose outs are in the clone: `verifier(clone, "train@causal")`."""
+
+
+# Other kept checkpoints are in LM_REPRO_CACHE, and the clone has its own.
+_KEPT = (
+    "it would continue from kept checkpoints of earlier runs in {} (checkpoints.keep_for_branches.directory): set it to"
+    " null, or verify with --segments"
+)
 
 
 class Verdict(enum.Enum):
@@ -78,7 +85,9 @@ def verify_stages(
         claimed = lock.get(name, {})
         copies = list(check_copies(repo, claimed, in_workspace.get(name) or {}))
         if verify_training is None or name.partition("@")[0] != "train" or not claimed:
-            yield compare_stage(clone, repo, name, claimed, clone.run_stage(stage), copies)
+            kept = find_kept_directory(claimed.get("params"))
+            run = clone.run_stage(stage) if kept is None else StageRun({}, _KEPT.format(printable(kept)), 0.0)
+            yield compare_stage(clone, repo, name, claimed, run, copies)
             continue
         problem = restore_outs(clone, repo, claimed)
         run = clone.run_stage(stage, ["commit", "--quiet", "--force"]) if not problem else StageRun({}, problem, 0.0)
@@ -88,6 +97,16 @@ def verify_stages(
         copies = list(check_copies(repo, lock[name], in_workspace.get(name) or {}))
         problem = "dvc.yaml has no such stage: delete its entry from dvc.lock"
         yield StageResult(name, Verdict.NOT_REPLAYED, 0.0, problem, copies, [], _get_outs(lock[name]), {})
+
+
+def find_kept_directory(params: Any) -> str | None:
+    """Return the directory of kept checkpoints that values of dvc.lock name; None if they name none."""
+    if not isinstance(params, dict):
+        return None
+    settings = params.get("keep_for_branches")
+    if isinstance(settings, dict) and settings.get("directory") is not None:
+        return str(settings["directory"])
+    return next(filter(None, map(find_kept_directory, params.values())), None)
 
 
 def restore_outs(clone: Clone, repo: Repo, claimed: Entry) -> str:

@@ -1,16 +1,28 @@
 """Replay of some steps of a training, for `python -m tools.verify --segments`."""
 
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stages.core.artifacts import Blocks
+from stages.core.artifacts import Blocks, read_json
 from stages.core.errors import StageError
 from stages.train.fingerprints import import_framework
 
 if TYPE_CHECKING:
+    from stages.train.branches import Branches
     from stages.train.stage import TrainConfig
     from stages.train.training import BlockTrainer
+
+
+class Replay(NamedTuple):
+    """Result of the replay of some steps."""
+
+    links: list[str]
+    """Links of the state chain for these steps."""
+    state_difference: str | None
+    """Part of the training's state after the last step that differs from the kept checkpoint of this step, from which
+    the next steps are replayed; None if they are equal, or if no checkpoint of this step was kept."""
 
 
 def list_kept_steps(config: "TrainConfig") -> list[int]:
@@ -20,18 +32,18 @@ def list_kept_steps(config: "TrainConfig") -> list[int]:
         StageError: if the training cannot be replayed in parts.
     """
     _check_replayable(config)
-    branches = import_framework(config).find_branches(config, len(Blocks(Path(config.blocks) / "train")))
+    branches = _find_branches(config)
     return [] if branches is None else branches.list_steps()
 
 
-def replay_steps(config: "TrainConfig", first: int, last: int) -> list[str]:
-    """Train from step `first` to step `last` again, and return the links of the state chain for these steps.
+def replay_steps(config: "TrainConfig", first: int, last: int) -> Replay:
+    """Train from step `first` to step `last` again.
 
     Args:
         first: 0, or one of `list_kept_steps(config)`.
 
     Raises:
-        StageError: if the training cannot be replayed in parts, or the kept checkpoint is damaged.
+        StageError: if the training cannot be replayed in parts, or a kept checkpoint is damaged.
     """
     _check_replayable(config)
     from stages.train.stage import prepare_training
@@ -41,7 +53,96 @@ def replay_steps(config: "TrainConfig", first: int, last: int) -> list[str]:
         trainer: BlockTrainer = prepared.framework.make_trainer(
             config, prepared.model, prepared.objective, prepared.training, prepared.validation, directory
         )
-        return trainer.replay_steps(first, last)
+        links = trainer.replay_steps(first, last)
+    return Replay(links, _find_state_difference(config, trainer, last))
+
+
+def find_model_difference(config: "TrainConfig", chain: Sequence[str]) -> str | None:
+    """Describe why the trained model in `config.out` is not that of the state chain; None if it is.
+
+    Args:
+        chain: links of all steps of the training.
+    """
+    from stages.model.trained import load_trained_model
+    from stages.train.state_chain import StateChain
+
+    ledger = read_json(Path(config.report) / "stats.json")
+    step = ledger["best_step"] if config.trainer.get("load_best_model_at_end") is True else ledger["steps"]
+    if ledger["steps"] != len(chain):
+        return f"the training had {ledger['steps']:,} steps, but its state chain has {len(chain):,}"
+    model = load_trained_model(config.model.task, config.out)
+    recomputed = StateChain()
+    recomputed.links = list(chain[: step - 1])
+    recomputed.on_step_end(None, None, None, model=model)
+    if recomputed.links == list(chain[:step]):
+        return None
+    return f"it does not have the weights of step {step:,} of the state chain"
+
+
+def _find_branches(config: "TrainConfig") -> "Branches | None":
+    branches: Branches | None = import_framework(config).find_branches(
+        config, len(Blocks(Path(config.blocks) / "train"))
+    )
+    return branches
+
+
+def _find_state_difference(config: "TrainConfig", trainer: "BlockTrainer", step: int) -> str | None:
+    """Compare the state of `trainer` after `step` with the kept checkpoint of this step."""
+    from stages.train.checkpoints import Checkpoints
+
+    branches = _find_branches(config)
+    if branches is None or step not in branches.list_steps():
+        return None
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoints = Checkpoints(Path(directory), keep=1)
+        if branches.fetch_checkpoint(checkpoints, [step]) is None:
+            raise StageError(f"the kept checkpoint of step {step} is missing or damaged")
+        return next(_compare_state(trainer, checkpoints.get_path(step)), None)
+
+
+def _compare_state(trainer: "BlockTrainer", checkpoint: Path) -> Iterator[str]:
+    """Yield each part of the state that determines the next steps and differs from a checkpoint."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+    from transformers.trainer_pt_utils import safe_globals
+
+    def load(name: str) -> Any:
+        return torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+
+    weights = trainer.model.state_dict()
+    saved = {name: tensor for file in checkpoint.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+    # Of tied weights, only one is saved.
+    for pointer in {tensor.data_ptr() for tensor in weights.values()}:
+        names = [name for name, tensor in weights.items() if tensor.data_ptr() == pointer]
+        if not any(name in saved and torch.equal(weights[name].cpu(), saved[name]) for name in names):
+            yield f"the weight {names[0]}"
+    own, other = trainer.optimizer.state_dict(), load(OPTIMIZER_NAME)
+    if not _is_equal(own["state"], other["state"]):
+        yield "the state of the optimizer"
+    for group in (*own["param_groups"], *other["param_groups"]):
+        del group["lr"]  # set by the schedule of the run, which may not be that of the run that kept the checkpoint
+    if not _is_equal(own["param_groups"], other["param_groups"]):
+        yield "the settings of the optimizer"
+    if trainer.lr_scheduler.last_epoch != load(SCHEDULER_NAME)["last_epoch"]:
+        yield "the step of the learning rate"
+    with safe_globals():
+        random_state = load("rng_state.pth")["cpu"]
+    if not torch.equal(torch.get_rng_state(), random_state):
+        yield "the state of the random numbers"
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    """Compare nested values that may contain tensors on different devices."""
+    import torch
+
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one.cpu(), other.cpu())
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_is_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_is_equal, one, other))
+    return bool(one == other)
 
 
 def _check_replayable(config: "TrainConfig") -> None:
@@ -49,3 +150,5 @@ def _check_replayable(config: "TrainConfig") -> None:
         raise StageError(f"framework={config.framework.name} writes no state chain: verify the whole training (--all)")
     if config.hardware.launch is not None or config.hardware.ray is not None:
         raise StageError("a training in several processes cannot be replayed in parts: verify all of it (--all)")
+    if config.adapter is not None:
+        raise StageError("the model of a training with an adapter is not that of the state chain: verify it with --all")

@@ -40,7 +40,7 @@ def test_segments_between_kept_checkpoints_have_the_links_of_the_chain(trained):
     kept = list_kept_steps(config)
     assert kept == [5, 10, 15, 16]
     for first, last in [(0, 5), (5, 10), (10, 16), (15, 16), (5, 16), (0, 1)]:
-        assert replay_steps(config, first, last) == chain[first:last]
+        assert replay_steps(config, first, last) == (chain[first:last], None)
 
 
 def test_replay_from_a_step_that_was_not_kept_is_an_error(trained):
