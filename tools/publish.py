@@ -27,6 +27,7 @@ from stages.shell.app import format_error
 from tools.card import RecordedRun, make_card
 from tools.check import explain_dvc_error
 from tools.keys import list_keys
+from tools.verify_statement import PUBLISHED_NAME, get_statement_path, is_passed, read_statement
 
 # Paths that must be as in HEAD, in addition to the files in dvc.lock. conf/publish.yaml does not affect the model.
 TRACKED_PATHS = ("dvc.yaml", "dvc.lock", "params.yaml", "stages", "conf", "metrics", ":(exclude)conf/publish.yaml")
@@ -91,7 +92,8 @@ def publish_model(task: str, dry_run: Path | None) -> None:
     if dry_run is not None:
         file = dry_run.with_name(dry_run.name.replace("TASK", task))
         write_text(file, str(card))
-        print(f"{file}: the card, for review; these files would be published with it: {', '.join(files)}")
+        published = [*files, *find_statement(run.commit)]
+        print(f"{file}: the card, for review; these files would be published with it: {', '.join(published)}")
         return
     print(f"published at {upload_model(settings, card, Path(f'models/{task}'), files, run)}")
 
@@ -236,7 +238,7 @@ def run_git(*arguments: str) -> str:
 
 
 def upload_model(settings: Publication, card: Any, directory: Path, files: list[str], run: RecordedRun) -> str:
-    """Upload `files` of `directory` and the card in one commit, and return the URL of the repository.
+    """Upload `files` of `directory`, the card and the statement of tools.verify in one commit; return the URL.
 
     Raises:
         StageError: if the Hub cannot be reached or refuses the upload.
@@ -245,6 +247,7 @@ def upload_model(settings: Publication, card: Any, directory: Path, files: list[
     from huggingface_hub.errors import HfHubHTTPError
 
     name = str(settings.repository)
+    published = {file: directory / file for file in files} | find_statement(run.commit)
     if get_token() is None:
         raise StageError(f"the Hub requires a login: run `hf auth login`, or set HF_TOKEN to a token of {TOKENS_URL}")
     if unreachable := find_hub_problem():
@@ -260,12 +263,14 @@ def upload_model(settings: Publication, card: Any, directory: Path, files: list[
                 f" set {run.task}.private: false"
             )
         present = {sibling.rfilename for sibling in there.siblings or []}
-        stale = sorted(file for file in present - set(files) if "/" not in file and Path(file).suffix in STALE_SUFFIXES)
+        stale = sorted(
+            file for file in present - published.keys() if "/" not in file and Path(file).suffix in STALE_SUFFIXES
+        )
         api.create_commit(
             name,
             [
                 CommitOperationAdd("README.md", str(card).encode()),
-                *(CommitOperationAdd(file, directory / file) for file in files),
+                *(CommitOperationAdd(file, path) for file, path in published.items()),
                 *(CommitOperationDelete(file) for file in stale),
             ],
             commit_message=f"{run.task} of lm-repro commit {run.commit[:7]}",
@@ -285,6 +290,15 @@ def upload_model(settings: Publication, card: Any, directory: Path, files: list[
     if stale:
         print(f"deleted from the repository, left from an earlier model: {', '.join(stale)}")
     return f"{constants.ENDPOINT}/{name}"
+
+
+def find_statement(commit: str) -> dict[str, Path]:
+    """Return the published name and the path of the statement that a commit was verified; empty if there is none.
+
+    Statements on failed verifications are not published, since they may contain local paths.
+    """
+    statement = read_statement(commit)
+    return {PUBLISHED_NAME: get_statement_path(commit)} if statement is not None and is_passed(statement) else {}
 
 
 def describe_refusal(name: str, error: Any) -> str:

@@ -74,12 +74,17 @@ def read_statement(commit: str) -> dict[str, Any] | None:
     return statement
 
 
+def is_passed(statement: dict[str, Any]) -> bool:
+    """Return True if everything was verified."""
+    return bool(statement["predicate"]["result"] == "PASSED")
+
+
 def summarize_statement(statement: dict[str, Any]) -> str:
     """Summarize a statement in one sentence for a model card, in Markdown."""
     predicate = statement["predicate"]
     details = predicate[EXTENSION]
     day, num_stages = str(details["timeFinished"])[:10], len(details["stages"])
-    if predicate["result"] == "FAILED":
+    if not is_passed(statement):
         failed = ", ".join(map(printable, predicate["failedTests"]))
         return f"A replay of this commit in a clean clone on {day} did not give the same results: {failed}."
     text = f"Verified by replay on {day}: a clean clone of this commit computed the {num_stages} stages again"
