@@ -53,8 +53,10 @@ def replay_steps(config: "TrainConfig", first: int, last: int) -> Replay:
         trainer: BlockTrainer = prepared.framework.make_trainer(
             config, prepared.model, prepared.objective, prepared.training, prepared.validation, directory
         )
+        recorder = _make_random_state_recorder()
+        trainer.add_callback(recorder)
         links = trainer.replay_steps(first, last)
-    return Replay(links, _find_state_difference(config, trainer, last))
+    return Replay(links, _find_state_difference(config, trainer, last, recorder.state))
 
 
 def find_model_difference(config: "TrainConfig", chain: Sequence[str]) -> str | None:
@@ -86,7 +88,23 @@ def _find_branches(config: "TrainConfig") -> "Branches | None":
     return branches
 
 
-def _find_state_difference(config: "TrainConfig", trainer: "BlockTrainer", step: int) -> str | None:
+def _make_random_state_recorder() -> Any:
+    """Return a callback with the state of the random numbers after the last step. (They are used after it as well.)"""
+    import torch
+    from transformers import TrainerCallback
+
+    class RandomStateRecorder(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.state = {"cpu": torch.get_rng_state()}
+            if torch.cuda.is_available():
+                self.state["cuda"] = torch.cuda.get_rng_state()
+
+    return RandomStateRecorder()
+
+
+def _find_state_difference(
+    config: "TrainConfig", trainer: "BlockTrainer", step: int, random_state: dict[str, Any]
+) -> str | None:
     """Compare the state of `trainer` after `step` with the kept checkpoint of this step."""
     from stages.train.checkpoints import Checkpoints
 
@@ -97,10 +115,10 @@ def _find_state_difference(config: "TrainConfig", trainer: "BlockTrainer", step:
         checkpoints = Checkpoints(Path(directory), keep=1)
         if branches.fetch_checkpoint(checkpoints, [step]) is None:
             raise StageError(f"the kept checkpoint of step {step} is missing or damaged")
-        return next(_compare_state(trainer, checkpoints.get_path(step)), None)
+        return next(_compare_state(trainer, random_state, checkpoints.get_path(step)), None)
 
 
-def _compare_state(trainer: "BlockTrainer", checkpoint: Path) -> Iterator[str]:
+def _compare_state(trainer: "BlockTrainer", random_state: dict[str, Any], checkpoint: Path) -> Iterator[str]:
     """Yield each part of the state that determines the next steps and differs from a checkpoint."""
     import torch
     from safetensors.torch import load_file
@@ -127,8 +145,8 @@ def _compare_state(trainer: "BlockTrainer", checkpoint: Path) -> Iterator[str]:
     if trainer.lr_scheduler.last_epoch != load(SCHEDULER_NAME)["last_epoch"]:
         yield "the step of the learning rate"
     with safe_globals():
-        random_state = load("rng_state.pth")["cpu"]
-    if not torch.equal(torch.get_rng_state(), random_state):
+        saved = load("rng_state.pth")
+    if not _is_equal(random_state, {name: saved.get(name) for name in random_state}):
         yield "the state of the random numbers"
 
 

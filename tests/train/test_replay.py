@@ -1,10 +1,19 @@
 """Some steps of a training, replayed from a kept checkpoint, have the links of the training's state chain."""
 
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers.trainer_pt_utils import safe_globals
 
+from stages.core.artifacts import compute_sha256
 from stages.core.errors import StageError
-from stages.train.replay import list_kept_steps, replay_steps
+from stages.train.replay import find_model_difference, list_kept_steps, replay_steps
 from stages.train.state_chain import StateChain, checksum_weights, read_state_chain, write_state_chain
 
 KEEP = "checkpoints.keep_for_branches={every_steps: 5, gigabytes: 1.0, directory: null}"
@@ -41,6 +50,79 @@ def test_segments_between_kept_checkpoints_have_the_links_of_the_chain(trained):
     assert kept == [5, 10, 15, 16]
     for first, last in [(0, 5), (5, 10), (10, 16), (15, 16), (5, 16), (0, 1)]:
         assert replay_steps(config, first, last) == (chain[first:last], None)
+
+
+@pytest.fixture
+def tamper(monkeypatch, tmp_path):
+    """`tamper(step, name, change)`: change a file of a kept checkpoint and its manifest, in a copy of the cache."""
+
+    def change_file(step, name, change):
+        cache = shutil.copytree(os.environ["LM_REPRO_CACHE"], tmp_path / "cache")
+        monkeypatch.setenv("LM_REPRO_CACHE", str(cache))
+        checkpoint = next((cache / "branches").glob(f"*-{step}-*")) / f"checkpoint-{step}"
+        change(checkpoint / name)
+        manifest = json.loads((checkpoint / "manifest-0.json").read_text())
+        manifest[name] = compute_sha256(checkpoint / name)
+        (checkpoint / "manifest-0.json").write_text(json.dumps(manifest))
+
+    return change_file
+
+
+def change_weight(file):
+    weights = load_file(file)
+    name = min(weights)
+    save_file({**weights, name: torch.nextafter(weights[name], torch.tensor(9.0))}, file, {"format": "pt"})
+
+
+def change_optimizer(file):
+    state = torch.load(file, weights_only=True)
+    state["state"][0]["exp_avg"] *= 2
+    torch.save(state, file)
+
+
+def change_weight_decay(file):
+    state = torch.load(file, weights_only=True)
+    state["param_groups"][0]["weight_decay"] += 1
+    torch.save(state, file)
+
+
+def change_random_numbers(file):
+    with safe_globals():
+        state = torch.load(file, weights_only=True)
+    state["cpu"] = torch.Generator().manual_seed(3).get_state()
+    torch.save(state, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("model.safetensors", change_weight, "the weight "),
+        ("optimizer.pt", change_optimizer, "the state of the optimizer"),
+        ("optimizer.pt", change_weight_decay, "the settings of the optimizer"),
+        ("rng_state.pth", change_random_numbers, "the state of the random numbers"),
+    ],
+)
+@pytest.mark.parametrize("trained", ["causal"], indirect=True)
+def test_changed_kept_checkpoint_differs_from_the_state_at_the_end_of_the_segment_before(
+    trained, tamper, name, change, expected
+):
+    config, chain = trained
+    tamper(10, name, change)
+    links, difference = replay_steps(config, 5, 10)
+    assert links == chain[5:10]
+    assert difference.startswith(expected)
+
+
+def test_trained_model_is_that_of_the_chain_and_a_changed_one_is_not(trained, tmp_path):
+    config, chain = trained
+    outs = Path(os.environ["LM_REPRO_CACHE"]).parent / "outs"
+    shutil.copytree(outs, tmp_path / "outs")
+    config = replace(config, out=str(tmp_path / "outs/model"), report=str(tmp_path / "outs/report"))
+    assert find_model_difference(config, chain) is None
+    assert find_model_difference(config, chain[:-1]) == "the training had 16 steps, but its state chain has 15"
+    assert "it does not have the weights of step" in find_model_difference(config, ["0" * 16] * 16)
+    change_weight(tmp_path / "outs/model/model.safetensors")
+    assert "it does not have the weights of step" in find_model_difference(config, chain)
 
 
 def test_replay_from_a_step_that_was_not_kept_is_an_error(trained):
@@ -86,7 +168,11 @@ def test_checksum_covers_every_trained_element(dtype, shape):
 
 def test_training_in_several_processes_or_with_keras_is_not_replayed(overrides, compose_stage, tmp_path):
     launch = "++hardware.launch={processes_per_machine: 2, machines: 1, rendezvous: null}"
-    for more, message in [([launch], "in several processes"), (["framework=keras"], "framework=keras writes no")]:
+    for more, message in [
+        ([launch], "in several processes"),
+        (["framework=keras"], "framework=keras writes no"),
+        (["adapter=lora"], "with an adapter"),
+    ]:
         config = compose_stage("train", *overrides("train", "causal", tmp_path, *more))
         with pytest.raises(StageError, match=message):
             list_kept_steps(config)
