@@ -70,6 +70,7 @@ def run_verification(rev: str, statement: Path | None, verify_training: Training
         StageError: if the current directory is not in a DVC repository, or the commit cannot be verified.
     """
     if statement is not None:
+        statement = statement.absolute()
         check_output_path(statement)  # before the replay, which may take hours
     try:
         repo = Repo()

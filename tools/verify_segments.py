@@ -51,8 +51,12 @@ class SegmentReplay(NamedTuple):
     """Why the segment could not be replayed; the empty string if it was."""
 
     @property
+    def differs(self) -> bool:
+        return self.first_difference is not None or self.state_difference is not None
+
+    @property
     def verified(self) -> bool:
-        return self.first_difference is None and self.state_difference is None and not self.problem
+        return not self.differs and not self.problem
 
 
 class SegmentsResult(NamedTuple):
@@ -73,8 +77,13 @@ class SegmentsResult(NamedTuple):
     """Why the trained model is not that of the chain; None if it is."""
 
     @property
+    def differs(self) -> bool:
+        """True if a replay differs from the chain or from a checkpoint, or the trained model from the chain."""
+        return self.model_difference is not None or any(replay.differs for replay in self.replays)
+
+    @property
     def verified(self) -> bool:
-        return not self.problem and self.model_difference is None and all(replay.verified for replay in self.replays)
+        return not self.problem and not self.differs and all(replay.verified for replay in self.replays)
 
     @property
     def num_steps_replayed(self) -> int:

@@ -93,7 +93,7 @@ def verify_stages(
         run = clone.run_stage(stage, ["commit", "--quiet", "--force"]) if not problem else StageRun({}, problem, 0.0)
         result = compare_stage(clone, repo, name, claimed, run, copies)
         yield add_segments(result, verify_training(clone, name)) if not run.problem else result
-    for name in lock.keys() - {*names}:
+    for name in [name for name in lock if name not in names]:
         copies = list(check_copies(repo, lock[name], in_workspace.get(name) or {}))
         problem = "dvc.yaml has no such stage: delete its entry from dvc.lock"
         yield StageResult(name, Verdict.NOT_REPLAYED, 0.0, problem, copies, [], _get_outs(lock[name]), {})
@@ -120,10 +120,10 @@ def restore_outs(clone: Clone, repo: Repo, claimed: Entry) -> str:
 def add_segments(result: StageResult, segments: SegmentsResult) -> StageResult:
     """Add the result of the replayed segments to that of the stage's entry in dvc.lock."""
     verdict = result.verdict
-    if segments.problem:
-        verdict = Verdict.NOT_REPLAYED
-    elif not segments.verified:
+    if segments.differs:
         verdict = Verdict.DIFFERS
+    elif not segments.verified and verdict is Verdict.VERIFIED:
+        verdict = Verdict.NOT_REPLAYED
     files = result.files if verdict is Verdict.VERIFIED else {}
     seconds = result.seconds + segments.seconds
     return result._replace(verdict=verdict, problem=segments.problem, files=files, seconds=seconds, segments=segments)

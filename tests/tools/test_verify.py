@@ -16,12 +16,14 @@ import psutil
 import pytest
 import yaml
 from dvc.repo import Repo
-from small_repository import run_shell
+from small_repository import make_repository, run_shell
 
 from stages.core.errors import StageError
 from tools.verify import run_verification, verify_commit
+from tools.verify_replay import Clone
 from tools.verify_report import Verification, describe_verification
-from tools.verify_stages import Verdict
+from tools.verify_segments import Segment, SegmentReplay, SegmentsResult
+from tools.verify_stages import StageResult, Verdict
 
 ROOT = Path(__file__).parents[2]
 STAGE = """\
@@ -380,6 +382,83 @@ def test_verify_other_version_of_a_library_is_said_first(toy: Path, capsys: pyte
     ]
     messages = capsys.readouterr().err
     assert messages.index("pyyaml 1.2.3") < messages.index("stage 1 of 2")
+
+
+# -- trainings by segments ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Repository with a stage `train` as the current directory."""
+    monkeypatch.chdir(make_repository(tmp_path))
+    return tmp_path
+
+
+def verify_segments(*replays: SegmentReplay, model_difference: str | None = None) -> StageResult:
+    """Verify the training with these results of its segments, and check that its outs are in the clone."""
+
+    def verify_training(clone: Clone, stage: str) -> SegmentsResult:
+        assert stage == "train" and (clone.directory / "models/weights").read_text() == "32 2"
+        segments = [Segment(0, 10), Segment(10, 15)]
+        return SegmentsResult(15, segments, 7, list(replays), 0.5, model_difference=model_difference)
+
+    with Repo() as repo:
+        (stage,) = verify_commit(repo, "HEAD", verify_training).stages
+    return stage
+
+
+FIRST = Segment(0, 10)
+
+
+@pytest.mark.parametrize(
+    ("replay", "model_difference", "expected"),
+    [
+        (SegmentReplay(FIRST), None, Verdict.VERIFIED),
+        (SegmentReplay(FIRST, first_difference=3), None, Verdict.DIFFERS),
+        (SegmentReplay(FIRST, state_difference="a weight"), None, Verdict.DIFFERS),
+        (SegmentReplay(FIRST, problem="damaged"), None, Verdict.NOT_REPLAYED),
+        (SegmentReplay(FIRST), "another model", Verdict.DIFFERS),
+    ],
+)
+def test_verify_training_by_segments_has_their_verdict(
+    trained: Path, replay: SegmentReplay, model_difference: str | None, expected: Verdict
+) -> None:
+    stage = verify_segments(replay, model_difference=model_difference)
+    assert stage.verdict is expected
+    assert bool(stage.files) == (expected is Verdict.VERIFIED)
+
+
+def test_verify_training_by_segments_catches_a_tampered_lock(trained: Path) -> None:
+    edit_lock(lambda stages: stages["train"]["params"]["params.yaml"].update(block_size=64))
+    stage = verify_segments(SegmentReplay(FIRST))
+    assert stage.verdict is Verdict.DIFFERS
+    assert [(found.kind, found.description) for found in stage.differences] == [("params", "block_size: 64 -> 32")]
+
+
+def test_verify_training_by_segments_catches_a_damaged_model_in_the_cache(trained: Path) -> None:
+    md5 = yaml.safe_load(Path("dvc.lock").read_text())["stages"]["train"]["outs"][1]["md5"]
+    overwrite(trained / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}", "32 3")
+    with Repo() as repo:
+        (stage,) = verify_commit(repo, "HEAD", lambda *_: SegmentsResult(15, [FIRST], 7, [], 0.0)).stages
+    assert {"outs", "copy"} <= {difference.kind for difference in stage.differences}
+
+
+def test_verify_training_whose_model_is_not_in_the_cache_is_not_replayed(trained: Path) -> None:
+    shutil.rmtree(trained / ".dvc/cache")
+    stage = verify_segments()
+    assert stage.verdict is Verdict.NOT_REPLAYED
+    assert "is not in DVC's cache: run `dvc pull`, or verify with --all" in stage.problem
+
+
+def test_verify_training_that_would_continue_from_kept_checkpoints_is_not_replayed(trained: Path) -> None:
+    edit_lock(
+        lambda stages: stages["train"]["params"].update(
+            {"conf/base/hardware.yaml": {"checkpoints": {"keep_for_branches": {"directory": "/shared/kept"}}}}
+        )
+    )
+    (stage,) = verify().stages
+    assert stage.verdict is Verdict.NOT_REPLAYED
+    assert stage.problem.startswith("it would continue from kept checkpoints of earlier runs in /shared/kept")
 
 
 # -- refusals and interruptions ----------------------------------------------------------------------------------------
