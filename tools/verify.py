@@ -103,14 +103,14 @@ def verify_commit(repo: Repo, rev: str, verify_training: TrainingVerifier | None
     environment_differences = list(find_environment_differences(repo, lock))
     for message in (*list_notes(repo, commit), *(f"warning: {warning}" for warning in environment_differences)):
         log(message)
-    with open_clone(repo, commit, lock) as clone:
-        missing = list(provide_inputs(clone, repo, lock))
-        for problem in missing:
-            log(f"warning: {problem}")
-        try:
+    try:
+        with open_clone(repo, commit, lock) as clone:
+            missing = list(provide_inputs(clone, repo, lock))
+            for problem in missing:
+                log(f"warning: {problem}")
             stages = list(verify_stages(clone, repo, lock, verify_training))
-        except DvcException as error:
-            raise StageError(f"DVC cannot read the stages of commit {commit[:7]}: {printable(error)}") from None
+    except DvcException as error:
+        raise StageError(f"DVC cannot read the stages of commit {commit[:7]}: {printable(error)}") from None
     return Verification(commit, text, stages, missing, environment_differences, started, datetime.now(UTC))
 
 

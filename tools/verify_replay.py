@@ -157,7 +157,8 @@ def open_clone(repo: Repo, commit: str, lock: dict[str, Entry]) -> Iterator[Clon
         lock: entries of dvc.lock at the commit; paths in them may lead out of the repository (`../text.jsonl`).
 
     Raises:
-        StageError: if git fails.
+        StageError: if git fails, or if the commit is not a DVC repository.
+        DvcException: if DVC cannot open it.
     """
     _remove_abandoned_clones()
     with _make_temporary_directory() as root:
@@ -173,6 +174,8 @@ def open_clone(repo: Repo, commit: str, lock: dict[str, Entry]) -> Iterator[Clon
             if done.returncode:
                 reason = (done.stderr.strip() or "failed").splitlines()[-1]
                 raise StageError(f"git {command[-1] if command is clone else 'checkout'}: {printable(reason)}")
+        if not (directory / ".dvc").is_dir():
+            raise StageError(f"commit {commit[:7]} has no directory .dvc")
         (directory / LOCK).unlink()
         (directory / ".dvc/config.local").write_text("[cache]\n    dir = cache\n", encoding="utf-8")
         yield Clone(directory, environment)

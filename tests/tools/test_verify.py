@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 from dvc.repo import Repo
+from dvc_project import mark_rest_slow
 from small_repository import make_repository, run_shell
 
 from stages.core.errors import StageError
@@ -289,14 +290,17 @@ OTHER_MD5 = "0123456789abcdef0123456789abcdef"
 
 @pytest.mark.parametrize(
     ("change", "expected"),
-    [
-        (lambda stages: stages["fit"]["outs"][1].update(md5=f"{OTHER_MD5}.dir"), ("fit", "outs", "models/toy")),
-        (lambda stages: stages["fit"]["outs"][0].update(size=1), ("fit", "outs", "metrics/toy.json")),
-        (lambda stages: stages["fit"]["deps"][1].update(md5=OTHER_MD5), ("fit", "deps", "stage.py")),
-        (lambda stages: stages["fit"]["params"]["params.yaml"].update(rate=0.6), ("fit", "params", "params.yaml")),
-        (lambda stages: stages["fit"]["params"]["params.yaml"].update(more=1), ("fit", "params", "params.yaml")),
-        (lambda stages: stages["fit"].update(cmd="python other.py"), ("fit", "cmd", "")),
-    ],
+    mark_rest_slow(
+        [
+            (lambda stages: stages["fit"]["outs"][1].update(md5=f"{OTHER_MD5}.dir"), ("fit", "outs", "models/toy")),
+            (lambda stages: stages["fit"]["outs"][0].update(size=1), ("fit", "outs", "metrics/toy.json")),
+            (lambda stages: stages["fit"]["deps"][1].update(md5=OTHER_MD5), ("fit", "deps", "stage.py")),
+            (lambda stages: stages["fit"]["params"]["params.yaml"].update(rate=0.6), ("fit", "params", "params.yaml")),
+            (lambda stages: stages["fit"]["params"]["params.yaml"].update(more=1), ("fit", "params", "params.yaml")),
+            (lambda stages: stages["fit"].update(cmd="python other.py"), ("fit", "cmd", "")),
+        ],
+        4,
+    ),
     ids=["md5 of an out", "size", "md5 of a dependency", "value", "key", "command"],
 )
 def test_verify_tampered_lock_is_caught(
@@ -412,13 +416,16 @@ FIRST = Segment(0, 10)
 
 @pytest.mark.parametrize(
     ("replay", "model_difference", "expected"),
-    [
-        (SegmentReplay(FIRST), None, Verdict.VERIFIED),
-        (SegmentReplay(FIRST, first_difference=3), None, Verdict.DIFFERS),
-        (SegmentReplay(FIRST, state_difference="a weight"), None, Verdict.DIFFERS),
-        (SegmentReplay(FIRST, problem="damaged"), None, Verdict.NOT_REPLAYED),
-        (SegmentReplay(FIRST), "another model", Verdict.DIFFERS),
-    ],
+    mark_rest_slow(
+        [
+            (SegmentReplay(FIRST), None, Verdict.VERIFIED),
+            (SegmentReplay(FIRST, first_difference=3), None, Verdict.DIFFERS),
+            (SegmentReplay(FIRST, state_difference="a weight"), None, Verdict.DIFFERS),
+            (SegmentReplay(FIRST, problem="damaged"), None, Verdict.NOT_REPLAYED),
+            (SegmentReplay(FIRST), "another model", Verdict.DIFFERS),
+        ],
+        2,
+    ),
 )
 def test_verify_training_by_segments_has_their_verdict(
     trained: Path, replay: SegmentReplay, model_difference: str | None, expected: Verdict
@@ -519,6 +526,12 @@ def test_verify_outside_a_repository_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stderr.startswith("verify: error: ") and done.stderr.count("\n") == 1
 
 
+def test_verify_commit_without_dvc_directory_is_refused(toy: Path) -> None:
+    run_shell(toy, "git rm -q -r --cached .dvc && git commit -q -m gone")
+    with pytest.raises(StageError, match=r"has no directory \.dvc"):
+        verify()
+
+
 def test_verify_broken_pipeline_is_refused(toy: Path) -> None:
     (toy / "dvc.yaml").write_text("stages: {fit: {comand: x}}\n")
     commit(toy)
@@ -541,7 +554,7 @@ def make_slow(toy: Path) -> None:
     commit(toy)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", mark_rest_slow([signal.SIGTERM, signal.SIGKILL, signal.SIGINT], 2))
 def test_verify_that_is_killed_leaves_no_statement_and_no_clone(
     toy: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
