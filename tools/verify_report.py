@@ -75,18 +75,19 @@ def describe_difference(difference: Difference) -> str:
 def describe_metric_changes(changes: list[MetricChange]) -> str:
     """Describe the largest of the differences between numbers."""
     largest = max(changes, key=lambda change: change.relative)
+    number = "1 number differs" if len(changes) == 1 else f"{len(changes)} numbers differ, the most"
     return (
-        f"{len(changes)} numbers differ, the most by {largest.relative:.1g} of its value: {printable(largest.path)},"
-        f" {printable(largest.key)}: {largest.claimed!r} -> {largest.replayed!r}"
+        f"{number} by {largest.relative:.1g} of its value: {printable(largest.path)}, {printable(largest.key)}:"
+        f" {largest.claimed!r} -> {largest.replayed!r}"
     )
 
 
 def describe_segments(result: SegmentsResult) -> Iterator[str]:
     """Yield the lines about a training that was verified by segments."""
-    chosen, num_segments = len(result.replays), len(result.segments)
+    num_segments = len(result.segments)
     yield (
-        f"replayed {chosen} of {num_segments} segments (seed {result.seed}), {result.num_steps_replayed:,} of"
-        f" {result.num_steps:,} steps:"
+        f"replayed {result.num_replayed} of {num_segments} segments (seed {result.seed}),"
+        f" {result.num_steps_replayed:,} of {result.num_steps:,} steps:"
     )
     for replay in result.replays:
         yield f"  {replay.segment}: {describe_segment(replay)}"
@@ -94,7 +95,7 @@ def describe_segments(result: SegmentsResult) -> Iterator[str]:
         yield f"  trained model: DIFFERS: {printable(result.model_difference)}"
     yield (
         f"a change of one step would have been caught with a probability of {result.probability:.1%}"
-        f" ({chosen} / {num_segments}: each segment was equally likely to be chosen)"
+        f" ({result.num_replayed} / {num_segments}: each segment was equally likely to be chosen)"
     )
 
 
@@ -116,9 +117,10 @@ def explain_differences(verification: Verification) -> Iterator[str]:
     if "copy" in kinds:
         yield "On this machine, files are not what dvc.lock says. `dvc checkout --force` restores those of the"
         yield "workspace; remove damaged files of DVC's cache, then `dvc pull` or `dvc repro`."
-    outs = {path for stage in verification.stages for path in stage.outs}
+    outs = tuple(f"{path}/" for stage in verification.stages for path in stage.outs)
+    written = {difference.path for _, difference in differences if f"{difference.path}/".startswith(outs)}
     if any(
-        difference.kind in ("cmd", "params") or (difference.kind == "deps" and difference.path not in outs)
+        difference.kind in ("cmd", "params") or (difference.kind == "deps" and difference.path not in written)
         for _, difference in differences
     ):
         yield "The commit has other values, code or inputs than its dvc.lock was written with."
@@ -203,7 +205,7 @@ def _record_segments(result: SegmentsResult) -> dict[str, Any]:
         "steps": result.num_steps,
         "stepsReplayed": result.num_steps_replayed,
         "numSegments": len(result.segments),
-        "numReplayed": len(result.replays),
+        "numReplayed": result.num_replayed,
         "seed": result.seed,
         "probability": result.probability,
         "modelDifference": result.model_difference,

@@ -86,13 +86,18 @@ class SegmentsResult(NamedTuple):
         return not self.problem and not self.differs and all(replay.verified for replay in self.replays)
 
     @property
+    def num_replayed(self) -> int:
+        """Number of segments that were replayed, without those that could not be."""
+        return sum(not replay.problem for replay in self.replays)
+
+    @property
     def num_steps_replayed(self) -> int:
-        return sum(replay.segment.num_steps for replay in self.replays)
+        return sum(replay.segment.num_steps for replay in self.replays if not replay.problem)
 
     @property
     def probability(self) -> float:
         """Probability with which a change of one step would have been caught, whichever step it was."""
-        return compute_catch_probability(len(self.segments), len(self.replays)) if self.segments else 0.0
+        return compute_catch_probability(len(self.segments), self.num_replayed) if self.segments else 0.0
 
 
 class Training(Protocol):

@@ -327,9 +327,7 @@ def test_verify_tampered_metrics_file_is_caught_with_its_relative_difference(toy
     commit(toy)
     verification = verify()
     assert list_differences(verification) == {("fit", "git", "metrics/toy.json"), ("fit", "copy", "metrics/toy.json")}
-    assert "1 numbers differ, the most by 1 of its value: metrics/toy.json, toy.loss: 0.0625 -> 0.125" in describe(
-        verification
-    )
+    assert "1 number differs by 1 of its value: metrics/toy.json, toy.loss: 0.0625 -> 0.125" in describe(verification)
 
 
 def test_verify_last_digits_are_told_from_other_values_by_the_numbers(toy: Path) -> None:

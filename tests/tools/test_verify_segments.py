@@ -172,6 +172,7 @@ def test_segment_that_cannot_be_replayed_is_not_verified_and_the_others_are(monk
         ("", True),
     ]
     assert not result.verified
+    assert (result.probability, result.num_steps_replayed) == (0.5, 5)
 
 
 def test_report_of_segments_states_probability_seed_and_steps() -> None:
