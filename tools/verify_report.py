@@ -106,7 +106,7 @@ def describe_segment(replay: SegmentReplay) -> str:
     if replay.first_difference is not None:
         return f"DIFFERS from step {replay.first_difference:,} on"
     if replay.state_difference is not None:
-        return f"DIFFERS from the kept checkpoint at its end: {printable(replay.state_difference)}"
+        return f"DIFFERS in the state at its end: {printable(replay.state_difference)}"
     return "same weights after every step"
 
 

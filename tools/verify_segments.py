@@ -22,7 +22,8 @@ class StepsReplay(NamedTuple):
     links: list[str]
     """Links of the replayed steps."""
     state_difference: str | None
-    """Part of the state after the last step that differs from the kept checkpoint of this step; None if it is equal."""
+    """Part of the state after the last step that differs from the kept checkpoint of this step, or from the trained
+    model of this step; None if nothing does."""
 
 
 class Segment(NamedTuple):
@@ -46,7 +47,7 @@ class SegmentReplay(NamedTuple):
     first_difference: int | None = None
     """First step whose link differs from the chain; None if all links are equal."""
     state_difference: str | None = None
-    """Part of the state after the last step that differs from the kept checkpoint; None if it is equal."""
+    """Part of the state after the last step that differs, as in StepsReplay; None if nothing does."""
     problem: str = ""
     """Why the segment could not be replayed; the empty string if it was."""
 

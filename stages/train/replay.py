@@ -21,8 +21,9 @@ class Replay(NamedTuple):
     links: list[str]
     """Links of the state chain for these steps."""
     state_difference: str | None
-    """Part of the training's state after the last step that differs from the kept checkpoint of this step, from which
-    the next steps are replayed; None if they are equal, or if no checkpoint of this step was kept."""
+    """Part of the training's state after the last step that differs; None if nothing does. The state is compared with
+    the kept checkpoint of this step, from which the next steps are replayed, and with the trained model of this step,
+    as far as they exist."""
 
 
 def list_kept_steps(config: "TrainConfig") -> list[int]:
@@ -56,7 +57,8 @@ def replay_steps(config: "TrainConfig", first: int, last: int) -> Replay:
         recorder = _make_random_state_recorder()
         trainer.add_callback(recorder)
         links = trainer.replay_steps(first, last)
-    return Replay(links, _find_state_difference(config, trainer, last, recorder.state))
+    difference = _find_state_difference(config, trainer, last, recorder.state)
+    return Replay(links, difference or _find_weight_difference(config, trainer, last))
 
 
 def find_model_difference(config: "TrainConfig", chain: Sequence[str]) -> str | None:
@@ -69,7 +71,7 @@ def find_model_difference(config: "TrainConfig", chain: Sequence[str]) -> str | 
     from stages.train.state_chain import StateChain
 
     ledger = read_json(Path(config.report) / "stats.json")
-    step = ledger["best_step"] if config.trainer.get("load_best_model_at_end") is True else ledger["steps"]
+    step = _get_model_step(config, ledger)
     if ledger["steps"] != len(chain):
         return f"the training had {ledger['steps']:,} steps, but its state chain has {len(chain):,}"
     model = load_trained_model(config.model.task, config.out)
@@ -79,6 +81,27 @@ def find_model_difference(config: "TrainConfig", chain: Sequence[str]) -> str | 
     if recomputed.links == list(chain[:step]):
         return None
     return f"it does not have the weights of step {step:,} of the state chain"
+
+
+def _get_model_step(config: "TrainConfig", ledger: dict[str, Any]) -> int:
+    """Return the step whose weights the trained model has, from the ledger of the training."""
+    step: int = ledger["best_step"] if config.trainer.get("load_best_model_at_end") is True else ledger["steps"]
+    return step
+
+
+def _find_weight_difference(config: "TrainConfig", trainer: "BlockTrainer", step: int) -> str | None:
+    """Compare the weights of `trainer` after `step` with the trained model; None if it is not that of this step.
+
+    This is exact, unlike the checksum of the state chain.
+    """
+    from stages.model.trained import load_trained_model
+
+    ledger = Path(config.report) / "stats.json"
+    if not ledger.is_file() or _get_model_step(config, read_json(ledger)) != step:
+        return None
+    trained = load_trained_model(config.model.task, config.out).state_dict()
+    same = _is_equal(dict(trainer.model.state_dict()), dict(trained))
+    return None if same else "the weights of the trained model"
 
 
 def _find_branches(config: "TrainConfig") -> "Branches | None":

@@ -71,7 +71,18 @@ def tamper(monkeypatch, tmp_path):
 def change_weight(file):
     weights = load_file(file)
     name = min(weights)
-    save_file({**weights, name: torch.nextafter(weights[name], torch.tensor(9.0))}, file, {"format": "pt"})
+    changed = weights[name].clone()
+    changed.view(-1)[0] = torch.nextafter(changed.view(-1)[0], torch.tensor(9.0))
+    save_file({**weights, name: changed}, file, {"format": "pt"})
+
+
+def swap_weights(file):
+    """Exchange two elements of a weight, which leaves its checksum in the state chain the same."""
+    weights = load_file(file)
+    name = min(weights)
+    changed = weights[name].clone()
+    changed.view(-1)[:2] = changed.view(-1)[:2].flip(0)
+    save_file({**weights, name: changed}, file, {"format": "pt"})
 
 
 def change_optimizer(file):
@@ -113,16 +124,32 @@ def test_changed_kept_checkpoint_differs_from_the_state_at_the_end_of_the_segmen
     assert difference.startswith(expected)
 
 
-def test_trained_model_is_that_of_the_chain_and_a_changed_one_is_not(trained, tmp_path):
+@pytest.fixture
+def copied(trained, tmp_path):
+    """Config with a copy of the training's outs, and the state chain."""
     config, chain = trained
-    outs = Path(os.environ["LM_REPRO_CACHE"]).parent / "outs"
-    shutil.copytree(outs, tmp_path / "outs")
-    config = replace(config, out=str(tmp_path / "outs/model"), report=str(tmp_path / "outs/report"))
+    shutil.copytree(Path(os.environ["LM_REPRO_CACHE"]).parent / "outs", tmp_path / "outs")
+    return replace(config, out=str(tmp_path / "outs/model"), report=str(tmp_path / "outs/report")), chain
+
+
+def test_trained_model_is_that_of_the_chain_and_a_changed_one_is_not(copied, tmp_path):
+    config, chain = copied
     assert find_model_difference(config, chain) is None
     assert find_model_difference(config, chain[:-1]) == "the training had 16 steps, but its state chain has 15"
     assert "it does not have the weights of step" in find_model_difference(config, ["0" * 16] * 16)
     change_weight(tmp_path / "outs/model/model.safetensors")
     assert "it does not have the weights of step" in find_model_difference(config, chain)
+
+
+@pytest.mark.parametrize("trained", ["causal", "best"], indirect=True)
+def test_replay_of_the_last_segment_finds_a_changed_model_whatever_its_checksum(copied, tmp_path):
+    config, chain = copied
+    step = json.loads((tmp_path / "outs/report/stats.json").read_text())
+    last = step["best_step"] or step["steps"]
+    assert replay_steps(config, 5, last) == (chain[5:last], None)
+    swap_weights(tmp_path / "outs/model/model.safetensors")
+    assert find_model_difference(config, chain) is None
+    assert replay_steps(config, 5, last) == (chain[5:last], "the weights of the trained model")
 
 
 def test_replay_from_a_step_that_was_not_kept_is_an_error(trained):
