@@ -29,6 +29,8 @@ _Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
 _Value = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str | None
 _Settings = dict[str, _Value]
 _SETTING = re.compile(r"(?:(?P<file>conf/[a-z_]+/[A-Za-z0-9_-][A-Za-z0-9._-]*\.yaml):)?(?P<key>\+?[A-Za-z_][\w.-]*)")
+_PLAIN_TEXT = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
+"""Text that needs no quotes in an override."""
 
 
 @config_section
@@ -176,6 +178,11 @@ def split_setting(name: str) -> Setting:
 
 def format_value(value: _Value) -> str:
     """Format a value in the grammar of Hydra's overrides, which `-S` follows."""
-    if isinstance(value, str):  # quoted, so that 1e-3, null or a comma stay text
-        return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + ("\\" * (len(value) - len(value.rstrip("\\")))) + "'"
-    return json.dumps(value)
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if _PLAIN_TEXT.fullmatch(value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
+        return value
+    # In quotes, backslashes are only special before a quote.
+    trailing = "\\" * (len(value) - len(value.rstrip("\\")))
+    text = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    return f"'{text}{trailing}'"

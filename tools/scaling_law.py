@@ -1,6 +1,6 @@
 """Scaling law of a model's loss: fit, intervals, and the compute-optimal shape.
 
-The form is that of Hoffmann et al. 2022 (arXiv:2203.15556, equation 10):
+The form is that of Hoffmann et al. 2022 (arXiv:2203.15556, section 3.3):
 
     L(N, D) = E + A / N^alpha + B / D^beta
 
@@ -39,8 +39,8 @@ _HUBER_DELTA = 0.01
 1e-3, which is below the noise of small models: nearly all points would then have a linear loss, and the fit would pass
 exactly through five of them."""
 _TOLERANCE = 1e-10
-"""Relative change at which the search ends. A loose tolerance ends it at the start values, which made the intervals of
-Hoffmann et al. too narrow (Besiroglu et al. 2024, arXiv:2404.10102)."""
+"""Relative change at which the search ends. That of Hoffmann et al. ended before it had converged, which made their
+intervals implausibly narrow (Besiroglu et al. 2024, arXiv:2404.10102)."""
 
 
 class Law(NamedTuple):
@@ -62,7 +62,7 @@ class Law(NamedTuple):
     def optimize_shape(self, compute: float) -> tuple[float, float]:
         """Return the numbers of parameters and tokens with the lowest loss for a compute budget.
 
-        Minimizes L(N, D) under 6 N D = `compute` (Hoffmann et al. 2022, equation 4).
+        Minimizes L(N, D) under 6 N D = `compute` (Hoffmann et al. 2022, section 3.3).
         """
         ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         product = compute / OPERATIONS_PER_WEIGHT

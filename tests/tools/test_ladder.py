@@ -3,21 +3,23 @@
 import functools
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from dvc_project import ROOT
+from dvc_project import ROOT, run_command
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from small_repository import run_shell
 
 from stages.core.errors import ConfigError, StageError
 from tools.ladder_file import format_value, read_ladder
 from tools.ladder_result import LadderResult, analyze, describe_result, make_points, read_results, write_result
-from tools.ladder_rungs import MeasuredRung, count_parameters
+from tools.ladder_rungs import MeasuredRung, State, count_parameters, find_states, read_measured
 from tools.report_ladder import build_ladder_parts
 from tools.scaling_law import Law
 
@@ -123,9 +125,92 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+# -- states of rungs ---------------------------------------------------------------------------------------------------
+
+
+class FakeOuts:
+    """dvc.lock of revisions, as `Outs` reads it."""
+
+    def __init__(self, locks: dict[str, Any]) -> None:
+        self.read_lock = locks.__getitem__
+
+
+def make_lock(width: int, epochs: float, code: str = "c0") -> dict[str, Any]:
+    """Return the entries of a run; those of another task have other values."""
+    causal = {"params.yaml": {EPOCHS: epochs}}
+    return {
+        "tokenize@causal": {
+            "deps": [{"path": "text.jsonl", "md5": "t0"}],
+            "params": {"conf/model/tiny.yaml": {"config": {"model_type": "gpt2", "n_embd": width}}},
+            "outs": [{"path": "data/tokens"}],
+        },
+        "evaluate@causal": {
+            "deps": [{"path": "code/evaluate.json", "md5": code}, {"path": "data/tokens", "md5": f"{width}"}],
+            "params": causal,
+        },
+        "evaluate@mlm": {"params": {"params.yaml": {EPOCHS: 99}}},
+    }
+
+
+def make_shown(locks: dict[str, Any], **executors: str) -> list[dict[str, Any]]:
+    """Return the output of `dvc exp show --json` with experiments named `ladder-small-NAME`."""
+    experiments = [
+        {
+            "revs": [{"rev": name, "name": f"ladder-small-{name}"}],
+            "executor": executors.get(name) and {"state": executors[name]},
+        }
+        for name in [*locks, *executors]
+    ]
+    return [{"rev": "workspace"}, {"rev": "f" * 40, "name": "ladder-small-w8-e2", "experiments": experiments}]
+
+
+def find_small_states(locks: dict[str, Any], **executors: str) -> dict[str, tuple[State, str]]:
+    outs: Any = FakeOuts(locks)
+    found = find_states(read_ladder(Path("ladders/small.yaml")), make_shown(locks, **executors), outs)
+    return {state.rung.experiment.removeprefix("ladder-small-"): (state.state, state.reason) for state in found}
+
+
+def test_states_of_rungs_follow_from_their_experiments(workplace: Path) -> None:
+    locks = {"w8-e0": make_lock(8, 0.5), "w8-e1": make_lock(8, 2.0), "w16-e0": make_lock(8, 0.5), "w32-e0": {}}
+    states = find_small_states(locks, **{"w32-e1": "running", "w32-e2": "failed"})
+    assert states["w8-e0"] == (State.DONE, "")
+    assert states["w8-e1"] == (State.STALE, "params.yaml:tasks.causal.num_train_epochs was 2.0, now 1.0")
+    assert states["w16-e0"][0] is State.STALE and states["w16-e0"][1].startswith("conf/model/tiny.yaml:config was")
+    assert states["w32-e0"] == (State.STALE, "its dvc.lock has no evaluate@causal")
+    assert states["w32-e1"] == (State.PENDING, "running") and states["w32-e2"] == (State.MISSING, "failed")
+    assert states["w8-e2"] == (State.MISSING, "")  # a branch of this name is no experiment
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("conf/model/tiny.yaml", "config: {model_type: bert, n_embd: 8}\n", "conf/model/tiny.yaml:config was"),
+        ("conf/model/other.yaml", "config: {}\n", ""),
+        ("params.yaml", "seed: 2\ntasks:\n  causal: {num_train_epochs: 9}\n", ""),  # not read, and set by the ladder
+    ],
+)
+def test_state_of_a_rung_depends_on_the_values_that_it_reads(
+    workplace: Path, file: str, text: str, reason: str
+) -> None:
+    locks = {"w8-e0": make_lock(8, 0.5)}
+    Path(file).write_text(text)
+    state, found = find_small_states(locks)["w8-e0"]
+    assert (state is State.STALE, found[: len(reason)]) == (bool(reason), reason)
+
+
+def test_rungs_of_different_code_are_refused_and_those_of_different_tokens_are_not(workplace: Path) -> None:
+    ladder = read_ladder(Path("ladders/small.yaml"))
+    locks = {"w8-e0": make_lock(8, 0.5), "w16-e0": make_lock(16, 0.5, code="c1")}
+    outs: Any = FakeOuts(locks)
+    states = find_states(ladder, make_shown(locks), outs)
+    with pytest.raises(StageError, match=r"code/evaluate\.json differs between the experiments ladder-small-w8-e0 and"):
+        read_measured(ladder, states, outs)
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ladder_runs_each_rung_once_and_predicts_the_largest(repository: Path) -> None:
     output = (repository / ".git/ladder.log").read_text()
     assert len(list_runs(output)) == 9 and "ladder-small-w32-e2" in list_runs(output)
@@ -153,6 +238,7 @@ def test_ladder_with_a_removed_experiment_runs_only_its_rung(restored: Path) -> 
     assert status == 0 and list_runs(output) == ["ladder-small-w16-e1"]
 
 
+@pytest.mark.slow
 def test_ladder_with_another_value_runs_the_rungs_that_use_it_again(restored: Path) -> None:
     changed = {**LADDER, "lengths": {**LADDER["lengths"], "e1": {EPOCHS: 1.5}}}
     (restored / "ladders/small.yaml").write_text(dump(changed))
@@ -161,12 +247,14 @@ def test_ladder_with_another_value_runs_the_rungs_that_use_it_again(restored: Pa
     assert len(re.findall(r"^dvc --wait-for-lock exp run --temp -n ladder", output, flags=re.MULTILINE)) == 3
 
 
+@pytest.mark.slow
 def test_ladder_in_an_edited_working_tree_runs_the_rungs_again(restored: Path) -> None:
     (restored / "conf/model/tiny.yaml").write_text("config: {model_type: gpt2, n_embd: 8, n_inner: 16}\n")
     (restored / "params.yaml").write_text(FILES["params.yaml"].replace("seed: 1", "seed: 2"))  # no stage reads it
     assert run_ladder(restored, "--dry-run")[1].count("to run again: conf/model/tiny.yaml:config was") == 9
 
 
+@pytest.mark.slow
 def test_ladder_with_a_setting_that_no_stage_reads_says_so(restored: Path) -> None:
     (restored / "ladders/small.yaml").write_text(dump({**LADDER, "set": {"seed": 1}}))
     output = run_ladder(restored, "--dry-run")[1]
@@ -204,6 +292,7 @@ def test_ladder_in_the_queue_waits_for_it(restored: Path) -> None:
     assert run_ladder(restored)[0] == 0
 
 
+@pytest.mark.slow
 def test_ladder_without_results_says_so(restored: Path) -> None:
     (restored / "ladders/other.yaml").write_text(dump(LADDER))
     status, output = run_ladder(restored, "--fit-only", "ladders/other.yaml")
@@ -314,6 +403,8 @@ def test_shipped_ladder_is_valid(file: Path, monkeypatch: pytest.MonkeyPatch) ->
 @given(st.one_of(st.none(), st.booleans(), st.integers(-(2**62), 2**62), st.floats(-1e9, 1e9), st.text(max_size=12)))
 @example("it's, null=\\")
 @example("\\'")
+@example("tiny-gpt2")
+@example("NaN")
 def test_value_as_an_argument_is_read_back_unchanged(value: Any) -> None:
     if isinstance(value, str) and not value.isprintable():
         return
@@ -450,3 +541,32 @@ def test_report_escapes_names(workplace: Path) -> None:
     page = render_page([], ladders=[analyze_rungs(rungs)])
     assert 'id="scaling"' in page and "<img/src" not in page
     assert 'id="scaling"' not in render_page([])
+
+
+# -- the pipeline ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ladder_of_the_pipeline_trains_its_rungs_and_is_in_the_report(clean: Path) -> None:
+    width, epochs = "conf/model/tiny-gpt2.yaml:config.n_embd", "tasks.causal.num_train_epochs"
+    ladder = {
+        "task": "causal",
+        "set": {"conf/task/causal.yaml:+trainer.lr_scheduler_type": "constant", "tasks.causal.learning_rate": 0.01},
+        "sizes": {f"w{value}": {width: value} for value in (8, 16, 32)},
+        "lengths": {f"e{number}": {epochs: value} for number, value in enumerate((0.1, 0.3, 0.9))},
+    }
+    (clean / "ladders/pipeline.yaml").write_text(dump(ladder))
+    output = run_command(clean, sys.executable, "-m", "tools.ladder", "ladders/pipeline.yaml")
+    assert len(list_runs(output)) == 9 and "within the interval: " in output
+    result = json.loads((clean / "reports/ladder/pipeline.json").read_text())
+    sizes = {point["size"]: point["num_parameters"] for point in result["points"]}
+    weights = clean / "models/causal/model.safetensors"
+    run_command(clean, "dvc", "exp", "apply", "ladder-pipeline-w16-e1")
+    with safe_open(weights, framework="np") as tensors:
+        assert sizes["w16"] == sum(tensors.get_tensor(name).size for name in tensors.keys())  # noqa: SIM118
+    ledger = json.loads((clean / "reports/train/causal/stats.json").read_text())
+    (point,) = (found for found in result["points"] if (found["size"], found["length"]) == ("w16", "e1"))
+    assert point["num_tokens"] == ledger["steps"] * 4 * 64  # sequences per step, tokens in each
+    assert f"{point['bits']:.4f}" in output
+    run_command(clean, sys.executable, "-m", "tools.report")
+    assert "<h3>pipeline (causal)</h3>" in (clean / "reports/report.html").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import pytest
 from tools.scaling_law import MIN_POINTS, Fit, Law, fit_law, fit_with_intervals
 
 SMALL = Law(E=1.2, A=30.0, B=60.0, alpha=0.35, beta=0.37)
-HOFFMANN = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # Hoffmann et al. 2022, equation 10
+HOFFMANN = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # Hoffmann et al. 2022, appendix D
 BESIROGLU = Law(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)  # Besiroglu et al. 2024
 STEEP = Law(E=0.8, A=1e6, B=3e5, alpha=1.2, beta=1.1)
 FLAT = Law(E=0.5, A=8.0, B=6.0, alpha=0.12, beta=0.1)
