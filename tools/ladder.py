@@ -102,9 +102,19 @@ def run_rungs(ladder: Ladder, states: Sequence[RungState], queue: bool) -> None:
         print(f"ladder: [{number}/{len(states)}] {rung.experiment}{f': {reason}' if reason else ''}", flush=True)
         if state is State.STALE:
             subprocess.run(["dvc", "exp", "remove", "--quiet", rung.experiment], check=True)
-        subprocess.run(make_command(rung, ladder.target, queue), check=False)
+        _run_to_end(make_command(rung, ladder.target, queue))
     if queue and states:
         print("\nRun `dvc queue start`, and when it is done `python -m tools.ladder FILE`.")
+
+
+def _run_to_end(command: Sequence[str]) -> None:
+    """Run a command, and also wait for it after Ctrl-C, which reaches it too: a training then writes a checkpoint."""
+    process = subprocess.Popen(command)
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
 
 
 def print_states(ladder: Ladder, states: Sequence[RungState]) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -128,6 +129,9 @@ def _find_problems(name: str, content: LadderFile) -> Iterator[str]:
             yield f"{kind} has {len(found)}: a law needs at least {MIN_KINDS}"
         if len({json.dumps(settings, sort_keys=True) for settings in found.values()}) < len(found):
             yield f"two of {kind} have the same settings"
+    names = [f"{size}-{length}" for size, length in itertools.product(content.sizes, content.lengths)]
+    if repeated := sorted(name for name, number in Counter(names).items() if number > 1):
+        yield f"two rungs would have the name {repeated[0]}: rename a size or a length"
     if content.seeds and len(set(content.seeds)) < len(content.seeds):
         yield "seeds has a seed twice"
     sections = {

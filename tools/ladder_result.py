@@ -255,7 +255,7 @@ def _extrapolate(fit: Fit, largest: Point, compute: float) -> Extrapolation:
     scale = math.sqrt(compute / largest.compute)
     num_parameters, num_tokens = largest.num_parameters * scale, largest.num_tokens * scale
     optimum = None
-    if all(fit.is_identified(name) for name in ("A", "B", "alpha", "beta")):
+    if fit.is_identified("A") and fit.is_identified("B"):
         shapes = [law.optimize_shape(compute) for law in fit.replicates]
         optimum = Optimum(
             **{
@@ -287,7 +287,8 @@ def describe_result(result: LadderResult) -> Iterator[str]:
     yield f"\nLaw of all {len(result.points)} rungs: {form}, relative error {result.log_error:.2%}"
     for name, parameter in result.parameters.items():
         note = "" if parameter.identified else "  not determined by these rungs"
-        yield f"  {name:5}  {parameter.value:.4g} ({parameter.low:.4g} to {parameter.high:.4g}){note}"
+        value, low, high = (_format_parameter(number) for number in (parameter.value, parameter.low, parameter.high))
+        yield f"  {name:5}  {value} ({low} to {high}){note}"
     yield from _describe_extrapolation(result.extrapolation)
 
 
@@ -315,6 +316,10 @@ def _describe_extrapolation(extrapolation: Extrapolation) -> Iterator[str]:
             f"  compute-optimal: {_format_count(optimum.num_parameters)} parameters,"
             f" {_format_count(optimum.num_tokens)} tokens"
         )
+
+
+def _format_parameter(number: float) -> str:
+    return "0" if abs(number) < 1e-6 else f"{number:.4g}"
 
 
 def _format_bits(interval: Interval) -> str:

@@ -99,7 +99,12 @@ class Fit(NamedTuple):
         return self.compute_interval(means * np.exp(errors))
 
     def is_identified(self, name: str) -> bool:
-        """Return True if the interval of a parameter stays away from the limits of the search."""
+        """Return True if the interval of a parameter stays away from the limits of the search.
+
+        A and B also need their exponents to be identified, with which they change by orders of magnitude.
+        """
+        if name in ("A", "B") and not self.is_identified({"A": "alpha", "B": "beta"}[name]):
+            return False
         low, high = self.compute_interval([getattr(law, name) for law in self.replicates])
         if name in ("alpha", "beta"):
             return _EXPONENTS[0] * 1.01 < low and high < _EXPONENTS[1] * 0.99

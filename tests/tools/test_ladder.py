@@ -343,6 +343,11 @@ def test_settings_of_a_size_override_those_of_all_rungs(workplace: Path) -> None
         ({"sizes": {"--temp": {}}}, "string should match pattern"),
         ({"sizes": {"x" * 41: {}}}, "string should have at most 40 characters"),
         ({"sizes": [1]}, "should be"),
+        (
+            {"sizes": {"a": {WIDTH: 1}, "a-b": {WIDTH: 2}, "c": {WIDTH: 3}},
+             "lengths": {"b-c": {EPOCHS: 1}, "c": {EPOCHS: 2}, "d": {EPOCHS: 3}}},
+            "two rungs would have the name a-b-c: rename a size or a length",
+        ),
         ({"seeds": []}, "list should have at least 1 item"),
         ({"seeds": [1, 1]}, "seeds has a seed twice"),
         ({"seeds": [1], "set": {"seed": 1}}, "seed is set both by `seeds` and as a setting"),
