@@ -94,12 +94,12 @@ def read_ladder(file: Path) -> Ladder:
         ConfigError: if the file cannot be read, or a name, setting or value in it is wrong.
     """
     if not file.is_file():
-        found = sorted(path.as_posix() for path in file.parent.glob("*.yaml"))
+        found = sorted(path.as_posix() for path in file.parent.glob("*.yaml") if path.is_file())
         hint = f"; {suggest_name(str(file), found)}" if found else ""
         raise ConfigError([f"{printable(file)} is not a file{hint}"])
-    where = printable(file)
+    where, values = printable(file), read_yaml(file)
     try:
-        content = validate_values(LadderFile, read_yaml(file), "a ladder")
+        content = validate_values(LadderFile, values, "a ladder")
     except ConfigError as error:
         raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None
     if problems := list(_find_problems(file.stem, content)):

@@ -289,7 +289,7 @@ def describe_result(result: LadderResult) -> Iterator[str]:
         note = "" if parameter.identified else "  not determined by these rungs"
         value, low, high = (_format_parameter(number) for number in (parameter.value, parameter.low, parameter.high))
         yield f"  {name:5}  {value} ({low} to {high}){note}"
-    yield from _describe_extrapolation(result.extrapolation)
+    yield from _describe_extrapolation(result.extrapolation, result.points[-1])
 
 
 def _describe_back_test(result: LadderResult, back_test: BackTest) -> Iterator[str]:
@@ -302,9 +302,11 @@ def _describe_back_test(result: LadderResult, back_test: BackTest) -> Iterator[s
         yield from (f"  possible reason: {reason}" for reason in _explain_miss(result))
 
 
-def _describe_extrapolation(extrapolation: Extrapolation) -> Iterator[str]:
+def _describe_extrapolation(extrapolation: Extrapolation, largest: Point) -> Iterator[str]:
+    ratio = extrapolation.compute / largest.compute
     yield (
-        f"\nExtrapolation to {extrapolation.compute:.2e} operations, beyond all rungs, with new text:"
+        f"\nExtrapolation to {extrapolation.compute:.2e} operations, {ratio:.3g} times those of the largest rung, with"
+        " new text:"
         f"\n  {extrapolation.num_parameters:.3g} parameters, {extrapolation.num_tokens:.3g} tokens (the largest rung"
         f" with both scaled alike): {_format_bits(extrapolation.predicted)}"
     )
