@@ -61,9 +61,7 @@ def main() -> None:
             print_states(ladder, states)
             return
         if not arguments.fit_only:
-            run_rungs(
-                ladder, [state for state in states if state.state in (State.MISSING, State.STALE)], arguments.queue
-            )
+            run_rungs(ladder, [state for state in states if state.is_to_run], arguments.queue)
         if not arguments.queue:
             print_results(ladder, read_progress(ladder), arguments.compute)
     except KeyboardInterrupt:

@@ -215,6 +215,11 @@ def _predict(law: Law, points: Sequence[Point]) -> list[float]:
     return [float(value) for value in law.predict(sizes, tokens)]
 
 
+def _make_interval(fit: Fit, value: float, *replicates: float) -> Interval:
+    low, high = fit.compute_interval(replicates)
+    return Interval(value=value, low=low, high=high)
+
+
 def _predict_with_interval(fit: Fit, num_parameters: float, num_tokens: float) -> Interval:
     low, high = fit.predict_interval(num_parameters, num_tokens)
     return Interval(value=float(fit.law.predict(num_parameters, num_tokens)), low=low, high=high)
@@ -256,18 +261,9 @@ def _extrapolate(fit: Fit, largest: Point, compute: float) -> Extrapolation:
     num_parameters, num_tokens = largest.num_parameters * scale, largest.num_tokens * scale
     optimum = None
     if fit.is_identified("A") and fit.is_identified("B"):
-        shapes = [law.optimize_shape(compute) for law in fit.replicates]
-        optimum = Optimum(
-            **{
-                key: Interval(value=value, low=low, high=high)
-                for key, value, (low, high) in zip(
-                    ("num_parameters", "num_tokens"),
-                    fit.law.optimize_shape(compute),
-                    map(fit.compute_interval, zip(*shapes, strict=True)),
-                    strict=True,
-                )
-            }
-        )
+        shapes = [law.optimize_shape(compute) for law in (fit.law, *fit.replicates)]
+        sizes, tokens = zip(*shapes, strict=True)
+        optimum = Optimum(num_parameters=_make_interval(fit, *sizes), num_tokens=_make_interval(fit, *tokens))
     return Extrapolation(
         compute=compute,
         num_parameters=num_parameters,
@@ -344,7 +340,9 @@ def _explain_miss(result: LadderResult) -> list[str]:
             )
         reasons.append("its learning rate or schedule may suit it less well than those of the others suit them")
     else:
-        reasons.append("the smaller rungs may be trained less well than it, for example during warmup")
+        reasons.append(
+            "the smaller rungs may be trained less well than it, or so briefly that their loss follows no power law yet"
+        )
     if (ratio := largest.compute / others[-1].compute) > 2:
         reasons.append(f"it takes {ratio:.3g} times the compute of the largest rung in the fit")
     return reasons
