@@ -24,7 +24,7 @@ from stages.tokens.vocabulary import Vocabulary
 PROMPT_TOKENS = CONTINUATION_TOKENS = 50
 """Tokens of a prompt and of its continuation (Carlini et al. 2023, arXiv:2202.07646), at most half of a document."""
 MIN_DOCUMENT_TOKENS = 16
-"""Shorter documents are not continued: a few tokens agree by chance."""
+"""Shorter documents are left out: a few tokens agree by chance, and say little."""
 NEAR_VERBATIM = 0.1
 """Edit distance, as a share of the tokens, up to which a continuation counts as near-verbatim (Gemma Team 2024,
 arXiv:2403.08295). Ippolito et al. 2023 (arXiv:2210.17546) show that exact matches miss most of what is memorized."""
@@ -167,12 +167,11 @@ def compute_piece_scores(
         batch: maximum number of tokens per batch.
 
     Returns:
-        [num_lengths, num_documents] float64; NaN for a document without predicted tokens.
+        [num_lengths, num_documents] float64; NaN for a document with fewer than MIN_DOCUMENT_TOKENS predicted tokens.
     """
     pieces = [cut_text(text, lengths[-1]) for text in texts]
     nats = np.stack([sum_piece_nats(model, objective, pieces, lengths, batch) for model in models])
-    with np.errstate(invalid="ignore"):
-        scores: npt.NDArray[np.float64] = nats[1] / nats[0]
+    scores: npt.NDArray[np.float64] = nats[1] / nats[0]
     return scores
 
 
@@ -188,7 +187,11 @@ def cut_text(text: DocumentText, num_tokens: int) -> DocumentText:
 def sum_piece_nats(
     model: Any, objective: Objective, pieces: Sequence[DocumentText], lengths: Sequence[int], batch_tokens: int
 ) -> npt.NDArray[np.float64]:
-    """Sum -ln p over the first predicted tokens of each document, [num_lengths, num_documents] float64."""
+    """Sum -ln p over the first predicted tokens of each document.
+
+    Returns:
+        [num_lengths, num_documents] float64; NaN for a document with fewer than MIN_DOCUMENT_TOKENS predicted tokens.
+    """
     tokens = [np.full(len(piece.ids), np.nan) for piece in pieces]
 
     def store_nats(window: Window, nats: npt.NDArray[np.float64]) -> None:
@@ -197,7 +200,12 @@ def sum_piece_nats(
     windows = objective.build_windows(pieces, lengths[-1])
     compute_document_nats(model, windows, len(pieces), batch_tokens, store_nats)
     predicted = [nats[~np.isnan(nats)] for nats in tokens]
-    return np.array([[nats[:length].sum() for nats in predicted] for length in lengths])
+    return np.array(
+        [
+            [nats[:length].sum() if len(nats) >= MIN_DOCUMENT_TOKENS else np.nan for nats in predicted]
+            for length in lengths
+        ]
+    )
 
 
 def measure_membership(

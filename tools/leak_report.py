@@ -156,9 +156,9 @@ def list_figures(report: Mapping[str, Any], limits: LeakLimits) -> Iterator[Figu
             key in above,
         )
     for number, found in enumerate(report["membership"]):
-        key, name = "max_membership_auc", f"{found['tokens']} tokens"
+        key, length = "max_membership_auc", f"{found['tokens']} tokens"
         yield Figure(
-            f"membership by {name}: AUC",
+            f"membership AUC, {length}",
             f"{found['auc']:.3f}",
             f"{found['low']:.3f} to {found['high']:.3f}",
             "0.5",
@@ -166,7 +166,7 @@ def list_figures(report: Mapping[str, Any], limits: LeakLimits) -> Iterator[Figu
             not number and key in above,
         )
         yield Figure(
-            f"membership by {name}: found at 1 % false positives",
+            f"TPR at 1 % FPR, {length}",
             f"{found['tpr']:.1%}",
             f"{found['tpr_low']:.1%} to {found['tpr_high']:.1%}",
             "1.0%",
@@ -177,7 +177,7 @@ def list_figures(report: Mapping[str, Any], limits: LeakLimits) -> Iterator[Figu
         key = "max_exposure"
         highest = report["exposure"]["highest"]
         yield Figure(
-            "highest exposure of a canary", f"{highest:.1f} bits", "", "", format_limit(key, ".1f"), key in above
+            "highest exposure of a canary (bits)", f"{highest:.1f}", "", "", format_limit(key, ".1f"), key in above
         )
 
 
@@ -200,7 +200,8 @@ def list_notes(report: Mapping[str, Any]) -> Iterator[str]:
         yield (
             "Membership: documents of train are told from held-out ones by the share of bits that training saved on"
             f" their first tokens: {membership[0]['train']:,} documents of train, {membership[0]['held_out']:,} of"
-            " validation and test."
+            " validation and test. AUC: probability that the one of train is recognized in a pair of documents; TPR at"
+            " 1 % FPR: share of train that is found while 1 % of the others are taken for it."
         )
     else:
         yield "Membership was not measured: one side has no documents."

@@ -26,6 +26,7 @@ from stages.core.errors import StageError, is_error, printable, printable_lines
 from stages.model.lean_import import import_lean
 from stages.shell.app import format_error
 from tools.check import explain_dvc_error, get_config_class
+from tools.compare import measure_width
 from tools.leak_canaries import make_canaries, read_canaries
 from tools.leak_report import (
     DEFINITIONS,
@@ -157,10 +158,10 @@ def print_report(report: dict[str, Any], limits: LeakLimits) -> None:
     for heading in ("train", "95 % interval", "held out", "limit", ""):
         table.add_column(heading, no_wrap=True, justify="right")
     for figure in list_figures(report, limits):
-        verdict = "above the limit" if figure.is_above else "within the limit" if figure.limit else ""
+        verdict = "above" if figure.is_above else "within" if figure.limit else ""
         table.add_row(figure.name, figure.value, figure.interval, figure.held_out, figure.limit, verdict)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
+    Console(highlight=False, width=max(console.width, measure_width(table, console))).print(table)
     for note in list_notes(report):
         console.print(Text(printable(note, 1000)))
     for found in (report["continuation"] or {}).get("examples", [])[:1]:
