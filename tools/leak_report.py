@@ -9,6 +9,7 @@ from pydantic import Field
 from stages.core.artifacts import compute_sha256, read_json
 from stages.core.config import Fraction, config_section
 from stages.core.errors import StageError
+from tools.leak_canaries import read_canaries
 from tools.lock_history import get_hashes
 
 DEFINITIONS = 1
@@ -80,9 +81,15 @@ def get_examined_hashes(stages: Mapping[str, Any], task: str) -> dict[str, str]:
 
 
 def hash_canaries(limits: LeakLimits) -> str | None:
-    """Return the hash of the file of canaries; None if none are planted, or the file does not exist."""
-    file = Path(limits.canaries) if limits.canaries else None
-    return compute_sha256(file) if file is not None and file.is_file() else None
+    """Return the hash of the file of canaries; None if none are planted.
+
+    Raises:
+        StageError: if the file cannot be read, or has no valid canaries.
+    """
+    if limits.canaries is None:
+        return None
+    read_canaries(Path(limits.canaries))
+    return compute_sha256(Path(limits.canaries))
 
 
 def read_report(task: str, stages: Mapping[str, Any], limits: LeakLimits) -> tuple[dict[str, Any] | None, str]:
@@ -93,6 +100,9 @@ def read_report(task: str, stages: Mapping[str, Any], limits: LeakLimits) -> tup
 
     Returns:
         The report, or None if there is none on this model; and the reason for None.
+
+    Raises:
+        StageError: as `hash_canaries`.
     """
     file = get_report_path(task)
     if not file.is_file():

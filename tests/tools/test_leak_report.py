@@ -7,6 +7,7 @@ import pytest
 from leak_cases import SECRET, make_limits, make_report
 
 from stages.core.artifacts import write_json
+from stages.core.errors import StageError
 from tools.leak_report import (
     describe_excesses,
     find_excesses,
@@ -90,12 +91,15 @@ def test_report_that_is_missing_damaged_or_stale_is_not_used(
 def test_report_is_stale_after_a_change_of_the_canaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     limits = make_limits(canaries="canaries.jsonl")
-    Path("canaries.jsonl").write_text("one")
+    Path("canaries.jsonl").write_text('{"canary": "code 123456"}')
     examined = get_examined_hashes(STAGES, "causal")
     write_json(get_report_path("causal"), make_report(examined=examined, canaries_sha256=hash_canaries(limits)))
     assert read_report("causal", STAGES, limits)[0] is not None
-    Path("canaries.jsonl").write_text("two")
+    Path("canaries.jsonl").write_text('{"canary": "code 654321"}')
     assert read_report("causal", STAGES, limits)[0] is None
+    Path("canaries.jsonl").unlink()
+    with pytest.raises(StageError, match=r"leaks\.canaries=canaries\.jsonl"):
+        read_report("causal", STAGES, limits)
 
 
 def test_card_section_has_figures_and_limits_but_no_training_text() -> None:
