@@ -188,7 +188,6 @@ def test_publish_pickled_weights_are_never_uploaded(inside: Path) -> None:
         ("mlm__private", "no", 'conf/publish.yaml: mlm.private="no": '),
         ("mlm__leaks__max_membership_auc", 1.5, "conf/publish.yaml: mlm.leaks.max_membership_auc=1.5: "),
         ("causal__leaks__max_verbatim", 0.5, "causal.leaks.max_verbatim is not a key that conf/publish.yaml knows"),
-        ("causal__leaks__canaries", "no.jsonl", "leaks.canaries=no.jsonl (conf/publish.yaml) cannot be read"),
     ],
 )
 def test_publish_invalid_configuration_is_named(
@@ -248,6 +247,12 @@ def test_publish_with_a_stale_report_examines_the_model(leaking_project: Path, t
     assert output.startswith("exit 0") and "is about another model or other data: examining models/causal" in output
     assert "would be refused" not in output and read_json(file)["examined"]["models/causal"] != "another"
     assert "examining" not in run_publish(leaking_project, tmp_path, "http://127.0.0.1:9", "causal", "--dry-run")
+
+
+def test_publish_with_missing_canaries_is_refused(named_project: Path, tmp_path: Path) -> None:
+    edit_yaml(named_project / "conf/publish.yaml", causal__leaks__canaries="no.jsonl")
+    output = run_publish(named_project, tmp_path, "http://127.0.0.1:9", "causal", "--dry-run")
+    assert output.startswith("exit 1") and "leaks.canaries=no.jsonl (conf/publish.yaml) cannot be read" in output
 
 
 def test_publish_without_limits_examines_nothing(named_project: Path, tmp_path: Path) -> None:
