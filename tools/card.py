@@ -85,13 +85,16 @@ class RecordedRun(NamedTuple):
         return str(get_locked_params(self)[f"conf/task/{self.task}.yaml"]["objective"]["name"])
 
 
-def make_card(run: RecordedRun, repository: str | None, license: str | None, language: list[str] | None) -> ModelCard:
+def make_card(
+    run: RecordedRun, repository: str | None, license: str | None, language: list[str] | None, memorization: str
+) -> ModelCard:
     """Build the model card of a run.
 
     Args:
         repository: OWNER/NAME on the Hub; None: a placeholder.
         license: identifier of the model's license; None: the card says that there is none.
         language: language codes of the text; None: not stated.
+        memorization: section on how much of its training text the model gives away.
     """
     data, config = read_json("data/raw/stats.json"), read_json(f"models/{run.task}/config.json")
     metrics = read_json(f"reports/evaluate/{run.task}/metrics.json")[run.task]
@@ -112,6 +115,7 @@ def make_card(run: RecordedRun, repository: str | None, license: str | None, lan
         f"## Use\n\n{render_usage(run, repository or f'OWNER/{name}')}",
         f"## Data\n\n{render_data_section(run, data)}",
         f"## Results\n\n{render_metrics_section(run, metrics)}",
+        f"## Memorization\n\n{memorization}",
         f"## Samples\n\n{read_samples(run.task)}",
         f"## Parameters\n\n{render_parameters(run)}",
         f"## Where it comes from\n\n{render_lineage(run)}",

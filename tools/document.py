@@ -197,7 +197,10 @@ def render_paths_section() -> Iterator[str]:
 def render_publish_section() -> Iterator[str]:
     """Yield the section on conf/publish.yaml."""
     yield "## conf/publish.yaml"
-    yield "One section per task. Only `python -m tools.publish TASK` reads it, no stage does."
+    yield (
+        "One section per task. Only `python -m tools.publish TASK` and `python -m tools.leaks TASK` read it, no stage"
+        " does."
+    )
     values, comments = read_commented_yaml(CONF / "publish.yaml")
     rows = []
     for key in list_keys(Publication):

@@ -3,7 +3,8 @@
 Command python -m tools.publish causal [--dry-run [FILE]]
 
 conf/publish.yaml sets the repository of each task. The card is written from git and dvc.lock, so publishing is refused
-while the workspace differs from them. It is not a stage, because it has a side effect.
+while the workspace differs from them. It is also refused if the model gives away more of its training text than the
+limits in conf/publish.yaml allow (tools/leaks.py). It is not a stage, because it has a side effect.
 """
 
 import argparse
@@ -27,6 +28,13 @@ from stages.shell.app import format_error
 from tools.card import RecordedRun, make_card
 from tools.check import explain_dvc_error
 from tools.keys import list_keys
+from tools.leak_report import (
+    LeakLimits,
+    describe_excesses,
+    find_excesses,
+    read_report,
+    render_memorization_section,
+)
 from tools.verify_statement import PUBLISHED_NAME, get_statement_path, is_passed, read_statement
 
 # Paths that must be as in HEAD, in addition to the files in dvc.lock. conf/publish.yaml does not affect the model.
@@ -48,6 +56,7 @@ class Publication:
     """Language code or codes of the text."""
     private: bool
     """If True, a new repository is private, and publishing to an existing public one is refused."""
+    leaks: LeakLimits
 
 
 def main() -> None:
@@ -81,7 +90,12 @@ def publish_model(task: str, dry_run: Path | None) -> None:
         )
     run, files = read_recorded_run(task)
     language = [settings.language] if isinstance(settings.language, str) else settings.language
-    card = make_card(run, settings.repository, settings.license, language)
+    report = read_or_make_report(run, settings.leaks)
+    memorization = render_memorization_section(report, settings.leaks)
+    card = make_card(run, settings.repository, settings.license, language, memorization)
+    excesses = find_excesses(report, settings.leaks) if report is not None else []
+    if excesses and dry_run is None:
+        raise StageError(describe_excesses(excesses, task))
     if settings.license is None:
         print(f"publish: no license is chosen (conf/publish.yaml: {task}.license); the card says so", file=sys.stderr)
     if not run_git("branch", "--remotes", "--contains", run.commit):
@@ -94,8 +108,24 @@ def publish_model(task: str, dry_run: Path | None) -> None:
         write_text(file, str(card))
         published = [*files, *find_statement(run.commit)]
         print(f"{file}: the card, for review; these files would be published with it: {', '.join(published)}")
+        if excesses:
+            print(f"publish: would be refused: {describe_excesses(excesses, task)}", file=sys.stderr)
         return
     print(f"published at {upload_model(settings, card, Path(f'models/{task}'), files, run)}")
+
+
+def read_or_make_report(run: RecordedRun, limits: LeakLimits) -> dict[str, Any] | None:
+    """Return the leak report on the model of a run, which is examined if there is no report on it.
+
+    Returns None if there is neither a report nor a limit.
+    """
+    report, reason = read_report(run.task, run.stages, limits)
+    if report is None and limits.has_limits:
+        print(f"publish: {reason}: examining models/{run.task} (`python -m tools.leaks {run.task}`)", file=sys.stderr)
+        from tools.leaks import examine_task  # imports torch, and this module
+
+        return examine_task(run.task, limits)
+    return report
 
 
 def read_publication(task: str) -> Publication:

@@ -36,6 +36,7 @@ from tools.card import (
 from tools.publish import find_public_remote, read_recorded_run
 
 NAME = "someone/some-model"
+MEMORIZATION = "Nothing was remembered."
 HOSTILE_VALUES = [
     "<img src=x onerror=alert(1)>",
     "a | b",
@@ -53,7 +54,7 @@ HOSTILE_VALUES = [
 
 
 def build_card(task: str, license: str | None = "mit", language: list[str] | None = None) -> ModelCard:
-    return make_card(read_recorded_run(task)[0], NAME, license, language)
+    return make_card(read_recorded_run(task)[0], NAME, license, language, MEMORIZATION)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -108,7 +109,7 @@ def scored_run(inside: Path) -> Iterator[RecordedRun]:
 
 
 def test_card_of_scored_model_has_accuracy_and_command_to_reproduce_it(scored_run: RecordedRun) -> None:
-    text = str(make_card(scored_run, NAME, "mit", None))
+    text = str(make_card(scored_run, NAME, "mit", None, MEMORIZATION))
     assert "Accuracy on minimal pairs and multiple-choice questions, by log-likelihood\n\n| items |" in text
     assert "| `all` | 100.0% | 25.0% to 100.0% | 1 |\n| `` a\\|b: `c` `` | 100.0% | 25.0% to 100.0% | 1 |" in text
     assert "$ dvc repro evaluate@causal score@causal\n" in text
@@ -141,7 +142,7 @@ def test_card_of_answers_only_states_counted_bytes_and_uses_chat_template(inside
         file.unlink()  # it may be a link to DVC's cache
         file.write_text(json.dumps(changed))
     (inside / "models/causal/chat_template.jinja").write_text(str(form))
-    text = str(make_card(recorded, NAME, "mit", None))
+    text = str(make_card(recorded, NAME, "mit", None, MEMORIZATION))
     assert "Only completions are trained on: 1,234 bytes of train, 1,234 bytes of validation" in text
     code = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert code is not None and '"role": "user"' in code[1]
@@ -149,6 +150,10 @@ def test_card_of_answers_only_states_counted_bytes_and_uses_chat_template(inside
     with contextlib.redirect_stdout(output):
         exec(code[1].replace(NAME, "models/causal"), {})
     assert output.getvalue().strip()
+
+
+def test_card_has_the_section_on_memorization(inside: Path) -> None:
+    assert f"## Memorization\n\n{MEMORIZATION}\n\n## Samples" in str(build_card("causal"))
 
 
 def test_card_without_license_says_that_none_is_chosen(inside: Path) -> None:
@@ -168,7 +173,7 @@ def test_card_of_hub_data_set_and_checkpoint_names_both(inside: Path) -> None:
     stats["source"] = {"hub": "owner/set", "revision": "main", "commit": "def"}
     ledger.unlink()  # a link to DVC's cache
     ledger.write_text(json.dumps(stats))
-    card = make_card(found._replace(stages=stages), None, None, None)
+    card = make_card(found._replace(stages=stages), None, None, None, MEMORIZATION)
     assert (card.data.base_model, card.data.datasets) == ("owner/base", ["owner/set"])
     assert {result.dataset_revision for result in card.data.eval_results} == {"def"}
     assert (

@@ -16,10 +16,12 @@ from data_helpers import read_contents
 from dvc_project import edit_yaml, run_command
 from hub_cases import TOKEN
 from huggingface_hub import ModelCard
+from leak_cases import SECRET, make_report
 from upload_hub import UploadHub
 
-from stages.core.artifacts import write_json
+from stages.core.artifacts import read_json, write_json
 from stages.core.errors import StageError
+from tools.leak_report import get_examined_hashes
 from tools.publish import read_recorded_run
 from tools.verify_statement import build_statement
 
@@ -185,6 +187,8 @@ def test_publish_pickled_weights_are_never_uploaded(inside: Path) -> None:
         ("causal__license", "Apache 2.0", 'causal.license="Apache 2.0": '),
         ("causal__licence", "mit", "causal.licence is not a key that conf/publish.yaml knows"),
         ("mlm__private", "no", 'conf/publish.yaml: mlm.private="no": '),
+        ("mlm__leaks__max_membership_auc", 1.5, "conf/publish.yaml: mlm.leaks.max_membership_auc=1.5: "),
+        ("causal__leaks__max_verbatim", 0.5, "causal.leaks.max_verbatim is not a key that conf/publish.yaml knows"),
     ],
 )
 def test_publish_invalid_configuration_is_named(
@@ -193,6 +197,72 @@ def test_publish_invalid_configuration_is_named(
     edit_yaml(clean / "conf/publish.yaml", **{key: value})
     output = run_publish(clean, tmp_path, "http://127.0.0.1:9", key.partition("__")[0])
     assert output.startswith("exit 1") and message in output
+
+
+# -- memorization ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def leaking_project(named_project: Path) -> Iterator[Path]:
+    """Project with a report that its causal model continues 30 % of the documents."""
+    stages = yaml.safe_load((named_project / "dvc.lock").read_text())["stages"]
+    file = named_project / "reports/leaks/causal.json"
+    write_json(file, make_report(share=0.3, examined=get_examined_hashes(stages, "causal")))
+    yield named_project
+    file.unlink()
+
+
+def test_publish_model_above_a_limit_is_refused(
+    leaking_project: Path, tmp_path: Path, hub: tuple[UploadHub, str]
+) -> None:
+    server, url = hub
+    output = run_publish(leaking_project, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+    assert output.startswith("exit 1") and "max_verbatim_share: 0.3 is above 0.01" in output
+    assert "(causal.leaks)" in output and "raise the limit" in output and SECRET not in output
+    assert server.repositories == {}
+
+
+def test_publish_dry_run_above_a_limit_writes_the_card_and_says_so(leaking_project: Path, tmp_path: Path) -> None:
+    output = run_publish(leaking_project, tmp_path, "http://127.0.0.1:9", "causal", "--dry-run")
+    assert output.startswith("exit 0") and "publish: would be refused: models/causal gives away" in output
+    card = (leaking_project / "reports/cards/causal.md").read_text()
+    assert "| near-verbatim continuations | 30.0% |" in card and "1.0% (exceeded)" in card and SECRET not in card
+
+
+@pytest.mark.parametrize("limit", [0.3, None])
+def test_publish_with_a_raised_limit_uploads_a_card_with_the_figure(
+    leaking_project: Path, tmp_path: Path, hub: tuple[UploadHub, str], limit: float | None
+) -> None:
+    server, url = hub
+    edit_yaml(leaking_project / "conf/publish.yaml", causal__leaks__max_verbatim_share=limit)
+    output = run_publish(leaking_project, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+    assert output.startswith("exit 0: published"), output
+    card = server.repositories[NAME]["files"]["README.md"].decode()
+    assert "| near-verbatim continuations | 30.0% |" in card and "exceeded" not in card
+
+
+def test_publish_with_a_stale_report_examines_the_model(leaking_project: Path, tmp_path: Path) -> None:
+    file = leaking_project / "reports/leaks/causal.json"
+    write_json(file, make_report(share=0.3, examined={"models/causal": "another"}))
+    output = run_publish(leaking_project, tmp_path, "http://127.0.0.1:9", "causal", "--dry-run")
+    assert output.startswith("exit 0") and "is about another model or other data: examining models/causal" in output
+    assert "would be refused" not in output and read_json(file)["examined"]["models/causal"] != "another"
+    assert "examining" not in run_publish(leaking_project, tmp_path, "http://127.0.0.1:9", "causal", "--dry-run")
+
+
+def test_publish_with_missing_canaries_is_refused(named_project: Path, tmp_path: Path) -> None:
+    edit_yaml(named_project / "conf/publish.yaml", causal__leaks__canaries="no.jsonl")
+    output = run_publish(named_project, tmp_path, "http://127.0.0.1:9", "causal", "--dry-run")
+    assert output.startswith("exit 1") and "leaks.canaries=no.jsonl (conf/publish.yaml) cannot be read" in output
+
+
+def test_publish_without_limits_examines_nothing(named_project: Path, tmp_path: Path) -> None:
+    (named_project / "reports/leaks/causal.json").unlink(missing_ok=True)
+    none = {f"causal__leaks__max_{key}": None for key in ("verbatim_share", "membership_auc", "exposure")}
+    edit_yaml(named_project / "conf/publish.yaml", **none)
+    output = run_publish(named_project, tmp_path, "http://127.0.0.1:9", "causal", "--dry-run")
+    assert output.startswith("exit 0") and "examining" not in output
+    assert "Not examined" in (named_project / "reports/cards/causal.md").read_text()
 
 
 # -- to the Hub --------------------------------------------------------------------------------------------------------
