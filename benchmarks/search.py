@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 from dvc.repo import Repo
 
-from tools.search import lock_search, parse_budget
-from tools.search_runs import Experiments, RunError, find_experiment, read_yaml_at
-from tools.search_space import Choices, Range, Space, make_settings, read_space
-from tools.search_study import DIRECTORY, list_runs, open_study, sum_seconds
+from tools.search.command import lock_search, parse_budget
+from tools.search.runs import Experiments, RunError, find_experiment, read_yaml_at
+from tools.search.space import Choices, Range, Space, make_settings, read_space
+from tools.search.study import DIRECTORY, list_runs, open_study, sum_seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -24,7 +24,7 @@ from stages.download.schema import mask_credentials
 from stages.figures.names import SHORT_NAMES
 from tools.chain import describe_chain, read_chain
 from tools.lock_history import read_lock
-from tools.verify_statement import PUBLISHED_NAME, is_passed, read_statement, summarize_statement
+from tools.verify.statement import PUBLISHED_NAME, is_passed, read_statement, summarize_statement
 
 SPLITS = ("train", "validation", "test")
 MAX_SHOWN_VALUES = 20  # values of a group; further ones are only counted

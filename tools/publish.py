@@ -4,7 +4,7 @@ Command python -m tools.publish causal [--dry-run [FILE]]
 
 conf/publish.yaml sets the repository of each task. The card is written from git and dvc.lock, so publishing is refused
 while the workspace differs from them. It is also refused if the model gives away more of its training text than the
-limits in conf/publish.yaml allow (tools/leaks.py). It is not a stage, because it has a side effect.
+limits in conf/publish.yaml allow (tools/leaks/). It is not a stage, because it has a side effect.
 """
 
 import argparse
@@ -28,14 +28,14 @@ from stages.shell.app import format_error
 from tools.card import RecordedRun, make_card
 from tools.check import explain_dvc_error
 from tools.keys import list_keys
-from tools.leak_report import (
+from tools.leaks.report import (
     LeakLimits,
     describe_excesses,
     find_excesses,
     read_report,
     render_memorization_section,
 )
-from tools.verify_statement import PUBLISHED_NAME, get_statement_path, is_passed, read_statement
+from tools.verify.statement import PUBLISHED_NAME, get_statement_path, is_passed, read_statement
 
 # Paths that must be as in HEAD, in addition to the files in dvc.lock. conf/publish.yaml does not affect the model.
 TRACKED_PATHS = ("dvc.yaml", "dvc.lock", "params.yaml", "stages", "conf", "metrics", ":(exclude)conf/publish.yaml")
@@ -122,7 +122,7 @@ def read_or_make_report(run: RecordedRun, limits: LeakLimits) -> dict[str, Any] 
     report, reason = read_report(run.task, run.stages, limits)
     if report is None and limits.has_limits:
         print(f"publish: {reason}: examining models/{run.task} (`python -m tools.leaks {run.task}`)", file=sys.stderr)
-        from tools.leaks import examine_task  # imports torch, and this module
+        from tools.leaks.command import examine_task  # imports torch, and this module
 
         return examine_task(run.task, limits)
     return report

@@ -16,7 +16,7 @@ from dvc.repo import Repo
 
 from stages.core.artifacts import write_json
 from stages.train.watchers import is_running
-from tools.ladder_result import LadderResult, read_results
+from tools.ladder.result import LadderResult, read_results
 from tools.outs import Outs
 from tools.report_data import read_live_runs, read_runs
 from tools.report_page import render_page

@@ -4,7 +4,7 @@ import html
 import json
 from typing import Any, NamedTuple
 
-from tools.ladder_result import LadderResult, describe_result
+from tools.ladder.result import LadderResult, describe_result
 from tools.report_parts import Cell, Figure, GroupTable, build_axis, build_number_cell, get_series_color, shorten_name
 
 

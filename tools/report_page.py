@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from stages.core.errors import printable
 from stages.score.accuracy import SCORES
-from tools.ladder_result import LadderResult
+from tools.ladder.result import LadderResult
 from tools.report_data import (
     ReportRun,
     build_flow,

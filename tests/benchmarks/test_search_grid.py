@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.search import list_points, make_grid
-from tools.search_space import Choices, Halving, Range, Space
+from tools.search.space import Choices, Halving, Range, Space
 
 SPACE = Space(
     "causal",

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from small_repository import run_shell
 
 from stages.core.errors import ConfigError, StageError
-from tools.ladder_file import format_value, read_ladder
-from tools.ladder_result import LadderResult, analyze, describe_result, make_points, read_results, write_result
-from tools.ladder_rungs import MeasuredRung, State, count_parameters, find_states, read_measured
+from tools.ladder.file import format_value, read_ladder
+from tools.ladder.result import LadderResult, analyze, describe_result, make_points, read_results, write_result
+from tools.ladder.rungs import MeasuredRung, State, count_parameters, find_states, read_measured
 from tools.report_ladder import build_ladder_parts
 from tools.scaling_law import Law
 

@@ -21,9 +21,9 @@ from upload_hub import UploadHub
 
 from stages.core.artifacts import read_json, write_json
 from stages.core.errors import StageError
-from tools.leak_report import get_examined_hashes
+from tools.leaks.report import get_examined_hashes
 from tools.publish import read_recorded_run
-from tools.verify_statement import build_statement
+from tools.verify.statement import build_statement
 
 NAME = "someone/some-model"
 

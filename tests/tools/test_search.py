@@ -21,13 +21,14 @@ from dvc_project import ROOT, build_environment, run_command
 from small_repository import run_shell
 
 from stages.core.errors import StageError
-from tools import search_study, search_trials
-from tools.search import check_name, lock_search, parse_budget, run_search
-from tools.search_runs import Experiments, RunError, RunResult, check_plots_are_cached, find_error, find_experiment
-from tools.search_space import Choices, Halving, Range, Space
-from tools.search_study import decode_values, import_optuna, is_in_space, list_runs, open_study, prepare_study
-from tools.search_table import MIN_TRIALS_FOR_IMPORTANCE, print_importance, print_results
-from tools.search_trials import Budget, Search
+from tools.search import study as search_study
+from tools.search import trials as search_trials
+from tools.search.command import check_name, lock_search, parse_budget, run_search
+from tools.search.runs import Experiments, RunError, RunResult, check_plots_are_cached, find_error, find_experiment
+from tools.search.space import Choices, Halving, Range, Space
+from tools.search.study import decode_values, import_optuna, is_in_space, list_runs, open_study, prepare_study
+from tools.search.table import MIN_TRIALS_FOR_IMPORTANCE, print_importance, print_results
+from tools.search.trials import Budget, Search
 
 needs_optuna = pytest.mark.skipif(find_spec("optuna") is None, reason="Optuna is not installed: `make optuna`")
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.core.errors import ConfigError
-from tools.search_check import KEEP_FOR_BRANCHES_KEY, CheckedSpace, check_space
-from tools.search_space import (
+from tools.search.check import KEEP_FOR_BRANCHES_KEY, CheckedSpace, check_space
+from tools.search.space import (
     Choices,
     Range,
     Space,

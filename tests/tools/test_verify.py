@@ -20,11 +20,11 @@ from dvc_project import mark_rest_slow
 from small_repository import make_repository, run_shell
 
 from stages.core.errors import StageError
-from tools.verify import run_verification, verify_commit
-from tools.verify_replay import Clone
-from tools.verify_report import Verification, describe_verification
-from tools.verify_segments import Segment, SegmentReplay, SegmentsResult
-from tools.verify_stages import StageResult, Verdict
+from tools.verify.command import run_verification, verify_commit
+from tools.verify.replay import Clone
+from tools.verify.report import Verification, describe_verification
+from tools.verify.segments import Segment, SegmentReplay, SegmentsResult
+from tools.verify.stages import StageResult, Verdict
 
 ROOT = Path(__file__).parents[2]
 STAGE = """\
@@ -580,7 +580,7 @@ def test_verify_that_is_killed_leaves_no_statement_and_no_clone(
 
 
 def test_verify_clone_of_a_running_process_is_not_removed_by_another(toy: Path) -> None:
-    from tools.verify_replay import _make_temporary_directory
+    from tools.verify.replay import _make_temporary_directory
 
     with _make_temporary_directory() as other:
         assert verify().verified

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from stages.core.errors import StageError
-from tools.verify_report import describe_segments
-from tools.verify_segments import (
+from tools.verify.report import describe_segments
+from tools.verify.segments import (
     Segment,
     StepsReplay,
     choose_segments,

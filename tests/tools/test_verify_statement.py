@@ -19,11 +19,11 @@ from stages.core.artifacts import write_json
 from stages.core.errors import StageError
 from tools.card import make_card
 from tools.publish import find_statement, read_recorded_run
-from tools.verify_compare import Difference, MetricChange
-from tools.verify_report import Verification, make_statement
-from tools.verify_segments import Segment, SegmentReplay, SegmentsResult
-from tools.verify_stages import StageResult, Verdict
-from tools.verify_statement import get_statement_path, read_statement, summarize_statement
+from tools.verify.compare import Difference, MetricChange
+from tools.verify.report import Verification, make_statement
+from tools.verify.segments import Segment, SegmentReplay, SegmentsResult
+from tools.verify.stages import StageResult, Verdict
+from tools.verify.statement import get_statement_path, read_statement, summarize_statement
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOCK = "schema: '2.0'\nstages: {}\n"
@@ -239,10 +239,10 @@ def write_statement(project: Path, name: str) -> Path:
 
 def test_card_says_how_the_commit_was_verified(inside: Path) -> None:
     run, _ = read_recorded_run("causal")
-    without = str(make_card(run, None, "mit", None))
+    without = str(make_card(run, None, "mit", None, ""))
     file = write_statement(inside, "segments")
     try:
-        text = str(make_card(run, None, "mit", None))
+        text = str(make_card(run, None, "mit", None, ""))
     finally:
         file.unlink()
     assert "verification.json" not in without and "Verified by" not in without
@@ -254,7 +254,7 @@ def test_failed_verification_is_in_the_card_but_not_published(inside: Path) -> N
     run, _ = read_recorded_run("causal")
     file = write_statement(inside, "differs")
     try:
-        text = str(make_card(run, None, "mit", None))
+        text = str(make_card(run, None, "mit", None, ""))
         published = find_statement(run.commit)
     finally:
         file.unlink()

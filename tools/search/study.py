@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core.config import MISSING
 from stages.core.errors import StageError, format_cause, printable
-from tools.search_space import Choices, Range, Space, is_equal, read_current_value
+from tools.search.space import Choices, Range, Space, is_equal, read_current_value
 
 if TYPE_CHECKING:
     import optuna

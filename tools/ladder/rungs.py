@@ -15,7 +15,7 @@ from stages.core.config import MISSING, find_value, read_yaml
 from stages.core.errors import StageError, printable
 from stages.figures.names import SHORT_NAMES
 from tools.compare import is_unfinished, list_revisions
-from tools.ladder_file import Ladder, Rung, split_setting
+from tools.ladder.file import Ladder, Rung, split_setting
 from tools.outs import Outs
 from tools.report_data import describe_failure, get_metrics_path
 from tools.yaml_edit import is_same_value, merge_values, nest_value

@@ -27,12 +27,12 @@ from stages.core.config import suggest_name
 from stages.core.errors import StageError, printable, printable_lines
 from stages.shell.app import format_error
 from tools.check import explain_dvc_error
-from tools.search_check import check_space
-from tools.search_runs import Experiments, check_plots_are_cached
-from tools.search_space import read_space
-from tools.search_study import DIRECTORY, import_optuna, open_study, prepare_study
-from tools.search_table import print_results
-from tools.search_trials import Budget, Search
+from tools.search.check import check_space
+from tools.search.runs import Experiments, check_plots_are_cached
+from tools.search.space import read_space
+from tools.search.study import DIRECTORY, import_optuna, open_study, prepare_study
+from tools.search.table import print_results
+from tools.search.trials import Budget, Search
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -150,7 +150,3 @@ def lock_search(name: str) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
-
-
-if __name__ == "__main__":
-    main()

@@ -27,11 +27,11 @@ from stages.core.errors import StageError, printable, printable_lines
 from stages.shell.app import format_error
 from stages.shell.interruption import Interrupted, end_on_signals
 from tools.lock_history import Entry, list_changed_files, parse_mapping, read_lock_at, resolve_revision
-from tools.verify_replay import hash_path, list_cached_files, open_clone, provide_inputs
-from tools.verify_report import Verification, describe_verification, list_processors, make_statement
-from tools.verify_stages import TrainingVerifier, log, verify_stages
-from tools.verify_statement import get_statement_path
-from tools.verify_training import make_training_verifier
+from tools.verify.replay import hash_path, list_cached_files, open_clone, provide_inputs
+from tools.verify.report import Verification, describe_verification, list_processors, make_statement
+from tools.verify.stages import TrainingVerifier, log, verify_stages
+from tools.verify.statement import get_statement_path
+from tools.verify.training import make_training_verifier
 
 
 def main() -> None:
@@ -186,7 +186,3 @@ def find_environment_differences(repo: Repo, lock: dict[str, Entry]) -> Iterator
         processor = read_json(ledger).get("processor")
         if processor is not None and processor not in (found := list_processors()):
             yield f"{printable(path)} was made on {printable(processor)}, this is {found[-1]}: last digits may differ"
-
-
-if __name__ == "__main__":
-    main()

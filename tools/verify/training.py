@@ -8,9 +8,9 @@ from typing import Any
 
 from stages.core.artifacts import read_json
 from stages.core.errors import StageError
-from tools.verify_replay import Clone
-from tools.verify_segments import SegmentsResult, StepsReplay, verify_training
-from tools.verify_stages import TrainingVerifier, log
+from tools.verify.replay import Clone
+from tools.verify.segments import SegmentsResult, StepsReplay, verify_training
+from tools.verify.stages import TrainingVerifier, log
 
 
 class CloneTraining:
@@ -36,14 +36,14 @@ class CloneTraining:
         return difference
 
     def _run(self, action: str) -> Any:
-        """Run an action of tools.replay_steps in the clone, and return its result.
+        """Run an action of tools.verify.replay_steps in the clone, and return its result.
 
         Raises:
             StageError: if it fails; it has printed the reason.
         """
         with tempfile.TemporaryDirectory(dir=self._clone.directory.parent) as directory:
             report = Path(directory) / "report.json"
-            command = [sys.executable, "-m", "tools.replay_steps", str(report), action, f"task={self._task}"]
+            command = [sys.executable, "-m", "tools.verify.replay_steps", str(report), action, f"task={self._task}"]
             if code := self._clone.run_command(command, env=self._environment):
                 raise StageError(f"the replay failed with exit code {code}; the message is above")
             return read_json(report)

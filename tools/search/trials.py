@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.core.errors import StageError, printable_lines
 from stages.train.plan import format_seconds
-from tools.search_runs import RunError, Runner
-from tools.search_space import Space, format_epochs, make_settings
-from tools.search_study import decode_values, list_runs, suggest_value, sum_seconds
+from tools.search.runs import RunError, Runner
+from tools.search.space import Space, format_epochs, make_settings
+from tools.search.study import decode_values, list_runs, suggest_value, sum_seconds
 
 if TYPE_CHECKING:
     import optuna

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from stages.core.artifacts import get_versions
 from stages.core.errors import printable
 from stages.train.checkpoints import LIBRARIES
-from tools.verify_compare import Difference, MetricChange
-from tools.verify_segments import SegmentReplay, SegmentsResult
-from tools.verify_stages import StageResult, Verdict
-from tools.verify_statement import build_statement
+from tools.verify.compare import Difference, MetricChange
+from tools.verify.segments import SegmentReplay, SegmentsResult
+from tools.verify.stages import StageResult, Verdict
+from tools.verify.statement import build_statement
 
 _MAX_SHOWN = 8  # differences of a stage; further ones are counted
 

@@ -16,9 +16,9 @@ from tools.compare import break_heading, measure_width, read_rows
 from tools.compare_pairs import compare_rows, explain_verdicts, format_table_title, make_pairs_table
 from tools.lock_history import resolve_revision
 from tools.outs import Outs
-from tools.search_runs import read_revision
-from tools.search_space import Space, format_epochs, parse_key
-from tools.search_study import decode_values, list_runs, sum_seconds
+from tools.search.runs import read_revision
+from tools.search.space import Space, format_epochs, parse_key
+from tools.search.study import decode_values, list_runs, sum_seconds
 
 if TYPE_CHECKING:
     import optuna

@@ -13,7 +13,7 @@ from stages.core.config import CONF, MISSING, find_value, flatten_values, read_y
 from stages.core.errors import ConfigError, printable
 from stages.core.source_code import hash_code, list_root_modules
 from tools.check import get_config_class, get_used_params
-from tools.search_space import PARAMS, Space, format_override, make_settings, parse_key, read_current_value
+from tools.search.space import PARAMS, Space, format_override, make_settings, parse_key, read_current_value
 
 # Under these schedules, the learning rate of a step does not depend on the number of later steps (except for the decay
 # at the end), so that a training can go on from a checkpoint of a shorter one.

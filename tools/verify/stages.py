@@ -14,7 +14,7 @@ from stages.core.artifacts import compute_sha256
 from stages.core.dvc_cache import DvcCache
 from stages.core.errors import printable, printable_lines
 from tools.lock_history import Entry, parse_mapping, read_lock
-from tools.verify_compare import (
+from tools.verify.compare import (
     Difference,
     MetricChange,
     check_copies,
@@ -23,8 +23,8 @@ from tools.verify_compare import (
     describe_file_changes,
     find_metric_changes,
 )
-from tools.verify_replay import Clone, StageRun, hash_path, list_cached_files, restore_path
-from tools.verify_segments import SegmentsResult
+from tools.verify.replay import Clone, StageRun, hash_path, list_cached_files, restore_path
+from tools.verify.segments import SegmentsResult
 
 TrainingVerifier = Callable[[Clone, str], SegmentsResult]
 """Replays segments of the training of a stage, whose outs are in the clone: `verifier(clone, "train@causal")`."""

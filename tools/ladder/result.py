@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from stages.core.artifacts import read_json, write_json
 from stages.core.errors import StageError, format_cause, printable
-from tools.ladder_file import MIN_KINDS
-from tools.ladder_rungs import MeasuredRung
+from tools.ladder.file import MIN_KINDS
+from tools.ladder.rungs import MeasuredRung
 from tools.scaling_law import MIN_POINTS, OPERATIONS_PER_WEIGHT, Fit, Law, fit_with_intervals
 
 DIRECTORY = Path("reports/ladder")

@@ -25,9 +25,9 @@ from rich.text import Text
 
 from stages.core.errors import StageError, printable_lines
 from tools.compare import measure_width, show_experiments
-from tools.ladder_file import Ladder, Rung, read_ladder
-from tools.ladder_result import Point, analyze, describe_result, make_points, write_result
-from tools.ladder_rungs import MeasuredRung, RungState, State, find_states, read_measured
+from tools.ladder.file import Ladder, Rung, read_ladder
+from tools.ladder.result import Point, analyze, describe_result, make_points, write_result
+from tools.ladder.rungs import MeasuredRung, RungState, State, find_states, read_measured
 from tools.outs import Outs
 
 
@@ -175,7 +175,3 @@ def print_points(points: Sequence[Point], metric: str) -> None:
         )
     console = Console(highlight=False)
     Console(highlight=False, width=max(console.width, measure_width(table, console))).print(table)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Replay some steps of a training in this process, for `python -m tools.verify --segments`.
 
-Command python -m tools.replay_steps REPORT ACTION KEY=VALUE...
+Command python -m tools.verify.replay_steps REPORT ACTION KEY=VALUE...
 
 ACTION is `list` (the steps of kept checkpoints), `model` (compare the trained model with the state chain), or
 FIRST-LAST (replay the steps FIRST + 1 to LAST). REPORT is the JSON file to write.

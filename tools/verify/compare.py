@@ -13,7 +13,7 @@ from stages.core.dvc_cache import DvcCache
 from stages.core.errors import printable
 from tools.keys import format_value
 from tools.lock_history import Entry
-from tools.verify_replay import HashedPath, hash_path, list_cached_files
+from tools.verify.replay import HashedPath, hash_path, list_cached_files
 
 # Of an item of `deps` or `outs`: where a remote has it, which is no property of its content.
 _NOT_COMPARED = ("cloud", "files", "remote", "push")

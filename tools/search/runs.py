@@ -18,7 +18,7 @@ from tools.compare import list_chosen_files
 from tools.lock_history import parse_mapping, read_lock
 from tools.outs import Outs
 from tools.report_data import get_metrics_path
-from tools.search_space import Space, format_override, is_equal, parse_key
+from tools.search.space import Space, format_override, is_equal, parse_key
 from tools.yaml_edit import load_yaml
 
 _STAGE_ERROR = re.compile(r"^\w+: error: (.*)$", flags=re.MULTILINE)
