@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import MODELS, load_stage_config, run_stage
 from data_helpers import write_raw
+from dvc_project import edit_yaml
 from leak_cases import make_limits
 from toys import CAUSAL, END, draw_text_ids, make_toy_model
 
@@ -337,6 +338,18 @@ def test_leaks_command_writes_a_report_on_the_current_model(clean: Path, task: s
 def test_leaks_command_refuses_wrong_arguments(clean: Path, arguments: list[str], message: str) -> None:
     output = run_leaks(clean, *arguments)
     assert not output.startswith("exit 0") and message in output and "\x1b" not in output
+
+
+def test_leaks_canaries_have_the_columns_of_the_data(clean: Path, tmp_path: Path) -> None:
+    edit_yaml(clean / "params.yaml", data__name="files")
+    edit_yaml(clean / "conf/data/files.yaml", columns={"title": None, "texts": ["body"], "roles": None})
+    file = tmp_path / "own.jsonl"
+    assert run_leaks(clean, "mlm", "--make-canaries", "1", str(file)).startswith("exit 0")
+    assert json.loads(file.read_text()).keys() == {"canary", "body"}
+    edit_yaml(clean / "conf/data/files.yaml", columns={"title": None, "texts": ["body"], "roles": "role"})
+    output = run_leaks(clean, "mlm", "--make-canaries", "1", str(tmp_path / "more.jsonl"))
+    assert output.startswith("exit 1") and "conf/data/files.yaml reads conversations" in output
+    assert not (tmp_path / "more.jsonl").exists()
 
 
 def test_leaks_of_a_model_that_was_not_evaluated_are_refused(clean: Path) -> None:

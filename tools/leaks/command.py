@@ -65,7 +65,7 @@ def main() -> None:
         parser.error(f"--make-canaries {printable(number)}: it must be a number from 1 to 10000")
     try:
         check_task(arguments.task)
-        if file:
+        if arguments.make_canaries:
             write_canaries(arguments.task, int(number), Path(file))
         else:
             examine_and_print(arguments.task, arguments.documents)
