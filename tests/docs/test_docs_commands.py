@@ -47,6 +47,8 @@ NOT_RUN = {
     "make keras": "installs three gigabytes of packages; tested by .ci/run",
     "make ray": "installs the packages of Ray; tested by .ci/run",
     "make optuna": "installs the packages of Optuna; tested by .ci/run",
+    "python -m tools.search --space depth.yaml --budget 1h": "test_search_space.py checks the file above it",
+    "python -m benchmarks.search --budget 20m": "takes twice the budget",
 }
 if find_spec("keras_hub") is None:
     NOT_RUN["dvc exp run -n keras -S framework=keras -S tasks.mlm.model=tiny-roberta"] = "Keras is not installed"
