@@ -101,7 +101,8 @@ def test_probability_is_the_share_of_choices_that_include_a_changed_segment(
 
 
 def test_probability_for_one_changed_step_is_the_share_of_segments() -> None:
-    assert compute_catch_probability(40, 10) == pytest.approx(0.25)
+    assert compute_catch_probability(40, 10) == 0.25
+    assert compute_catch_probability(28, 2) == 2 / 28
     assert compute_catch_probability(40, 40) == 1.0
 
 

@@ -8,7 +8,7 @@ import pytest
 from dvc_project import ALL, edit_yaml, run_command
 
 VERIFY = ("python", "-m", "tools.verify")
-# Every training has 10 steps or more.
+# Enough steps for several segments.
 STEPS = {f"tasks__{task}__num_train_epochs": 0.4 for task in ("causal", "mlm")}
 
 
@@ -16,7 +16,7 @@ STEPS = {f"tasks__{task}__num_train_epochs": 0.4 for task in ("causal", "mlm")}
 def kept(project: Path) -> str:
     """Commit of the project whose trainings kept checkpoints, as a branch."""
     run_command(project, "git", "switch", "-q", "-c", "kept")
-    keep = {"every_steps": 3, "gigabytes": 1.0, "directory": None}
+    keep = {"every_steps": 20, "gigabytes": 1.0, "directory": None}
     edit_yaml(project / "conf/base/hardware.yaml", checkpoints__keep_for_branches=keep)
     edit_yaml(project / "params.yaml", **STEPS)
     run_command(project, "dvc", "repro")
@@ -47,7 +47,7 @@ def test_verify_segments_replays_random_segments_of_each_training(kept: str, cle
     parts = read_details(clean, kept)["segments"]
     assert parts.keys() == {"train@causal", "train@mlm"}
     for part in parts.values():
-        assert part["numSegments"] >= 4 and part["numReplayed"] == 2
+        assert part["numSegments"] > 2 and part["numReplayed"] == 2
         assert part["probability"] == 2 / part["numSegments"]
 
 
@@ -64,7 +64,7 @@ def test_verify_segments_of_a_chain_that_was_edited_finds_the_step(kept: str, cl
     output = run_command(clean, *VERIFY, "--segments", "99", check=False)
     run_command(clean, "git", "switch", "-q", "main")
     assert re.search(r"train@causal +DIFFERS", output)
-    assert "steps 4 to 6: DIFFERS from step 5 on" in output
+    assert "steps 1 to 20: DIFFERS from step 5 on" in output
     assert re.search(r"train@mlm +verified", output)
 
 

@@ -143,8 +143,8 @@ def compute_catch_probability(num_segments: int, num_replayed: int, num_changed:
         num_replayed: number of segments that are replayed, N.
         num_changed: number of segments with a changed step, c.
     """
-    missed = math.comb(num_segments - num_changed, num_replayed) / math.comb(num_segments, num_replayed)
-    return 1.0 - missed
+    num_choices = math.comb(num_segments, num_replayed)
+    return (num_choices - math.comb(num_segments - num_changed, num_replayed)) / num_choices
 
 
 def replay_segments(training: Training, chain: Sequence[str], segments: Sequence[Segment]) -> Iterator[SegmentReplay]:
