@@ -571,7 +571,8 @@ def test_ladder_of_the_pipeline_trains_its_rungs_and_is_in_the_report(clean: Pat
         assert sizes["w16"] == sum(tensors.get_tensor(name).size for name in tensors.keys())  # noqa: SIM118
     ledger = json.loads((clean / "reports/train/causal/stats.json").read_text())
     (point,) = (found for found in result["points"] if (found["size"], found["length"]) == ("w16", "e1"))
-    assert point["num_tokens"] == ledger["steps"] * 4 * 64  # sequences per step, tokens in each
+    batch_tokens = 4 * 64  # sequences per step, tokens in each
+    assert abs(point["num_tokens"] - ledger["steps"] * batch_tokens) < batch_tokens
     assert f"{point['bits']:.4f}" in output
     run_command(clean, sys.executable, "-m", "tools.report")
     assert "<h3>pipeline (causal)</h3>" in (clean / "reports/report.html").read_text(encoding="utf-8")

@@ -59,7 +59,7 @@ class MeasuredRung(NamedTuple):
     """All parameters, those of the embeddings included; shared ones count once."""
     num_non_embedding: int
     num_tokens: int
-    """Training tokens seen, counting each pass over the data."""
+    """Training tokens seen, counting each pass over the data; exact to less than one batch."""
     num_unique_tokens: int
     """Training tokens in the data."""
     metric: str
