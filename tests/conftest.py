@@ -1,11 +1,17 @@
 """Fixtures for tests of the model stages: a toy corpus, processed by the data stages once per session."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dvc_project import clean, inside, project  # noqa: F401 (fixtures of several files)
+
+from stages.core.environment import find_result_variables
+
+for _name in find_result_variables():  # stages ignore them with a warning, which tests of messages do not expect
+    del os.environ[_name]
 
 TASKS = ("causal", "mlm")
 BLOCK_SIZES = (8, 16)

@@ -240,14 +240,14 @@ def test_document_metric_of_a_model_in_training_mode_draws_no_dropout_and_leaves
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_window_nats_of_padded_windows_equal_those_of_each_window_without_padding(texts, model_type):
-    model, task = make_toy_model(model_type), MODEL_TASKS[model_type]
+    model, task = make_toy_model(model_type).double(), MODEL_TASKS[model_type]  # fp32 rounds differently per shape
     windows = list(make_objective(task, VOCABULARIES[task]).build_windows(make_texts(texts), 20))
     assert len({len(window.input_ids) for window in windows}) > 3
     loss = TokenLoss(model)
     with full_precision(model), loss.hidden_outputs():
         together = compute_window_nats(model, loss, windows)
         alone = np.concatenate([compute_window_nats(model, loss, [window]) for window in windows])
-    np.testing.assert_allclose(together, alone, rtol=1e-6)
+    np.testing.assert_allclose(together, alone, rtol=1e-12)
 
 
 @given(
