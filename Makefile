@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # The installed uv, or otherwise the one in the environment.
 UV := $(shell command -v uv 2>/dev/null || echo .venv/bin/uv)
 
-.PHONY: all env keras ray check repro why plan compare report test test-all lint format requirements clean
+.PHONY: all env keras ray optuna check repro why plan compare report test test-all lint format requirements clean
 
 all: check
 	dvc repro
@@ -37,6 +37,13 @@ ray: .venv/ray
 
 .venv/ray: requirements-ray.txt .venv/ready
 	$(UV) pip install --quiet --python .venv/bin/python --compile-bytecode --require-hashes -r requirements-ray.txt
+	@touch $@
+
+# Additional packages for `python -m tools.search` (docs/search.md), 10 megabytes.
+optuna: .venv/optuna
+
+.venv/optuna: requirements-optuna.txt .venv/ready
+	$(UV) pip install --quiet --python .venv/bin/python --compile-bytecode --require-hashes -r requirements-optuna.txt
 	@touch $@
 
 check: env
@@ -78,7 +85,7 @@ format: env
 COMPILE = $(UV) pip compile --quiet --universal --generate-hashes --python-version=3.11
 requirements: pyproject.toml
 	$(COMPILE) --extra=dev --output-file=requirements.txt pyproject.toml
-	for extra in keras ray; do \
+	for extra in keras ray optuna; do \
 	  $(COMPILE) --extra=$$extra --constraint=requirements.txt --output-file=requirements-$$extra.txt pyproject.toml || exit; done
 
 clean:

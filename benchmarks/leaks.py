@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 from benchmarks.recipes import run_stage
 from stages.core.compose import compose_config, load_config
 from tools.check import get_config_class
-from tools.leak_canaries import make_canaries, read_canaries
-from tools.leak_examination import examine_model
-from tools.leak_report import find_excesses, list_figures
+from tools.leaks.canaries import make_canaries, read_canaries
+from tools.leaks.examination import examine_model
+from tools.leaks.report import find_excesses, list_figures
 from tools.publish import read_publication
 
 SAMPLE = Path("data/sample/askscience.jsonl")

@@ -47,6 +47,7 @@ OWN_DIRECTORIES = (
     "benchmarks",
     "conf",
     "docs",
+    "ladders",
     "presets",
     "stages",
     "tests",

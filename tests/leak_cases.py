@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tools.leak_report import DEFINITIONS, LeakLimits
+from tools.leaks.report import DEFINITIONS, LeakLimits
 
 SECRET = "a sentence of the training text"
 

@@ -198,6 +198,6 @@ def make_toy_trainer(
         train,
         validation or train,
         evaluate_batch_tokens,
-        CheckpointSettings(minutes=1e6, keep=2),
+        CheckpointSettings(minutes=1e6, keep=2, keep_for_branches=None),
         callbacks,
     )

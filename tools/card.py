@@ -1,6 +1,7 @@
 """Build the model card of a published model: metadata for the Hub, and a description of how the model was made.
 
-The card is deterministic for a commit, its artifacts and conf/publish.yaml. It contains no times and no local paths.
+The card is deterministic for a commit, its artifacts, conf/publish.yaml and the statement of tools.verify. It contains
+no local paths, and no times except the day of a verification.
 """
 
 import copy
@@ -23,6 +24,7 @@ from stages.download.schema import mask_credentials
 from stages.figures.names import SHORT_NAMES
 from tools.chain import describe_chain, read_chain
 from tools.lock_history import read_lock
+from tools.verify.statement import PUBLISHED_NAME, is_passed, read_statement, summarize_statement
 
 SPLITS = ("train", "validation", "test")
 MAX_SHOWN_VALUES = 20  # values of a group; further ones are only counted
@@ -419,7 +421,7 @@ def render_lineage(run: RecordedRun) -> str:
 
 
 def render_reproduction(run: RecordedRun, source: dict[str, Any]) -> str:
-    """Return the shell commands that download or recompute the model."""
+    """Return the shell commands that download or recompute the model, and whether that was verified."""
     pull = ["dvc pull          # downloads the artifacts; or compute them (same bytes on the same kind of machine):"]
     commands = [
         f"git clone {run.remote or 'REPOSITORY'} lm-repro && cd lm-repro && git checkout {run.commit}",
@@ -435,7 +437,16 @@ def render_reproduction(run: RecordedRun, source: dict[str, Any]) -> str:
         + "\n".join(f"$ {line}" for line in commands)
         + "\n```"
         + ("" if run.is_text_in_git or "hub" in source else missing)
+        + render_verification(run)
     )
+
+
+def render_verification(run: RecordedRun) -> str:
+    """Return a paragraph on the verification of the commit by tools.verify, if there was one."""
+    if (statement := read_statement(run.commit)) is None:
+        return ""
+    link = f" [{PUBLISHED_NAME}]({PUBLISHED_NAME}) is the statement of `python -m tools.verify` (in-toto, not signed)."
+    return f"\n\n{summarize_statement(statement)}{link if is_passed(statement) else ''}"
 
 
 def list_make_targets(run: RecordedRun) -> Iterator[str]:

@@ -533,18 +533,29 @@ def find_pairs_problems(compositions: list[Composition]) -> Iterator[str]:
 
 def find_other_versions() -> Iterator[str]:
     """Yield artifacts that were made with another version of a library than the installed one."""
+    files = [*Path("data").glob("**/stats.json"), *Path("reports").glob("train/*/stats.json")]
+    for directory, library, used, installed in compare_versions({str(file.parent): file for file in files}):
+        remedy = "`dvc repro -f` runs all stages again"
+        yield f"{directory} was made with {library} {used}; installed is {installed} ({remedy})"
+
+
+def compare_versions(ledgers: dict[str, Path]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield artifact, library, its version in the ledger and the installed version, for each version that differs.
+
+    Args:
+        ledgers: artifact to its ledger.
+    """
     made: dict[tuple[str, str], str] = {}
-    for ledger in [*Path("data").glob("**/stats.json"), *Path("reports").glob("train/*/stats.json")]:
+    for artifact, ledger in ledgers.items():
         for library, used in json.loads(ledger.read_text(encoding="utf-8")).get("versions", {}).items():
-            made.setdefault((library, used), str(ledger.parent))
-    for (library, used), directory in sorted(made.items()):
+            made.setdefault((library, used), artifact)
+    for (library, used), artifact in sorted(made.items()):
         try:
             installed = version(library)
         except PackageNotFoundError:
             installed = "none"
         if installed != used:
-            remedy = "`dvc repro -f` runs all stages again"
-            yield f"{directory} was made with {library} {used}; installed is {installed} ({remedy})"
+            yield artifact, library, used, installed
 
 
 if __name__ == "__main__":

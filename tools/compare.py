@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.core.config import MISSING, find_value, flatten_values
-from stages.core.errors import printable
+from stages.core.errors import StageError, printable
 from stages.figures.names import SHORT_NAMES, SHORT_SPLITS
 
 PER_TASK_GROUPS = ("model", "adapter", "task")
@@ -74,11 +74,10 @@ def main() -> None:
     arguments = parser.parse_args()
     split = arguments.split
     commits = ["-A"] if arguments.all_commits else ["-n", str(arguments.num)]
-    shown = subprocess.run(["dvc", "exp", "show", "--json", *commits], check=False, capture_output=True, text=True)
-    if shown.returncode:
-        messages = shown.stderr.strip().splitlines()
-        sys.exit(f"compare: dvc exp show failed: {printable(messages[0], 2000) if messages else ''}")
-    found = list(list_revisions(json.loads(shown.stdout)))
+    try:
+        found = list(list_revisions(show_experiments(*commits)))
+    except StageError as error:
+        sys.exit(f"compare: {error}")
     rows = read_rows(found, split)
     if not rows:
         sys.exit("compare: no commit and no experiment has metrics yet: run `make`, and commit dvc.lock and metrics/")
@@ -104,6 +103,23 @@ def get_full_split(split: str) -> str:
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def show_experiments(*options: str) -> list[dict[str, Any]]:
+    """Return the output of `dvc exp show --json`.
+
+    Args:
+        options: options of `dvc exp show` that choose revisions.
+
+    Raises:
+        StageError: if DVC fails, with the first line of its message.
+    """
+    shown = subprocess.run(["dvc", "exp", "show", "--json", *options], check=False, capture_output=True, text=True)
+    if shown.returncode:
+        messages = shown.stderr.strip().splitlines()
+        raise StageError(f"dvc exp show failed: {printable(messages[0], 2000) if messages else ''}")
+    found: list[dict[str, Any]] = json.loads(shown.stdout)
+    return found
 
 
 def list_revisions(shown: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

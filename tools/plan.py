@@ -27,6 +27,7 @@ from stages.core.artifacts import SPLITS, Blocks, get_shard_name, read_batches, 
 from stages.core.compose import compose_config, load_config
 from stages.core.errors import ConfigError, StageError, printable, printable_lines
 from stages.evaluate.stage import EvaluateConfig
+from stages.train.batches import count_steps, count_steps_per_epoch
 from stages.train.plan import Plan, format_bytes, format_seconds, write_plan
 from stages.train.stage import TrainConfig
 from tools.compare import measure_width
@@ -152,17 +153,6 @@ def count_amounts(name: str, config: TrainConfig, evaluation: EvaluateConfig) ->
     ]
     num_blocks = sum(len(Blocks(blocks / split)) for split in HELD_OUT) if name == "evaluate" else 0
     return Amounts(sum(counts), sum(scored), num_blocks, 0)
-
-
-def count_steps_per_epoch(config: TrainConfig, num_blocks: int) -> int:
-    return max(1, math.ceil(num_blocks / config.batch_size))
-
-
-def count_steps(config: TrainConfig, num_blocks: int) -> int:
-    """Return the number of optimizer steps of a training; an upper bound with early stopping."""
-    if config.num_train_epochs is None:
-        return int(config.trainer["max_steps"])
-    return math.ceil(config.num_train_epochs * count_steps_per_epoch(config, num_blocks))
 
 
 def count_events(config: TrainConfig, key: str, steps: int, num_blocks: int) -> int:

@@ -4,7 +4,7 @@ Command python -m tools.publish causal [--dry-run [FILE]]
 
 conf/publish.yaml sets the repository of each task. The card is written from git and dvc.lock, so publishing is refused
 while the workspace differs from them. It is also refused if the model gives away more of its training text than the
-limits in conf/publish.yaml allow (tools/leaks.py). It is not a stage, because it has a side effect.
+limits in conf/publish.yaml allow (tools/leaks/). It is not a stage, because it has a side effect.
 """
 
 import argparse
@@ -28,13 +28,14 @@ from stages.shell.app import format_error
 from tools.card import RecordedRun, make_card
 from tools.check import explain_dvc_error
 from tools.keys import list_keys
-from tools.leak_report import (
+from tools.leaks.report import (
     LeakLimits,
     describe_excesses,
     find_excesses,
     read_report,
     render_memorization_section,
 )
+from tools.verify.statement import PUBLISHED_NAME, get_statement_path, is_passed, read_statement
 
 # Paths that must be as in HEAD, in addition to the files in dvc.lock. conf/publish.yaml does not affect the model.
 TRACKED_PATHS = ("dvc.yaml", "dvc.lock", "params.yaml", "stages", "conf", "metrics", ":(exclude)conf/publish.yaml")
@@ -105,7 +106,8 @@ def publish_model(task: str, dry_run: Path | None) -> None:
     if dry_run is not None:
         file = dry_run.with_name(dry_run.name.replace("TASK", task))
         write_text(file, str(card))
-        print(f"{file}: the card, for review; these files would be published with it: {', '.join(files)}")
+        published = [*files, *find_statement(run.commit)]
+        print(f"{file}: the card, for review; these files would be published with it: {', '.join(published)}")
         if excesses:
             print(f"publish: would be refused: {describe_excesses(excesses, task)}", file=sys.stderr)
         return
@@ -120,7 +122,7 @@ def read_or_make_report(run: RecordedRun, limits: LeakLimits) -> dict[str, Any] 
     report, reason = read_report(run.task, run.stages, limits)
     if report is None and limits.has_limits:
         print(f"publish: {reason}: examining models/{run.task} (`python -m tools.leaks {run.task}`)", file=sys.stderr)
-        from tools.leaks import examine_task  # imports torch, and this module
+        from tools.leaks.command import examine_task  # imports torch, and this module
 
         return examine_task(run.task, limits)
     return report
@@ -266,7 +268,7 @@ def run_git(*arguments: str) -> str:
 
 
 def upload_model(settings: Publication, card: Any, directory: Path, files: list[str], run: RecordedRun) -> str:
-    """Upload `files` of `directory` and the card in one commit, and return the URL of the repository.
+    """Upload `files` of `directory`, the card and the statement of tools.verify in one commit; return the URL.
 
     Raises:
         StageError: if the Hub cannot be reached or refuses the upload.
@@ -275,6 +277,7 @@ def upload_model(settings: Publication, card: Any, directory: Path, files: list[
     from huggingface_hub.errors import HfHubHTTPError
 
     name = str(settings.repository)
+    published = {file: directory / file for file in files} | find_statement(run.commit)
     if get_token() is None:
         raise StageError(f"the Hub requires a login: run `hf auth login`, or set HF_TOKEN to a token of {TOKENS_URL}")
     if unreachable := find_hub_problem():
@@ -290,12 +293,14 @@ def upload_model(settings: Publication, card: Any, directory: Path, files: list[
                 f" set {run.task}.private: false"
             )
         present = {sibling.rfilename for sibling in there.siblings or []}
-        stale = sorted(file for file in present - set(files) if "/" not in file and Path(file).suffix in STALE_SUFFIXES)
+        stale = sorted(
+            file for file in present - published.keys() if "/" not in file and Path(file).suffix in STALE_SUFFIXES
+        )
         api.create_commit(
             name,
             [
                 CommitOperationAdd("README.md", str(card).encode()),
-                *(CommitOperationAdd(file, directory / file) for file in files),
+                *(CommitOperationAdd(file, path) for file, path in published.items()),
                 *(CommitOperationDelete(file) for file in stale),
             ],
             commit_message=f"{run.task} of lm-repro commit {run.commit[:7]}",
@@ -315,6 +320,15 @@ def upload_model(settings: Publication, card: Any, directory: Path, files: list[
     if stale:
         print(f"deleted from the repository, left from an earlier model: {', '.join(stale)}")
     return f"{constants.ENDPOINT}/{name}"
+
+
+def find_statement(commit: str) -> dict[str, Path]:
+    """Return the published name and the path of the statement that a commit was verified; empty if there is none.
+
+    Statements on failed verifications are not published, since they may contain local paths.
+    """
+    statement = read_statement(commit)
+    return {PUBLISHED_NAME: get_statement_path(commit)} if statement is not None and is_passed(statement) else {}
 
 
 def describe_refusal(name: str, error: Any) -> str:

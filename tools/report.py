@@ -16,6 +16,7 @@ from dvc.repo import Repo
 
 from stages.core.artifacts import write_json
 from stages.train.watchers import is_running
+from tools.ladder.result import LadderResult, read_results
 from tools.outs import Outs
 from tools.report_data import read_live_runs, read_runs
 from tools.report_page import render_page
@@ -45,7 +46,10 @@ def main() -> None:
     live = read_live_runs(LIVE, is_running)
     if not live and not any(run.metrics for run in runs):
         sys.exit("report: no results yet: run `dvc repro` first")
-    page = render_page(runs, compared, live)
+    ladders = list(read_results())
+    for problem in (found for found in ladders if isinstance(found, str)):
+        print(f"report: a ladder is not shown: {problem}", file=sys.stderr)
+    page = render_page(runs, compared, live, [found for found in ladders if isinstance(found, LadderResult)])
     PLOTS.mkdir(parents=True, exist_ok=True)
     for task in compared:
         write_json(PLOTS / f"{task.task}.json", build_plot_points(task))

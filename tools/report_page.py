@@ -21,6 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from stages.core.errors import printable
 from stages.score.accuracy import SCORES
+from tools.ladder.result import LadderResult
 from tools.report_data import (
     ReportRun,
     build_flow,
@@ -31,11 +32,20 @@ from tools.report_data import (
     list_tasks,
     parse_curve,
 )
+from tools.report_ladder import build_ladder_parts
 from tools.report_pairs import ComparedTask, build_compared_parts
-from tools.report_parts import Cell, Figure, GroupTable, build_axis, build_number_cell, format_number, shorten_name
+from tools.report_parts import (
+    Cell,
+    Figure,
+    GroupTable,
+    build_axis,
+    build_number_cell,
+    format_number,
+    get_series_color,
+    shorten_name,
+)
 
 HERE = Path(__file__).parent
-NUM_COLORS = 8  # defined in report_page.css
 MARKDOWN = MarkdownIt("zero").enable(["blockquote", "table", "emphasis", "backticks", "escape", "newline"])
 COUNTS = ("documents", "bytes")
 COMPARABLE_METRICS = {
@@ -55,13 +65,17 @@ class Column(NamedTuple):
 
 
 def render_page(
-    runs: list[ReportRun], compared: Sequence[ComparedTask] = (), live: Mapping[str, ReportRun] = MappingProxyType({})
+    runs: list[ReportRun],
+    compared: Sequence[ComparedTask] = (),
+    live: Mapping[str, ReportRun] = MappingProxyType({}),
+    ladders: Sequence[LadderResult] = (),
 ) -> str:
     """Render the page.
 
     Args:
         compared: comparisons between the runs, one per task; empty if there is nothing to compare.
         live: trainings without outs yet, by task; their curves are drawn too.
+        ladders: results of scaling ladders.
     """
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -89,6 +103,7 @@ def render_page(
             for key in choose_metrics(columns)
         ],
         pairs=[build_compared_parts(task) for task in compared],
+        ladders=[build_ladder_parts(ladder) for ladder in ladders],
         groups={task: tables for task in tasks if (tables := build_group_tables(task, plotted_runs))},
         scores={task: tables for task in tasks if (tables := build_score_tables(task, plotted_runs))},
         samples={task: render_samples(task, plotted_runs) for task in tasks},
@@ -160,7 +175,7 @@ def join_run_names(members: list[ReportRun]) -> str:
 
 def get_color(run: ReportRun, runs: list[ReportRun]) -> str:
     """Return the CSS variable of a run's color, the same in every figure."""
-    return f"--series-{runs.index(run) % NUM_COLORS}"
+    return get_series_color(runs.index(run))
 
 
 class Curves(NamedTuple):

@@ -3,6 +3,8 @@
 import json
 from typing import Any, NamedTuple
 
+NUM_COLORS = 8  # defined in report_page.css
+
 
 class Figure(NamedTuple):
     title: str
@@ -41,6 +43,11 @@ def build_axis(title: str, **more: Any) -> dict[str, Any]:
         "automargin": True,
         **more,
     }
+
+
+def get_series_color(number: int) -> str:
+    """Return the CSS variable of the color of a figure's series; the colors repeat after the last."""
+    return f"--series-{number % NUM_COLORS}"
 
 
 def build_number_cell(number: float) -> Cell:

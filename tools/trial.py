@@ -76,7 +76,8 @@ def compute_full_fingerprint() -> str | None:
 
     Returns None if the training starts from a model that is not trained yet.
     """
-    from stages.train.stage import TrainConfig, compute_run_fingerprint
+    from stages.train.fingerprints import compute_run_fingerprint
+    from stages.train.stage import TrainConfig
 
     name, item = identify_stage("train", os.environ.get("DVC_STAGE", ""), [])
     config = load_config(TrainConfig, compose_config(name, [], item))

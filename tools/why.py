@@ -10,13 +10,17 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
+from stages.core.artifacts import Blocks
+from stages.core.compose import compose_config, load_config
 from stages.core.config import CONF, MISSING, read_yaml, suggest_name
-from stages.core.errors import ConfigError, printable, printable_lines
+from stages.core.errors import ConfigError, StageError, printable, printable_lines
+from stages.train.batches import count_steps
 from tools.chain import describe_chain, read_chain
 from tools.code_changes import CodeChange
 from tools.forecast import CODE, Change, Forecast, ParamChange, Verdict, forecast_stages, list_names
@@ -106,8 +110,30 @@ def describe_forecast(forecast: Forecast) -> Iterator[str]:
     for path, writers in forecast.waits_for.items():
         condition = "" if forecast.changes else "; if it does not change, this stage does not run"
         yield from _wrap(f"{path}: will be written again by {list_names(writers)}{condition}", "  ", "      ")
+    if forecast.verdict is Verdict.RUNS and forecast.name.startswith("train@"):
+        yield from _wrap(describe_shared_steps(forecast.name.partition("@")[2]), "  ", "      ")
     if forecast.verdict is not Verdict.MAY_RUN and forecast.changes and (names := _find_same_runs(forecast)):
         yield from _wrap(f"same values, code and inputs: {list_names(names)}", "  ", "      ")
+
+
+def describe_shared_steps(task: str) -> str:
+    """Say how many of a training's steps are in a kept checkpoint of another run; an empty text if none are kept."""
+    from stages.train.stage import TrainConfig
+
+    config = load_config(TrainConfig, compose_config("train", item=task))
+    if config.checkpoints.keep_for_branches is None:
+        return ""
+    from stages.frameworks.trainer import find_branches  # seconds of imports
+
+    try:
+        num_blocks = len(Blocks(Path(config.blocks) / "train"))
+        branches = find_branches(config, num_blocks)
+    except (AssertionError, RuntimeError, StageError) as error:  # torch raises several types if it has no GPU
+        return f"the steps shared with kept checkpoints are unknown: {error}"
+    if branches is None:
+        return ""
+    num_shared, num_steps = max(branches.list_steps(), default=0), count_steps(config, num_blocks)
+    return f"{num_shared:,} of {num_steps:,} steps are taken from a kept checkpoint (docs/branches.md)"
 
 
 def describe_change(change: Change) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,13 @@ def check_bf16(device: str, bf16: bool) -> None:
         )
     if has_bf16 and not bf16:
         log.info("this processor has bf16 instructions: hardware=cpu_bf16 trains faster (docs/performance.md)")
+
+
+def describe_processor(device: str) -> str:
+    """Describe the processor that computes, as far as it determines the last digits of results."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return device if device != "cpu" else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 _BACKENDS: Any = torch.backends  # its annotations lack fp32_precision

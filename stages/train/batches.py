@@ -1,6 +1,12 @@
-"""Distribution of the sequences of an optimizer step over processes and forward passes."""
+"""Numbers of optimizer steps, and the distribution of a step's sequences over processes and forward passes."""
+
+import math
+from typing import TYPE_CHECKING
 
 from stages.model.hardware import Hardware
+
+if TYPE_CHECKING:
+    from stages.train.stage import TrainConfig
 
 
 def split_batch(batch_size: int, hardware: Hardware, num_processes: int) -> tuple[int, int]:
@@ -27,3 +33,22 @@ def split_batch(batch_size: int, hardware: Hardware, num_processes: int) -> tupl
         )
     share = batch_size // num_processes
     return micro_batch_size or share, share // (micro_batch_size or share)
+
+
+def count_steps_per_epoch(config: "TrainConfig", num_blocks: int) -> int:
+    """Return the number of optimizer steps in a pass over `num_blocks` training blocks."""
+    return max(1, math.ceil(num_blocks / config.batch_size))
+
+
+def count_steps(config: "TrainConfig", num_blocks: int) -> int:
+    """Return the number of optimizer steps of a training; an upper bound with early stopping."""
+    steps = [int(config.trainer["max_steps"])] if config.trainer.get("max_steps", -1) != -1 else []
+    if config.num_train_epochs is not None:
+        steps.append(math.ceil(config.num_train_epochs * count_steps_per_epoch(config, num_blocks)))
+    return min(steps)
+
+
+def count_schedule_steps(config: "TrainConfig", num_blocks: int) -> int:
+    """Return the number of steps that the schedule of the learning rate spans; training may end earlier."""
+    max_steps = int(config.trainer.get("max_steps", -1))
+    return count_steps(config, num_blocks) if max_steps == -1 else max_steps

@@ -73,13 +73,21 @@ class Checkpoints:
             if damage is None:
                 return step
             log.warning("the checkpoint of step %d is damaged (%s) and ignored", step, damage)
-            _remove_path(self.get_path(step))
+            remove_path(self.get_path(step))
         return None
+
+    def add_checkpoint(self, source: Path) -> None:
+        """Add the checkpoint in the directory `source`, named `checkpoint-STEP`, through hard links where possible."""
+        aside, target = self.directory / ".tmp", self.directory / source.name
+        remove_path(aside)  # left by a run that was killed
+        shutil.copytree(source, aside, copy_function=link_or_copy)
+        remove_path(target)
+        aside.rename(target)
 
     def remove_all(self) -> None:
         """Remove all checkpoints."""
         for step in self.list_steps():
-            _remove_path(self.get_path(step))
+            remove_path(self.get_path(step))
 
     @contextmanager
     def write_checkpoint(self, step: int, best: int | None, writer: int = 0) -> Iterator[Path]:
@@ -93,22 +101,33 @@ class Checkpoints:
             writer: rank of this process, if several processes each write a part of the checkpoint.
         """
         aside = self.directory / ".tmp"
-        _remove_path(aside)  # left by a run that was killed
+        remove_path(aside)  # left by a run that was killed
         aside.mkdir(parents=True)
         try:
             yield aside
             _write_manifest(aside / self.get_path(step).name, writer)
-            _remove_path(self.get_path(step))
+            remove_path(self.get_path(step))
             (aside / self.get_path(step).name).rename(self.get_path(step))
             _sync_to_disk(self.directory)
         finally:
-            _remove_path(aside)
+            remove_path(aside)
         for old in self.list_steps()[: -self._keep]:
             if old != best:
-                _remove_path(self.get_path(old))
+                remove_path(self.get_path(old))
 
 
-def _remove_path(path: Path) -> None:
+def link_or_copy(source: str, target: str) -> None:
+    """Create `target` as a hard link to the file `source`, or as a copy on another file system.
+
+    The files of a checkpoint are never changed, only removed, so that they can be linked.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def remove_path(path: Path) -> None:
     """Remove a directory, file or link; ignore errors, such as missing permissions."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -167,10 +186,10 @@ def lock_checkpoint_directory(name: str) -> Iterator[Path]:
     root.mkdir(parents=True, exist_ok=True)
     lock, directory = _lock_first_free_name(root, name)
     if not directory.is_dir():
-        _remove_path(directory)
+        remove_path(directory)
     try:
         yield directory
-        _remove_path(directory)
+        remove_path(directory)
     finally:
         lock.release()
 

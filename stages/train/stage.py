@@ -11,24 +11,21 @@ import importlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from pydantic import Field, TypeAdapter, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from stages.core.artifacts import (
     Blocks,
     check_output_path,
-    compute_sha256,
     get_versions,
     read_json,
     write_directory,
     write_json,
 )
 from stages.core.config import Positive, Seed, config_view
-from stages.core.environment import read_collective_settings
 from stages.core.errors import StageError
 from stages.core.pins import get_pin
-from stages.core.source_code import hash_code
 from stages.launch.torchrun import run_in_processes
 from stages.model.hardware import Hardware
 from stages.model.lean_import import import_lean
@@ -36,7 +33,8 @@ from stages.model.schema import Adapter, Model, ObjectiveConfig, check_isolation
 from stages.shell.interruption import defer_signals
 from stages.tokens.vocabulary import Vocabulary, export_tokenizer
 from stages.train.batches import split_batch
-from stages.train.checkpoints import LIBRARIES, compute_fingerprint, lock_checkpoint_directory
+from stages.train.checkpoints import LIBRARIES, lock_checkpoint_directory
+from stages.train.fingerprints import compute_run_fingerprint, hash_start_model, import_framework
 from stages.train.plan import log_against_plan
 from stages.train.saving import add_adapter, compute_probe_loss, list_saved_files, save_model, verify_saved_model
 from stages.train.schema import CheckpointSettings, EarlyStopping, Framework
@@ -70,7 +68,8 @@ class TrainConfig:
     learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
     """Peak learning rate; trainer.lr_scheduler_type sets how it changes."""
     num_train_epochs: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None
-    """Passes over the training blocks, may be fractional; null: trainer.max_steps sets the length of training."""
+    """Passes over the training blocks, may be fractional; null: trainer.max_steps sets the length of training. If both
+    are set, training ends at the earlier one, and the schedule of the learning rate spans trainer.max_steps."""
     batch_size: Positive
     """Sequences per optimizer step, on any hardware."""
     start: str | None
@@ -106,6 +105,16 @@ class TrainConfig:
             check_isolation(objective, model.config.get("model_type"))
         return objective
 
+    @field_validator("checkpoints")
+    @classmethod
+    def _check_checkpoints(cls, checkpoints: CheckpointSettings, info: ValidationInfo) -> CheckpointSettings:
+        hardware = info.data.get("hardware")
+        if checkpoints.keep_for_branches is not None and hardware is not None and hardware.ray is not None:
+            raise ValueError(
+                "checkpoints.keep_for_branches is not supported with hardware.ray, which has its own storage: set null"
+            )
+        return checkpoints
+
     @field_validator("trainer")
     @classmethod
     def _check_trainer(cls, trainer: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -134,11 +143,6 @@ class TrainConfig:
         max_steps = info.data.get("trainer", {}).get("max_steps", -1)
         if num_train_epochs is None and max_steps == -1:
             raise ValueError("num_train_epochs=null: set a number, or set trainer.max_steps (conf/task)")
-        if num_train_epochs is not None and max_steps != -1:
-            raise ValueError(
-                f"num_train_epochs={num_train_epochs:g} has no effect with trainer.max_steps={max_steps}: set it to"
-                " null, or remove trainer.max_steps"
-            )
         return num_train_epochs
 
     @field_validator("block_size")
@@ -205,18 +209,33 @@ def main(config: TrainConfig) -> None:
     run_in_processes("train", train, config, _reserve_checkpoint_name)
 
 
-def train(config: TrainConfig) -> None:
-    """Do the work of one process of the stage."""
+class PreparedTraining(NamedTuple):
+    """Everything that a framework needs to train."""
+
+    framework: Any
+    """Package of the framework."""
+    model: Any
+    objective: "Objective"
+    training: Blocks
+    validation: Blocks
+    use_cache: bool | None
+    """Value that the model's configuration had before training; None: it has no such setting."""
+
+
+def prepare_training(config: TrainConfig) -> PreparedTraining:
+    """Build the initial model and open the blocks, as each process of the stage does before training.
+
+    Raises:
+        StageError: if the blocks or the model do not fit the config.
+    """
     if config.trainer.get("torch_compile") is not True:
         import_lean(config.hardware, config.model.attention, trainer=True, adapter=config.adapter is not None)
     from stages.model.block_loss import check_predictions
     from stages.model.models import prepare_torch
     from stages.model.objectives import make_objective
-    from stages.model.processes import get_rank, wait_for_all
     from stages.model.start import build_start_model
-    from stages.train.live import remove_live_curves
 
-    framework = _import_framework(config)
+    framework = import_framework(config)
     framework.prepare_framework(config)
     prepare_torch(config.hardware)
     tokens, blocks = Path(config.tokens), Path(config.blocks)
@@ -233,22 +252,28 @@ def train(config: TrainConfig) -> None:
         )
     check_predictions(objective, validation)
     log.info("%d blocks of %d tokens, %d per step", len(training), training.block_size, config.batch_size)
+    return PreparedTraining(framework, model, objective, training, validation, use_cache)
+
+
+def train(config: TrainConfig) -> None:
+    """Do the work of one process of the stage."""
+    framework, model, objective, training, validation, use_cache = prepare_training(config)
+    from stages.model.processes import get_rank, wait_for_all
+    from stages.train.live import remove_live_curves
+
     with _open_checkpoints(config) as directory:
         resumes = Path(directory).exists()
         with defer_signals() as request:
-            model, state = framework.fit(config, model, objective, training, validation, directory, request)
+            model, state, state_chain = framework.fit(
+                config, model, objective, training, validation, directory, request
+            )
         if not get_rank():
-            write_outputs(config, model, state, len(training), use_cache, objective, validation)
+            write_outputs(config, model, state, state_chain, len(training), use_cache, objective, validation)
             remove_live_curves(config.report)
         wait_for_all()
     log.info("%d steps -> %s", state.global_step, config.out)
     if not get_rank() and not resumes:
         log_against_plan(Path(directory).name)
-
-
-def _import_framework(config: TrainConfig) -> Any:
-    """Import the package of the chosen framework. The libraries of the other frameworks need not be installed."""
-    return importlib.import_module(f"stages.frameworks.{config.framework.name}")
 
 
 @contextlib.contextmanager
@@ -278,41 +303,11 @@ def _reserve_checkpoint_name(config: TrainConfig) -> Iterator[str]:
         yield directory.name
 
 
-def compute_run_fingerprint(config: TrainConfig) -> str:
-    """Compute the fingerprint of a run: a hash of its inputs, config, code, libraries and environment.
-
-    Output paths and the frequency of checkpoints do not count, since they do not change the result.
-    """
-    from stages.model.processes import get_world_size
-
-    values = TypeAdapter(TrainConfig).dump_python(config)
-    for key in ("checkpoints", "tokens", "blocks", "out", "report"):
-        del values[key]
-    for launcher in (values["hardware"]["launch"], values["hardware"]["ray"]):
-        for key in ("rendezvous", "started_by", "max_failures", "storage"):
-            (launcher or {}).pop(key, None)
-    values["processes"] = config.hardware.num_processes or get_world_size()  # None: one per GPU
-    values["libraries"] = get_versions(*_import_framework(config).list_libraries(config))
-    values["start"] = hash_start_model(config)
-    values["environment"] = read_collective_settings()
-    # The ledgers contain the checksums of the blocks, which are verified when the blocks are read.
-    ledgers = [Path(config.tokens) / "stats.json", *sorted(Path(config.blocks).rglob("*.json"))]
-    return compute_fingerprint(values, ledgers, hash_code(f"train-{config.framework.name}"))
-
-
-def hash_start_model(config: TrainConfig) -> dict[str, str]:
-    """Map each file of the start model to its SHA-256; empty if config.start is None."""
-    return (
-        {}
-        if config.start is None
-        else {file.name: compute_sha256(file) for file in sorted(Path(config.start).iterdir())}
-    )
-
-
 def write_outputs(
     config: TrainConfig,
     model: Any,
     state: "TrainerState",
+    state_chain: list[str],
     num_blocks: int,
     use_cache: bool | None,
     objective: "Objective",
@@ -321,9 +316,12 @@ def write_outputs(
     """Write the model and the curves; verify the written model on blocks of `validation`.
 
     Args:
+        state_chain: link of each step; empty if the framework does not compute them.
         num_blocks: number of training blocks.
         use_cache: the value that the model's configuration had before training; None: it has no such setting.
     """
+    from stages.train.state_chain import write_state_chain
+
     if use_cache is not None:
         model.config.use_cache = use_cache  # the Trainer disables it, which would make generation slow
     loss = compute_probe_loss(model, objective, validation)  # before the adapter is merged into the weights
@@ -335,6 +333,8 @@ def write_outputs(
         export_tokenizer(tokens / "tokenizer", directory, special, config.model.max_positions, chat_template)
     with write_directory(config.report, ["stats.json"]) as directory:
         _write_curves(state.log_history, directory)
+        if state_chain:
+            write_state_chain(directory, state_chain)
         write_json(directory / "stats.json", build_ledger(config, state, num_blocks))
 
 
@@ -354,6 +354,8 @@ def _write_curves(history: list[dict[str, float]], directory: Path) -> None:
 
 def build_ledger(config: TrainConfig, state: "TrainerState", num_blocks: int) -> dict[str, Any]:
     """Build the ledger: inputs and progress of the training, and nothing that differs between two equal runs."""
+    from stages.model.precision import describe_processor
+
     return {
         "model": get_pin(config.model),  # null: built from its config
         "from_scratch": config.model.from_scratch and config.start is None,
@@ -363,5 +365,6 @@ def build_ledger(config: TrainConfig, state: "TrainerState", num_blocks: int) ->
         "epochs": state.epoch,
         "best_step": state.best_global_step,
         "best_validation_loss": state.best_metric,
-        "versions": get_versions(*LIBRARIES, *_import_framework(config).list_libraries(config)),
+        "processor": describe_processor(config.hardware.device),  # another one may give other last digits
+        "versions": get_versions(*LIBRARIES, *import_framework(config).list_libraries(config)),
     }

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import SaveStrategy
 
 from stages.core.artifacts import Blocks
 from stages.core.errors import StageError
@@ -26,8 +27,10 @@ from stages.model.processes import broadcast_from_first, get_rank, get_world_siz
 from stages.shell.interruption import Interrupted, StopRequest
 from stages.shell.progress import Progress
 from stages.train.attention import use_fast_kernels
+from stages.train.branches import Branches
 from stages.train.checkpoints import Checkpoints, find_damage
 from stages.train.schema import CheckpointSettings
+from stages.train.state_chain import StateChain, read_state_chain, write_state_chain
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +114,8 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         checkpoints: CheckpointSettings,
         callbacks: list[TrainerCallback],
         saves_per_process: bool = False,
+        branches: Branches | None = None,
+        schedule_steps: int | None = None,
     ) -> None:
         """
         Args:
@@ -119,6 +124,8 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
             evaluate_batch_tokens: tokens per forward pass in validation.
             saves_per_process: if True, each process writes its part of a checkpoint into its own directory; otherwise
                 all processes share one directory.
+            branches: kept checkpoints; None: none are kept or used.
+            schedule_steps: number of steps that the schedule of the learning rate spans; None: those of the training.
         """
 
         def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
@@ -143,6 +150,9 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         self._checkpoints = Checkpoints(Path(arguments.output_dir), checkpoints.keep)
         self._seconds_between_checkpoints = 60.0 * checkpoints.minutes
         self._saves_per_process = saves_per_process
+        self._branches, self._schedule_steps = branches, schedule_steps
+        self.state_chain = StateChain()
+        self.add_callback(self.state_chain)
         self._loss = TokenLoss(model)
         self._objective, self._validation, self._evaluate_batch_tokens = objective, validation, evaluate_batch_tokens
 
@@ -162,7 +172,8 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         Raises:
             Interrupted: if a stop was requested; a checkpoint has then been written.
         """
-        self.add_callback(CheckpointSchedule(request, self._seconds_between_checkpoints))
+        more_steps = self._branches.keep_steps if self._branches is not None else ()
+        self.add_callback(CheckpointSchedule(request, self._seconds_between_checkpoints, more_steps))
         step = broadcast_from_first(None if get_rank() else self._find_resume_step())
         if step is None:
             if get_world_size() > 1:
@@ -173,8 +184,39 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(_CheckpointRestorer(self, step))
         self.train(resume_from_checkpoint=str(self._checkpoints.get_path(step)))
 
+    def replay_steps(self, first: int, last: int) -> list[str]:
+        """Train from the kept checkpoint of step `first` to step `last`; return the links of steps first + 1 to last.
+
+        Args:
+            first: 0, or a step of a kept checkpoint.
+
+        Raises:
+            StageError: if the kept checkpoint is damaged.
+        """
+        self.args.load_best_model_at_end, self.args.save_strategy = False, SaveStrategy.NO
+        self.add_callback(_StopAfterStep(last))
+        if first == 0:
+            self.train()
+            return self.state_chain.links
+        if self._branches is None or self._branches.fetch_checkpoint(self._checkpoints, [first]) is None:
+            raise StageError(f"the kept checkpoint of step {first} is missing or damaged")
+        self.add_callback(_CheckpointRestorer(self, first))
+        self.train(resume_from_checkpoint=str(self._checkpoints.get_path(first)))
+        return self.state_chain.links[first:]
+
     def _find_resume_step(self) -> int | None:
-        """Return the step to resume from, or None.
+        """Return the step to resume from, or None: that of the newest checkpoint, or of a kept one of a later step."""
+        step = self._find_own_step()
+        if self._branches is None:
+            return step
+        later_steps = [kept_step for kept_step in self._branches.list_steps() if kept_step > (step or 0)]
+        kept_step = self._branches.fetch_checkpoint(self._checkpoints, later_steps)
+        if kept_step is not None:
+            log.info("the first %d steps are taken from a kept checkpoint", kept_step)
+        return kept_step or step
+
+    def _find_own_step(self) -> int | None:
+        """Return the step of the newest checkpoint, or None.
 
         If the best model is needed at the end, its checkpoint must be intact too.
         """
@@ -206,21 +248,43 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
                 self.args.output_dir = directory
             # Part of the mean loss in the next log line, which the Trainer does not save.
             loss = {"sum": self._tr_loss.item(), "since_step": self._globalstep_last_logged}
-            (aside / f"checkpoint-{step}" / LOSS_FILE.format(get_rank())).write_text(json.dumps(loss), encoding="utf-8")
+            checkpoint = aside / f"checkpoint-{step}"
+            (checkpoint / LOSS_FILE.format(get_rank())).write_text(json.dumps(loss), encoding="utf-8")
+            if writes:
+                write_state_chain(checkpoint, self.state_chain.links)
             wait_for_all()
         wait_for_all()
+        if self._branches is not None and step in self._branches.keep_steps and not get_rank():
+            self._branches.keep_checkpoint(self._checkpoints, step, best)
         if best:
             self.state.best_model_checkpoint = str(self._checkpoints.get_path(best))
 
     def restore_from_checkpoint(self, step: int) -> None:
         """Restore the state that the Trainer does not restore from the checkpoint of `step`."""
         loss = json.loads((self._checkpoints.get_path(step) / LOSS_FILE.format(get_rank())).read_text(encoding="utf-8"))
+        self.state_chain.links = read_state_chain(self._checkpoints.get_path(step))
+        self._restore_learning_rate()
         self._tr_loss.fill_(loss["sum"])
         self._globalstep_last_logged = loss["since_step"]
         # With several processes, Accelerate wraps the sampler once more than the Trainer's own call unwraps.
         self._sampler.set_epoch(int(self.state.epoch or 0))
         if self.state.best_global_step:  # the cache may have been moved since
             self.state.best_model_checkpoint = str(self._checkpoints.get_path(self.state.best_global_step))
+
+    def _restore_learning_rate(self) -> None:
+        """Set the learning rate of the next step by the schedule of this run.
+
+        A checkpoint has the rate of the run that wrote it, whose schedule may differ from the next step on.
+        """
+        schedule = self.lr_scheduler
+        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            factors = [compute_factor(schedule.last_epoch) for compute_factor in schedule.lr_lambdas]
+            schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+            for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        return super().create_scheduler(self._schedule_steps or num_training_steps, optimizer)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Compute the validation loss as stage evaluate does. (The Trainer would weight all batches equally.)"""
@@ -286,6 +350,17 @@ class _CheckpointRestorer(TrainerCallback):  # type: ignore[misc]
         self._trainer.restore_from_checkpoint(self._step)
 
 
+class _StopAfterStep(TrainerCallback):  # type: ignore[misc]
+    """Ends training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= self._step:
+            control.should_training_stop = True
+
+
 class ProcessSeed(TrainerCallback):  # type: ignore[misc]
     """Seeds each process differently, so that their dropout differs. (The Trainer seeds all processes alike.)"""
 
@@ -296,8 +371,13 @@ class ProcessSeed(TrainerCallback):  # type: ignore[misc]
 class CheckpointSchedule(TrainerCallback):  # type: ignore[misc]
     """Requests a checkpoint at regular intervals, and one before training stops on request."""
 
-    def __init__(self, request: StopRequest, seconds: float) -> None:
-        self._request, self._seconds = request, seconds
+    def __init__(self, request: StopRequest, seconds: float, more_steps: Collection[int] = ()) -> None:
+        """
+        Args:
+            seconds: interval between checkpoints.
+            more_steps: steps that get a checkpoint in addition.
+        """
+        self._request, self._seconds, self._more_steps = request, seconds, more_steps
         self._last_saved = time.monotonic()
         self._postponed = False
         self._signal_number: int | None = None
@@ -308,7 +388,8 @@ class CheckpointSchedule(TrainerCallback):  # type: ignore[misc]
             [time.monotonic() - self._last_saved >= self._seconds, self._request.number or 0]
         )
         self._signal_number = signal_number or None
-        is_wanted = control.should_save or (max(is_due, signal_number) > 0 and state.global_step < state.max_steps)
+        is_wanted = control.should_save or state.global_step in self._more_steps
+        is_wanted = is_wanted or (max(is_due, signal_number) > 0 and state.global_step < state.max_steps)
         # At the end of an epoch, validation comes before the checkpoint: a run resumed in between would skip it.
         self._postponed = is_wanted and float(state.epoch or 0.0).is_integer()
         control.should_save = is_wanted and not self._postponed

@@ -46,9 +46,14 @@ NOT_RUN = {
     '"""Command line of stage `lengths`."""': "the same",
     "make keras": "installs three gigabytes of packages; tested by .ci/run",
     "make ray": "installs the packages of Ray; tested by .ci/run",
+    "make optuna": "installs the packages of Optuna; tested by .ci/run",
+    "python -m tools.search --space depth.yaml --budget 1h": "test_search_space.py checks the file above it",
+    "python -m benchmarks.search --budget 20m": "takes twice the budget",
 }
 if find_spec("keras_hub") is None:
     NOT_RUN["dvc exp run -n keras -S framework=keras -S tasks.mlm.model=tiny-roberta"] = "Keras is not installed"
+if find_spec("optuna") is None:
+    NOT_RUN |= {f"python -m tools.search --{option}": "Optuna is not installed" for option in ("budget 20m", "show")}
 # Regular expression of a command to its replacement, for resources that a test does not have and commands that would
 # take hours. $OUTSIDE is the parent directory of the project.
 REDUCTIONS = {
@@ -60,6 +65,7 @@ REDUCTIONS = {
     r"^(python benchmarks/preprocessing.py)$": r"\1 --documents 200 --guide-documents 200 --rounds 1",
     r"^(python benchmarks/engines.py)$": r"\1 --documents 200 --rounds 1",
     r"^(python -m benchmarks.scale)$": r"\1 --documents 200 --shards 2",
+    r"^(python -m tools.search --budget) 20m$": r"\1 2trials",
     r"'DIR'": r"'models/causal'",
     r"^mutmut run$": r"mutmut run 'stages.group_texts.packing*'",
 }

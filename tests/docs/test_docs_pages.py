@@ -16,7 +16,7 @@ HOLE = "\0"  # where a message of the sources has a value
 def list_source_strings() -> list[str]:
     """Return the strings of stages/ and tools/, with HOLE in place of every value."""
     found = []
-    for file in [*(ROOT / "stages").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
+    for file in [*(ROOT / "stages").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(re.sub(r"%[-.\d]*[sdrfx]", HOLE, node.value))

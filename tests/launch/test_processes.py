@@ -113,12 +113,25 @@ def test_training_in_two_processes_killed_ends_with_the_same_bytes(run_toy, cach
     monkeypatch.setattr("stages.train.stage.train", train_and_be_killed)
     with pytest.raises(StageError, match="SIGKILL"):
         run_toy("train", "causal", tmp_path / "killed", *every)
-    assert not (tmp_path / "killed").exists()
+    assert [name for name in read_contents(tmp_path / "killed") if not name.startswith(".live-report/")] == []
     # Also run by a function of this file: the modules that this file imports are part of the fingerprint.
     monkeypatch.setattr("stages.train.stage.train", train_on)
     run_toy("train", "causal", tmp_path / "killed", *every)
     assert "resuming from step 12" in capfd.readouterr().err
     assert read_contents(tmp_path / "killed") == read_contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_training_in_two_processes_continues_from_a_kept_checkpoint_with_the_same_bytes(
+    run_toy, cache, tmp_path, capfd
+):
+    constant = [TWO, "++trainer.lr_scheduler_type=constant"]
+    keep = "checkpoints.keep_for_branches={every_steps: null, gigabytes: 1.0, directory: %s}" % (tmp_path / "kept")
+    run_toy("train", "causal", tmp_path / "fresh", *constant)
+    run_toy("train", "causal", tmp_path / "first", *constant, keep, "num_train_epochs=1")
+    run_toy("train", "causal", tmp_path / "branch", *constant, keep)
+    assert "the first 8 steps are taken from a kept checkpoint" in capfd.readouterr().err
+    assert read_contents(tmp_path / "branch") == read_contents(tmp_path / "fresh")
 
 
 def train_on(config):

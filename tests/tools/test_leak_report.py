@@ -8,7 +8,7 @@ from leak_cases import SECRET, make_limits, make_report
 
 from stages.core.artifacts import write_json
 from stages.core.errors import StageError
-from tools.leak_report import (
+from tools.leaks.report import (
     describe_excesses,
     find_excesses,
     get_examined_hashes,

@@ -20,9 +20,9 @@ from toys import CAUSAL, END, draw_text_ids, make_toy_model
 from stages.core.artifacts import Documents, read_json
 from stages.core.errors import StageError
 from stages.model.objectives import DocumentText
-from tools.leak_canaries import NUM_ALTERNATIVES, compute_exposure, draw_alternatives, make_canaries, read_canaries
-from tools.leak_examination import examine_model
-from tools.leak_measures import (
+from tools.leaks.canaries import NUM_ALTERNATIVES, compute_exposure, draw_alternatives, make_canaries, read_canaries
+from tools.leaks.examination import examine_model
+from tools.leaks.measures import (
     SampledText,
     compute_auc_interval,
     compute_edit_distance,
@@ -32,7 +32,7 @@ from tools.leak_measures import (
     sample_texts,
     summarize_continuations,
 )
-from tools.leak_report import find_excesses
+from tools.leaks.report import find_excesses
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ["café", "北京", "🙂", *("".join(random.Random(number).choices(LETTERS, k=4)) for number in range(47))]

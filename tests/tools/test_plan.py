@@ -11,9 +11,10 @@ from dvc_project import edit_yaml, run_command
 
 from stages.core.compose import compose_config, load_config
 from stages.core.errors import StageError
+from stages.train.batches import count_steps
 from stages.train.stage import TrainConfig
 from tools.forecast import Forecast, Verdict
-from tools.plan import Amounts, Cost, choose_tasks, count_events, count_steps, print_table, run_trial
+from tools.plan import Amounts, Cost, choose_tasks, count_events, print_table, run_trial
 
 CONFIG = load_config(TrainConfig, compose_config("train", ["batch_size=4", "num_train_epochs=3"], "causal"))
 
@@ -29,8 +30,10 @@ def build_config(epochs: float | None = 3, **trainer: Any) -> TrainConfig:
         (build_config(0.5), 105),
         (build_config(0.001), 1),
         (build_config(None, max_steps=7), 7),
+        (build_config(0.5, max_steps=104), 104),
+        (build_config(0.5, max_steps=106), 105),
     ],
-    ids=["epochs", "half-an-epoch", "a-step", "max_steps"],
+    ids=["epochs", "half-an-epoch", "a-step", "max_steps", "max_steps-first", "epochs-first"],
 )
 def test_count_steps_of_834_blocks_equals_the_trainers(config: TrainConfig, steps: int) -> None:
     assert count_steps(config, 834) == steps

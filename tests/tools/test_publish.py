@@ -21,8 +21,9 @@ from upload_hub import UploadHub
 
 from stages.core.artifacts import read_json, write_json
 from stages.core.errors import StageError
-from tools.leak_report import get_examined_hashes
+from tools.leaks.report import get_examined_hashes
 from tools.publish import read_recorded_run
+from tools.verify.statement import build_statement
 
 NAME = "someone/some-model"
 
@@ -327,6 +328,27 @@ def test_publish_uploads_the_model_and_its_card_in_one_commit(
     assert f"Bearer {TOKEN}" in server.authorizations  # makes sure that the token was in use
     written = [*tmp_path.rglob("*"), *(named_project / "reports").rglob("*")]
     assert TOKEN not in output + card and not [f for f in written if f.is_file() and TOKEN.encode() in f.read_bytes()]
+
+
+def test_publish_uploads_the_statement_of_a_verification_and_deletes_that_of_an_earlier_model(
+    named_project: Path, tmp_path: Path, hub: tuple[UploadHub, str]
+) -> None:
+    server, url = hub
+    commit = run_command(named_project, "git", "rev-parse", "HEAD").strip()
+    details = {"timeFinished": "2026-03-02T00:00:31Z", "stages": {"code": {}}}
+    file = named_project / f"reports/verify/{commit}.json"
+    write_json(file, build_statement(commit, "0" * 64, {"code": True}, {}, details))
+    try:
+        output = run_publish(named_project, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+        assert output.startswith("exit 0"), output
+        published = dict(server.repositories[NAME]["files"])
+        assert published["verification.json"] == file.read_bytes()
+        assert b"Verified by replay on 2026-03-02" in published["README.md"]
+    finally:
+        file.unlink()
+    output = run_publish(named_project, tmp_path, url, "causal", HF_TOKEN=TOKEN)
+    assert "left from an earlier model: verification.json" in output
+    assert set(server.repositories[NAME]["files"]) == published.keys() - {"verification.json"}
 
 
 def test_publish_again_deletes_stale_files_of_an_earlier_model(

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from data_helpers import REPOSITORY, read_contents
 
-from stages.core.environment import read_collective_settings
+from stages.core.environment import find_result_variables, read_collective_settings
 from stages.core.errors import StageError
 from stages.launch.ray import _worker_main
-from stages.train.stage import compute_run_fingerprint
+from stages.train.fingerprints import compute_run_fingerprint
 
 # No value is the default on a machine with AVX2 and several cores.
 CHANGE_RESULTS = {
@@ -130,6 +130,8 @@ def test_training_with_a_variable_has_the_bytes_of_one_without(command, undistur
 
 
 def test_variable_of_a_ray_worker_that_changes_results_is_an_error(monkeypatch):
+    for name in find_result_variables():  # set where the tests run
+        monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # set by Ray
     monkeypatch.setenv("OMP_DYNAMIC", "true")
     with pytest.raises(StageError, match=r"^OMP_DYNAMIC: set when Ray was started"):

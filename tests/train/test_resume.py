@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from stages.shell.interruption import Interrupted
 from stages.train import checkpoints
 from stages.train.checkpoints import Checkpoints, find_damage
-from stages.train.stage import compute_run_fingerprint
+from stages.train.fingerprints import compute_run_fingerprint
 from stages.train.training import BlockTrainer
 
 TASKS = ("causal", "mlm")

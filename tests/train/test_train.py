@@ -43,7 +43,10 @@ def curve(report, name):
         (["learning_rate=0"], "learning_rate=0: it should be greater than 0"),
         (["num_train_epochs=0"], "num_train_epochs=0: it should be greater than 0"),
         (["num_train_epochs=null"], "num_train_epochs=null: set a number, or set trainer.max_steps"),
-        (["+trainer.max_steps=9"], "num_train_epochs=2 has no effect with trainer.max_steps=9: set it to null"),
+        (
+            ["checkpoints.keep_for_branches={every_steps: null, gigabytes: 1.0, directory: kept}"],
+            "checkpoints.keep_for_branches.directory=kept: it should be an absolute path",
+        ),
         (["batch_size=0"], "batch_size=0: it should be greater than or equal to 1"),
         (["seed=-1"], "seed=-1: it should be greater than or equal to 0"),
         (["++objective.mlm_probability=0.15"], "objective.mlm_probability has no meaning"),

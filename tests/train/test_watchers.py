@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 from stages.core.errors import StageError
 from stages.train import live
+from stages.train.fingerprints import compute_run_fingerprint
 from stages.train.live import get_live_directory
-from stages.train.stage import compute_run_fingerprint
 from stages.train.tracking import format_without_secrets
 from stages.train.training import BlockTrainer
 from stages.train.watchers import get_run_name, is_running, read_tracker_names

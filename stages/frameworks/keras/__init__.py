@@ -87,11 +87,12 @@ def fit(
     validation: Blocks,
     directory: str,
     request: StopRequest,
-) -> tuple[Any, "TrainerState"]:
+) -> tuple[Any, "TrainerState", list[str]]:
     """Train `model`, from the newest checkpoint in `directory` if there is one.
 
     Returns:
-        `model` with the trained weights, and the state and history of its training.
+        `model` with the trained weights, the state and history of its training, and an empty list, since Keras does not
+        compute a state chain.
 
     Raises:
         StageError: if KerasHub's layers do not support the model's configuration.
@@ -108,4 +109,4 @@ def fit(
         )
     training = KerasTraining(config, model, objective, train, validation, Path(directory), request)
     training.train_or_resume()
-    return model, training.state
+    return model, training.state, []

@@ -56,6 +56,9 @@ def find_config_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield "it trains all weights: set adapter: none"
     if values.get("early_stopping") is not None:
         yield "it does not save the best model, which early stopping needs: set early_stopping: null"
+    checkpoints = values.get("checkpoints")
+    if checkpoints is not None and checkpoints.keep_for_branches is not None:
+        yield "runs share no steps, since the learning rate always decays: set checkpoints.keep_for_branches: null"
     hardware = values.get("hardware")
     if hardware is not None and (hardware.launch is not None or hardware.ray is not None):
         yield "it runs in one process: choose a hardware without hardware.launch and hardware.ray"

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback, TrainerState
@@ -13,7 +14,8 @@ from stages.model.precision import check_bf16
 from stages.model.processes import get_rank, get_world_size
 from stages.shell.cache import get_cache_directory
 from stages.shell.interruption import StopRequest
-from stages.train.batches import split_batch
+from stages.train.batches import count_schedule_steps, count_steps, split_batch
+from stages.train.branches import Branches, open_branches
 from stages.train.trainer_arguments import resolve_merged
 from stages.train.training import BlockTrainer, TrainingProgress
 from stages.train.watchers import create_watchers
@@ -45,25 +47,27 @@ def fit(
     validation: Blocks,
     directory: str,
     request: StopRequest,
-) -> tuple[Any, TrainerState]:
+) -> tuple[Any, TrainerState, list[str]]:
     """Train `model`, from the newest checkpoint in `directory` if there is one.
 
     Returns:
-        The trained model, and the state and history of its training. Of a sharded model, only process 0 gets the
-        trained weights.
+        The trained model, the state and history of its training, and its state chain. Of a sharded model, only process
+        0 gets the trained weights.
 
     Raises:
         Interrupted: if a stop was requested; a checkpoint has then been written.
     """
     sharded = bool(config.trainer.get("fsdp"))
     unsharded = copy.deepcopy(model) if sharded and not get_rank() else None
-    trainer = make_trainer(config, model, objective, train, validation, directory)
+    watchers = create_watchers(config, directory)
+    trainer = make_trainer(config, model, objective, train, validation, directory, watchers)
     trainer.train_or_resume(request)
-    if not sharded:
-        return trainer.model, trainer.state
-    from stages.train.sharding import gather_weights
+    model = trainer.model
+    if sharded:
+        from stages.train.sharding import gather_weights
 
-    return gather_weights(trainer.model, unsharded), trainer.state
+        model = gather_weights(model, unsharded)
+    return model, trainer.state, trainer.state_chain.links
 
 
 def _set_compile_cache() -> None:
@@ -71,17 +75,46 @@ def _set_compile_cache() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(get_cache_directory() / "inductor"))
 
 
+def find_branches(config: "TrainConfig", num_blocks: int) -> Branches | None:
+    """Return the kept checkpoints that a run of `config` may continue from, without a model or data.
+
+    Args:
+        num_blocks: number of training blocks.
+
+    Returns:
+        None if `config` keeps no checkpoints.
+
+    Raises:
+        StageError: if an argument is invalid on this machine.
+    """
+    num_processes = config.hardware.num_processes or get_world_size()
+    micro_batch_size, accumulation_steps = split_batch(config.batch_size, config.hardware, num_processes)
+    given = resolve_merged(config.trainer)
+    arguments = make_arguments(config, given, "unused", micro_batch_size, accumulation_steps)
+    return open_branches(config, arguments, num_blocks)
+
+
 def make_trainer(
-    config: "TrainConfig", model: Any, objective: Any, train: Blocks, validation: Blocks, directory: str
+    config: "TrainConfig",
+    model: Any,
+    objective: Any,
+    train: Blocks,
+    validation: Blocks,
+    directory: str,
+    watchers: Sequence[Any] = (),
 ) -> BlockTrainer:
-    """Create the Trainer that `config` describes, with its checkpoints in `directory`."""
+    """Create the Trainer that `config` describes, with its checkpoints in `directory`.
+
+    Args:
+        watchers: callbacks that show the training.
+    """
     try:
         micro_batch_size, accumulation_steps = split_batch(config.batch_size, config.hardware, get_world_size())
     except ValueError as error:
         raise StageError(str(error)) from None
     callbacks: list[Any] = [
         TrainingProgress(config.batch_size * config.block_size),
-        *create_watchers(config, directory),
+        *watchers,
     ]
     if config.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.threshold))
@@ -100,6 +133,8 @@ def make_trainer(
 
         callbacks.append(create_report_callback())
     arguments = make_arguments(config, given, directory, micro_batch_size, accumulation_steps)
+    if config.num_train_epochs is not None and arguments.max_steps != -1:
+        arguments.max_steps = count_steps(config, len(train))
     return BlockTrainer(
         model,
         arguments,
@@ -110,4 +145,6 @@ def make_trainer(
         config.checkpoints,
         callbacks,
         saves_per_process=config.hardware.ray is not None,
+        branches=open_branches(config, arguments, len(train)),
+        schedule_steps=count_schedule_steps(config, len(train)),
     )

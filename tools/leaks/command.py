@@ -27,8 +27,8 @@ from stages.model.lean_import import import_lean
 from stages.shell.app import format_error
 from tools.check import explain_dvc_error, get_config_class
 from tools.compare import measure_width
-from tools.leak_canaries import make_canaries, read_canaries
-from tools.leak_report import (
+from tools.leaks.canaries import make_canaries, read_canaries
+from tools.leaks.report import (
     DEFINITIONS,
     LeakLimits,
     describe_excesses,
@@ -112,7 +112,7 @@ def examine_task(task: str, limits: LeakLimits, num_documents: int = DEFAULT_DOC
     )
     canaries = read_canaries(Path(limits.canaries)) if limits.canaries else []
     import_lean(evaluate.hardware, baseline.model.attention)  # before torch and transformers are imported
-    from tools.leak_examination import examine_model
+    from tools.leaks.examination import examine_model
 
     report = {
         "definitions": DEFINITIONS,
@@ -174,7 +174,3 @@ def print_report(report: dict[str, Any], limits: LeakLimits) -> None:
         planted = f"in {found['planted']:,} documents of train" if found["planted"] else "not in train"
         console.print(Text(f"  {found['exposure']:4.1f} bits  {planted}: {printable(found['text'])}"))
     console.print(Text(f"-> {get_report_path(report['task'])}"))
-
-
-if __name__ == "__main__":
-    main()

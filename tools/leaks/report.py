@@ -9,7 +9,7 @@ from pydantic import Field
 from stages.core.artifacts import compute_sha256, read_json
 from stages.core.config import Fraction, config_section
 from stages.core.errors import StageError
-from tools.leak_canaries import read_canaries
+from tools.leaks.canaries import read_canaries
 from tools.lock_history import get_hashes
 
 DEFINITIONS = 1

@@ -21,8 +21,8 @@ from stages.model.trained import load_trained_model
 from stages.tokens.encoding import TokenizersEngine
 from stages.tokens.texts import TextFile, choose_flatten, load_template
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
-from tools.leak_canaries import compute_exposure, count_planted, draw_alternatives, mask_digits, summarize_exposures
-from tools.leak_measures import (
+from tools.leaks.canaries import compute_exposure, count_planted, draw_alternatives, mask_digits, summarize_exposures
+from tools.leaks.measures import (
     CONTINUATION_TOKENS,
     PIECE_TOKENS,
     PROMPT_TOKENS,

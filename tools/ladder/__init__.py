@@ -1,0 +1,1 @@
+"""Scaling ladder: `python -m tools.ladder FILE`."""

@@ -1,0 +1,1 @@
+"""Leak report of a trained model: `python -m tools.leaks TASK`."""

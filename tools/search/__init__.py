@@ -1,0 +1,1 @@
+"""Search for better values under a budget: `python -m tools.search`."""

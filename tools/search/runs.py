@@ -1,0 +1,207 @@
+"""Runs of a search as DVC experiments: start one, find a finished one by its name, and read its result."""
+
+import json
+import math
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from dvc.repo import Repo
+
+from stages.core.compose import PARAMS
+from stages.core.config import MISSING, find_value
+from stages.core.dvc_cache import DvcCache, is_directory_md5
+from stages.core.errors import StageError, escape_controls, printable
+from tools.compare import list_chosen_files
+from tools.lock_history import parse_mapping, read_lock
+from tools.outs import Outs
+from tools.report_data import get_metrics_path
+from tools.search.space import Space, format_override, is_equal, parse_key
+from tools.yaml_edit import load_yaml
+
+_STAGE_ERROR = re.compile(r"^\w+: error: (.*)$", flags=re.MULTILINE)
+
+
+class RunError(StageError):
+    """A run failed, with the message of its stage; the search goes on with another trial."""
+
+
+class RunResult(NamedTuple):
+    """Result of a finished experiment."""
+
+    rev: str
+    """Commit of the experiment."""
+    value: float
+    """Value of the metric on the validation split."""
+    text: str
+    """md5 sum of data/raw: results of different texts cannot be compared."""
+
+
+class Runner(Protocol):
+    """Runs experiments; tests replace it."""
+
+    def run(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Run an experiment.
+
+        Raises:
+            RunError: if it fails.
+        """
+
+    def find(self, name: str, settings: Mapping[str, Any]) -> RunResult | None:
+        """Return the result of a finished experiment; None if there is none.
+
+        Raises:
+            StageError: if the experiment has other settings, or its result cannot be read.
+        """
+
+
+class Experiments:
+    """Runs `dvc exp run --temp` up to the evaluation of one task."""
+
+    def __init__(self, space: Space, repo: Repo, log: Path, lock: int) -> None:
+        """
+        Args:
+            log: file to which the output of all runs is appended.
+            lock: open file, which stays locked until the last run has ended, even if the search is killed.
+        """
+        self._space, self._outs, self._log, self._lock = space, Outs(repo), log, lock
+
+    def run(self, name: str, settings: Mapping[str, Any]) -> None:
+        arguments = [
+            part for key, value in settings.items() for part in ("-S", format_override(parse_key(key).argument, value))
+        ]
+        command = ["dvc", "--wait-for-lock", "exp", "run", "--temp", "--name", name, *arguments]
+        with self._log.open("ab") as stream:
+            stream.write(f"\n=== {name}\n".encode())
+            stream.flush()
+            start = stream.tell()
+            process = subprocess.Popen(
+                [*command, f"evaluate@{self._space.task}"],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                pass_fds=[self._lock],
+            )
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:
+                process.wait()  # Ctrl-C reached it too, and a training writes its last checkpoint
+                raise
+        if code:
+            output = self._log.read_bytes()[start:].decode(errors="replace")
+            raise RunError(f"{find_error(output)} ({self._log})")
+
+    def find(self, name: str, settings: Mapping[str, Any]) -> RunResult | None:
+        rev = find_experiment(name)
+        if rev is None:
+            return None
+        for key, value in settings.items():
+            parsed = parse_key(key)
+            found = find_value(read_yaml_at(rev, parsed.file), parsed.name)
+            if not is_equal(found, value):
+                shown = "no such key" if found is MISSING else printable(json.dumps(found))
+                raise StageError(
+                    f"experiment {name} exists, but has {shown} instead of {key}={printable(json.dumps(value))}:"
+                    f" remove it (`dvc exp remove {name}`), or choose another name for the search (--name)"
+                )
+        return RunResult(rev, self._read_value(name, rev), find_out_md5(self._outs.read_lock(rev), "data/raw"))
+
+    def _read_value(self, name: str, rev: str) -> float:
+        task = self._space.task
+        content = self._outs.read_out(rev, get_metrics_path(task))
+        if content is None:
+            raise StageError(
+                f"experiment {name} has no {get_metrics_path(task)} in DVC's cache: `dvc pull` it, or remove the"
+                f" experiment (`dvc exp remove {name}`) so that it is run again"
+            )
+        figures = json.loads(content)[task]["validation"]
+        metric = self._space.metric or find_headline_metric(figures)
+        if metric not in figures:
+            raise StageError(
+                f"metric: {metric} is not a metric of {task}, which has {', '.join(list_metrics(figures))}"
+            )
+        value = float(figures[metric])
+        return value if math.isfinite(value) else math.nan
+
+
+def find_headline_metric(figures: Mapping[str, Any]) -> str:
+    """Return the name of a task's bits per byte among the metrics of a split."""
+    return next(name for name in figures if name.endswith("bits_per_byte") and not name.startswith("base_"))
+
+
+def list_metrics(figures: Mapping[str, Any]) -> list[str]:
+    """Return the metrics of a split that a search can minimize."""
+    return [name for name in figures if name in ("loss", "masked_loss") or name == find_headline_metric(figures)]
+
+
+def find_error(output: str) -> str:
+    """Return the error of a stage in the output of `dvc exp run`; without one, DVC's own error."""
+    if messages := _STAGE_ERROR.findall(output):
+        return escape_controls(messages[-1])
+    lines = [line for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR: ")]
+    return printable((errors or lines or ["dvc exp run failed"])[-1].removeprefix("ERROR: "), 1000)
+
+
+def check_plots_are_cached(repo: Repo, task: str) -> None:
+    """Check that every run can be saved: at its end, DVC opens the plots of dvc.yaml, also those of other tasks.
+
+    Raises:
+        StageError: if the cache lacks the directory of a plot, as in a clone in which only one task was run.
+    """
+    plots = parse_mapping(Path("dvc.yaml").read_text(encoding="utf-8")).get("plots") or []
+    paths = [path for entry in plots for path in ([entry] if isinstance(entry, str) else entry)]
+    stages, cache = parse_mapping(read_lock()).get("stages") or {}, DvcCache(repo)
+    missing = [
+        out["path"]
+        for name, stage in stages.items()
+        for out in (stage.get("outs") or [] if name != f"train@{task}" else [])
+        if any(path.startswith(f"{out['path']}/") for path in paths)
+        if is_directory_md5(md5 := str(out.get("md5", ""))) and cache.list_files(md5) is None
+    ]
+    if missing:
+        raise StageError(
+            f"{', '.join(missing)}: not in DVC's cache, so DVC could not save any run: run `dvc repro` or `dvc pull`"
+        )
+
+
+# -- revisions ---------------------------------------------------------------------------------------------------------
+
+
+def find_experiment(name: str) -> str | None:
+    """Return the commit of the newest experiment with this name, based on any commit; None if there is none."""
+    command = ["git", "for-each-ref", "--sort=-creatordate", "--format=%(objectname)", f"refs/exps/*/*/{name}"]
+    commits = subprocess.run(command, check=False, capture_output=True, text=True).stdout.split()
+    return commits[0] if commits else None
+
+
+def read_yaml_at(rev: str, file: str) -> Any:
+    """Return the values of a YAML file at a revision; empty if there is no such file."""
+    shown = subprocess.run(["git", "show", f"{rev}:{file}"], check=False, capture_output=True, text=True)
+    return load_yaml(shown.stdout) if shown.returncode == 0 else {}
+
+
+def find_out_md5(lock: Mapping[str, Any], path: str) -> str:
+    """Return the md5 sum of an out in the content of a dvc.lock; empty if it is not there."""
+    outs = (out for stage in lock.values() for out in stage.get("outs", []))
+    return next((str(out.get("md5", "")) for out in outs if out["path"] == path), "")
+
+
+def read_revision(name: str, rev: str, task: str) -> dict[str, Any]:
+    """Return a revision with the metrics of one task, as in the output of `dvc exp show --json`.
+
+    DVC's command needs seconds, more with each experiment, and leaves out those of earlier commits.
+    """
+    params = read_yaml_at(rev, PARAMS.name)
+    files = [PARAMS.name, *dict.fromkeys(file for _, file in list_chosen_files(params))]
+    metrics = read_yaml_at(rev, f"metrics/{task}.json")
+    return {
+        "rev": rev,
+        "name": name,
+        "data": {
+            "metrics": {f"metrics/{task}.json": {"data": metrics}} if metrics else {},
+            "params": {file: {"data": read_yaml_at(rev, file)} for file in files},
+        },
+    }

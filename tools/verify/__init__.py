@@ -1,0 +1,1 @@
+"""Verification of a commit by replay: `python -m tools.verify`."""
