@@ -98,7 +98,8 @@ def test_leaks_of_overfitted_causal_model_are_found(examine: Examine) -> None:
     keys = {item.key for item in find_excesses(report, make_limits())}
     assert keys == {"max_verbatim_share", "max_membership_auc", "max_exposure"}
     continuation = report["continuation"]
-    assert continuation["train"]["too_short"] == 1 and continuation["train"]["documents"] == 16
+    # 12 of the 17 documents of train: one is too short, and the four with the canary are measured as such.
+    assert continuation["train"]["too_short"] == 1 and continuation["train"]["documents"] == 12
     assert continuation["held_out"]["share"] == 0.0
     assert continuation["examples"][0]["edit_distance"] <= 0.1
     assert report["exposure"]["canaries"] == [{"text": CANARY, "planted": 4, "exposure": 12.0}]

@@ -27,6 +27,7 @@ from tools.leaks.measures import (
     PIECE_TOKENS,
     PROMPT_TOKENS,
     Continuation,
+    SampledText,
     compute_piece_scores,
     continue_texts,
     measure_membership,
@@ -56,11 +57,12 @@ def examine_model(
     name, tokens, context = evaluate.objective.name, Path(evaluate.tokens), evaluate.evaluate.context
     vocabulary, batch_tokens = Vocabulary.read(tokens), evaluate.hardware.evaluate_batch_tokens
     include_prompts = evaluate.evaluate.include_prompts
+    objective, tokenizer = make_objective(name, vocabulary), load_tokenizer(tokens / "tokenizer")
     sides = []  # documents of train, and held-out ones
     for splits in (("train",), EVALUATED):
         documents = {split: Documents(tokens / split) for split in splits}
-        sides.append(sample_texts(documents, vocabulary, num_documents, include_prompts))
-    objective, tokenizer = make_objective(name, vocabulary), load_tokenizer(tokens / "tokenizer")
+        sampled = sample_texts(documents, vocabulary, num_documents, include_prompts)
+        sides.append([item for item in sampled if not has_canary(item, tokenizer, canaries)])
     device = evaluate.hardware.device
     model = load_trained_model(name, evaluate.trained).to(device)
     start = build_start_model(baseline.model, baseline.start, tokens, baseline.seed).to(device)
@@ -103,6 +105,16 @@ def examine_model(
         "membership": [{"tokens": length, **found} for length, found in membership if found is not None],
         "exposure": exposure,
     }
+
+
+def has_canary(sampled: SampledText, tokenizer: Tokenizer, canaries: Sequence[str]) -> bool:
+    """Return True if a document contains a canary.
+
+    Such documents are only measured as canaries: held-out ones look like those of train, from which they differ in
+    their digits only.
+    """
+    text = tokenizer.decode(sampled.text.ids.tolist(), skip_special_tokens=False) if canaries else ""
+    return any(canary in text for canary in canaries)
 
 
 def list_examples(continuations: Sequence[Continuation], tokenizer: Tokenizer) -> list[dict[str, Any]]:
