@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import REPOSITORY, read_contents
+from dvc_project import mark_rest_slow
 from training_cases import BEST
 from transformers import TrainerCallback, TrainingArguments
 
@@ -76,7 +77,7 @@ def list_kept(cache):
     return sorted(int(path.name.split("-")[1]) for path in (cache / "branches").iterdir() if path.is_dir())
 
 
-@pytest.mark.parametrize("task", ["causal", "mlm"])
+@pytest.mark.parametrize("task", mark_rest_slow(["causal", "mlm"], 1))
 def test_more_epochs_at_a_constant_rate_continue_and_end_with_the_same_bytes(train_branch, fresh, own_cache, task):
     more = [*CONSTANT, *(DROPOUT if task == "causal" else ["model.config.hidden_dropout_prob=0.1"])]
     for epochs in (1, 2, 3, 4):
@@ -91,7 +92,9 @@ def test_more_epochs_at_a_constant_rate_continue_and_end_with_the_same_bytes(tra
     assert outs == fresh(task, *more, "num_train_epochs=2")
 
 
-@pytest.mark.parametrize("more", [(), ("++trainer.eval_strategy=steps", "++trainer.eval_steps=4")])
+@pytest.mark.parametrize(
+    "more", mark_rest_slow([([],), (["++trainer.eval_strategy=steps", "++trainer.eval_steps=4"],)], 1)
+)
 def test_decays_of_other_lengths_and_shapes_share_the_stable_steps(train_branch, fresh, more):
     _, shared = train_branch("causal", *decay(6), *more)
     assert shared == 0
@@ -123,8 +126,8 @@ def test_earlier_end_of_a_longer_schedule_shares_its_steps(train_branch, fresh):
     assert shared == 0
 
 
-@pytest.mark.parametrize("epochs", ["0.5", "1.3"])
-@pytest.mark.parametrize("strategy", ["epoch", "steps", "no"])
+@pytest.mark.parametrize("epochs", mark_rest_slow(["0.5", "1.3"], 1))
+@pytest.mark.parametrize("strategy", mark_rest_slow(["epoch", "steps", "no"], 2))
 def test_run_that_ended_within_an_epoch_is_continued_with_the_same_bytes(train_branch, fresh, epochs, strategy):
     more = [*CONSTANT, f"++trainer.eval_strategy={strategy}"]
     more += ["++trainer.eval_steps=3"] if strategy == "steps" else []
@@ -158,20 +161,23 @@ def test_best_model_of_the_shared_steps_is_found_again(train_branch, fresh):
 
 @pytest.mark.parametrize(
     "change",
-    [
-        "seed=43",
-        "learning_rate=0.02",
-        "trainer.weight_decay=0.5",
-        "++trainer.warmup_steps=4",
-        "++trainer.lr_scheduler_type=linear",
-        "trainer.logging_steps=4",
-        "++trainer.eval_strategy=no",
-        "batch_size=4",
-        "model.config.n_embd=32",
-        "objective.isolate_documents=false",
-        "hardware.per_device_batch_size=2",
-        "adapter=lora",
-    ],
+    mark_rest_slow(
+        [
+            "seed=43",
+            "++trainer.warmup_steps=4",
+            "trainer.weight_decay=0.5",
+            "++trainer.lr_scheduler_type=linear",
+            "learning_rate=0.02",
+            "trainer.logging_steps=4",
+            "++trainer.eval_strategy=no",
+            "batch_size=4",
+            "model.config.n_embd=32",
+            "objective.isolate_documents=false",
+            "hardware.per_device_batch_size=2",
+            "adapter=lora",
+        ],
+        3,
+    ),
 )
 def test_run_that_differs_in_an_early_step_shares_nothing(train_branch, fresh, change):
     train_branch("causal", *CONSTANT, "num_train_epochs=1")
@@ -214,10 +220,13 @@ def replace_by_file(entry):
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        *map(damage_file, ("model.safetensors", "optimizer.pt", "trainer_state.json", "state_chain.txt")),
-        *(empty, remove_manifest, replace_by_file),
-    ],
+    mark_rest_slow(
+        [
+            *(damage_file("model.safetensors"), empty, replace_by_file, remove_manifest),
+            *map(damage_file, ("optimizer.pt", "trainer_state.json", "state_chain.txt")),
+        ],
+        3,
+    ),
 )
 def test_damaged_kept_checkpoint_is_not_used_and_the_one_before_is(train_branch, fresh, own_cache, damage):
     train_branch("causal", *CONSTANT, "num_train_epochs=1")
@@ -246,7 +255,7 @@ class Killed(BaseException):
     """Exception that ends a run like SIGKILL."""
 
 
-@pytest.mark.parametrize("step", [9, 12, 20])
+@pytest.mark.parametrize("step", mark_rest_slow([12, 9, 20], 1))
 def test_branch_that_is_killed_resumes_from_its_own_checkpoint(
     train_branch, fresh, monkeypatch, caplog, own_cache, step
 ):
@@ -353,6 +362,7 @@ def test_read_only_directory_of_kept_checkpoints_does_not_stop_training(train_br
     assert outs == fresh("causal", *CONSTANT)
 
 
+@pytest.mark.slow  # four processes with torch
 def test_runs_at_the_same_time_share_kept_checkpoints_and_end_with_the_same_bytes(
     train_branch, fresh, overrides, own_cache, tmp_path
 ):
