@@ -84,6 +84,8 @@ def find_best_of_search() -> Best:
     """Return the best trial of the search."""
     study = open_study("search", create=False)
     trials = study.get_trials()
+    if all(trial.value is None for trial in trials):
+        sys.exit("no trial of the search was trained to the end: give a larger --budget")
     run = list_runs([study.best_trial])[-1]
     return Best(run["name"], study.best_value, run["rev"], len(trials), sum_seconds(trials))
 

@@ -91,7 +91,7 @@ def run(runner: Any, seconds: float | None = None, trials: int | None = None, sp
     """Run the search `s`, and return its study."""
     study = open_study("s", create=True)
     prepare_study(study, "s", space, {"train@causal": "1"})
-    Search("s", space, study, runner, {}).run(Budget(seconds, trials))
+    Search("s", space, study, runner, {}, shares_steps=False).run(Budget(seconds, trials))
     return study
 
 
@@ -131,6 +131,19 @@ def test_search_finds_better_values_than_the_current_ones(directory: Path, runne
 def test_search_starts_no_run_that_exceeds_the_budget(directory: Path, runner: FakeRunner, seconds: int) -> None:
     used = sum(item["seconds"] for item in list_runs(run(runner, seconds=seconds).get_trials()))
     assert seconds - 40 < used <= seconds
+
+
+@needs_optuna
+@pytest.mark.parametrize(("shares_steps", "runs"), [(True, 2), (False, 1)])
+def test_search_predicts_a_longer_run_from_the_epochs_that_it_trains(
+    directory: Path, runner: FakeRunner, shares_steps: bool, runs: int
+) -> None:
+    """After 2 epochs of 10 s, 5 epochs take 30 s from the checkpoint of the first 2, and 50 s without."""
+    space = SPACE._replace(halving=Halving(epochs=[2, 5]))
+    study = open_study("s", create=True)
+    prepare_study(study, "s", space, {})
+    Search("s", space, study, runner, {}, shares_steps).run(Budget(55, None))
+    assert len(runner.started) == runs
 
 
 @needs_optuna

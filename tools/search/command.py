@@ -107,7 +107,7 @@ def run_search(file: Path, name: str | None, budget: Budget | None) -> None:
             print(f"search: {checked.notice}", file=sys.stderr)
         runner = Experiments(space, repo, DIRECTORY / f"{name}.log", lock)
         try:
-            Search(name, space, study, runner, checked.settings).run(budget)
+            Search(name, space, study, runner, checked.settings, not checked.notice).run(budget)
         except StageError:
             print_results(space, study)
             raise

@@ -80,9 +80,8 @@ def describe_progress(space: Space, trials: "list[optuna.trial.FrozenTrial]") ->
     ]
     runs = list_runs(trials)
     number = sum(count.values()) - count[TrialState.WAITING]
-    return (
-        f"{number} trials ({', '.join(parts) or 'none'}) in {len(runs)} runs of {format_seconds(sum_seconds(trials))}"
-    )
+    together = f"{len(runs)} run{'' if len(runs) == 1 else 's'}, {format_seconds(sum_seconds(trials))}"
+    return f"{number} trial{'' if number == 1 else 's'} ({', '.join(parts) or 'none'}): {together}"
 
 
 def make_trials_table(space: Space, trials: "list[optuna.trial.FrozenTrial]") -> Table:

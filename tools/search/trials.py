@@ -37,14 +37,21 @@ class Search:
     """
 
     def __init__(
-        self, name: str, space: Space, study: "optuna.Study", runner: Runner, settings: Mapping[str, Any]
+        self,
+        name: str,
+        space: Space,
+        study: "optuna.Study",
+        runner: Runner,
+        settings: Mapping[str, Any],
+        shares_steps: bool,
     ) -> None:
         """
         Args:
             settings: key to value of settings that do not change results, for every run.
+            shares_steps: True if a run continues from the checkpoint of the rung before.
         """
         self._name, self._space, self._study, self._runner, self._settings = name, space, study, runner, settings
-        self._rungs = space.halving.epochs
+        self._rungs, self._shares_steps = space.halving.epochs, shares_steps
 
     def run(self, budget: Budget) -> None:
         """Run trials until the budget is used up.
@@ -145,9 +152,15 @@ class Search:
                 seconds.setdefault(run["epochs"], []).append(run["seconds"])
         if not seconds:
             return 0.0
-        # Without a run of this length, the time is that of the longest shorter one, scaled: an upper bound.
         nearest = max((known for known in seconds if known <= epochs), default=min(seconds))
-        return sum(seconds[nearest]) / len(seconds[nearest]) * max(1.0, epochs / nearest)
+        # Without a run of this length, scale the longest shorter one by the epochs that the two train.
+        trained = max(1.0, self._count_trained_epochs(epochs) / self._count_trained_epochs(nearest))
+        return sum(seconds[nearest]) / len(seconds[nearest]) * trained
+
+    def _count_trained_epochs(self, epochs: float) -> float:
+        """Return the epochs that the run of a rung trains itself."""
+        rung = self._rungs.index(epochs)
+        return epochs - self._rungs[rung - 1] if rung and self._shares_steps else epochs
 
     def _run_rung(self, trial: "optuna.Trial", rung: int, budget: Budget) -> str:
         """Run a trial for the epochs of a rung, and record the result; return the error of a failed run."""
