@@ -80,6 +80,7 @@ def test_pipeline_unknown_trainer_key_is_an_error_naming_the_nearest(clean: Path
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_pipeline_key_that_training_does_not_use_trains_nothing(clean: Path) -> None:
     edit_yaml(clean / "conf/task/mlm.yaml", samples__top_k=3)
     assert parse_stages_run(run_command(clean, "dvc", "repro")) == {"baseline@mlm", "evaluate@mlm"}

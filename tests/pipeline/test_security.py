@@ -138,7 +138,7 @@ ATTACKS = {
 }
 
 
-@pytest.mark.parametrize("attack", mark_rest_slow(ATTACKS, num_fast=4))
+@pytest.mark.parametrize("attack", mark_rest_slow(ATTACKS, num_fast=2))
 def test_security_attack_by_a_value_or_a_file_is_refused_by_check_and_stage(clean: Path, attack: str) -> None:
     file, key, value, stage, message = ATTACKS[attack]
     if key:

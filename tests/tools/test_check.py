@@ -200,7 +200,7 @@ def test_check_truncated_dvc_lock_names_the_fix(clean: Path, size: int) -> None:
     run_check(clean, wrong=False)
 
 
-@pytest.mark.parametrize("left", ["", '{"data/raw": {"wr'])
+@pytest.mark.parametrize("left", mark_rest_slow(['{"data/raw": {"wr', ""], num_fast=1))
 def test_check_truncated_rwlock_names_the_fix(clean: Path, left: str) -> None:
     """If DVC is killed while writing the file, the error message of the next command does not name a fix."""
     (clean / ".dvc/tmp/rwlock").write_text(left, encoding="utf-8")

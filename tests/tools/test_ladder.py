@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from dvc_project import ROOT, run_command
+from dvc_project import ROOT, mark_rest_slow, run_command
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -469,7 +469,9 @@ def test_result_of_a_law_predicts_the_largest_rung_and_extrapolates() -> None:
 
 @pytest.mark.parametrize(
     ("factor", "reasons"),
-    [(1.3, ["sees each token 2 times", "learning rate"]), (0.7, ["the smaller rungs may be trained less well"])],
+    mark_rest_slow(
+        [(1.3, ["sees each token 2 times", "learning rate"]), (0.7, ["the smaller rungs may be trained less well"])], 1
+    ),
 )
 def test_result_outside_the_interval_says_so_and_why(factor: float, reasons: list[str]) -> None:
     rungs = make_rungs()

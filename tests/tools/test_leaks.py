@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import MODELS, load_stage_config, run_stage
 from data_helpers import write_raw
-from dvc_project import edit_yaml
+from dvc_project import edit_yaml, mark_rest_slow
 from leak_cases import make_limits
 from toys import CAUSAL, END, draw_text_ids, make_toy_model
 
@@ -317,7 +317,7 @@ def run_leaks(project: Path, *arguments: str) -> str:
     return output
 
 
-@pytest.mark.parametrize("task", ["causal", "mlm"])
+@pytest.mark.parametrize("task", mark_rest_slow(["causal", "mlm"], 1))
 def test_leaks_command_writes_a_report_on_the_current_model(clean: Path, task: str) -> None:
     output = run_leaks(clean, task, "--documents", "10")
     assert output.startswith("exit 0") and "membership AUC, 32 tokens" in output, output

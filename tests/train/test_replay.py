@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dvc_project import mark_rest_slow
 from safetensors.torch import load_file, save_file
 from transformers.trainer_pt_utils import safe_globals
 
@@ -25,7 +26,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=SETTINGS)
+@pytest.fixture(scope="module", params=mark_rest_slow(SETTINGS, 1))
 def trained(request, run_toy, overrides, compose_stage, tmp_path_factory):
     """Config and state chain of a training of 16 steps that kept checkpoints."""
     root = tmp_path_factory.mktemp("replayed")
