@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -60,11 +61,8 @@ def write_directory(path: str | Path, expected: Sequence[str]) -> Iterator[Path]
     check_output_path(path, expected)
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned_directories(final)
-    aside = _make_temporary_path(final)
-    aside.mkdir()
-    handle = os.open(aside, os.O_RDONLY)
+    aside, handle = _make_locked_directory(final)
     try:
-        lock_handle(handle)
         yield aside
         # Compare inodes: another process may have removed the directory, and later writes may have created it again.
         lost = not aside.is_dir() or aside.stat().st_ino != os.fstat(handle).st_ino
@@ -96,21 +94,43 @@ def check_output_path(path: str | Path, expected: Sequence[str] = ()) -> None:
         raise StageError(f"{refused}: it contains the workspace; name a new directory or file")
     if final.is_symlink() and expected:
         raise StageError(f"{refused}: it is a symbolic link; name its target instead")
-    if not final.exists():
-        return
-    if final.is_dir() != bool(expected):
-        raise StageError(f"{refused}: a {'directory' if final.is_dir() else 'file'} of that name exists")
-    names = {entry.name for entry in final.iterdir()} if expected else set()
-    hidden = any(name.startswith(".") for name in names)
-    if names and (hidden or not all((final / name).exists() for name in expected)):
-        raise StageError(
-            f"{refused}: the directory exists and was not written by this stage; name another or remove it"
-        )
+    while True:
+        try:
+            found = final.stat()
+            is_directory = stat.S_ISDIR(found.st_mode)
+            names = {entry.name for entry in final.iterdir()} if is_directory and expected else set()
+            complete = all((final / name).exists() for name in expected)
+        except (FileNotFoundError, NotADirectoryError):
+            return  # there is none, or another process is replacing it
+        if is_directory != bool(expected):
+            raise StageError(f"{refused}: a {'directory' if is_directory else 'file'} of that name exists")
+        if not names or (complete and not any(name.startswith(".") for name in names)):
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if final.stat().st_ino == found.st_ino:  # otherwise another process replaced it while it was read
+                raise StageError(
+                    f"{refused}: the directory exists and was not written by this stage; name another or remove it"
+                )
 
 
 def _make_temporary_path(final: Path) -> Path:
     """Return a unique path in the directory of `final` for the artifact that will replace it."""
     return final.with_name(f".tmp-{final.name}-{uuid.uuid4().hex[:12]}")
+
+
+def _make_locked_directory(final: Path) -> tuple[Path, int]:
+    """Create a temporary directory for `final` and lock it; return it and its file descriptor."""
+    while True:
+        aside = _make_temporary_path(final)
+        aside.mkdir()
+        # Before it is locked, another process may take it for abandoned, lock it and remove it.
+        with contextlib.suppress(FileNotFoundError):
+            handle = os.open(aside, os.O_RDONLY)
+            with contextlib.suppress(BlockingIOError):
+                lock_handle(handle)
+                if aside.is_dir():
+                    return aside, handle
+            os.close(handle)
 
 
 def _remove_abandoned_directories(final: Path) -> None:

@@ -181,19 +181,19 @@ import sys, time
 from pathlib import Path
 from stages.core.artifacts import write_directory
 out, name = sys.argv[1:]
-for number in range(30):
+for number in range(300):
     with write_directory(out, ["a", "b"]) as directory:
         (directory / "a").write_text(f"{name}{number}")
         (directory / "b").write_text(f"{name}{number}")
 """
 
 
-def test_staged_by_two_writers_at_once_leaves_a_whole_artifact_of_one(tmp_path: Path) -> None:
+def test_staged_by_several_writers_at_once_leaves_a_whole_artifact_of_one(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRITER, str(tmp_path / "out")]
-    writers = [subprocess.Popen([*command, name], cwd=REPOSITORY, stderr=subprocess.PIPE) for name in "xy"]
+    writers = [subprocess.Popen([*command, name], cwd=REPOSITORY, stderr=subprocess.PIPE) for name in "xyz"]
     codes = [writer.wait() for writer in writers]
     found = read_contents(tmp_path)
-    assert codes == [0, 0], [writer.stderr.read() for writer in writers if writer.stderr]
+    assert codes == [0, 0, 0], [writer.stderr.read() for writer in writers if writer.stderr]
     assert found.keys() == {"out/a", "out/b"}
     assert found["out/a"] == found["out/b"]
 
