@@ -608,7 +608,7 @@ def test_search_command_prints_comparisons_and_goes_on(clean: Path) -> None:
 
 @needs_optuna
 def test_search_show_without_a_search_is_an_error(directory: Path) -> None:
-    with pytest.raises(StageError, match=r"there is no search none here \(reports/search/none\.journal\)"):
+    with pytest.raises(StageError, match=r"there is no search named none \(reports/search/none\.journal\)"):
         run_search(ROOT / "conf/search.yaml", "none", None)
 
 

@@ -275,3 +275,10 @@ def test_search_choices_of_any_type_are_kept(tmp_path: Path) -> None:
     choices = [None, True, 1, "1", [1], {"a": 1}]
     spec = read_changed(tmp_path, keys={DECAY: {"choices": choices}}).keys[DECAY]
     assert isinstance(spec, Choices) and json.dumps(spec.choices) == json.dumps(choices)
+
+
+@pytest.mark.parametrize("name", ["nothing.yaml", "."])
+def test_space_that_is_not_a_file_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_space(tmp_path / name)
+    assert caught.value.problems == [f"{tmp_path / name} is not a file: name a search space (docs/search.md)"]

@@ -195,6 +195,8 @@ def read_space(file: Path) -> Space:
     Raises:
         ConfigError: with all problems of the file.
     """
+    if not file.is_file():
+        raise ConfigError([f"{printable(file)} is not a file: name a search space (docs/search.md)"])
     content = read_yaml(file)
     if problems := list(find_forbidden_values(content)):
         raise ConfigError([f"{printable(file)}: {problem}" for problem in problems])

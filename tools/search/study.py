@@ -47,7 +47,7 @@ def open_study(name: str, create: bool) -> "optuna.Study":
     if create:
         repair_journal(file)
     elif not file.is_file():
-        raise StageError(f"there is no search {name} here ({file}): start it with --budget")
+        raise StageError(f"there is no search named {name} ({file}): start it with --budget")
     try:
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(file)))
         study: Any = (
