@@ -4,12 +4,12 @@ import contextlib
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.core.config import flatten_values as flatten
-from stages.figures.names import SHORT_SPLITS, TOKENS_DIRECTORY, expand_metric_names
+from stages.figures.names import SHORT_NAMES, SHORT_SPLITS, TOKENS_DIRECTORY, expand_metric_names
 from tools.compare import flatten_params, get_revision_name, list_revisions
 
 SPLITS = ("train", "validation", "test")
@@ -187,6 +187,11 @@ def read_live_runs(reports: Path, is_running: Callable[[Path], bool]) -> dict[st
             state = "running" if is_running(directory) else "interrupted"
             found[task] = ReportRun(f"{task} ({state})", "live", state, "", {}, {}, {}, files, [])
     return found
+
+
+def find_headline_metric(figures: Mapping[str, Any]) -> str:
+    """Return the full name of a task's bits per byte among the metrics of a split."""
+    return next(name for name in SHORT_NAMES if name in figures)
 
 
 def get_metrics_path(task: str) -> str:

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 from stages.core.config import MISSING, find_value, read_yaml
 from stages.core.errors import StageError, printable
-from stages.figures.names import SHORT_NAMES
 from tools.compare import is_unfinished, list_revisions
 from tools.ladder.file import Ladder, Rung, split_setting
 from tools.outs import Outs
-from tools.report_data import describe_failure, get_metrics_path
+from tools.report_data import describe_failure, find_headline_metric, get_metrics_path
 from tools.yaml_edit import is_same_value, merge_values, nest_value
 
 _AUTO_CLASSES = {"bits_per_byte": "AutoModelForCausalLM", "pseudo_bits_per_byte": "AutoModelForMaskedLM"}
@@ -168,7 +167,7 @@ def _read_rung(task: str, rung: Rung, rev: str, outs: Outs) -> MeasuredRung:
 
     metrics = read(get_metrics_path(task))[task]["validation"]
     ledger, blocks = read(f"reports/train/{task}/stats.json"), read(f"data/blocks/{task}/train/stats.json")
-    metric = next(name for name in SHORT_NAMES if name in metrics)
+    metric = find_headline_metric(metrics)
     block_size, num_blocks = blocks["block_size"], ledger["blocks"]
     num_parameters, num_non_embedding = count_parameters(read(f"models/{task}/config.json"), metric)
     return MeasuredRung(

@@ -17,7 +17,7 @@ from stages.core.errors import StageError, escape_controls, printable
 from tools.compare import list_chosen_files
 from tools.lock_history import parse_mapping, read_lock
 from tools.outs import Outs
-from tools.report_data import get_metrics_path
+from tools.report_data import find_headline_metric, get_metrics_path
 from tools.search.space import Space, format_override, is_equal, parse_key
 from tools.yaml_edit import load_yaml
 
@@ -124,11 +124,6 @@ class Experiments:
             )
         value = float(figures[metric])
         return value if math.isfinite(value) else math.nan
-
-
-def find_headline_metric(figures: Mapping[str, Any]) -> str:
-    """Return the name of a task's bits per byte among the metrics of a split."""
-    return next(name for name in figures if name.endswith("bits_per_byte") and not name.startswith("base_"))
 
 
 def list_metrics(figures: Mapping[str, Any]) -> list[str]:
