@@ -2,10 +2,10 @@
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformers import EarlyStoppingCallback, TrainerState
+from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
 from stages.core.artifacts import Blocks
 from stages.core.errors import StageError
@@ -88,10 +88,19 @@ def find_branches(config: "TrainConfig", num_blocks: int) -> Branches | None:
         StageError: if an argument is invalid on this machine.
     """
     num_processes = config.hardware.num_processes or get_world_size()
-    micro_batch_size, accumulation_steps = split_batch(config.batch_size, config.hardware, num_processes)
-    given = resolve_merged(config.trainer)
-    arguments = make_arguments(config, given, "unused", micro_batch_size, accumulation_steps)
+    arguments = _make_split_arguments(config, resolve_merged(config.trainer), "unused", num_processes)
     return open_branches(config, arguments, num_blocks)
+
+
+def _make_split_arguments(
+    config: "TrainConfig", given: Mapping[str, Any], directory: str, num_processes: int
+) -> TrainingArguments:
+    """Split the batch over `num_processes`, and create the TrainingArguments as `make_arguments` does."""
+    try:
+        micro_batch_size, accumulation_steps = split_batch(config.batch_size, config.hardware, num_processes)
+    except ValueError as error:
+        raise StageError(str(error)) from None
+    return make_arguments(config, given, directory, micro_batch_size, accumulation_steps)
 
 
 def make_trainer(
@@ -108,14 +117,7 @@ def make_trainer(
     Args:
         watchers: callbacks that show the training.
     """
-    try:
-        micro_batch_size, accumulation_steps = split_batch(config.batch_size, config.hardware, get_world_size())
-    except ValueError as error:
-        raise StageError(str(error)) from None
-    callbacks: list[Any] = [
-        TrainingProgress(config.batch_size * config.block_size),
-        *watchers,
-    ]
+    callbacks: list[Any] = [TrainingProgress(config.batch_size * config.block_size), *watchers]
     if config.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.threshold))
     given = resolve_merged(config.trainer)
@@ -132,7 +134,7 @@ def make_trainer(
         from stages.launch.ray import create_report_callback
 
         callbacks.append(create_report_callback())
-    arguments = make_arguments(config, given, directory, micro_batch_size, accumulation_steps)
+    arguments = _make_split_arguments(config, given, directory, get_world_size())
     if config.num_train_epochs is not None and arguments.max_steps != -1:
         arguments.max_steps = count_steps(config, len(train))
     return BlockTrainer(
