@@ -26,6 +26,7 @@ from stages.core.config import MISSING, flatten_values, validate_values
 from stages.core.source_code import hash_code
 from tools.code_changes import CodeChange, find_code_changes, hash_committed_modules
 from tools.lock_history import LOCK, Entry, get_hashes, list_changed_files, parse_entry, read_lock
+from tools.yaml_edit import is_same_value
 
 CODE = "code"
 
@@ -257,7 +258,7 @@ def find_param_changes(entry: Entry, params: dict[str, dict[str, Any]]) -> Itera
         keys = [
             key
             for key in dict.fromkeys([*new_values, *old_values])
-            if _is_different(old_values.get(key, MISSING), new_values.get(key, MISSING))
+            if not is_same_value(old_values.get(key, MISSING), new_values.get(key, MISSING))
         ]
         if old_file != file:
             yield PathChange(file, f"chosen instead of {old_file}; other values: {list_names(keys) or 'none'}")
@@ -265,11 +266,6 @@ def find_param_changes(entry: Entry, params: dict[str, dict[str, Any]]) -> Itera
             yield from (
                 ParamChange(file, key, old_values.get(key, MISSING), new_values.get(key, MISSING)) for key in keys
             )
-
-
-def _is_different(one: Any, other: Any) -> bool:
-    """Return True if two values differ in YAML, where 1 and true are different values."""
-    return type(one) is not type(other) or bool(one != other)
 
 
 def _find_out_changes(stage: Any, verdict: Verdict) -> Iterator[PathChange]:

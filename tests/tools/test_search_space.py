@@ -5,10 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dvc.utils.hydra import apply_overrides
 from dvc_project import ROOT
-from hypothesis import given
-from hypothesis import strategies as st
 
 from stages.core.errors import ConfigError
 from tools.search.check import KEEP_FOR_BRANCHES_KEY, CheckedSpace, check_space
@@ -16,12 +13,8 @@ from tools.search.space import (
     Choices,
     Range,
     Space,
-    find_unpassable_values,
-    format_override,
-    parse_key,
     read_space,
 )
-from tools.yaml_edit import load_yaml
 
 STAGES = [
     "download",
@@ -173,44 +166,6 @@ def test_search_space_with_several_problems_reports_all(tmp_path: Path) -> None:
 def test_search_space_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         read_space(tmp_path / "nowhere.yaml")
-
-
-# -- values as arguments of DVC ----------------------------------------------------------------------------------------
-
-TEXTS = [
-    "no thanks", "1e-3",
-    "null", "true", "", " a ", "it's", 'say "no"', "a,b", "a=b", "\\", "\\'", "\u00e9t\u00e9", "[1]", "a: b", "$x",
-]  # fmt: skip
-VALUES = [
-    *TEXTS, 0, 7, -3, 2**62, 0.5, 1e-5, 3e-8, 1.0, True, False, None, [], [1, 2.5, "1e-3"], {}, {"a": [1], "b": None},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("value", VALUES, ids=repr)
-def test_search_value_arrives_in_the_file_that_dvc_writes(tmp_path: Path, value: Any) -> None:
-    file = tmp_path / "params.yaml"
-    file.write_text("key: 1\n")
-    apply_overrides(file, [format_override("key", value)])
-    assert json.dumps(load_yaml(file.read_text())["key"]) == json.dumps(value)
-    assert list(find_unpassable_values("key", value)) == []
-
-
-@pytest.mark.parametrize("value", ["no", "off", "yes", ["no"], {"a": "on"}], ids=repr)
-def test_search_value_that_dvc_writes_so_that_hydra_reads_another_is_refused(tmp_path: Path, value: Any) -> None:
-    assert [problem for problem in find_unpassable_values("key", value) if "cannot be passed" in problem]
-
-
-@given(st.floats(min_value=1e-11, max_value=1e11))
-def test_search_value_that_is_a_number_has_no_exponent(value: float) -> None:
-    text = format_override("key", value).removeprefix("key=")
-    assert "e" not in text and float(text) == value
-
-
-def test_search_key_that_may_be_new_is_set_whether_or_not_it_exists() -> None:
-    assert parse_key("conf/task/causal.yaml:+trainer.warmup_steps").argument == (
-        "conf/task/causal.yaml:++trainer.warmup_steps"
-    )
-    assert parse_key(RATE).argument == RATE
 
 
 # -- checks against the stages -----------------------------------------------------------------------------------------

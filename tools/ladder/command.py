@@ -25,6 +25,7 @@ from rich.text import Text
 
 from stages.core.errors import StageError, printable_lines
 from tools.compare import measure_width, show_experiments
+from tools.experiments import make_run_command, run_to_end
 from tools.ladder.file import Ladder, Rung, read_ladder
 from tools.ladder.result import Point, analyze, describe_result, make_points, write_result
 from tools.ladder.rungs import MeasuredRung, RungState, State, find_states, read_measured
@@ -89,9 +90,7 @@ def read_progress(ladder: Ladder) -> _Progress:
 
 def make_command(rung: Rung, target: str, queue: bool = False) -> list[str]:
     """Return the command that runs a rung outside the workspace, or queues it."""
-    place = "--queue" if queue else "--temp"
-    # DVC otherwise waits only three seconds for another command.
-    return ["dvc", "--wait-for-lock", "exp", "run", place, "-n", rung.experiment, *rung.list_arguments(), target]
+    return make_run_command(rung.experiment, rung.settings, target, "--queue" if queue else "--temp")
 
 
 def run_rungs(ladder: Ladder, states: Sequence[RungState], queue: bool) -> None:
@@ -100,19 +99,9 @@ def run_rungs(ladder: Ladder, states: Sequence[RungState], queue: bool) -> None:
         print(f"ladder: [{number}/{len(states)}] {rung.experiment}{f': {reason}' if reason else ''}", flush=True)
         if state is State.STALE:
             subprocess.run(["dvc", "exp", "remove", "--quiet", rung.experiment], check=True)
-        _run_to_end(make_command(rung, ladder.target, queue))
+        run_to_end(make_command(rung, ladder.target, queue))
     if queue and states:
         print("\nRun `dvc queue start`, and when it is done `python -m tools.ladder FILE`.")
-
-
-def _run_to_end(command: Sequence[str]) -> None:
-    """Run a command, and also wait for it after Ctrl-C, which reaches it too: a training then writes a checkpoint."""
-    process = subprocess.Popen(command)
-    try:
-        process.wait()
-    except KeyboardInterrupt:
-        process.wait()
-        raise
 
 
 def print_states(ladder: Ladder, states: Sequence[RungState]) -> None:

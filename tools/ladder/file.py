@@ -1,4 +1,4 @@
-"""File of a scaling ladder: model sizes, lengths of training, and the settings of each, as arguments of `-S`."""
+"""File of a scaling ladder: model sizes, lengths of training, and the settings of each."""
 
 import itertools
 import json
@@ -22,6 +22,7 @@ from stages.core.config import (
     validate_values,
 )
 from stages.core.errors import ConfigError, printable
+from tools.experiments import find_unpassable_values, parse_key
 
 MIN_KINDS = 3
 """Least number of sizes and of lengths; with two, the curvature of the law cannot be told from its limit."""
@@ -29,9 +30,6 @@ MIN_KINDS = 3
 _Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=40)]
 _Value = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str | None
 _Settings = dict[str, _Value]
-_SETTING = re.compile(r"(?:(?P<file>conf/[a-z_]+/[A-Za-z0-9_-][A-Za-z0-9._-]*\.yaml):)?(?P<key>\+?[A-Za-z_][\w.-]*)")
-_PLAIN_TEXT = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
-"""Text that needs no quotes in an override."""
 
 
 @config_section
@@ -50,16 +48,6 @@ class LadderFile:
     """Seeds, each of which trains every rung; null: the one of params.yaml."""
 
 
-class Setting(NamedTuple):
-    """Name of a setting, split into its parts."""
-
-    file: str
-    key: str
-    """Dotted key in the file."""
-    is_new: bool
-    """True if the key is added to the file (`+`)."""
-
-
 class Rung(NamedTuple):
     """One training of a ladder."""
 
@@ -68,10 +56,6 @@ class Rung(NamedTuple):
     size: str
     length: str
     settings: dict[str, _Value]
-
-    def list_arguments(self) -> list[str]:
-        """Return the settings as arguments of `dvc exp run`."""
-        return [word for name, value in self.settings.items() for word in ("-S", f"{name}={format_value(value)}")]
 
 
 class Ladder(NamedTuple):
@@ -157,36 +141,19 @@ def _find_setting_problems(settings: Mapping[str, Any]) -> Iterator[str]:
     """Yield the settings that `dvc exp run` or the stages would refuse, or that would have no effect."""
     for name, value in settings.items():
         shown = printable(name)
-        if not _SETTING.fullmatch(name):
-            yield f"{shown} is not a setting: write KEY, or conf/GROUP/NAME.yaml:KEY (+KEY for a key to add)"
+        try:
+            key = parse_key(name)
+        except ConfigError as error:
+            yield from error.problems
             continue
         yield from find_forbidden_values({name: value})
-        file, key, is_new = split_setting(name)
-        if not Path(file).is_file():
-            group = Path(file).parent.name
-            yield f"{shown}: there is no {file}; {suggest_name(Path(file).stem, list_configurations(group))}"
-        elif is_new and file == PARAMS.name:
-            yield f"{shown}: no stage would read a new key of params.yaml"
-        elif not is_new and find_value(read_yaml(Path(file)), key) is MISSING:
-            yield f"{shown}: {file} has no key {printable(key)} (to add it, write +{printable(key)})"
-        elif is_new and find_value(read_yaml(Path(file)), key) is not MISSING:
-            yield f"{shown}: {file} has this key already: write it without +"
-
-
-def split_setting(name: str) -> Setting:
-    """Split a valid name of a setting into file and key."""
-    found = _SETTING.fullmatch(name)
-    assert found is not None
-    return Setting(found["file"] or PARAMS.name, found["key"].removeprefix("+"), found["key"].startswith("+"))
-
-
-def format_value(value: _Value) -> str:
-    """Format a value in the grammar of Hydra's overrides, which `-S` follows."""
-    if not isinstance(value, str):
-        return json.dumps(value)
-    if _PLAIN_TEXT.fullmatch(value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
-        return value
-    # In quotes, backslashes are only special before a quote.
-    trailing = "\\" * (len(value) - len(value.rstrip("\\")))
-    text = re.sub(r"(\\*)'", r"\1\1\\'", value)
-    return f"'{text}{trailing}'"
+        yield from find_unpassable_values(name, value)
+        if not Path(key.file).is_file():
+            group = Path(key.file).parent.name
+            yield f"{shown}: there is no {key.file}; {suggest_name(Path(key.file).stem, list_configurations(group))}"
+            continue
+        exists = find_value(read_yaml(Path(key.file)), key.name) is not MISSING
+        if key.file == PARAMS.name and not exists:
+            yield f"{shown}: params.yaml has no key {printable(key.name)}"
+        elif not exists and not key.may_be_new:
+            yield f"{shown}: {key.file} has no key {printable(key.name)} (to add it, write {key.file}:+{key.name})"

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from stages.core.config import MISSING, find_value, read_yaml
 from stages.core.errors import StageError, printable
 from tools.compare import is_unfinished, list_revisions
-from tools.ladder.file import Ladder, Rung, split_setting
+from tools.experiments import parse_key
+from tools.ladder.file import Ladder, Rung
 from tools.outs import Outs
 from tools.report_data import describe_failure, find_headline_metric, get_metrics_path
 from tools.yaml_edit import is_same_value, merge_values, nest_value
@@ -99,7 +100,7 @@ def _find_other_values(lock: Mapping[str, Any], target: str, settings: Mapping[s
             files[name] = read_yaml(Path(name)) if Path(name).is_file() else {}
         return files[name]
 
-    wanted = {split_setting(name)[:2]: value for name, value in settings.items()}
+    wanted = {parse_key(name)[:2]: value for name, value in settings.items()}
     for (file, key), value in wanted.items():
         files[file] = merge_values(read_file(file), nest_value(tuple(key.split(".")), value))
     if target not in lock:

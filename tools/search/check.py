@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.core.compose import GLOBAL_GROUPS, Composition, compose_config, get_package, load_config, read_root
+from stages.core.compose import GLOBAL_GROUPS, PARAMS, Composition, compose_config, get_package, load_config, read_root
 from stages.core.config import CONF, MISSING, find_value, flatten_values, read_yaml, suggest_name
 from stages.core.errors import ConfigError, printable
 from stages.core.source_code import hash_code, list_root_modules
 from tools.check import get_config_class, get_used_params
-from tools.search.space import PARAMS, Space, format_override, make_settings, parse_key, read_current_value
+from tools.experiments import format_override, parse_key
+from tools.search.space import Space, make_settings, read_current_value
 
 # Under these schedules, the learning rate of a step does not depend on the number of later steps (except for the decay
 # at the end), so that a training can go on from a checkpoint of a shorter one.
@@ -97,7 +98,7 @@ def compose_stages(stages: Sequence[str], settings: Mapping[str, Any]) -> tuple[
 def make_override(stage: str, item: str, key: str, value: Any) -> str | None:
     """Return the override of a stage's command line that sets `key`; None if the stage does not read it."""
     parsed, root = parse_key(key), read_root(stage)
-    if parsed.file != PARAMS:
+    if parsed.file != PARAMS.name:
         group = Path(parsed.file).parent.name
         if group not in (*root.groups, *(file.partition("/")[0] for file in root.files)):
             return None
@@ -127,7 +128,7 @@ def find_unused_keys(space: Space, compositions: Sequence[Composition]) -> Itera
             continue
         similar = [key for key in known if any(key == name or key.startswith(f"{name}.") for name in names)]
         hint = suggest_name(key.name, similar)
-        if is_read and key.file != PARAMS:
+        if is_read and key.file != PARAMS.name:
             hint += f" To add it, write {key.file}:+{key.name}"
         yield f"{printable(text)}: {key.file} has no such key that a stage of {space.task} reads; {hint}"
 

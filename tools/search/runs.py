@@ -15,11 +15,12 @@ from stages.core.config import MISSING, find_value
 from stages.core.dvc_cache import DvcCache, is_directory_md5
 from stages.core.errors import StageError, escape_controls, printable
 from tools.compare import list_chosen_files
+from tools.experiments import make_run_command, parse_key, run_to_end
 from tools.lock_history import parse_mapping, read_lock
 from tools.outs import Outs
 from tools.report_data import find_headline_metric, get_metrics_path
-from tools.search.space import Space, format_override, is_equal, parse_key
-from tools.yaml_edit import load_yaml
+from tools.search.space import Space
+from tools.yaml_edit import is_same_value, load_yaml
 
 _STAGE_ERROR = re.compile(r"^\w+: error: (.*)$", flags=re.MULTILINE)
 
@@ -69,26 +70,14 @@ class Experiments:
         self._space, self._outs, self._log, self._lock = space, Outs(repo), log, lock
 
     def run(self, name: str, settings: Mapping[str, Any]) -> None:
-        arguments = [
-            part for key, value in settings.items() for part in ("-S", format_override(parse_key(key).argument, value))
-        ]
-        command = ["dvc", "--wait-for-lock", "exp", "run", "--temp", "--name", name, *arguments]
+        command = make_run_command(name, settings, f"evaluate@{self._space.task}")
         with self._log.open("ab") as stream:
             stream.write(f"\n=== {name}\n".encode())
             stream.flush()
             start = stream.tell()
-            process = subprocess.Popen(
-                [*command, f"evaluate@{self._space.task}"],
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                pass_fds=[self._lock],
+            code = run_to_end(
+                command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, pass_fds=[self._lock]
             )
-            try:
-                code = process.wait()
-            except KeyboardInterrupt:
-                process.wait()  # Ctrl-C reached it too, and a training writes its last checkpoint
-                raise
         if code:
             output = self._log.read_bytes()[start:].decode(errors="replace")
             raise RunError(f"{find_error(output)} ({self._log})")
@@ -100,7 +89,7 @@ class Experiments:
         for key, value in settings.items():
             parsed = parse_key(key)
             found = find_value(read_yaml_at(rev, parsed.file), parsed.name)
-            if not is_equal(found, value):
+            if not is_same_value(found, value):
                 shown = "no such key" if found is MISSING else printable(json.dumps(found))
                 raise StageError(
                     f"experiment {name} exists, but has {shown} instead of {key}={printable(json.dumps(value))}:"

@@ -1,39 +1,28 @@
-"""Search space of `python -m tools.search`: its file, its checks, and its values as arguments of `dvc exp run -S`."""
+"""Search space of `python -m tools.search`: its file, and the checks of it."""
 
 import dataclasses
 import itertools
 import json
 import math
-import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from dvc.utils.hydra import apply_overrides
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
-from stages.core.compose import (
-    find_forbidden_values,
-)
+from stages.core.compose import find_forbidden_values
 from stages.core.config import (
     CONF,
     config_section,
-    find_numbers_beyond_64_bits,
     find_value,
     read_yaml,
     validate_values,
 )
 from stages.core.errors import ConfigError, printable
-from tools.yaml_edit import format_flow, load_yaml
+from tools.experiments import find_unpassable_values, parse_key
 
-PARAMS = "params.yaml"
 SIGNIFICANT_DIGITS = 4
 """Digits to which numbers of a range are rounded, so that `-S` and tables are readable."""
-_KEY = re.compile(
-    r"(?:(conf/[a-z_]+/[A-Za-z0-9_-][A-Za-z0-9._-]*\.yaml):(\+{0,2}))?([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)"
-)
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
 def check_number(value: Any, info: ValidationInfo) -> Any:
@@ -144,22 +133,6 @@ class SpaceFile:
     """Key, as in `dvc exp run -S`, to its value in every trial."""
 
 
-class Key(NamedTuple):
-    """A key as in `dvc exp run -S`."""
-
-    file: str
-    """params.yaml, or a file of conf/."""
-    name: str
-    """Dotted key in the file."""
-    may_be_new: bool
-    """True if the key need not be in the file: `conf/task/causal.yaml:+trainer.warmup_steps`."""
-
-    @property
-    def argument(self) -> str:
-        """The key as DVC takes it; `++` sets a key whether or not it exists."""
-        return self.name if self.file == PARAMS else f"{self.file}:{'++' if self.may_be_new else ''}{self.name}"
-
-
 class Space(NamedTuple):
     """A search space."""
 
@@ -257,68 +230,7 @@ def find_key_problems(space: Space, texts: Sequence[str]) -> Iterator[str]:
             yield f"{text} cannot be searched or fixed: it changes the metric, not the model"
 
 
-def parse_key(text: str) -> Key:
-    """Parse a key as in `dvc exp run -S`.
-
-    Raises:
-        ConfigError: if it is malformed.
-    """
-    found = _KEY.fullmatch(text)
-    if found is None:
-        raise ConfigError(
-            [
-                f"{printable(repr(text))} is not a key as in `dvc exp run -S`: write block_size,"
-                " tasks.causal.learning_rate, conf/task/causal.yaml:trainer.weight_decay or, for a key that the file"
-                " does not have, conf/task/causal.yaml:+trainer.warmup_steps"
-            ]
-        )
-    return Key(found[1] or PARAMS, found[3], bool(found[2]))
-
-
 # -- values ------------------------------------------------------------------------------------------------------------
-
-
-def format_override(key: str, value: Any) -> str:
-    """Return `KEY=VALUE` in Hydra's grammar, as `dvc exp run -S` takes it."""
-    return f"{key}={_format_value(value)}"
-
-
-def _format_value(value: Any) -> str:
-    if isinstance(value, str):
-        # Hydra unescapes backslashes only before a quote, so only those need to be doubled.
-        return "'" + re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_format_value, value))}]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {_format_value(item)}" for name, item in value.items()) + "}"
-    return format_flow(value)  # numbers without an exponent: YAML 1.1 reads 1e-05 as text
-
-
-def find_unpassable_values(text: str, value: Any) -> Iterator[str]:
-    """Yield an error text if `dvc exp run -S` would not set exactly `value`.
-
-    DVC writes YAML 1.2, in which the text `no` needs no quotes, and Hydra reads YAML 1.1, in which it is false.
-    """
-    if problems := list(find_numbers_beyond_64_bits(value, text)):
-        yield from problems
-        return
-    try:
-        with tempfile.TemporaryDirectory() as directory:
-            file = Path(directory, "params.yaml")
-            file.write_text("key: 0\n", encoding="utf-8")
-            apply_overrides(file, [format_override("key", value)])
-            written = load_yaml(file.read_text(encoding="utf-8"))["key"]
-        arrived = json.dumps(written, sort_keys=True) == json.dumps(value, sort_keys=True)
-    except Exception:  # DVC and Hydra raise errors of several kinds
-        arrived = False
-    if not arrived:
-        given = printable(json.dumps(value, ensure_ascii=False))
-        yield f"{printable(text)}={given}: this value cannot be passed to `dvc exp run -S`"
-
-
-def is_equal(left: Any, right: Any) -> bool:
-    """Return True if two values of YAML are equal; true is not 1, but 1.0 is."""
-    return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
 
 
 def read_current_value(key: str) -> Any:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core.config import MISSING
 from stages.core.errors import StageError, format_cause, printable
-from tools.search.space import Choices, Range, Space, is_equal, read_current_value
+from tools.search.space import Choices, Range, Space, read_current_value
+from tools.yaml_edit import is_same_value
 
 if TYPE_CHECKING:
     import optuna
@@ -102,7 +103,7 @@ def find_difference(recorded: Any, given: Any, path: str = "") -> str:
             find_difference(recorded.get(name, MISSING), given.get(name, MISSING), f"{path} {name}") for name in names
         )
         return next(filter(None, found), "")
-    if is_equal(recorded, given):
+    if is_same_value(recorded, given):
         return ""
     before, now = ("nothing" if value is MISSING else json.dumps(value) for value in (recorded, given))
     return printable(f"{path.strip()} was {before}, and is now {now}")

@@ -14,10 +14,11 @@ from stages.core.errors import StageError, printable
 from stages.train.plan import format_seconds
 from tools.compare import break_heading, measure_width, read_rows
 from tools.compare_pairs import compare_rows, explain_verdicts, format_table_title, make_pairs_table
+from tools.experiments import parse_key
 from tools.lock_history import resolve_revision
 from tools.outs import Outs
 from tools.search.runs import read_revision
-from tools.search.space import Space, format_epochs, parse_key
+from tools.search.space import Space, format_epochs
 from tools.search.study import decode_values, list_runs, sum_seconds
 
 if TYPE_CHECKING:
