@@ -49,6 +49,7 @@ NOT_RUN = {
     "make optuna": "installs the packages of Optuna; tested by .ci/run",
     "python -m tools.search --space depth.yaml --budget 1h": "test_search_space.py checks the file above it",
     "python -m benchmarks.search --budget 20m": "takes twice the budget",
+    "python -m tools.ladder ladders/tiny.yaml": "trains 16 models; tests/tools/test_ladder.py trains small ones",
 }
 if find_spec("keras_hub") is None:
     NOT_RUN["dvc exp run -n keras -S framework=keras -S tasks.mlm.model=tiny-roberta"] = "Keras is not installed"
