@@ -1,5 +1,6 @@
 """Files and directories in DVC's cache, by their md5 sums."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,12 @@ class DvcCache:
     def list_files(self, md5: str) -> dict[str, str] | None:
         """Return the files of a directory, relative path to md5.
 
-        None if `md5` is that of a file, or if the listing is not in the cache.
+        None if `md5` is that of a file, or if the listing is not in the cache or is damaged there.
         """
         file = self.get_path(md5)
         if not is_directory_md5(md5) or not file.is_file():
             return None
-        return {entry["relpath"]: entry["md5"] for entry in json.loads(file.read_bytes())}
+        content = file.read_bytes()
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5.removesuffix(_DIRECTORY):
+            return None
+        return {entry["relpath"]: entry["md5"] for entry in json.loads(content)}

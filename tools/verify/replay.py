@@ -64,12 +64,7 @@ def list_cached_files(cache: DvcCache, md5: str) -> dict[str, str] | None:
 
     None if the listing of a directory is not in DVC's cache, or is damaged.
     """
-    if not is_directory_md5(md5):
-        return {"": md5}
-    try:
-        return cache.list_files(md5)
-    except (ValueError, LookupError, TypeError):
-        return None
+    return cache.list_files(md5) if is_directory_md5(md5) else {"": md5}
 
 
 class StageRun(NamedTuple):
