@@ -8,11 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dvc.repo import Repo
 from dvc.utils.hydra import apply_overrides
 
 from stages.core.compose import PARAMS
 from stages.core.config import find_numbers_beyond_64_bits
-from stages.core.errors import ConfigError, printable
+from stages.core.dvc_cache import DvcCache, is_directory_md5
+from stages.core.errors import ConfigError, StageError, printable
+from tools.lock_history import parse_mapping, read_lock
 from tools.yaml_edit import format_flow, is_same_value, load_yaml
 
 _KEY = re.compile(
@@ -90,6 +93,28 @@ def find_unpassable_values(text: str, value: Any) -> Iterator[str]:
     if not arrived:
         given = printable(json.dumps(value, ensure_ascii=False))
         yield f"{printable(text)}={given}: this value cannot be passed to `dvc exp run -S`"
+
+
+def check_plots_are_cached(repo: Repo, task: str) -> None:
+    """Check that every run can be saved: at its end, DVC opens the plots of dvc.yaml, also those of other tasks.
+
+    Raises:
+        StageError: if the cache lacks the directory of a plot, as in a clone in which only one task was run.
+    """
+    plots = parse_mapping(Path("dvc.yaml").read_text(encoding="utf-8")).get("plots") or []
+    paths = [path for entry in plots for path in ([entry] if isinstance(entry, str) else entry)]
+    stages, cache = parse_mapping(read_lock()).get("stages") or {}, DvcCache(repo)
+    missing = [
+        out["path"]
+        for name, stage in stages.items()
+        for out in (stage.get("outs") or [] if name != f"train@{task}" else [])
+        if any(path.startswith(f"{out['path']}/") for path in paths)
+        if is_directory_md5(md5 := str(out.get("md5", ""))) and cache.list_files(md5) is None
+    ]
+    if missing:
+        raise StageError(
+            f"{', '.join(missing)}: not in DVC's cache, so DVC could not save any run: run `dvc repro` or `dvc pull`"
+        )
 
 
 def make_run_command(

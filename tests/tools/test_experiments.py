@@ -10,14 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dvc.repo import Repo
 from dvc.utils.hydra import apply_overrides
 from dvc_project import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
 from hypothesis import strategies as st
+from small_repository import run_shell
 
-from stages.core.errors import ConfigError
-from tools.experiments import find_unpassable_values, format_override, make_run_command, parse_key, run_to_end
+from stages.core.errors import ConfigError, StageError
+from tools.experiments import (
+    check_plots_are_cached,
+    find_unpassable_values,
+    format_override,
+    make_run_command,
+    parse_key,
+    run_to_end,
+)
 from tools.yaml_edit import load_yaml
 
 TEXTS = [
@@ -75,6 +84,23 @@ def test_value_as_an_override_is_read_back_unchanged(value: Any) -> None:
         return
     found = OverridesParser.create().parse_override(format_override("key", value)).value()
     assert (type(found), found) == (type(value), value)
+
+
+def test_run_without_the_plots_of_another_task_in_the_cache_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a clone in which only one task was run: DVC would fail at the end of each run."""
+    plots = "plots:\n  - reports/train/causal/loss.tsv: {x: step}\n  - reports/train/mlm/loss.tsv\n"
+    run_shell(tmp_path, "git init -q && dvc init -q")
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.yaml").write_text("stages: {}\n" + plots)
+    outs = {task: {"outs": [{"path": f"reports/train/{task}", "md5": "0" * 32 + ".dir"}]} for task in ("causal", "mlm")}
+    Path("dvc.lock").write_text(json.dumps({"stages": {f"train@{task}": out for task, out in outs.items()}}))
+    with Repo() as repo:
+        with pytest.raises(StageError, match=r"^reports/train/mlm: not in DVC's cache"):
+            check_plots_are_cached(repo, "causal")
+        Path("dvc.lock").unlink()
+        check_plots_are_cached(repo, "causal")
 
 
 def test_run_command_has_settings_in_their_order() -> None:

@@ -241,7 +241,7 @@ def test_ladder_with_another_value_runs_the_rungs_that_use_it_again(restored: Pa
     (restored / "ladders/small.yaml").write_text(dump(changed))
     status, output = run_ladder(restored, "--dry-run")
     assert status == 0 and output.count("params.yaml:tasks.causal.num_train_epochs was 1.0, now 1.5") == 3
-    assert len(re.findall(r"^dvc --wait-for-lock exp run --temp -n ladder", output, flags=re.MULTILINE)) == 3
+    assert len(re.findall(r"^dvc --wait-for-lock exp run --temp --name ladder", output, flags=re.MULTILINE)) == 3
 
 
 @pytest.mark.slow
@@ -295,6 +295,16 @@ def test_ladder_without_results_says_so(restored: Path) -> None:
     status, output = run_ladder(restored, "--fit-only", "ladders/other.yaml")
     (restored / "ladders/other.yaml").unlink()
     assert (status, output.strip()) == (1, "ladder: none of the 9 rungs has results")
+
+
+def test_ladder_that_dvc_could_not_save_runs_no_rung(workplace: Path) -> None:
+    Path("dvc.yaml").write_text(f"{PIPELINE}plots: [reports/train/mlm/loss.tsv]\n")
+    Path("dvc.lock").write_text(
+        dump({"stages": {"train@mlm": {"outs": [{"path": "reports/train/mlm", "md5": f"{'0' * 32}.dir"}]}}})
+    )
+    run_shell(workplace, "git init -q -b main && dvc init -q && git add -A && git commit -q -m all")
+    status, output = run_ladder(workplace)
+    assert status == 1 and output.startswith("ladder: reports/train/mlm: not in DVC's cache") and not list_runs(output)
 
 
 def test_ladder_outside_a_repository_is_an_error_of_one_line(workplace: Path) -> None:

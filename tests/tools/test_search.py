@@ -24,7 +24,7 @@ from stages.core.errors import StageError
 from tools.search import study as search_study
 from tools.search import trials as search_trials
 from tools.search.command import check_name, lock_search, parse_budget, run_search
-from tools.search.runs import Experiments, RunError, RunResult, check_plots_are_cached, find_error, find_experiment
+from tools.search.runs import Experiments, RunError, RunResult, find_error, find_experiment
 from tools.search.space import Choices, Halving, Range, Space
 from tools.search.study import decode_values, import_optuna, is_in_space, list_runs, open_study, prepare_study
 from tools.search.table import MIN_TRIALS_FOR_IMPORTANCE, print_importance, print_results
@@ -525,19 +525,6 @@ def test_search_experiment_with_other_settings_is_refused(repository: Path) -> N
         shutil.rmtree(repository / ".dvc/cache")
         with pytest.raises(StageError, match="in DVC's cache"):
             experiments.find("s-000-e2", {RATE: 0.02})
-
-
-def test_search_without_the_plots_of_another_task_in_the_cache_is_refused(repository: Path) -> None:
-    """As in a clone in which only one task was run: DVC would fail at the end of each run."""
-    plots = "plots:\n  - reports/train/causal/loss.tsv: {x: step}\n  - reports/train/mlm/loss.tsv\n"
-    (repository / "dvc.yaml").write_text(PIPELINE + plots)
-    outs = {task: {"outs": [{"path": f"reports/train/{task}", "md5": "0" * 32 + ".dir"}]} for task in ("causal", "mlm")}
-    (repository / "dvc.lock").write_text(json.dumps({"stages": {f"train@{task}": out for task, out in outs.items()}}))
-    with Repo() as repo:
-        with pytest.raises(StageError, match=r"^reports/train/mlm: not in DVC's cache"):
-            check_plots_are_cached(repo, "causal")
-        (repository / "dvc.lock").unlink()
-        check_plots_are_cached(repo, "causal")
 
 
 def test_search_metric_that_the_task_does_not_have_is_refused(repository: Path) -> None:

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from stages.core.errors import StageError, printable_lines
 from tools.compare import measure_width, show_experiments
-from tools.experiments import make_run_command, run_to_end
+from tools.experiments import check_plots_are_cached, make_run_command, run_to_end
 from tools.ladder.file import Ladder, Rung, read_ladder
 from tools.ladder.result import Point, analyze, describe_result, make_points, write_result
 from tools.ladder.rungs import MeasuredRung, RungState, State, find_states, read_measured
@@ -94,7 +94,13 @@ def make_command(rung: Rung, target: str, queue: bool = False) -> list[str]:
 
 
 def run_rungs(ladder: Ladder, states: Sequence[RungState], queue: bool) -> None:
-    """Run or queue rungs one after the other. A rung that fails is reported by DVC, and the others still run."""
+    """Run or queue rungs one after the other. A rung that fails is reported by DVC, and the others still run.
+
+    Raises:
+        StageError: if DVC could not save any rung.
+    """
+    with Repo() as repo:
+        check_plots_are_cached(repo, ladder.task)
     for number, (rung, state, reason, _) in enumerate(states, 1):
         print(f"ladder: [{number}/{len(states)}] {rung.experiment}{f': {reason}' if reason else ''}", flush=True)
         if state is State.STALE:

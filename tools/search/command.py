@@ -27,8 +27,9 @@ from stages.core.config import suggest_name
 from stages.core.errors import StageError, printable, printable_lines
 from stages.shell.app import format_error
 from tools.check import explain_dvc_error
+from tools.experiments import check_plots_are_cached
 from tools.search.check import check_space
-from tools.search.runs import Experiments, check_plots_are_cached
+from tools.search.runs import Experiments
 from tools.search.space import read_space
 from tools.search.study import DIRECTORY, import_optuna, open_study, prepare_study
 from tools.search.table import print_results

@@ -12,11 +12,9 @@ from dvc.repo import Repo
 
 from stages.core.compose import PARAMS
 from stages.core.config import MISSING, find_value
-from stages.core.dvc_cache import DvcCache, is_directory_md5
 from stages.core.errors import StageError, escape_controls, printable
 from tools.compare import list_chosen_files
 from tools.experiments import make_run_command, parse_key, run_to_end
-from tools.lock_history import parse_mapping, read_lock
 from tools.outs import Outs
 from tools.report_data import find_headline_metric, get_metrics_path
 from tools.search.space import Space
@@ -127,28 +125,6 @@ def find_error(output: str) -> str:
     lines = [line for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR: ")]
     return printable((errors or lines or ["dvc exp run failed"])[-1].removeprefix("ERROR: "), 1000)
-
-
-def check_plots_are_cached(repo: Repo, task: str) -> None:
-    """Check that every run can be saved: at its end, DVC opens the plots of dvc.yaml, also those of other tasks.
-
-    Raises:
-        StageError: if the cache lacks the directory of a plot, as in a clone in which only one task was run.
-    """
-    plots = parse_mapping(Path("dvc.yaml").read_text(encoding="utf-8")).get("plots") or []
-    paths = [path for entry in plots for path in ([entry] if isinstance(entry, str) else entry)]
-    stages, cache = parse_mapping(read_lock()).get("stages") or {}, DvcCache(repo)
-    missing = [
-        out["path"]
-        for name, stage in stages.items()
-        for out in (stage.get("outs") or [] if name != f"train@{task}" else [])
-        if any(path.startswith(f"{out['path']}/") for path in paths)
-        if is_directory_md5(md5 := str(out.get("md5", ""))) and cache.list_files(md5) is None
-    ]
-    if missing:
-        raise StageError(
-            f"{', '.join(missing)}: not in DVC's cache, so DVC could not save any run: run `dvc repro` or `dvc pull`"
-        )
 
 
 # -- revisions ---------------------------------------------------------------------------------------------------------
