@@ -157,12 +157,13 @@ class Branches:
         num_steps = len(self._rates)
         names = (_ENTRY_NAME.fullmatch(path.name) for path in self._directory.glob(f"{self._fingerprint}-*"))
         steps = {int(name[1]) for name in names if name is not None}
-        # The Trainer cannot continue at the last step of a run that ends in the middle of an epoch.
+        # The Trainer would train another step after the last one of a run that ends inside an epoch, and it would not
+        # evaluate after the last step, unless the checkpoint has that evaluation.
+        is_last_complete = num_steps % self._steps_per_epoch == 0 and num_steps in self.keep_steps
         return sorted(
             step
             for step in steps
-            if (step < num_steps or (step == num_steps and step % self._steps_per_epoch == 0))
-            and self._get_entry(step).is_dir()
+            if (step < num_steps or (step == num_steps and is_last_complete)) and self._get_entry(step).is_dir()
         )
 
     def keep_checkpoint(self, checkpoints: Checkpoints, step: int, best: int | None) -> None:

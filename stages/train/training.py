@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from stages.shell.interruption import Interrupted, StopRequest
 from stages.shell.progress import Progress
 from stages.train.attention import use_fast_kernels
 from stages.train.branches import Branches
-from stages.train.checkpoints import Checkpoints, find_damage
+from stages.train.checkpoints import Checkpoints, find_damage, remove_path
 from stages.train.schema import CheckpointSettings
 from stages.train.state_chain import StateChain, read_state_chain, write_state_chain
 
@@ -181,6 +181,11 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
             self.train()
             return
         log.info("resuming from step %d", step)
+        self._resume(step)
+
+    def _resume(self, step: int) -> None:
+        """Train from the checkpoint of `step` to the end."""
+        self.args.eval_on_start = False  # the checkpoint has the result of that evaluation
         self.add_callback(_CheckpointRestorer(self, step))
         self.train(resume_from_checkpoint=str(self._checkpoints.get_path(step)))
 
@@ -200,8 +205,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
             return self.state_chain.links
         if self._branches is None or self._branches.fetch_checkpoint(self._checkpoints, [first]) is None:
             raise StageError(f"the kept checkpoint of step {first} is missing or damaged")
-        self.add_callback(_CheckpointRestorer(self, first))
-        self.train(resume_from_checkpoint=str(self._checkpoints.get_path(first)))
+        self._resume(first)
         return self.state_chain.links[first:]
 
     def _find_resume_step(self) -> int | None:
@@ -216,14 +220,17 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         return kept_step or step
 
     def _find_own_step(self) -> int | None:
-        """Return the step of the newest checkpoint, or None.
+        """Return the step of the newest checkpoint from which training can be resumed, or None.
 
         If the best model is needed at the end, its checkpoint must be intact too.
         """
-        step = self._checkpoints.find_newest()
-        if step is None:
+        while (step := self._checkpoints.find_newest()) is not None:
+            state = json.loads((self._checkpoints.get_path(step) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            if not _would_train_too_far(state):
+                break
+            remove_path(self._checkpoints.get_path(step))
+        else:
             return None
-        state = json.loads((self._checkpoints.get_path(step) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         best = state["best_global_step"]
         damage = find_damage(self._checkpoints.get_path(best)) if self.args.load_best_model_at_end and best else None
         if damage is not None:
@@ -254,7 +261,8 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
                 write_state_chain(checkpoint, self.state_chain.links)
             wait_for_all()
         wait_for_all()
-        if self._branches is not None and step in self._branches.keep_steps and not get_rank():
+        stopped_early = self.control.should_training_stop and step < self.state.max_steps
+        if self._branches is not None and step in self._branches.keep_steps and not stopped_early and not get_rank():
             self._branches.keep_checkpoint(self._checkpoints, step, best)
         if best:
             self.state.best_model_checkpoint = str(self._checkpoints.get_path(best))
@@ -294,6 +302,20 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         self.log(dict(metrics))
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _would_train_too_far(state: Mapping[str, Any]) -> bool:
+    """Return True if the Trainer would train more steps than an uninterrupted run if it resumed from a checkpoint.
+
+    That is so for a checkpoint written after early stopping, or at a last step inside an epoch. At the end of the last
+    epoch, no step is left.
+
+    Args:
+        state: content of the checkpoint's trainer_state.json.
+    """
+    had_ended: bool = state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+    no_step_left = state["global_step"] >= state["max_steps"] and float(state["epoch"]).is_integer()
+    return had_ended and not no_step_left
 
 
 class TrainingProgress(TrainerCallback):  # type: ignore[misc]
@@ -400,6 +422,6 @@ class CheckpointSchedule(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._last_saved = time.monotonic()
-        if self._signal_number is not None:
+        if self._signal_number is not None and state.global_step < state.max_steps:
             message = f"stopped at step {state.global_step} of {state.max_steps}: `dvc repro` continues from there"
             raise Interrupted(self._signal_number, message)

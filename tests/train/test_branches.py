@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from data_helpers import REPOSITORY, read_contents
 from dvc_project import mark_rest_slow
-from training_cases import BEST
+from training_cases import BEST, RUINED
 from transformers import TrainerCallback, TrainingArguments
 
 from stages.core.errors import ConfigError
@@ -148,6 +148,22 @@ def test_checkpoints_every_few_steps_are_shared_by_shorter_runs(train_branch, fr
         outs, shared = train_branch("causal", *CONSTANT, f"num_train_epochs={epochs}")
         assert shared == expected
         assert outs == fresh("causal", *CONSTANT, f"num_train_epochs={epochs}")
+
+
+def test_run_that_evaluates_after_its_last_step_does_not_take_over_a_checkpoint_without_that(train_branch, fresh):
+    more = [*CONSTANT, "++trainer.eval_strategy=steps", "++trainer.eval_steps=3"]
+    train_branch("causal", *more, "num_train_epochs=2", every=8)
+    outs, shared = train_branch("causal", *more, "num_train_epochs=1")
+    assert shared == 0
+    assert outs == fresh("causal", *more, "num_train_epochs=1")
+
+
+def test_early_stopped_run_is_not_continued(train_branch, fresh):
+    more = [*BEST, *RUINED, "early_stopping={patience: 2, threshold: 0.0}"]
+    for epochs in (12, 12, 14):
+        outs, _ = train_branch("causal", *more, f"num_train_epochs={epochs}", every=8)
+        assert outs == fresh("causal", *more, f"num_train_epochs={epochs}")
+    assert json.loads(outs["report/stats.json"])["steps"] < 12 * STEPS
 
 
 def test_best_model_of_the_shared_steps_is_found_again(train_branch, fresh):
