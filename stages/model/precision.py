@@ -4,6 +4,7 @@ import contextlib
 import logging
 import platform
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,16 @@ def describe_processor(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return device if device != "cpu" else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def read_cpu_model() -> str:
+    """Return the model of the CPU, as far as the operating system says."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "CPU part")))
+    return next(names, platform.processor())
 
 
 _BACKENDS: Any = torch.backends  # its annotations lack fp32_precision

@@ -36,13 +36,14 @@ def compute_branch_fingerprint(config: "TrainConfig", resolved: Mapping[str, int
     Args:
         resolved: numbers of steps that may depend on the length of the run, such as the interval of evaluations.
     """
-    from stages.model.precision import describe_processor
+    from stages.model.precision import describe_processor, read_cpu_model
 
     values = _collect_values(config)
     del values["num_train_epochs"]
     values["trainer"] = {name: value for name, value in config.trainer.items() if name not in _SCHEDULE_ARGUMENTS}
     values["resolved"] = dict(resolved)
-    values["processor"] = describe_processor(config.hardware.device)
+    # Libraries choose their kernels by more properties of a CPU than the description in ledgers has.
+    values["processor"] = [describe_processor(config.hardware.device), read_cpu_model()]
     return _compute_fingerprint(config, values)
 
 

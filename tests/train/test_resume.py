@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from data_helpers import REPOSITORY, read_contents, read_until
+from dvc_project import mark_rest_slow
 from training_cases import BEST, RUINED
 from transformers import TrainerCallback
 
 from stages.shell.interruption import Interrupted
 from stages.train import checkpoints
+from stages.train import stage as train_stage
 from stages.train.checkpoints import Checkpoints, find_damage
 from stages.train.fingerprints import compute_run_fingerprint
 from stages.train.training import BlockTrainer
@@ -143,6 +145,49 @@ def test_training_killed_with_the_best_model_asked_for_keeps_it_and_the_patience
     assert read_contents(tmp_path) == expected
 
 
+KEEP = "checkpoints.keep_for_branches={every_steps: null, gigabytes: 1.0, directory: null}"
+EARLY = [*RUINED, "early_stopping={patience: 2, threshold: 0.0}", "num_train_epochs=12"]
+BEST_STEPS = [
+    *(f"++trainer.{event}_{name}" for event in ("eval", "save") for name in ("strategy=steps", "steps=3")),
+    "++trainer.load_best_model_at_end=true",
+]
+
+
+@pytest.mark.parametrize(
+    "more",
+    mark_rest_slow(
+        [
+            [*EVERY, "num_train_epochs=0.5"],
+            [*BEST, *EARLY],
+            [*EVERY],
+            ["++trainer.max_steps=12", "trainer.logging_steps=4", KEEP],
+            [*BEST_STEPS, *EARLY],
+            [*BEST_STEPS, "num_train_epochs=0.75"],
+        ],
+        2,
+    ),
+)
+def test_training_killed_after_its_last_step_ends_with_the_same_bytes(
+    run_toy, undisturbed, monkeypatch, tmp_path, more
+):
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_stage, "write_outputs", kill)
+        with pytest.raises(Killed):
+            run_toy("train", "causal", tmp_path, *more)
+    run_toy("train", "causal", tmp_path, *more)
+    assert read_contents(tmp_path) == undisturbed("causal", *more)
+
+
+def test_training_that_evaluates_before_its_first_step_is_resumed_with_the_same_bytes(
+    run_toy, undisturbed, kill_at, caplog, tmp_path
+):
+    more = [*EVERY, "++trainer.eval_strategy=epoch", "++trainer.eval_on_start=true"]
+    check_resumes(run_toy, undisturbed, kill_at, caplog, tmp_path, "causal", more)
+
+
 def killed_run(run_toy, kill_at, root, *more, step=6):
     kill_at(step)
     with pytest.raises(Killed):
@@ -194,6 +239,22 @@ def test_fingerprint_knows_the_number_of_gpus_that_a_config_leaves_open(
         return compute_run_fingerprint(compose_stage("train", *overrides("train", "causal", tmp_path, launch)))
 
     assert name(2) == name(2) != name(4)
+
+
+def test_fingerprint_knows_the_version_of_a_library_only_if_the_optimizer_is_from_it(
+    overrides, compose_stage, tmp_path, monkeypatch
+):
+    metadata = tmp_path / "site/schedulefree-1.0.dist-info/METADATA"
+    metadata.parent.mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+
+    def name(version, optimizer):
+        metadata.write_text(f"Name: schedulefree\nVersion: {version}\n")
+        more = f"++trainer.optim={optimizer}"
+        return compute_run_fingerprint(compose_stage("train", *overrides("train", "causal", tmp_path, more)))
+
+    assert name("1.0", "schedule_free_sgd") == name("1.0", "schedule_free_sgd") != name("2.0", "schedule_free_sgd")
+    assert name("1.0", "adamw_torch") == name("2.0", "adamw_torch")
 
 
 @pytest.fixture
@@ -402,12 +463,12 @@ def test_signal_to_all_processes_writes_a_checkpoint_says_how_to_go_on_and_ends_
     assert list(cache.rglob("checkpoint-*/optimizer.pt"))
 
 
-def test_request_by_signal_ends_training_behind_a_checkpoint(
-    run_toy, undisturbed, caplog, cache, tmp_path, monkeypatch
-):
+def raise_signal_in_step(monkeypatch, step):
+    """Raise SIGTERM in a step of each training that follows."""
+
     class Signal(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
-            if state.global_step == 3:
+            if state.global_step == step - 1:
                 signal.raise_signal(signal.SIGTERM)
 
     original = BlockTrainer.train
@@ -417,6 +478,20 @@ def test_request_by_signal_ends_training_behind_a_checkpoint(
         return original(self, *arguments, **named)
 
     monkeypatch.setattr(BlockTrainer, "train", train)
+
+
+@pytest.mark.parametrize("more", mark_rest_slow([["num_train_epochs=0.5", KEEP], ["num_train_epochs=1", *EVERY]], 1))
+def test_request_by_signal_in_the_last_step_lets_training_end(run_toy, undisturbed, tmp_path, monkeypatch, more):
+    expected = undisturbed("causal", *more)
+    raise_signal_in_step(monkeypatch, json.loads(expected["report/stats.json"])["steps"])
+    run_toy("train", "causal", tmp_path, *more)
+    assert read_contents(tmp_path) == expected
+
+
+def test_request_by_signal_ends_training_behind_a_checkpoint(
+    run_toy, undisturbed, caplog, cache, tmp_path, monkeypatch
+):
+    raise_signal_in_step(monkeypatch, 4)
     with pytest.raises(Interrupted, match="stopped at step 4 of 16") as caught:
         run_toy("train", "causal", tmp_path, "trainer.logging_steps=4")
     assert caught.value.exit_code == 143

@@ -1,6 +1,7 @@
 """Stage train: its rules, its outs, the best model, and the same bytes from the same inputs."""
 
 import csv
+import functools
 import json
 import math
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import transformers
 from data_helpers import read_contents
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments
 
 from stages.core.artifacts import Blocks
 from stages.core.errors import ConfigError, StageError
@@ -248,3 +249,21 @@ def test_train_that_diverges_behind_a_checkpoint_names_it(run_toy, cache, tmp_pa
     ]
     with pytest.raises(StageError, match=r"at step \d+: .* \(the last checkpoint: .*/checkpoint-\d+\)"):
         run_toy("train", "causal", tmp_path, *rising, "++trainer.save_strategy=steps", "++trainer.save_steps=1")
+
+
+def test_training_in_one_process_uses_one_of_several_gpus(overrides, compose_stage, tmp_path, monkeypatch):
+    from stages.frameworks.trainer.arguments import make_arguments
+
+    original = TrainingArguments._setup_devices
+
+    def find_two_gpus(self):
+        device = original.func(self)
+        self._n_gpu = 2
+        return device
+
+    replacement = functools.cached_property(find_two_gpus)
+    replacement.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", replacement)
+    assert TrainingArguments(str(tmp_path), per_device_train_batch_size=8).train_batch_size == 16
+    config = compose_stage("train", *overrides("train", "causal", tmp_path))
+    assert make_arguments(config, config.trainer, str(tmp_path), 8, 1).train_batch_size == 8

@@ -1,7 +1,9 @@
 """Training with transformers' Trainer."""
 
 import copy
+import importlib.metadata
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,21 @@ if TYPE_CHECKING:
     from stages.train.stage import TrainConfig
 
 
+_OPTIONAL_LIBRARIES = {
+    "apollo-torch": r"apollo_",
+    "bitsandbytes": r"(?!adamw_torch).*(8bit|32bit|bnb|ademamix)",
+    "flash-attn": r"flash_attention",
+    "galore-torch": r"galore_",
+    "grokadamw": r"grokadamw",
+    "lomo-optim": r"(ada)?lomo",
+    "schedulefree": r"schedule_free_",
+    "torch-optimi": r"stable_adamw",
+    "torchao": r"adamw_torch_[48]bit",
+    "torchdistx": r"adamw_anyprecision",
+}
+"""Library that transformers imports for some values of trainer.optim or model.attention, to the beginning of these."""
+
+
 def prepare_framework(config: "TrainConfig") -> None:
     """Check bf16 support, and set the cache directory of torch.compile, before a model is built.
 
@@ -34,9 +51,14 @@ def prepare_framework(config: "TrainConfig") -> None:
     _set_compile_cache()
 
 
-def list_libraries(_: "TrainConfig") -> tuple[str, ...]:
-    """Return the libraries that determine the result only under this framework."""
-    return ()
+def list_libraries(config: "TrainConfig") -> tuple[str, ...]:
+    """Return the libraries that determine the result of some configs only; without those that are not installed."""
+    chosen = (str(config.trainer.get("optim")), str(config.model.attention))
+    return tuple(
+        library
+        for library, pattern in _OPTIONAL_LIBRARIES.items()
+        if any(re.match(pattern, value) for value in chosen) and any(importlib.metadata.distributions(name=library))
+    )
 
 
 def fit(

@@ -62,6 +62,8 @@ def make_arguments(
         arguments = TrainingArguments(**{**DEFAULTS, **pinned, **given, **owned})
     except Exception as error:  # transformers' checks raise different exceptions
         raise StageError(f"trainer: {format_cause(error)}") from None
+    # With several GPUs, the Trainer would otherwise train on all of them in this process, with a batch for each.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     check_arguments(arguments, given)
     return arguments
 
