@@ -70,7 +70,7 @@ def open_branches(config: "TrainConfig", arguments: TrainingArguments, num_block
         "save_steps": intervals.save_steps,
     }
     return Branches(
-        Path(settings.directory) if settings.directory else get_cache_directory() / "branches",
+        Path(os.environ.get("LM_REPRO_BRANCHES") or settings.directory or get_cache_directory() / "branches"),
         compute_branch_fingerprint(config, resolved),
         rates,
         count_steps_per_epoch(config, num_blocks),

@@ -326,19 +326,24 @@ def write_outputs(
         model.config.use_cache = use_cache  # the Trainer disables it, which would make generation slow
     loss = compute_probe_loss(model, objective, validation)  # before the adapter is merged into the weights
     with write_directory(config.out, list_saved_files(config.adapter)) as directory:
-        save_model(model, config.adapter, config.model, directory)
+        write_model(config, model, directory)
         verify_saved_model(directory, config.model.task, loss, objective, validation)
-        tokens, special = Path(config.tokens), Vocabulary.read(config.tokens).special
-        chat_template = read_json(tokens / "stats.json").get("chat_template")  # only for documents with prompts
-        export_tokenizer(tokens / "tokenizer", directory, special, config.model.max_positions, chat_template)
     with write_directory(config.report, ["stats.json"]) as directory:
-        _write_curves(state.log_history, directory)
+        write_curves(state.log_history, directory)
         if state_chain:
             write_state_chain(directory, state_chain)
         write_json(directory / "stats.json", build_ledger(config, state, num_blocks))
 
 
-def _write_curves(history: list[dict[str, float]], directory: Path) -> None:
+def write_model(config: TrainConfig, model: Any, directory: Path) -> None:
+    """Write a trained model and its tokenizer into `directory`."""
+    save_model(model, config.adapter, config.model, directory)
+    tokens, special = Path(config.tokens), Vocabulary.read(config.tokens).special
+    chat_template = read_json(tokens / "stats.json").get("chat_template")  # only for documents with prompts
+    export_tokenizer(tokens / "tokenizer", directory, special, config.model.max_positions, chat_template)
+
+
+def write_curves(history: list[dict[str, float]], directory: Path) -> None:
     """Write the curves of the Trainer's log history for `dvc plots`, through DVCLive."""
     from dvclive import Live
 

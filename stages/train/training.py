@@ -271,6 +271,8 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         """Restore the state that the Trainer does not restore from the checkpoint of `step`."""
         loss = json.loads((self._checkpoints.get_path(step) / LOSS_FILE.format(get_rank())).read_text(encoding="utf-8"))
         self.state_chain.links = read_state_chain(self._checkpoints.get_path(step))
+        if not self.state.global_step == len(self.state_chain.links) == step:
+            raise StageError(f"the checkpoint of step {step} is damaged: it has the state of another step")
         self._restore_learning_rate()
         self._tr_loss.fill_(loss["sum"])
         self._globalstep_last_logged = loss["since_step"]
@@ -373,7 +375,7 @@ class _CheckpointRestorer(TrainerCallback):  # type: ignore[misc]
 
 
 class _StopAfterStep(TrainerCallback):  # type: ignore[misc]
-    """Ends training after a step."""
+    """Ends training after a step. Inside an epoch, nothing is then logged or evaluated as at its end."""
 
     def __init__(self, step: int) -> None:
         self._step = step
@@ -381,6 +383,10 @@ class _StopAfterStep(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= self._step:
             control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step < state.max_steps and not float(state.epoch or 0.0).is_integer():
+            control.should_log = control.should_evaluate = False
 
 
 class ProcessSeed(TrainerCallback):  # type: ignore[misc]

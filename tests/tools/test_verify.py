@@ -21,10 +21,11 @@ from small_repository import make_repository, run_shell
 
 from stages.core.errors import StageError
 from tools.verify.command import run_verification, verify_commit
-from tools.verify.replay import Clone
+from tools.verify.replay import Clone, open_clone
 from tools.verify.report import Verification, describe_verification
 from tools.verify.segments import Segment, SegmentReplay, SegmentsResult
 from tools.verify.stages import StageResult, Verdict
+from tools.verify.training import CloneTraining
 
 ROOT = Path(__file__).parents[2]
 STAGE = """\
@@ -272,6 +273,16 @@ def test_verify_tampered_model_in_the_cache_is_caught(toy: Path) -> None:
     assert "weights.txt: its file in DVC's cache is damaged" in describe(verification)
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_verify_metrics_that_were_not_committed_are_caught(toy: Path, ignored: bool) -> None:
+    if ignored:
+        (toy / ".gitignore").write_text((toy / ".gitignore").read_text() + "/metrics/\n")
+    run_shell(toy, "git rm -q --cached metrics/toy.json && git add .gitignore && git commit -q -m removed")
+    verification = verify()
+    assert list_differences(verification) == {("fit", "git", "metrics/toy.json")}
+    assert "metrics/toy.json: it was not committed" in describe(verification)
+
+
 def test_verify_damaged_listing_in_the_cache_is_caught(toy: Path) -> None:
     listing = next((toy / ".dvc/cache").rglob("*.dir"))
     overwrite(listing, "{")
@@ -418,7 +429,7 @@ FIRST = Segment(0, 10)
         [
             (SegmentReplay(FIRST), None, Verdict.VERIFIED),
             (SegmentReplay(FIRST, first_difference=3), None, Verdict.DIFFERS),
-            (SegmentReplay(FIRST, state_difference="a weight"), None, Verdict.DIFFERS),
+            (SegmentReplay(FIRST, difference="a weight"), None, Verdict.DIFFERS),
             (SegmentReplay(FIRST, problem="damaged"), None, Verdict.NOT_REPLAYED),
             (SegmentReplay(FIRST), "another model", Verdict.DIFFERS),
         ],
@@ -455,15 +466,14 @@ def test_verify_training_whose_model_is_not_in_the_cache_is_not_replayed(trained
     assert "is not in DVC's cache: run `dvc pull`, or verify with --all" in stage.problem
 
 
-def test_verify_training_that_would_continue_from_kept_checkpoints_is_not_replayed(trained: Path) -> None:
-    edit_lock(
-        lambda stages: stages["train"]["params"].update(
-            {"conf/base/hardware.yaml": {"checkpoints": {"keep_for_branches": {"directory": "/shared/kept"}}}}
-        )
-    )
-    (stage,) = verify().stages
-    assert stage.verdict is Verdict.NOT_REPLAYED
-    assert stage.problem.startswith("it would continue from kept checkpoints of earlier runs in /shared/kept")
+def test_verify_replays_without_the_kept_checkpoints_of_this_machine(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LM_REPRO_BRANCHES", "/shared/kept")
+    with Repo() as repo, open_clone(repo, repo.scm.get_rev(), {}) as clone:
+        directories = {clone.environment[name] for name in ("LM_REPRO_CACHE", "LM_REPRO_BRANCHES")}
+        assert all(Path(name).is_relative_to(clone.directory.parent) for name in directories)
+        assert CloneTraining(clone, "toy").environment["LM_REPRO_BRANCHES"] == "/shared/kept"
 
 
 # -- refusals and interruptions ----------------------------------------------------------------------------------------

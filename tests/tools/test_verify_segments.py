@@ -150,7 +150,7 @@ def test_changed_checkpoint_between_two_segments_is_caught_by_the_state_at_the_e
     training._checkpoints[5] += 7  # and the steps after it were trained from the changed one
     training.chain[5:] = training.replay_steps(5, 10).links
     result = verify_training(training, training.chain, 2, seed=0)
-    assert [(replay.first_difference, replay.state_difference) for replay in result.replays] == [
+    assert [(replay.first_difference, replay.difference) for replay in result.replays] == [
         (None, "a weight"),
         (None, None),
     ]

@@ -20,7 +20,7 @@ from stages.core.errors import StageError
 from tools.card import make_card
 from tools.publish import find_statement, read_recorded_run
 from tools.verify.compare import Difference, MetricChange
-from tools.verify.report import Verification, make_statement
+from tools.verify.report import Verification, describe_verification, make_statement
 from tools.verify.segments import Segment, SegmentReplay, SegmentsResult
 from tools.verify.stages import StageResult, Verdict
 from tools.verify.statement import get_statement_path, read_statement, summarize_statement
@@ -260,3 +260,13 @@ def test_failed_verification_is_in_the_card_but_not_published(inside: Path) -> N
         file.unlink()
     assert "did not give the same results: train@causal, evaluate@causal." in text
     assert "verification.json" not in text and published == {}
+
+
+def test_given_seed_is_said_in_the_report_the_statement_and_the_card() -> None:
+    segments = make_segments()._replace(is_seed_given=True)
+    verification = make_verification(make_stage("train@causal", segments=segments))
+    statement = make_statement(verification)
+    texts = ["\n".join(describe_verification(verification)), summarize_statement(statement)]
+    assert all("if the given seed" in text and "was not known before" in text for text in texts)
+    assert statement["predicate"]["lmRepro"]["segments"]["train@causal"]["seedSource"] == "given"
+    assert "given seed" not in summarize_statement(make_statement(VERIFICATIONS["segments"]))

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_helpers import read_contents
 from dvc_project import mark_rest_slow
 from safetensors.torch import load_file, save_file
+from training_cases import BEST
 from transformers.trainer_pt_utils import safe_globals
 
 from stages.core.artifacts import compute_sha256
@@ -34,9 +36,10 @@ def trained(request, run_toy, overrides, compose_stage, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LM_REPRO_CACHE", str(root / "cache"))
         run_toy("train", task, root / "outs", *SETTINGS[request.param], KEEP)
-        config = compose_stage("train", *overrides("train", task, root / "again", *SETTINGS[request.param], KEEP))
+        config = compose_stage("train", *overrides("train", task, root / "outs", *SETTINGS[request.param], KEEP))
+        written = read_contents(root)
         yield config, read_state_chain(root / "outs/report")
-    assert not (root / "again").exists()  # a replay writes nothing
+    assert read_contents(root) == written  # a replay writes nothing
 
 
 def test_chain_has_a_different_link_for_each_step(trained):
@@ -98,6 +101,13 @@ def change_weight_decay(file):
     torch.save(state, file)
 
 
+def change_state(**values):
+    def change(file):
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return change
+
+
 def change_random_numbers(file):
     with safe_globals():
         state = torch.load(file, weights_only=True)
@@ -112,6 +122,9 @@ def change_random_numbers(file):
         ("optimizer.pt", change_optimizer, "the state of the optimizer"),
         ("optimizer.pt", change_weight_decay, "the settings of the optimizer"),
         ("rng_state.pth", change_random_numbers, "the state of the random numbers"),
+        ("trainer_state.json", change_state(epoch=0.5), "the epoch"),
+        ("trainer_state.json", change_state(global_step=2), "the global step"),
+        ("trainer_state.json", change_state(log_history=[]), "the history of losses"),
     ],
 )
 @pytest.mark.parametrize("trained", ["causal"], indirect=True)
@@ -125,6 +138,20 @@ def test_changed_kept_checkpoint_differs_from_the_state_at_the_end_of_the_segmen
     assert difference.startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("trainer_state.json", change_state(global_step=0)),
+        ("state_chain.txt", lambda file: file.write_text("")),
+    ],
+)
+@pytest.mark.parametrize("trained", ["causal"], indirect=True)
+def test_kept_checkpoint_with_the_state_of_another_step_is_not_replayed_from(trained, tamper, name, change):
+    tamper(10, name, change)
+    with pytest.raises(StageError, match="checkpoint of step 10 is damaged: it has the state of another step"):
+        replay_steps(trained[0], 10, 15)
+
+
 @pytest.fixture
 def copied(trained, tmp_path):
     """Config with a copy of the training's outs, and the state chain."""
@@ -136,10 +163,53 @@ def copied(trained, tmp_path):
 def test_trained_model_is_that_of_the_chain_and_a_changed_one_is_not(copied, tmp_path):
     config, chain = copied
     assert find_model_difference(config, chain) is None
-    assert find_model_difference(config, chain[:-1]) == "the training had 16 steps, but its state chain has 15"
+    assert find_model_difference(config, chain[:-1]) == "the training should have 16 steps, but its state chain has 15"
     assert "it does not have the weights of step" in find_model_difference(config, ["0" * 16] * 16)
     change_weight(tmp_path / "outs/model/model.safetensors")
     assert "it does not have the weights of step" in find_model_difference(config, chain)
+
+
+@pytest.mark.parametrize("trained", ["causal"], indirect=True)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_changed_file_of_the_model_other_than_its_weights_is_found(copied, tmp_path, name):
+    config, chain = copied
+    file = tmp_path / "outs/model" / name
+    file.write_text(file.read_text().replace("{", '{"x": 1,', 1))
+    assert find_model_difference(config, chain) == f"{name}: not what train writes for these weights"
+    file.unlink()
+    if name != "config.json":  # without which there is no model
+        assert find_model_difference(config, chain) == f"{name}: not what train writes for these weights"
+    (tmp_path / "outs/model/more.bin").write_text("")
+    if name != "config.json":
+        assert "more.bin" in find_model_difference(config, chain)
+
+
+@pytest.mark.parametrize("trained", ["causal"], indirect=True)
+def test_training_of_fewer_steps_than_the_config_says_is_found(copied):
+    config, chain = copied
+    longer = replace(config, num_train_epochs=3.0)
+    assert find_model_difference(longer, chain) == "the training should have 24 steps, but its ledger has 16"
+
+
+def change_curve(outs, name, step, value):
+    file = outs / f"report/plots/metrics/{name}.tsv"
+    lines = [line.split("\t") for line in file.read_text().splitlines()]
+    column = lines[0].index(file.stem)
+    lines = [[value if k == column and line[0] == str(step) else cell for k, cell in enumerate(line)] for line in lines]
+    file.write_text("".join("\t".join(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("trained", ["best"], indirect=True)
+def test_best_step_is_that_of_the_validation_curve_and_a_changed_curve_is_found(copied, tmp_path):
+    config, chain = copied
+    best = json.loads((tmp_path / "outs/report/stats.json").read_text())["best_step"]
+    other = ({8, 16} - {best}).pop()
+    change_curve(tmp_path / "outs", "validation/loss", other, "0.001")
+    assert find_model_difference(config, chain).startswith(f"the best step of the validation curve is {other}, but")
+    segment = (5, 10) if other == 8 else (10, 16)
+    assert replay_steps(config, *segment).difference == f"validation/loss of step {other}"
+    change_curve(tmp_path / "outs", "train/loss", 10, "0.5")
+    assert replay_steps(config, 5, 10).difference is not None
 
 
 @pytest.mark.parametrize("trained", ["causal", "best"], indirect=True)
@@ -151,6 +221,21 @@ def test_replay_of_the_last_segment_finds_a_changed_model_whatever_its_checksum(
     swap_weights(tmp_path / "outs/model/model.safetensors")
     assert find_model_difference(config, chain) is None
     assert replay_steps(config, 5, last) == (chain[5:last], "the weights of the trained model")
+    if last < 16:  # inside a segment
+        assert replay_steps(config, 5, 16) == (chain[5:], "the weights of the trained model")
+
+
+def test_early_stop_is_that_of_the_trainer(run_toy, overrides, compose_stage, tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_REPRO_CACHE", str(tmp_path / "cache"))
+    for number, patience in enumerate((1, 2, 30)):
+        stopping = f"early_stopping={{patience: {patience}, threshold: 0.02}}"
+        more = [*BEST, "learning_rate=0.3", "num_train_epochs=6", stopping]
+        run_toy("train", "causal", tmp_path / str(number), *more)
+        config = compose_stage("train", *overrides("train", "causal", tmp_path / str(number), *more))
+        chain = read_state_chain(tmp_path / str(number) / "report")
+        assert len(chain) < 48 or patience == 30
+        assert find_model_difference(config, chain) is None
+        assert "steps, but its state chain has" in find_model_difference(config, chain[:-8])
 
 
 def test_replay_from_a_step_that_was_not_kept_is_an_error(trained):

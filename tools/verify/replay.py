@@ -1,7 +1,7 @@
 """Replay of stages in a clean clone of a commit, in which no earlier result can be found.
 
-The clone has its own empty DVC cache and its own LM_REPRO_CACHE, so that no stage is restored from a cache, and no
-training resumes from a checkpoint. It also starts without dvc.lock: whatever the file has at the end was computed.
+The clone has its own empty DVC cache, LM_REPRO_CACHE and LM_REPRO_BRANCHES, so that no stage is restored from a cache,
+and no training resumes from a checkpoint. It also starts without dvc.lock: what the file has at the end was computed.
 """
 
 import contextlib
@@ -90,6 +90,10 @@ class Clone:
         """Return the stages of dvc.yaml as DVC's objects, in DVC's order of execution."""
         stages = plan_repro(get_active_graph(self.repo.index.graph))
         return [stage for stage in stages if isinstance(stage, PipelineStage) and stage.path_in_repo == PROJECT_FILE]
+
+    def list_uncached_outs(self) -> set[str]:
+        """Return the outs that DVC leaves to git, such as metrics."""
+        return {out.def_path for stage in self.list_stages() for out in stage.outs if not out.use_cache}
 
     def run_stage(self, stage: Any, command: Sequence[str] = _REPRO) -> StageRun:
         """Run a stage. Its output goes to stderr.
@@ -211,6 +215,7 @@ def _build_environment(root: Path) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "DVC_SITE_CACHE_DIR": str(root / "dvc"),
         "LM_REPRO_CACHE": str(root / "cache"),
+        "LM_REPRO_BRANCHES": str(root / "branches"),  # also if keep_for_branches.directory is set
     }
 
 

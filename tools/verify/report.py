@@ -96,6 +96,7 @@ def describe_segments(result: SegmentsResult) -> Iterator[str]:
     yield (
         f"a change of one step would have been caught with a probability of {result.probability:.1%}"
         f" ({result.num_replayed} / {num_segments}: each segment was equally likely to be chosen)"
+        + (", if the given seed was not known before" if result.is_seed_given else "")
     )
 
 
@@ -105,8 +106,8 @@ def describe_segment(replay: SegmentReplay) -> str:
         return f"NOT REPLAYED: {printable(replay.problem, 400)}"
     if replay.first_difference is not None:
         return f"DIFFERS from step {replay.first_difference:,} on"
-    if replay.state_difference is not None:
-        return f"DIFFERS in the state at its end: {printable(replay.state_difference)}"
+    if replay.difference is not None:
+        return f"DIFFERS: {printable(replay.difference)}"
     return "same weights after every step"
 
 
@@ -207,6 +208,7 @@ def _record_segments(result: SegmentsResult) -> dict[str, Any]:
         "numSegments": len(result.segments),
         "numReplayed": result.num_replayed,
         "seed": result.seed,
+        "seedSource": "given" if result.is_seed_given else "random",
         "probability": result.probability,
         "modelDifference": result.model_difference,
         "formula": "numReplayed / numSegments, for a change of one step",
@@ -215,7 +217,7 @@ def _record_segments(result: SegmentsResult) -> dict[str, Any]:
                 "firstStep": replay.segment.first + 1,
                 "lastStep": replay.segment.last,
                 "firstDifference": replay.first_difference,
-                "stateDifference": replay.state_difference,
+                "difference": replay.difference,
                 "problem": replay.problem or None,
             }
             for replay in result.replays

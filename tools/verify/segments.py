@@ -21,9 +21,9 @@ class StepsReplay(NamedTuple):
 
     links: list[str]
     """Links of the replayed steps."""
-    state_difference: str | None
-    """Part of the state after the last step that differs from the kept checkpoint of this step, or from the trained
-    model of this step; None if nothing does."""
+    difference: str | None
+    """What differs besides the links: a part of the state after the last step, of the curves, or of the trained model;
+    None if nothing does."""
 
 
 class Segment(NamedTuple):
@@ -46,14 +46,14 @@ class SegmentReplay(NamedTuple):
     segment: Segment
     first_difference: int | None = None
     """First step whose link differs from the chain; None if all links are equal."""
-    state_difference: str | None = None
-    """Part of the state after the last step that differs, as in StepsReplay; None if nothing does."""
+    difference: str | None = None
+    """What differs besides the links, as in StepsReplay; None if nothing does."""
     problem: str = ""
     """Why the segment could not be replayed; the empty string if it was."""
 
     @property
     def differs(self) -> bool:
-        return self.first_difference is not None or self.state_difference is not None
+        return self.first_difference is not None or self.difference is not None
 
     @property
     def verified(self) -> bool:
@@ -76,6 +76,8 @@ class SegmentsResult(NamedTuple):
     """Why no segment could be replayed; the empty string if some were."""
     model_difference: str | None = None
     """Why the trained model is not that of the chain; None if it is."""
+    is_seed_given: bool = False
+    """True if the seed was given with --seed, so that it may have been known before a step was changed."""
 
     @property
     def differs(self) -> bool:
@@ -163,7 +165,7 @@ def replay_segments(training: Training, chain: Sequence[str], segments: Sequence
             continue
         pairs = itertools.zip_longest(claimed, replay.links)
         first = next((number for number, (old, new) in enumerate(pairs, segment.first + 1) if old != new), None)
-        yield SegmentReplay(segment, first, replay.state_difference)
+        yield SegmentReplay(segment, first, replay.difference)
 
 
 def verify_training(training: Training, chain: Sequence[str], number: int, seed: int) -> SegmentsResult:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dvc.fs import LocalFileSystem
 from dvc.repo import Repo
@@ -28,13 +28,6 @@ from tools.verify.segments import SegmentsResult
 
 TrainingVerifier = Callable[[Clone, str], SegmentsResult]
 """Replays segments of the training of a stage, whose outs are in the clone: `verifier(clone, "train@causal")`."""
-
-
-# Other kept checkpoints are in LM_REPRO_CACHE, and the clone has its own.
-_KEPT = (
-    "it would continue from kept checkpoints of earlier runs in {} (checkpoints.keep_for_branches.directory): set it to"
-    " null, or verify with --segments"
-)
 
 
 class Verdict(enum.Enum):
@@ -85,9 +78,7 @@ def verify_stages(
         claimed = lock.get(name, {})
         copies = list(check_copies(repo, claimed, in_workspace.get(name) or {}))
         if verify_training is None or name.partition("@")[0] != "train" or not claimed:
-            kept = find_kept_directory(claimed.get("params"))
-            run = clone.run_stage(stage) if kept is None else StageRun({}, _KEPT.format(printable(kept)), 0.0)
-            yield compare_stage(clone, repo, name, claimed, run, copies)
+            yield compare_stage(clone, repo, name, claimed, clone.run_stage(stage), copies)
             continue
         problem = restore_outs(clone, repo, claimed)
         run = clone.run_stage(stage, ["commit", "--quiet", "--force"]) if not problem else StageRun({}, problem, 0.0)
@@ -97,16 +88,6 @@ def verify_stages(
         copies = list(check_copies(repo, lock[name], in_workspace.get(name) or {}))
         problem = "dvc.yaml has no such stage: delete its entry from dvc.lock"
         yield StageResult(name, Verdict.NOT_REPLAYED, 0.0, problem, copies, [], _get_outs(lock[name]), {})
-
-
-def find_kept_directory(params: Any) -> str | None:
-    """Return the directory of kept checkpoints that values of dvc.lock name; None if they name none."""
-    if not isinstance(params, dict):
-        return None
-    settings = params.get("keep_for_branches")
-    if isinstance(settings, dict) and settings.get("directory") is not None:
-        return str(settings["directory"])
-    return next(filter(None, map(find_kept_directory, params.values())), None)
 
 
 def restore_outs(clone: Clone, repo: Repo, claimed: Entry) -> str:
@@ -124,7 +105,10 @@ def add_segments(result: StageResult, segments: SegmentsResult) -> StageResult:
         verdict = Verdict.DIFFERS
     elif not segments.verified and verdict is Verdict.VERIFIED:
         verdict = Verdict.NOT_REPLAYED
-    files = result.files if verdict is Verdict.VERIFIED else {}
+    # The curves of the other segments were not computed again.
+    files = {path: sha256 for path, sha256 in result.files.items() if not path.startswith("reports/")}
+    if verdict is not Verdict.VERIFIED:
+        files = {}
     seconds = result.seconds + segments.seconds
     return result._replace(verdict=verdict, problem=segments.problem, files=files, seconds=seconds, segments=segments)
 
@@ -155,8 +139,9 @@ def compare_stage(
                 difference = difference._replace(description=described)
         differences.append(difference)
     for path, before, after in find_changed_git_files(clone, [*replayed]):
-        differences.append(Difference("git", path, "the committed file is not the one that the stage writes"))
-        changes += compare_numbers(path, before, after)
+        description = "the committed file is not the one that the stage writes"
+        differences.append(Difference("git", path, description if before is not None else "it was not committed"))
+        changes += compare_numbers(path, before or b"", after)
     differences += copies
     changes = list({(change.path, change.key): change for change in changes}.values())
     if differences:
@@ -169,8 +154,12 @@ def _get_outs(entry: Entry) -> dict[str, str]:
     return {item["path"]: str(item.get("md5", "")) for item in entry.get("outs") or []}
 
 
-def find_changed_git_files(clone: Clone, outs: list[str]) -> Iterator[tuple[str, bytes, bytes]]:
-    """Yield path, committed content and replayed content of the committed files of outs that a replay changed."""
+def find_changed_git_files(clone: Clone, outs: list[str]) -> Iterator[tuple[str, bytes | None, bytes]]:
+    """Yield path, committed content (None: no file) and replayed content of the files that differ from those in git.
+
+    Args:
+        outs: outs of the replayed stage.
+    """
     if not outs:
         return
     git = ["git", "--literal-pathspecs", "-C", str(clone.directory)]
@@ -178,9 +167,15 @@ def find_changed_git_files(clone: Clone, outs: list[str]) -> Iterator[tuple[str,
     def read(*command: str) -> bytes:
         return subprocess.run([*git, *command], env=clone.environment, capture_output=True, check=True).stdout
 
-    for path in filter(None, read("diff", "--name-only", "-z", "HEAD", "--", *outs).decode().split("\0")):
+    def list_paths(*command: str) -> list[str]:
+        return [path for path in read(*command).decode().split("\0") if path]
+
+    for path in list_paths("diff", "--name-only", "-z", "HEAD", "--", *outs):
         file = clone.directory / path
         yield path, read("show", f"HEAD:{path}"), file.read_bytes() if file.is_file() else b""
+    if uncached := [out for out in outs if out in clone.list_uncached_outs()]:
+        for path in list_paths("ls-files", "--others", "-z", "--", *uncached):
+            yield path, None, (clone.directory / path).read_bytes()
 
 
 def hash_files(clone: Clone, out: str) -> Iterator[tuple[str, str]]:

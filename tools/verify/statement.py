@@ -96,6 +96,7 @@ def summarize_statement(statement: dict[str, Any]) -> str:
         text += (
             f" Of {printable(stage)}, {part['numReplayed']:,} of {part['numSegments']:,} random segments were replayed"
             f" ({part['stepsReplayed']:,} of {part['steps']:,} steps): a change of one step would have been caught with"
-            f" a probability of {part['probability']:.0%}."
+            f" a probability of {part['probability']:.0%}"
+            + (", if the given seed of the choice was not known before." if part.get("seedSource") == "given" else ".")
         )
     return text
