@@ -152,7 +152,7 @@ def test_chain_from_an_experiment_is_pinned_and_shown(chained_project: Path) -> 
     pin["from"]["rev"] = head
     (chained_project / "conf/model/mine.yaml").write_text(yaml.safe_dump(pin), encoding="utf-8")
     output = run_command(chained_project, "python", "-m", "tools.check", check=False)
-    assert f"and from.md5 is {md5}" in output and "--name mine --force" in output
+    assert f"but from.md5 is {md5}" in output and "--name mine --force" in output
     pin["tokenizer"]["from"]["md5"] = "0" * 32 + ".dir"
     (chained_project / "conf/model/mine.yaml").write_text(yaml.safe_dump(pin), encoding="utf-8")
     assert "a model continues with its own tokenizer" in run_command(
