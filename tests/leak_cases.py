@@ -15,7 +15,7 @@ def make_limits(**changes: Any) -> LeakLimits:
 def make_report(share: float = 0.0, auc: float = 0.5, exposure: float | None = None, **changes: Any) -> dict[str, Any]:
     """Return a report on a causal model with these figures, and an example that quotes SECRET."""
     share_of = {"documents": 100, "too_short": 0, "exact": 0, "near_verbatim": round(100 * share), "share": share}
-    piece = {"train": 100, "held_out": 50, "auc": auc, "low": 0.0, "high": 1.0, "tpr": 0.1, "tpr_low": 0, "tpr_high": 1}
+    piece = {"train": 100, "held_out": 50, "auc": auc, "low": 0.0, "high": 1.0, "tpr": 0.1, "fpr": 1 / 51}
     example = {"record": 3, "edit_distance": 0.0, "prompt": SECRET, "document": SECRET, "model": SECRET}
     canary = {"text": f"{SECRET} 123456", "planted": 1, "exposure": exposure}
     report = {

@@ -107,6 +107,7 @@ def test_card_section_has_figures_and_limits_but_no_training_text() -> None:
     assert "| near-verbatim continuations | 30.0% | 0.0% to 100.0% | 0.0% | 1.0% (exceeded) |" in text
     assert "| membership AUC, 32 tokens | 0.500 | 0.000 to 1.000 | 0.5 | 0.950 |" in text
     assert "| membership AUC, 128 tokens | 1.000 | 0.000 to 1.000 | 0.5 |  |" in text
+    assert "| TPR at 1 % FPR, 32 tokens | 10.0% |  | 2.0% |  |" in text and "about 2.0% would be" in text
     assert "| highest exposure of a canary (bits) | 11.5 |  |  | 10.0 (exceeded) |" in text
     assert SECRET not in text and "123456" not in text
 

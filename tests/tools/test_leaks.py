@@ -204,6 +204,17 @@ def test_measure_membership_allows_one_percent_false_positives() -> None:
     assert found is not None and found["tpr"] == 1.0
 
 
+@pytest.mark.parametrize(("num_held_out", "expected"), [(51, 1 / 52), (99, 1 / 100), (200, 3 / 201)])
+def test_measure_membership_states_the_false_positive_rate_of_new_documents(num_held_out: int, expected: float) -> None:
+    generator = np.random.default_rng(0)
+    rates = []
+    for _ in range(1000):
+        found = measure_membership(generator.normal(size=100), generator.normal(size=num_held_out))  # no members
+        assert found is not None and found["fpr"] == expected
+        rates.append(found["tpr"])
+    assert abs(np.mean(rates) - expected) < 0.1 * expected
+
+
 @pytest.mark.parametrize("empty", [np.array([]), np.array([np.nan])])
 def test_measure_membership_without_documents_on_a_side_is_none(empty: Any) -> None:
     assert measure_membership(empty, np.ones(3)) is None and measure_membership(np.ones(3), empty) is None

@@ -214,7 +214,9 @@ def measure_membership(
     """Measure how well a score tells documents of train from held-out ones; None without documents on a side.
 
     Keys: the numbers of documents; auc, the probability that a document of train has the lower score, with the ends of
-    its 95 % interval; tpr, the share of train that is found if at most FALSE_POSITIVES of the others are taken for it.
+    its 95 % interval; tpr, the share of train that is found if at most FALSE_POSITIVES of the others are taken for it;
+    fpr, the false-positive rate to expect at that threshold, which is above FALSE_POSITIVES for few documents. tpr has
+    no interval: Wilson's would take the threshold as known, and covers 29 % instead of 95 % with 51 held-out documents.
 
     Args:
         train: [num_train] float64; NaN is left out.
@@ -226,18 +228,16 @@ def measure_membership(
     below, up_to = (np.searchsorted(others, members, side=side).sum() for side in ("left", "right"))
     auc = float(below + up_to) / (2 * len(members) * len(others))
     low, high = compute_auc_interval(auc, len(members), len(others))
-    threshold = others[-1 - int(FALSE_POSITIVES * len(others))]
-    num_found = int((members > threshold).sum())
-    tpr_low, tpr_high = compute_wilson_interval(num_found, len(members))
+    num_false = int(FALSE_POSITIVES * len(others))
+    threshold = others[-1 - num_false]
     return {
         "train": len(members),
         "held_out": len(others),
         "auc": auc,
         "low": low,
         "high": high,
-        "tpr": num_found / len(members),
-        "tpr_low": tpr_low,
-        "tpr_high": tpr_high,
+        "tpr": float((members > threshold).mean()),
+        "fpr": (num_false + 1) / (len(others) + 1),
     }
 
 

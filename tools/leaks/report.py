@@ -12,7 +12,7 @@ from stages.core.errors import StageError
 from tools.leaks.canaries import read_canaries
 from tools.lock_history import get_hashes
 
-DEFINITIONS = 1
+DEFINITIONS = 2
 """Version of the definitions of the figures; a report of another version is made again."""
 
 
@@ -178,8 +178,8 @@ def list_figures(report: Mapping[str, Any], limits: LeakLimits) -> Iterator[Figu
         yield Figure(
             f"TPR at 1 % FPR, {length}",
             f"{found['tpr']:.1%}",
-            f"{found['tpr_low']:.1%} to {found['tpr_high']:.1%}",
-            "1.0%",
+            "",
+            f"{found['fpr']:.1%}",
             "",
             False,
         )
@@ -211,7 +211,8 @@ def list_notes(report: Mapping[str, Any]) -> Iterator[str]:
             "Membership: documents of train are told from held-out ones by the share of bits that training saved on"
             f" their first tokens: {membership[0]['train']:,} documents of train, {membership[0]['held_out']:,} of"
             " validation and test. AUC: probability that the one of train is recognized in a pair of documents; TPR at"
-            " 1 % FPR: share of train that is found while 1 % of the others are taken for it."
+            " 1 % FPR: share of train that is found while at most 1 % of these held-out documents are taken for it. Of"
+            f" other held-out documents, about {membership[0]['fpr']:.1%} would be."
         )
     else:
         yield "Membership was not measured: one side has no documents."
