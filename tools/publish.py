@@ -30,8 +30,7 @@ from tools.check import explain_dvc_error
 from tools.keys import list_keys
 from tools.leaks.report import (
     LeakLimits,
-    describe_excesses,
-    find_excesses,
+    explain_refusal,
     read_report,
     render_memorization_section,
 )
@@ -93,9 +92,9 @@ def publish_model(task: str, dry_run: Path | None) -> None:
     report = read_or_make_report(run, settings.leaks)
     memorization = render_memorization_section(report, settings.leaks)
     card = make_card(run, settings.repository, settings.license, language, memorization)
-    excesses = find_excesses(report, settings.leaks) if report is not None else []
-    if excesses and dry_run is None:
-        raise StageError(describe_excesses(excesses, task))
+    refusal = explain_refusal(report, settings.leaks) if report is not None else ""
+    if refusal and dry_run is None:
+        raise StageError(refusal)
     if settings.license is None:
         print(f"publish: no license is chosen (conf/publish.yaml: {task}.license); the card says so", file=sys.stderr)
     if not run_git("branch", "--remotes", "--contains", run.commit):
@@ -108,8 +107,8 @@ def publish_model(task: str, dry_run: Path | None) -> None:
         write_text(file, str(card))
         published = [*files, *find_statement(run.commit)]
         print(f"{file}: the card, for review; these files would be published with it: {', '.join(published)}")
-        if excesses:
-            print(f"publish: would be refused: {describe_excesses(excesses, task)}", file=sys.stderr)
+        if refusal:
+            print(f"publish: would be refused: {refusal}", file=sys.stderr)
         return
     print(f"published at {upload_model(settings, card, Path(f'models/{task}'), files, run)}")
 

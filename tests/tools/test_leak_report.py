@@ -9,7 +9,7 @@ from leak_cases import SECRET, make_limits, make_report
 from stages.core.artifacts import write_json
 from stages.core.errors import StageError
 from tools.leaks.report import (
-    describe_excesses,
+    explain_refusal,
     find_excesses,
     get_examined_hashes,
     get_report_path,
@@ -50,10 +50,42 @@ def test_find_excesses_ignores_limits_that_are_null() -> None:
     assert find_excesses(make_report(1.0, 1.0, 12.0), limits) == [] and not limits.has_limits
 
 
-def test_describe_excesses_names_key_value_limit_and_remedy() -> None:
-    text = describe_excesses(find_excesses(make_report(share=0.3), make_limits()), "causal")
+def test_explain_refusal_names_key_value_limit_and_remedy() -> None:
+    text = explain_refusal(make_report(share=0.3), make_limits())
     assert "max_verbatim_share: 0.3 is above 0.01" in text and "causal.leaks" in text and "raise the limit" in text
     assert len(text.splitlines()) == 2
+
+
+NOT_IN_TRAIN = {"alternatives": 4095, "canaries": [], "highest": None}
+
+
+@pytest.mark.parametrize(
+    ("missing", "key", "reason"),
+    [
+        ({"continuation": {"train": None, "held_out": None}}, "max_verbatim_share", "no document of train has 16"),
+        ({"membership": []}, "max_membership_auc", "train or the held-out splits have no document of 16"),
+        ({"membership": None}, "max_membership_auc", "the weights before all training are unknown"),
+        ({"exposure": NOT_IN_TRAIN}, "max_exposure", "none of the canaries is in a document of train"),
+    ],
+)
+def test_explain_refusal_of_an_unmeasured_figure_with_a_limit_says_why_and_how_to_go_on(
+    missing: dict[str, Any], key: str, reason: str
+) -> None:
+    report = make_report() | missing
+    text = explain_refusal(report, make_limits())
+    assert f"(causal.leaks): {key}: {reason}" in text and f"set {key}: null" in text and len(text.splitlines()) == 2
+    assert explain_refusal(report, make_limits(**{key: None})) == ""
+    assert list(list_notes(report))  # also without the figure
+
+
+@pytest.mark.parametrize("missing", [{}, {"continuation": None}, {"exposure": None}])
+def test_explain_refusal_allows_figures_that_do_not_apply(missing: dict[str, Any]) -> None:
+    assert explain_refusal(make_report() | missing, make_limits()) == ""
+
+
+def test_explain_refusal_lists_figures_above_limits_and_unmeasured_ones() -> None:
+    text = explain_refusal(make_report(share=0.3, membership=[]), make_limits())
+    assert "max_verbatim_share: 0.3 is above" in text and "set max_membership_auc: null" in text
 
 
 def test_report_of_the_current_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +104,7 @@ def test_report_of_the_current_model_is_read(tmp_path: Path, monkeypatch: pytest
         ({"definitions": 0}, "another version"),
         ({"examined": {"models/causal": "x"}}, "another model or other data"),
         ({"canaries_sha256": "sha256:x"}, "other canaries"),
+        ({"documents": 1}, "--documents 1, below 200"),
     ],
 )
 def test_report_that_is_missing_damaged_or_stale_is_not_used(
@@ -119,7 +152,11 @@ def test_card_section_without_limits_says_that_nothing_was_examined() -> None:
 def test_report_without_measures_says_why() -> None:
     report = make_report(continuation=None, membership=[])
     notes = " ".join(list_notes(report))
-    assert "masked model" in notes and "one side has no documents" in notes and "No canaries are planted" in notes
+    assert (
+        "masked model" in notes
+        and "Membership was not measured: train or" in notes
+        and "No canaries are planted" in notes
+    )
     assert list(list_figures(report, make_limits())) == [] and "| measure" not in render_memorization_section(
         report, make_limits()
     )

@@ -32,7 +32,7 @@ from tools.leaks.measures import (
     sample_texts,
     summarize_continuations,
 )
-from tools.leaks.report import find_excesses
+from tools.leaks.report import explain_refusal, find_excesses
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ["café", "北京", "🙂", *("".join(random.Random(number).choices(LETTERS, k=4)) for number in range(47))]
@@ -70,10 +70,14 @@ Examine = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def examine(random_corpus: Path, cache: Path) -> Examine:
-    """`examine(task, epochs, canaries, documents)`: train a toy on the corpus and examine it."""
+    """`examine(task, epochs, canaries, documents, context)`: train a toy on the corpus and examine it."""
 
     def train_and_examine(
-        task: str, epochs: float, canaries: Sequence[str] = (), documents: int = 50
+        task: str,
+        epochs: float,
+        canaries: Sequence[str] = (),
+        documents: int = 50,
+        context: int = 64,
     ) -> dict[str, Any]:
         root, out = random_corpus, random_corpus / f"{task}-{epochs}"
         tokens = [f"task={task}", f"tokens={root}/tokens/{task}", "hardware=cpu", "hardware.num_threads=1"]
@@ -82,7 +86,7 @@ def examine(random_corpus: Path, cache: Path) -> Examine:
             training = ["adapter=none", "framework=trainer", "block_size=64", "learning_rate=0.02", "batch_size=4"]
             paths = [f"blocks={root}/blocks/{task}", f"out={out}", f"report={out}-report"]
             run_stage("train", *tokens, *model, *training, f"num_train_epochs={epochs}", *paths)
-        texts = ["data=files", "evaluate.context=64", "sources=s"]
+        texts = ["data=files", f"evaluate.context={context}", "sources=s"]
         evaluate = load_stage_config("evaluate", *tokens, *texts, f"trained={out}")
         baseline = load_stage_config("baseline", *tokens, *model, *texts, f"raw={root}/raw")
         return examine_model(evaluate, baseline, canaries, documents)
@@ -109,6 +113,13 @@ def test_leaks_of_barely_trained_causal_model_are_not_found(examine: Examine) ->
     report = examine("causal", 0.1)
     assert find_excesses(report, make_limits()) == []
     assert report["continuation"]["train"]["share"] == 0.0
+
+
+def test_leaks_in_a_context_below_16_tokens_are_not_measured_and_refused(examine: Examine) -> None:
+    report = examine("causal", 0.1, context=8) | {"task": "causal"}
+    assert find_excesses(report, make_limits()) == []
+    refusal = explain_refusal(report, make_limits())
+    assert "max_verbatim_share: null, max_membership_auc: null" in refusal and "evaluate.context" in refusal
 
 
 def test_leaks_of_a_secret_in_the_vocabulary_are_found_without_training(examine: Examine) -> None:

@@ -29,10 +29,10 @@ from tools.check import explain_dvc_error, get_config_class
 from tools.compare import measure_width
 from tools.leaks.canaries import make_canaries, read_canaries
 from tools.leaks.report import (
+    DEFAULT_DOCUMENTS,
     DEFINITIONS,
     LeakLimits,
-    describe_excesses,
-    find_excesses,
+    explain_refusal,
     get_examined_hashes,
     get_report_path,
     hash_canaries,
@@ -41,8 +41,6 @@ from tools.leaks.report import (
 )
 from tools.lock_history import parse_mapping, read_lock
 from tools.publish import list_differences, read_publication
-
-DEFAULT_DOCUMENTS = 200
 
 
 def main() -> None:
@@ -96,8 +94,8 @@ def examine_and_print(task: str, num_documents: int) -> None:
     limits = read_publication(task).leaks
     report = examine_task(task, limits, num_documents)
     print_report(report, limits)
-    if excesses := find_excesses(report, limits):
-        print(f"\nPublishing is refused: {describe_excesses(excesses, task)}")
+    if refusal := explain_refusal(report, limits):
+        print(f"\nPublishing is refused: {refusal}")
 
 
 def examine_task(task: str, limits: LeakLimits, num_documents: int = DEFAULT_DOCUMENTS) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from tools.lock_history import get_hashes
 
 DEFINITIONS = 2
 """Version of the definitions of the figures; a report of another version is made again."""
+DEFAULT_DOCUMENTS = 200
+"""Highest number of documents of train, and of held-out ones. A report on fewer is not used for publishing."""
 
 
 @config_section
@@ -99,7 +101,7 @@ def read_report(task: str, stages: Mapping[str, Any], limits: LeakLimits) -> tup
         stages: stage name to its entry in dvc.lock.
 
     Returns:
-        The report, or None if there is none on this model; and the reason for None.
+        The report, or None if there is none on this model or it is on too few documents; and the reason for None.
 
     Raises:
         StageError: as `hash_canaries`.
@@ -117,6 +119,8 @@ def read_report(task: str, stages: Mapping[str, Any], limits: LeakLimits) -> tup
         return None, f"{file} is about another model or other data"
     if report.get("canaries_sha256") != hash_canaries(limits):
         return None, f"{file} is about other canaries"
+    if report["documents"] < DEFAULT_DOCUMENTS:
+        return None, f"{file} was made with --documents {report['documents']}, below {DEFAULT_DOCUMENTS}"
     return report, ""
 
 
@@ -137,14 +141,50 @@ def find_excesses(report: Mapping[str, Any], limits: LeakLimits) -> list[Excess]
     ]
 
 
-def describe_excesses(excesses: list[Excess], task: str) -> str:
-    """Describe figures above their limits, and the remedies."""
-    shown = "; ".join(f"{item.key}: {item.value:.4g} is above {item.limit:g}" for item in excesses)
-    return (
-        f"models/{task} gives away more of its training text than conf/publish.yaml allows ({task}.leaks): {shown}\n"
-        f"  `python -m tools.leaks {task}` shows where. Train for fewer epochs, on more or deduplicated text or with a"
-        " smaller model, or raise the limit: the card then shows the figure and the limit"
-    )
+def find_unmeasured(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the key of the limit of each figure that could not be measured, with the reason.
+
+    A figure that does not apply is not listed: continuations of a masked model, exposure without a file of canaries.
+    """
+    reasons = {}
+    if report["continuation"] is not None and report["continuation"]["train"] is None:
+        reasons["max_verbatim_share"] = "no document of train has 16 tokens within evaluate.context"
+    if report["membership"] is None:
+        reasons["max_membership_auc"] = (
+            "the weights before all training are unknown, since git does not have the dvc.lock of a model that this one"
+            " started from"
+        )
+    elif not report["membership"]:
+        reasons["max_membership_auc"] = (
+            "train or the held-out splits have no document of 16 tokens within evaluate.context"
+        )
+    if report["exposure"] is not None and report["exposure"]["highest"] is None:
+        reasons["max_exposure"] = "none of the canaries is in a document of train"
+    return reasons
+
+
+def explain_refusal(report: Mapping[str, Any], limits: LeakLimits) -> str:
+    """Return why publishing is refused, and the remedies; empty if it is allowed.
+
+    It is refused if a figure is above its limit, or has a limit but could not be measured.
+    """
+    task, parts = report["task"], []
+    if excesses := find_excesses(report, limits):
+        shown = "; ".join(f"{item.key}: {item.value:.4g} is above {item.limit:g}" for item in excesses)
+        parts.append(
+            f"models/{task} gives away more of its training text than conf/publish.yaml allows ({task}.leaks):"
+            f" {shown}\n  `python -m tools.leaks {task}` shows where. Train for fewer epochs, on more or deduplicated"
+            " text or with a smaller model, or raise the limit: the card then shows the figure and the limit"
+        )
+    unmeasured = {key: why for key, why in find_unmeasured(report).items() if getattr(limits, key) is not None}
+    if unmeasured:
+        shown = "; ".join(f"{key}: {why}" for key, why in unmeasured.items())
+        parts.append(
+            f"conf/publish.yaml sets a limit for what could not be measured for models/{task} ({task}.leaks): {shown}\n"
+            "  docs/leaks.md says how to have it measured. To publish without it, set"
+            f" {', '.join(f'{key}: null' for key in unmeasured)}: the card then says that it was not measured"
+        )
+    return "\n".join(parts)
 
 
 def list_figures(report: Mapping[str, Any], limits: LeakLimits) -> Iterator[Figure]:
@@ -165,7 +205,7 @@ def list_figures(report: Mapping[str, Any], limits: LeakLimits) -> Iterator[Figu
             format_limit(key, ".1%"),
             key in above,
         )
-    for number, found in enumerate(report["membership"]):
+    for number, found in enumerate(report["membership"] or []):
         key, length = "max_membership_auc", f"{found['tokens']} tokens"
         yield Figure(
             f"membership AUC, {length}",
@@ -194,10 +234,11 @@ def list_figures(report: Mapping[str, Any], limits: LeakLimits) -> Iterator[Figu
 def list_notes(report: Mapping[str, Any]) -> Iterator[str]:
     """Yield what was measured on which documents, and what was not measured and why."""
     continuation, membership, exposure = report["continuation"], report["membership"], report["exposure"]
+    unmeasured = find_unmeasured(report)
     if continuation is None:
         yield "A masked model does not continue text, so no continuations were measured."
     elif continuation["train"] is None:
-        yield "No document of the sample is long enough to be continued."
+        yield f"Continuations were not measured: {unmeasured['max_verbatim_share']}."
     else:
         train, held_out = continuation["train"], continuation["held_out"] or {"documents": 0}
         yield (
@@ -208,14 +249,15 @@ def list_notes(report: Mapping[str, Any]) -> Iterator[str]:
         )
     if membership:
         yield (
-            "Membership: documents of train are told from held-out ones by the share of bits that training saved on"
-            f" their first tokens: {membership[0]['train']:,} documents of train, {membership[0]['held_out']:,} of"
-            " validation and test. AUC: probability that the one of train is recognized in a pair of documents; TPR at"
-            " 1 % FPR: share of train that is found while at most 1 % of these held-out documents are taken for it. Of"
-            f" other held-out documents, about {membership[0]['fpr']:.1%} would be."
+            "Membership: documents of train are told from held-out ones by the share of bits on their first tokens that"
+            f" all training since the initial weights saved: {membership[0]['train']:,} documents of train,"
+            f" {membership[0]['held_out']:,} of validation and test. AUC: probability that the one of train is"
+            " recognized in a pair of documents; TPR at 1 % FPR: share of train that is found while at most 1 % of"
+            " these held-out documents are taken for it. Of other held-out documents, about"
+            f" {membership[0]['fpr']:.1%} would be."
         )
     else:
-        yield "Membership was not measured: one side has no documents."
+        yield f"Membership was not measured: {unmeasured['max_membership_auc']}."
     if exposure is None:
         yield "No canaries are planted."
     else:
