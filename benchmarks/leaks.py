@@ -90,7 +90,7 @@ def examine_recipe(data: Path, task: str, recipe: Recipe, canaries: list[str], n
         load_config(get_config_class(stage), compose_config(stage, [*common, *overrides[stage]])) for stage in overrides
     )
     started = time.monotonic()
-    report = examine_model(evaluate, baseline, canaries, num_documents)
+    report = examine_model(evaluate, baseline, baseline.model, canaries, num_documents)
     seconds = time.monotonic() - started
     if report["continuation"]:
         del report["continuation"]["examples"]

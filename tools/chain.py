@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from stages.core.compose import PARAMS
 from stages.core.errors import printable
 from stages.core.starts import NO_START
-from tools.lock_history import Entry, find_lock, find_param_value, get_hashes, parse_entry
+from tools.lock_history import Entry, find_lock, find_model_md5, find_param_value, get_hashes, parse_entry
 
 _MAX_LINKS = 100  # ends chains of locks that refer to each other
 
@@ -24,12 +24,15 @@ class ChainLink(NamedTuple):
     """Description of the training text; the empty string if the dvc.lock of `rev` is not available."""
     initial_weights: str
     """Description of the weights that the first model of the chain started from; the empty string for the others."""
+    initial_model: dict[str, Any] | None = None
+    """Values of conf/model of these weights; None for the other models."""
 
 
 def read_chain(lock: str, task: str) -> list[ChainLink]:
     """Return the model of `task` and the models that it started from, newest first.
 
-    The dvc.lock of another revision is read from git. The chain ends at a revision that git does not have.
+    The dvc.lock of another revision is read from git. The chain ends at a revision that git does not have, or that has
+    another model than the pinned one.
 
     Args:
         lock: text of the current dvc.lock.
@@ -46,18 +49,18 @@ def read_chain(lock: str, task: str) -> list[ChainLink]:
             break
         start, file = section["start"], f"conf/model/{section['model']}.yaml"
         started = isinstance(start, str) and start != NO_START
-        pin = None if started else find_param_value(entry, file, "from")
+        is_fresh = find_param_value(entry, file, "from_scratch") is True  # `from` then only names an architecture
+        pin = None if started or is_fresh else find_param_value(entry, file, "from")
         follows = started or isinstance(pin, dict)
-        links.append(
-            ChainLink(
-                task, rev, md5, _describe_data(lock, task), "" if follows else _describe_initial_weights(entry, file)
-            )
-        )
+        initial_weights = "" if follows else _describe_initial_weights(entry, file)
+        initial_model = None if follows else (entry.get("params") or {}).get(file)
+        links.append(ChainLink(task, rev, md5, _describe_data(lock, task), initial_weights, initial_model))
         if started:
             task, md5 = str(start), get_hashes(entry, "deps").get(f"models/{start}", "")
         elif isinstance(pin, dict):
             task, rev, md5 = str(pin["task"]), str(pin["rev"]), str(pin["md5"])
             lock = find_lock(rev) or ""
+            lock = lock if find_model_md5(lock, task) == md5 else ""
         else:
             break
     return links

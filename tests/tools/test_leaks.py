@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from conftest import MODELS, load_stage_config, run_stage
 from data_helpers import write_raw
 from dvc_project import edit_yaml, mark_rest_slow
@@ -21,6 +22,7 @@ from stages.core.artifacts import Documents, read_json
 from stages.core.errors import StageError
 from stages.model.objectives import DocumentText
 from tools.leaks.canaries import NUM_ALTERNATIVES, compute_exposure, draw_alternatives, make_canaries, read_canaries
+from tools.leaks.command import find_initial_model
 from tools.leaks.examination import examine_model
 from tools.leaks.measures import (
     SampledText,
@@ -70,7 +72,10 @@ Examine = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def examine(random_corpus: Path, cache: Path) -> Examine:
-    """`examine(task, epochs, canaries, documents, context)`: train a toy on the corpus and examine it."""
+    """`examine(task, epochs, canaries, documents, context, start)`: train a toy on the corpus and examine it.
+
+    `start` is the number of epochs of the examined toy from which this one starts.
+    """
 
     def train_and_examine(
         task: str,
@@ -78,10 +83,12 @@ def examine(random_corpus: Path, cache: Path) -> Examine:
         canaries: Sequence[str] = (),
         documents: int = 50,
         context: int = 64,
+        start: float | None = None,
     ) -> dict[str, Any]:
-        root, out = random_corpus, random_corpus / f"{task}-{epochs}"
+        root, out = random_corpus, random_corpus / f"{task}-{epochs}-{start}"
         tokens = [f"task={task}", f"tokens={root}/tokens/{task}", "hardware=cpu", "hardware.num_threads=1"]
         model = [*MODELS[task], *WIDER[task], "model.max_positions=64", "seed=1"]
+        model += [f"start={root}/{task}-{start}-None"] if start is not None else []
         if not out.exists():
             training = ["adapter=none", "framework=trainer", "block_size=64", "learning_rate=0.02", "batch_size=4"]
             paths = [f"blocks={root}/blocks/{task}", f"out={out}", f"report={out}-report"]
@@ -89,7 +96,7 @@ def examine(random_corpus: Path, cache: Path) -> Examine:
         texts = ["data=files", f"evaluate.context={context}", "sources=s"]
         evaluate = load_stage_config("evaluate", *tokens, *texts, f"trained={out}")
         baseline = load_stage_config("baseline", *tokens, *model, *texts, f"raw={root}/raw")
-        return examine_model(evaluate, baseline, canaries, documents)
+        return examine_model(evaluate, baseline, baseline.model, canaries, documents)
 
     return train_and_examine
 
@@ -113,6 +120,13 @@ def test_leaks_of_barely_trained_causal_model_are_not_found(examine: Examine) ->
     report = examine("causal", 0.1)
     assert find_excesses(report, make_limits()) == []
     assert report["continuation"]["train"]["share"] == 0.0
+
+
+def test_leaks_of_a_model_that_started_from_an_overfitted_one_are_found(examine: Examine) -> None:
+    """The loss of the start model on each document is nearly that of the trained one: their ratio shows nothing."""
+    examine("causal", 120)
+    report = examine("causal", 0.1, start=120)
+    assert [item.key for item in find_excesses(report, make_limits())] == ["max_verbatim_share", "max_membership_auc"]
 
 
 def test_leaks_in_a_context_below_16_tokens_are_not_measured_and_refused(examine: Examine) -> None:
@@ -263,6 +277,51 @@ def test_cut_text_counts_predicted_tokens_only() -> None:
     cut = cut_text(DocumentText(ids, 0, predicted), 2)
     assert cut.ids.tolist() == list(range(8)) and cut.is_predicted is not None and len(cut.is_predicted) == 8
     assert len(cut_text(DocumentText(ids, 0, np.zeros(10, np.bool_)), 2).ids) == 0
+
+
+# -- the model before all training -------------------------------------------------------------------------------------
+
+
+def make_lock(**tasks: dict[str, Any]) -> str:
+    """Return the text of a dvc.lock in which each task has a start, and a model with a tiny GPT-2 or a pin."""
+    scratch = {"task": "causal", "path": None, "revision": None, "files": None, "from": None, "max_positions": 64}
+    scratch |= {"from_scratch": True, "config": {"model_type": "gpt2"}}
+    stages = {}
+    for task, changes in tasks.items():
+        start = changes.pop("start", "none")
+        chosen = {f"tasks.{task}.model": "own", f"tasks.{task}.start": start}
+        stages[f"train@{task}"] = {
+            "params": {"params.yaml": chosen, "conf/model/own.yaml": scratch | changes},
+            "outs": [{"path": f"models/{task}", "md5": f"{task}.dir"}],
+        }
+    # Entries are parsed one by one, so they must not have YAML aliases of one another.
+    return yaml.safe_dump(json.loads(json.dumps({"schema": "2.0", "stages": stages})), sort_keys=False)
+
+
+PIN = {"rev": "fast", "task": "first", "md5": "first.dir"}
+
+
+def test_find_initial_model_of_a_chain_is_that_of_its_first_task() -> None:
+    lock = make_lock(first={"max_positions": 32}, second={"start": "first"}, third={"start": "second"})
+    for task in ("first", "third"):
+        model = find_initial_model(lock, task)
+        assert model is not None and model.from_scratch and model.max_positions == 32
+
+
+def test_find_initial_model_of_a_pinned_model_is_that_of_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = make_lock(last={"from": PIN, "from_scratch": False})
+    earlier = {"path": "gpt2", "revision": "abc", "from_scratch": False}
+    monkeypatch.setattr("tools.chain.find_lock", {"fast": make_lock(first=earlier)}.get)
+    model = find_initial_model(lock, "last")
+    assert model is not None and (model.path, model.revision, model.from_) == ("gpt2", "abc", None)
+
+
+@pytest.mark.parametrize("lock_of_pin", [None, make_lock(other={}), make_lock(first={}).replace("first.dir", "x.dir")])
+def test_find_initial_model_without_the_lock_of_a_pinned_model_is_none(
+    monkeypatch: pytest.MonkeyPatch, lock_of_pin: str | None
+) -> None:
+    monkeypatch.setattr("tools.chain.find_lock", {"fast": lock_of_pin}.get)
+    assert find_initial_model(make_lock(last={"from": PIN, "from_scratch": False}), "last") is None
 
 
 # -- canaries ----------------------------------------------------------------------------------------------------------

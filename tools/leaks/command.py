@@ -21,10 +21,12 @@ from rich.text import Text
 
 from stages.core.artifacts import get_versions, write_json
 from stages.core.compose import Params, compose_config, load_config
-from stages.core.config import suggest_name
+from stages.core.config import suggest_name, validate_values
 from stages.core.errors import StageError, is_error, printable, printable_lines
 from stages.model.lean_import import import_lean
+from stages.model.schema import Model
 from stages.shell.app import format_error
+from tools.chain import read_chain
 from tools.check import explain_dvc_error, get_config_class
 from tools.compare import measure_width
 from tools.leaks.canaries import make_canaries, read_canaries
@@ -39,7 +41,7 @@ from tools.leaks.report import (
     list_figures,
     list_notes,
 )
-from tools.lock_history import parse_mapping, read_lock
+from tools.lock_history import LOCK, parse_mapping, read_lock
 from tools.publish import list_differences, read_publication
 
 
@@ -117,11 +119,24 @@ def examine_task(task: str, limits: LeakLimits, num_documents: int = DEFAULT_DOC
         "task": task,
         "examined": get_examined_hashes(stages, task),
         "canaries_sha256": hash_canaries(limits),
-        **examine_model(evaluate, baseline, canaries, num_documents),
+        **examine_model(evaluate, baseline, find_initial_model(read_lock(), task), canaries, num_documents),
         "versions": get_versions("numpy", "scipy", "tokenizers", "torch", "transformers"),
     }
     write_json(get_report_path(task), report)
     return report
+
+
+def find_initial_model(lock: str, task: str) -> Model | None:
+    """Return the model at the beginning of the chain of trainings that ends with a task (docs/chain.md).
+
+    Args:
+        lock: text of the current dvc.lock.
+
+    Returns:
+        None if git does not have the dvc.lock of a revision of the chain.
+    """
+    values = read_chain(lock, task)[-1].initial_model
+    return None if values is None else validate_values(Model, values, LOCK)
 
 
 def read_evaluated_stages(task: str) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from stages.core.artifacts import Documents, read_json
 from stages.evaluate.stage import EvaluateConfig
 from stages.figures.metrics import compute_document_nats
 from stages.figures.names import EVALUATED
-from stages.model.models import prepare_torch
+from stages.model.models import build_model, prepare_torch
 from stages.model.objectives import DocumentText, make_objective
-from stages.model.start import build_start_model
+from stages.model.schema import Model
 from stages.model.trained import load_trained_model
 from stages.tokens.encoding import TokenizersEngine
 from stages.tokens.texts import TextFile, choose_flatten, load_template
@@ -40,18 +40,23 @@ _NUM_EXAMPLES = 3
 
 
 def examine_model(
-    evaluate: EvaluateConfig, baseline: BaselineConfig, canaries: Sequence[str], num_documents: int
+    evaluate: EvaluateConfig,
+    baseline: BaselineConfig,
+    initial: Model | None,
+    canaries: Sequence[str],
+    num_documents: int,
 ) -> dict[str, Any]:
     """Measure all figures of a trained model.
 
     Args:
-        baseline: config with the model before training.
+        initial: model before any training by this project. It is not `baseline.start`, which has learned most of the
+            same text: the loss would hardly differ from that of the trained model. None: unknown.
         canaries: texts that were added to the data; may be empty.
         num_documents: highest number of documents of train, and of held-out ones.
 
     Returns:
         Keys: objective, documents, seed, continuation (None for a masked model), membership (a list, first for short
-        pieces), exposure (None without canaries).
+        pieces; None if the initial model is unknown), exposure (None without canaries).
     """
     prepare_torch(evaluate.hardware)
     name, tokens, context = evaluate.objective.name, Path(evaluate.tokens), evaluate.evaluate.context
@@ -65,13 +70,16 @@ def examine_model(
         sides.append([item for item in sampled if not has_canary(item, tokenizer, canaries)])
     device = evaluate.hardware.device
     model = load_trained_model(name, evaluate.trained).to(device)
-    start = build_start_model(baseline.model, baseline.start, tokens, baseline.seed).to(device)
-    lengths = sorted({min(PIECE_TOKENS, context), context})
-    scores = [
-        compute_piece_scores((start, model), objective, [item.text for item in side], lengths, batch_tokens)
-        for side in sides
-    ]
-    membership = [(length, measure_membership(*pair)) for length, *pair in zip(lengths, *scores, strict=True)]
+    membership = None
+    if initial is not None:
+        models = (build_model(initial, vocabulary, baseline.seed).to(device), model)
+        lengths = sorted({min(PIECE_TOKENS, context), context})
+        scores = [
+            compute_piece_scores(models, objective, [item.text for item in side], lengths, batch_tokens)
+            for side in sides
+        ]
+        measured = [(length, measure_membership(*pair)) for length, *pair in zip(lengths, *scores, strict=True)]
+        membership = [{"tokens": length, **found} for length, found in measured if found is not None]
     continuation = None
     if name == "causal":
         train, held_out = (continue_texts(model, vocabulary, side, context, batch_tokens) for side in sides)
@@ -102,7 +110,7 @@ def examine_model(
         "documents": num_documents,
         "seed": _SEED,
         "continuation": continuation,
-        "membership": [{"tokens": length, **found} for length, found in membership if found is not None],
+        "membership": membership,
         "exposure": exposure,
     }
 

@@ -158,11 +158,12 @@ def compute_piece_scores(
 ) -> npt.NDArray[np.float64]:
     """Compute the share of the bits of the beginning of each document that training did not save.
 
-    This is the loss calibrated by that of the model before training, as in Carlini et al. 2021 (arXiv:2012.07805), who
-    divide by the loss of another model. Documents of train have lower scores than others if the model remembers them.
+    This is the loss calibrated by that of the model before any training, as in Carlini et al. 2021 (arXiv:2012.07805),
+    who divide by the loss of another model. Documents of train have lower scores than others if the model remembers
+    them.
 
     Args:
-        models: the model before training, and the trained one.
+        models: the model before any training by this project, and the trained one.
         lengths: numbers of tokens of the beginnings, ascending; only the tokens that are predicted are counted.
         batch: maximum number of tokens per batch.
 
