@@ -249,8 +249,8 @@ def list_notes(report: Mapping[str, Any]) -> Iterator[str]:
         )
     if membership:
         yield (
-            "Membership: documents of train are told from held-out ones by the share of bits on their first tokens that"
-            f" all training since the initial weights saved: {membership[0]['train']:,} documents of train,"
+            "Membership: documents of train are told from held-out ones by the share of bits of their first tokens that"
+            f" training saved since the initial weights: {membership[0]['train']:,} documents of train,"
             f" {membership[0]['held_out']:,} of validation and test. AUC: probability that the one of train is"
             " recognized in a pair of documents; TPR at 1 % FPR: share of train that is found while at most 1 % of"
             " these held-out documents are taken for it. Of other held-out documents, about"
