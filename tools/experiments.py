@@ -1,22 +1,33 @@
-"""Commands that run DVC experiments outside the workspace, with settings in Hydra's grammar of overrides."""
+"""DVC experiments that are run outside the workspace: their commands, and whether a result is still current.
 
+Settings are written in Hydra's grammar of overrides.
+"""
+
+import functools
+import hashlib
+import io
 import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pyarrow.parquet as pq
 from dvc.repo import Repo
 from dvc.utils.hydra import apply_overrides
+from dvc_data.hashfile.build import build
 
 from stages.core.compose import PARAMS
-from stages.core.config import find_numbers_beyond_64_bits
+from stages.core.config import MISSING, find_numbers_beyond_64_bits, find_value, read_yaml
 from stages.core.dvc_cache import DvcCache, is_directory_md5
 from stages.core.errors import ConfigError, StageError, printable
-from tools.lock_history import parse_mapping, read_lock
-from tools.yaml_edit import format_flow, is_same_value, load_yaml
+from tools.forecast import CODE, hash_code_outs, paths_overlap
+from tools.lock_history import get_hashes, parse_mapping, read_lock
+from tools.outs import Outs
+from tools.report_data import get_scores_path
+from tools.yaml_edit import format_flow, is_same_value, load_yaml, merge_values, nest_value
 
 _KEY = re.compile(
     r"(?:(conf/[a-z_]+/[A-Za-z0-9_-][A-Za-z0-9._-]*\.yaml):(\+{0,2}))?([A-Za-z0-9_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+)*)"
@@ -146,3 +157,106 @@ def run_to_end(command: Sequence[str], **options: Any) -> int:
     except KeyboardInterrupt:
         process.wait()
         raise
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+class WorkingTree:
+    """Pipeline, values, code and source data of the working tree. Each is read once."""
+
+    def __init__(self, repo: Repo) -> None:
+        stages = list(repo.index.stages)
+        self.stages = {stage.addressing for stage in stages}
+        """Names of the stages of the pipeline."""
+        self.whole_groups = {
+            (stage.addressing, str(Path(dep.def_path).parent))
+            for stage in stages
+            for dep in stage.params
+            if not dep.params
+        }
+        """Stages and the groups of conf/ of which they read whole files."""
+        self.read_values = functools.cache(lambda file: read_yaml(Path(file)) if Path(file).is_file() else {})
+        self.hash_path = functools.cache(self._hash_path)
+        self._hash_code = functools.cache(lambda: hash_code_outs(CODE))
+        # Data of `dvc add`: the .dvc file decides what a run reads, also if the data are not in the working tree.
+        self._added = {out.def_path: out.hash_info.value for stage in stages if not stage.cmd for out in stage.outs}
+        self._repo = repo
+
+    def _hash_path(self, path: str) -> str:
+        """Return the md5 sum of a path that no stage but `code` writes; empty if it does not exist."""
+        if path.startswith(f"{CODE}/"):
+            return self._hash_code().get(path, "")
+        if path in self._added:
+            return str(self._added[path])
+        full = Path(self._repo.root_dir, path)
+        if not full.exists():
+            return ""
+        cache, ignore = self._repo.cache.local, self._repo.dvcignore
+        _, _, tree = build(cache, str(full), self._repo.fs, "md5", ignore=ignore, dry_run=True)
+        return str(tree.hash_info.value)
+
+
+def find_differences(
+    lock: Mapping[str, Any], target: str, settings: Mapping[str, Any], tree: WorkingTree
+) -> Iterator[str]:
+    """Yield the differences between a run and a run of the working tree with `settings`: values, code, source data.
+
+    Values of `checkpoints` are left out, because they do not change a result, and so are data at a URL, of which
+    dvc.lock has no md5 sum.
+
+    Args:
+        lock: entries of the run's dvc.lock by stage.
+        target: last stage of the run.
+    """
+    if target not in lock:
+        yield f"its dvc.lock has no {target}"
+        return
+    files: dict[str, Any] = {}
+    for text, value in settings.items():
+        file, name, _ = parse_key(text)
+        files[file] = merge_values(files.get(file, tree.read_values(file)), nest_value(tuple(name.split(".")), value))
+    stages = list_upstream(lock, target, tree.stages)
+    for stage in stages:
+        for file, before in (lock[stage].get("params") or {}).items():
+            now = files.get(file, tree.read_values(file))
+            is_whole = (stage, str(Path(file).parent)) in tree.whole_groups
+            for key in dict.fromkeys([*(before or {}), *(now if is_whole else ())]):
+                values = (before or {}).get(key, MISSING), find_value(now, key)
+                if not is_same_value(*values) and key.partition(".")[0] != "checkpoints":
+                    old, new = ("not set" if value is MISSING else printable(json.dumps(value), 60) for value in values)
+                    yield f"{printable(file)}:{printable(key)} was {old}, now {new}"
+    written = [path for name in stages for path in get_hashes(lock[name], "outs")]
+    for path, md5 in (item for name in stages for item in get_hashes(lock[name], "deps").items()):
+        if md5 and not any(paths_overlap(path, out) for out in written) and tree.hash_path(path) != md5:
+            is_code = path.startswith(f"{CODE}/")
+            yield f"the code of {Path(path).stem} changed" if is_code else f"{printable(path)} changed"
+
+
+def list_upstream(lock: Mapping[str, Any], target: str, known: Collection[str]) -> list[str]:
+    """Return `target` and the stages whose outs it needs, directly or through others, without the stage `code`.
+
+    Args:
+        known: stages of the pipeline; dvc.lock may have others, which were removed from it.
+    """
+    writers = {path: name for name in lock if name in known and name != CODE for path in get_hashes(lock[name], "outs")}
+    found = [target]
+    for name in found:  # grows while it is read
+        deps = get_hashes(lock[name], "deps")
+        needed = (stage for out, stage in writers.items() if any(paths_overlap(out, path) for path in deps))
+        found += dict.fromkeys(stage for stage in needed if stage not in found)
+    return found
+
+
+def hash_evaluated_documents(outs: Outs, rev: str, task: str) -> str | None:
+    """Return a hash that tells whether two runs were evaluated on the same documents of the validation split.
+
+    It covers the number, id, source and bytes of each document, and not its tokens, so it is the same for all
+    tokenizers. None if the table of documents cannot be read.
+    """
+    content = outs.read_out(rev, get_scores_path(task, "validation"))
+    if content is None:
+        return None
+    table = pq.read_table(io.BytesIO(content))
+    identity = table.select([name for name in ("record", "q_id", "source", "bytes") if name in table.column_names])
+    return hashlib.sha256(json.dumps(identity.to_pydict()).encode()).hexdigest()[:16]

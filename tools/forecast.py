@@ -115,7 +115,7 @@ class _Forecaster:
         if outs != get_hashes(entry, "outs"):
             self._changing_stages.add(name)
         if name == CODE and verdict is not Verdict.UNCHANGED:
-            self._out_hashes |= _hash_code_outs(stage.outs[0].def_path)
+            self._out_hashes |= hash_code_outs(stage.outs[0].def_path)
         return Forecast(name, verdict, changes, waits, params, inputs, [out.def_path for out in stage.outs])
 
     def _decide_verdict(
@@ -163,7 +163,7 @@ class _Forecaster:
 
     def _find_pending_writers(self, path: str) -> list[str]:
         """Return the stages that write `path`, its content or a parent directory, and whose outs may change."""
-        writers = [stage for out, stage in self._writers.items() if _paths_overlap(out, path)]
+        writers = [stage for out, stage in self._writers.items() if paths_overlap(out, path)]
         return sorted(set(writers) & self._changing_stages)
 
     def _predict_hash(self, dep: Any) -> str | None:
@@ -283,7 +283,7 @@ def _find_out_changes(stage: Any, verdict: Verdict) -> Iterator[PathChange]:
             )
 
 
-def _hash_code_outs(directory: str) -> dict[str, str]:
+def hash_code_outs(directory: str) -> dict[str, str]:
     """Return the hash of each file path that the stage `code` would write now."""
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch, CODE)
@@ -297,14 +297,14 @@ def _find_newer_files(directory: Path, names: Iterable[str]) -> list[str]:
     return [name for name in names if (directory / name).stat().st_mtime > lock]
 
 
-def _paths_overlap(one: str, other: str) -> bool:
+def paths_overlap(one: str, other: str) -> bool:
     """Return True if the paths are equal or one contains the other."""
     return one == other or one.startswith(f"{other}/") or other.startswith(f"{one}/")
 
 
 def writes_inputs(one: Forecast, other: Forecast) -> bool:
     """Return True if stage `one` writes an input of stage `other`."""
-    return any(_paths_overlap(out, path) for out in one.outs for path in other.inputs)
+    return any(paths_overlap(out, path) for out in one.outs for path in other.inputs)
 
 
 def list_names(names: list[str], max_names: int = 3) -> str:

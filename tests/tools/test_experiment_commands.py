@@ -1,14 +1,20 @@
-"""Tests of commands that run experiments: keys and values that arrive unchanged, and an end that Ctrl-C waits for."""
+"""Tests of experiments: keys and values that arrive unchanged, an end that Ctrl-C waits for, and other inputs."""
 
+import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from dvc.repo import Repo
 from dvc.utils.hydra import apply_overrides
@@ -19,14 +25,19 @@ from hypothesis import strategies as st
 from small_repository import run_shell
 
 from stages.core.errors import ConfigError, StageError
+from tools import experiments
 from tools.experiments import (
+    WorkingTree,
     check_plots_are_cached,
+    find_differences,
     find_unpassable_values,
     format_override,
+    hash_evaluated_documents,
     make_run_command,
     parse_key,
     run_to_end,
 )
+from tools.outs import Outs
 from tools.yaml_edit import load_yaml
 
 TEXTS = [
@@ -130,3 +141,116 @@ def test_command_ends_before_ctrl_c_is_reported(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=30) == 7 and (tmp_path / "checkpoint").exists()
     assert run_to_end([sys.executable, "-c", "raise SystemExit(4)"]) == 4
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+PROJECT = {
+    "dvc.yaml": """\
+stages:
+  source:
+    cmd: cp -r in out
+    deps: [in, added.txt]
+    outs: [out]
+  train:
+    cmd: mkdir model
+    deps: [code/train.json, out/one.txt]
+    params: [seed, conf/task/a.yaml: [trainer], conf/base/hardware.yaml: ]
+    outs: [model]
+""",
+    "params.yaml": "seed: 1\nunread: 1\n",
+    "conf/task/a.yaml": "trainer: {steps: 1}\nother: 1\n",
+    "conf/base/hardware.yaml": "checkpoints: {keep: 2}\nhardware: {device: cpu}\n",
+    "in/one.txt": "1",
+    "added.txt": "1",
+    "code/train.json": "written by another version",
+}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository after a run of its stages, with dvc.lock as if the code were that of this project."""
+    directory = tmp_path_factory.mktemp("ran")
+    for name, text in PROJECT.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+    run_shell(directory, "git init -q -b main && dvc init -q && dvc add -q added.txt && dvc repro -q")
+    return directory
+
+
+@pytest.fixture
+def project(ran: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The repository as it was run, as the current directory."""
+    monkeypatch.chdir(ran)
+    code = {"code/train.json": hashlib.md5(PROJECT["code/train.json"].encode()).hexdigest()}
+    monkeypatch.setattr(experiments, "hash_code_outs", lambda directory: code)
+    yield ran
+    for name, text in PROJECT.items():
+        (ran / name).write_text(text)
+
+
+def list_differences(settings: dict[str, Any], lock: dict[str, Any] | None = None) -> list[str]:
+    with Repo() as repo:
+        lock = Outs(repo).read_lock("workspace") if lock is None else lock
+        return list(find_differences(lock, "train", settings, WorkingTree(repo)))
+
+
+def test_run_with_the_values_code_and_data_of_the_working_tree_has_no_difference(project: Path) -> None:
+    (project / "params.yaml").write_text("seed: 1\nunread: 2\n")
+    (project / "conf/task/a.yaml").write_text("trainer: {steps: 2}\nother: 2\n")
+    (project / "conf/base/hardware.yaml").write_text("checkpoints: {keep: 3}\nhardware: {device: cpu}\n")
+    (project / "added.txt").unlink()  # `dvc pull` fetches it
+    assert list_differences({"conf/task/a.yaml:trainer.steps": 1}) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "difference"),
+    [
+        ("params.yaml", "seed: 2\n", "params.yaml:seed was 1, now 2"),
+        ("conf/task/a.yaml", "trainer: {}\n", 'conf/task/a.yaml:trainer was {"steps": 1}, now {}'),
+        (
+            "conf/base/hardware.yaml",
+            "checkpoints: {}\nhardware: {device: cpu}\ntrainer: 1\n",
+            "conf/base/hardware.yaml:trainer was not set, now 1",
+        ),
+        ("in/one.txt", "2", "in changed"),
+    ],
+)
+def test_run_with_another_value_or_source_is_told_apart(project: Path, file: str, text: str, difference: str) -> None:
+    (project / file).write_text(text)
+    assert list_differences({}) == [difference]
+
+
+def test_run_with_other_settings_or_code_is_told_apart(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list_differences({"seed": 3, "unread": 4}) == ["params.yaml:seed was 1, now 3"]
+    assert list_differences({}, {}) == ["its dvc.lock has no train"]
+    monkeypatch.setattr(experiments, "hash_code_outs", lambda directory: {"code/train.json": "0"})
+    assert list_differences({}) == ["the code of train changed"]
+
+
+def test_run_is_not_compared_with_a_stage_that_the_pipeline_no_longer_has(project: Path) -> None:
+    with Repo() as repo:
+        lock = Outs(repo).read_lock("workspace")
+    removed = {"deps": [{"path": "gone.txt", "md5": "0"}], "outs": [{"path": "out/old"}]}
+    assert list_differences({}, {**lock, "removed": removed}) == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "is_same"),
+    [
+        ({"tokens": [9, 9], "bits_after": [1.0, 2.0]}, True),
+        ({"bytes": [10, 21]}, False),
+        ({"q_id": ["a", "c"]}, False),
+        ({"record": [0, 2]}, False),
+    ],
+)
+def test_hash_of_the_evaluated_documents_depends_on_their_identity_only(columns: dict[str, Any], is_same: bool) -> None:
+    table = {"record": [0, 1], "q_id": ["a", "b"], "source": ["s", "s"], "bytes": [10, 20], "tokens": [3, 4]}
+
+    def compute_hash(values: dict[str, Any]) -> str | None:
+        content = io.BytesIO()
+        pq.write_table(pa.table(values), content)
+        outs: Any = SimpleNamespace(read_out=lambda rev, path: content.getvalue())
+        return hash_evaluated_documents(outs, "rev", "causal")
+
+    assert (compute_hash(table) == compute_hash({**table, **columns})) == is_same
