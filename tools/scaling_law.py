@@ -32,6 +32,9 @@ arXiv:2001.08361, section 2.1). Attention over the context and the lookup of emb
 
 _EXPONENTS = (0.02, 3.0)
 """Limits of the search for alpha and beta. Beyond them, a term is constant or vanishes within any ladder."""
+_MAX_RATIOS = {"E": 3.0, "A": 100.0, "B": 100.0, "alpha": 3.0, "beta": 3.0}
+"""Ratios of the limits of an interval from which a parameter counts as not determined. A and B are extrapolations to a
+single parameter and token, so they change by orders of magnitude with a small change of the exponents."""
 _STARTS = (0.1, 0.3, 0.6, 1.2)
 """Exponents from which the search starts, each alpha with each beta."""
 _HUBER_DELTA = 0.01
@@ -99,16 +102,9 @@ class Fit(NamedTuple):
         return self.compute_interval(means * np.exp(errors))
 
     def is_identified(self, name: str) -> bool:
-        """Return True if the interval of a parameter stays away from the limits of the search.
-
-        A and B also need their exponents to be identified, with which they change by orders of magnitude.
-        """
-        if name in ("A", "B") and not self.is_identified({"A": "alpha", "B": "beta"}[name]):
-            return False
+        """Return True if the upper limit of a parameter's interval is less than _MAX_RATIOS times the lower one."""
         low, high = self.compute_interval([getattr(law, name) for law in self.replicates])
-        if name in ("alpha", "beta"):
-            return _EXPONENTS[0] * 1.01 < low and high < _EXPONENTS[1] * 0.99
-        return bool(low > 0.01 * getattr(self.law, name))
+        return high < _MAX_RATIOS[name] * low
 
 
 def fit_law(sizes: npt.ArrayLike, tokens: npt.ArrayLike, losses: npt.ArrayLike) -> Law:

@@ -140,3 +140,13 @@ def test_optimal_shape_has_the_lowest_loss_of_its_budget(compute: float) -> None
     assert 6 * size * tokens == pytest.approx(compute)
     others = size * np.array([0.5, 0.9, 1.1, 2.0])
     assert (HOFFMANN.predict(others, compute / 6 / others) > float(HOFFMANN.predict(size, tokens))).all()
+
+
+def test_parameters_are_identified_by_the_ratio_of_their_limits() -> None:
+    replicates = [
+        Law(E=1.0 + share, A=10.0**share, B=1000.0**share, alpha=0.2 + share, beta=0.5 + share)
+        for share in np.linspace(0, 1, 41)
+    ]
+    fit = Fit(replicates[20], replicates, np.zeros(41))
+    assert [name for name in Law._fields if fit.is_identified(name)] == ["E", "A", "beta"]
+    assert not fit._replace(replicates=[law._replace(E=0.0) for law in replicates]).is_identified("E")

@@ -36,7 +36,7 @@ class Parameter(Interval):
     """Parameter of the law."""
 
     identified: bool
-    """False if the interval reaches a limit of the search: the rungs do not determine the parameter."""
+    """False if the interval is too wide (`Fit.is_identified`): the rungs do not determine the parameter."""
 
 
 @dataclass(kw_only=True)
@@ -260,7 +260,7 @@ def _extrapolate(fit: Fit, largest: Point, compute: float) -> Extrapolation:
     scale = math.sqrt(compute / largest.compute)
     num_parameters, num_tokens = largest.num_parameters * scale, largest.num_tokens * scale
     optimum = None
-    if fit.is_identified("A") and fit.is_identified("B"):
+    if fit.is_identified("alpha") and fit.is_identified("beta"):
         shapes = [law.optimize_shape(compute) for law in (fit.law, *fit.replicates)]
         sizes, tokens = zip(*shapes, strict=True)
         optimum = Optimum(num_parameters=_make_interval(fit, *sizes), num_tokens=_make_interval(fit, *tokens))
