@@ -1,26 +1,31 @@
 """Tests of tools.ladder: the file, the rungs that are run, and the result, in a DVC repository of one short stage."""
 
 import functools
+import io
 import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from dvc_project import ROOT, mark_rest_slow, run_command
 from safetensors import safe_open
 from small_repository import run_shell
 
+from stages.core.config import read_yaml
 from stages.core.errors import ConfigError, StageError
-from tools.ladder.file import read_ladder
+from tools.experiments import WorkingTree
+from tools.ladder.file import Ladder, Rung, read_ladder
 from tools.ladder.result import LadderResult, analyze, describe_result, make_points, read_results, write_result
-from tools.ladder.rungs import MeasuredRung, State, count_parameters, find_states, read_measured
+from tools.ladder.rungs import MeasuredRung, RungState, State, count_parameters, find_states, read_measured
 from tools.report_ladder import build_ladder_parts
 from tools.scaling_law import Law
 
-# Writes what the stages of a rung write, with the bits per byte of a known law; three epochs fail.
+# Writes what the training of a rung writes, and bits per byte of a known law; three epochs fail.
 STAGE = """\
 import json, yaml
 from pathlib import Path
@@ -33,26 +38,35 @@ size = 12 * width**2 + 13 * width + 2 * width + 332 * width
 bits = 1.0 + 20 * size**-0.3 + 30 * (32 * num_blocks * epochs) ** -0.4
 files = {
     "models/causal/config.json": {"n_layer": 1, "n_head": 1, "vocab_size": 300, "n_positions": 32, **config},
-    "reports/train/causal/stats.json": {"blocks": num_blocks, "epochs": epochs},
+    "reports/train/causal/stats.json": {"blocks": num_blocks, "epochs": epochs, "steps": 100, "best_step": None},
     "data/blocks/causal/train/stats.json": {"block_size": 32},
-    "reports/evaluate/causal/metrics.json": {
-        "causal": {"validation": {"bits_per_byte": bits, "bits_per_byte_se": 0.02}}
-    },
-    "metrics/causal.json": {"causal": {"val": {"bpb": bits}}},
+    "scores/causal/metrics.json": {"causal": {"validation": {"bits_per_byte": bits, "bits_per_byte_se": 0.02}}},
+    "scores/causal/headline.json": {"causal": {"val": {"bpb": bits}}},
 }
 for name, value in files.items():
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_text(json.dumps(value))
 """
+EVALUATION = """\
+mkdir -p reports/evaluate/causal metrics
+cp validation.parquet scores/causal/metrics.json reports/evaluate/causal
+cp scores/causal/headline.json metrics/causal.json
+"""
 PIPELINE = """\
 stages:
-  evaluate:
+  train:
     foreach: ${tasks}
     do:
       cmd: python stage.py
       deps: [stage.py]
       params: ['tasks.${key}.num_train_epochs', conf/model/tiny.yaml: [config]]
-      outs: ['models/${key}', 'reports/train/${key}', 'data/blocks/${key}', 'reports/evaluate/${key}']
+      outs: ['models/${key}', 'reports/train/${key}', 'data/blocks/${key}', 'scores/${key}']
+  evaluate:
+    foreach: ${tasks}
+    do:
+      cmd: bash evaluate.sh
+      deps: ['scores/${key}', evaluate.sh, validation.parquet]
+      outs: ['reports/evaluate/${key}']
       metrics: ['metrics/${key}.json': {cache: false}]
 """
 WIDTH, EPOCHS = "conf/model/tiny.yaml:config.n_embd", "tasks.causal.num_train_epochs"
@@ -69,10 +83,11 @@ def dump(values: dict[str, Any]) -> str:
 
 FILES = {
     "stage.py": STAGE,
+    "evaluate.sh": EVALUATION,
     "dvc.yaml": PIPELINE,
     "params.yaml": "seed: 1\ntasks:\n  causal: {num_train_epochs: 1.0}\n",
     "conf/model/tiny.yaml": "config: {model_type: gpt2, n_embd: 8}\n",
-    ".gitignore": "/models/\n/reports/\n/data/\n",
+    ".gitignore": "/models/\n/reports/\n/data/\n/scores/\n",
     "ladders/small.yaml": dump(LADDER),
 }
 
@@ -81,6 +96,15 @@ def write_files(directory: Path) -> None:
     for name, text in FILES.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(text, encoding="utf-8")
+    (directory / "validation.parquet").write_bytes(make_documents([100, 200]))
+
+
+def make_documents(num_bytes: list[int]) -> bytes:
+    """Return a table of scores of documents with these numbers of bytes."""
+    content = io.BytesIO()
+    columns = {"record": range(len(num_bytes)), "source": ["s"] * len(num_bytes), "bytes": num_bytes}
+    pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), content)
+    return content.getvalue()
 
 
 def run_ladder(directory: Path, options: str = "", file: str = "ladders/small.yaml") -> tuple[int, str]:
@@ -126,10 +150,24 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class FakeOuts:
-    """dvc.lock of revisions, as `Outs` reads it."""
+    """dvc.lock and outs of revisions, as `Outs` reads them."""
 
-    def __init__(self, locks: dict[str, Any]) -> None:
+    def __init__(self, locks: dict[str, Any], outs: dict[tuple[str, str], Any] | None = None) -> None:
         self.read_lock = locks.__getitem__
+        self._outs = outs or {}
+
+    def read_out(self, rev: str, path: str) -> bytes | None:
+        content = self._outs.get((rev, path), self._outs.get(("", path)))
+        return content if content is None or isinstance(content, bytes) else json.dumps(content).encode()
+
+
+class FakeTree(WorkingTree):
+    """Working tree with the values of the current directory and these hashes."""
+
+    def __init__(self, **hashes: str) -> None:
+        self.stages, self.whole_groups = {"tokenize@causal", "evaluate@causal"}, set()
+        self.read_values = lambda file: read_yaml(Path(file)) if Path(file).is_file() else {}
+        self.hash_path = ({"text.jsonl": "t0", "code/evaluate.json": "c0"} | hashes).__getitem__
 
 
 def make_lock(width: int, epochs: float, code: str = "c0") -> dict[str, Any]:
@@ -163,7 +201,7 @@ def make_shown(locks: dict[str, Any], **executors: str) -> list[dict[str, Any]]:
 
 def find_small_states(locks: dict[str, Any], **executors: str) -> dict[str, tuple[State, str]]:
     outs: Any = FakeOuts(locks)
-    found = find_states(read_ladder(Path("ladders/small.yaml")), make_shown(locks, **executors), outs)
+    found = find_states(read_ladder(Path("ladders/small.yaml")), make_shown(locks, **executors), outs, FakeTree())
     return {state.rung.experiment.removeprefix("ladder-small-"): (state.state, state.reason) for state in found}
 
 
@@ -195,13 +233,62 @@ def test_state_of_a_rung_depends_on_the_values_that_it_reads(
     assert (state is State.STALE, found[: len(reason)]) == (bool(reason), reason)
 
 
-def test_rungs_of_different_code_are_refused_and_those_of_different_tokens_are_not(workplace: Path) -> None:
+def test_state_of_a_rung_of_other_code_is_stale_and_that_of_other_tokens_is_not(workplace: Path) -> None:
+    states = find_small_states({"w8-e0": make_lock(8, 0.5), "w16-e0": make_lock(16, 0.5, code="c1")})
+    assert states["w8-e0"] == (State.DONE, "")
+    assert states["w16-e0"] == (State.STALE, "the code of evaluate changed")
+
+
+def make_outs(**ledger: Any) -> dict[tuple[str, str], Any]:
+    """Return the outs of every rung."""
+    config = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 300, "n_positions": 32}
+    return {
+        ("", "models/causal/config.json"): config,
+        ("", "reports/train/causal/stats.json"): {
+            "blocks": 500,
+            "epochs": 4.0,
+            "steps": 200,
+            "best_step": None,
+            **ledger,
+        },
+        ("", "data/blocks/causal/train/stats.json"): {"block_size": 32},
+        ("", "reports/evaluate/causal/metrics.json"): {
+            "causal": {"validation": {"bits_per_byte": 2.0, "bits_per_byte_se": 0.02}}
+        },
+        ("", "reports/evaluate/causal/validation.parquet"): make_documents([100, 200]),
+    }
+
+
+def read_small(outs: dict[tuple[str, str], Any], **trainer: Any) -> list[MeasuredRung]:
+    """Return the rungs w8-e0 and w8-e1."""
     ladder = read_ladder(Path("ladders/small.yaml"))
-    locks = {"w8-e0": make_lock(8, 0.5), "w16-e0": make_lock(16, 0.5, code="c1")}
-    outs: Any = FakeOuts(locks)
-    states = find_states(ladder, make_shown(locks), outs)
-    with pytest.raises(StageError, match=r"code/evaluate\.json differs between the experiments ladder-small-w8-e0 and"):
-        read_measured(ladder, states, outs)
+    training = {"params": {"params.yaml": {}, "conf/task/causal.yaml": {"trainer": trainer}}}
+    locks = {f"w8-e{number}": {"train@causal": training} for number in range(2)}
+    found: Any = FakeOuts(locks, outs)
+    states = [RungState(rung, State.DONE, "", f"w8-{rung.length}") for rung in ladder.rungs[:2]]
+    return read_measured(ladder, states, found)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "best_step", "passes"),
+    [
+        ({}, 50, 4),
+        ({"load_best_model_at_end": False}, 50, 4),
+        ({"load_best_model_at_end": True}, 50, 1),
+        ({"load_best_model_at_end": True}, None, 4),
+    ],
+)
+def test_tokens_of_a_rung_are_those_until_the_step_whose_weights_the_model_has(
+    workplace: Path, trainer: dict[str, Any], best_step: int | None, passes: int
+) -> None:
+    measured = read_small(make_outs(best_step=best_step), **trainer)
+    assert {rung.num_tokens for rung in measured} == {passes * 500 * 32}
+
+
+def test_rungs_with_different_validation_documents_are_refused(workplace: Path) -> None:
+    other = {("w8-e1", "reports/evaluate/causal/validation.parquet"): make_documents([100, 201])}
+    with pytest.raises(StageError, match="ladder-small-w8-e0 and ladder-small-w8-e1 were evaluated on different"):
+        read_small({**make_outs(), **other})
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -265,18 +352,16 @@ def test_ladder_with_failing_rungs_runs_the_others_and_reports_the_failure(resto
     status, output = run_ladder(restored)
     assert list_runs(output) == [f"ladder-small-w{width}-broken" for width in (8, 16, 32)]
     assert status == 1 and "within the interval: yes" in output
-    assert "ladder: 3 rungs have no results and are not in the fit: ladder-small-w8-broken" in output
+    assert "Without results, and not in the fit: ladder-small-w8-broken, ladder-small-w16-broken" in output
+    assert "ladder: 3 of 12 rungs have no results" in output
 
 
 @pytest.mark.slow
-def test_ladder_with_changed_code_between_rungs_is_refused(restored: Path) -> None:
-    run_shell(restored, "dvc exp remove ladder-small-w16-e0")
-    (restored / "stage.py").write_text(STAGE + "# changed\n")
-    status, output = run_ladder(restored)
-    assert status == 1
-    assert "ladder: stage.py differs between the experiments ladder-small-w8-e0 and ladder-small-w16-e0" in output
-    run_shell(restored, "git checkout -q . && dvc exp remove ladder-small-w16-e0")
-    assert run_ladder(restored)[0] == 0
+def test_ladder_with_changed_code_or_source_data_runs_all_rungs_again(restored: Path) -> None:
+    for file, text in (("stage.py", STAGE + "# changed\n"), ("evaluate.sh", "# changed\n" + EVALUATION)):
+        (restored / file).write_text(text)
+        assert run_ladder(restored, "--dry-run")[1].count(f"to run again: {file} changed") == 9
+        run_shell(restored, "git checkout -q .")
 
 
 @pytest.mark.slow
@@ -299,9 +384,8 @@ def test_ladder_without_results_says_so(restored: Path) -> None:
 
 def test_ladder_that_dvc_could_not_save_runs_no_rung(workplace: Path) -> None:
     Path("dvc.yaml").write_text(f"{PIPELINE}plots: [reports/train/mlm/loss.tsv]\n")
-    Path("dvc.lock").write_text(
-        dump({"stages": {"train@mlm": {"outs": [{"path": "reports/train/mlm", "md5": f"{'0' * 32}.dir"}]}}})
-    )
+    training = {"cmd": "x", "outs": [{"path": "reports/train/mlm", "md5": f"{'0' * 32}.dir"}]}
+    Path("dvc.lock").write_text(dump({"schema": "2.0", "stages": {"train@mlm": training}}))
     run_shell(workplace, "git init -q -b main && dvc init -q && git add -A && git commit -q -m all")
     status, output = run_ladder(workplace)
     assert status == 1 and output.startswith("ladder: reports/train/mlm: not in DVC's cache") and not list_runs(output)
@@ -432,6 +516,7 @@ def make_rung(size: int, epochs: float, bits: float | None = None, name: str = "
         "metric": "bits_per_byte",
         "bits": float(TRUTH.predict(size, tokens)) if bits is None else bits,
         "error": 0.02,
+        "documents": "d",
     }
     return MeasuredRung(**(values | changes))
 
@@ -443,14 +528,22 @@ def make_rungs(**largest: Any) -> list[MeasuredRung]:
     return [*rungs[:-1], rungs[-1]._replace(**largest)]
 
 
+def make_two_lengths_and_the_largest() -> list[MeasuredRung]:
+    """Return 11 rungs, of which only the largest has the third length."""
+    sizes = (4000, 6000, 9000, 15000, 26000)
+    return [*(make_rung(size, epochs) for size in sizes for epochs in (0.5, 1.0)), make_rung(26000, 2.0)]
+
+
 @functools.cache
-def analyze_tuple(rungs: tuple[MeasuredRung, ...], budget: float | None) -> LadderResult:
-    return analyze("x", "causal", "bits_per_byte", make_points(rungs), budget)
+def analyze_tuple(rungs: tuple[MeasuredRung, ...], missing: tuple[str, ...], budget: float | None) -> LadderResult:
+    names = [rung.experiment for rung in rungs] + [f"ladder-x-{name}" for name in missing]
+    ladder = Ladder("x", "causal", [Rung(name, *name.split("-")[2:4], {}) for name in names])
+    return analyze(ladder, "c" * 40, "bits_per_byte", make_points(rungs), budget)
 
 
-def analyze_rungs(rungs: list[MeasuredRung], budget: float | None = None) -> LadderResult:
-    """Analyze rungs; the same rungs are only fitted once."""
-    return analyze_tuple(tuple(rungs), budget)
+def analyze_rungs(rungs: list[MeasuredRung], *missing: str, budget: float | None = None) -> LadderResult:
+    """Analyze rungs, and those without results, SIZE-LENGTH each; the same rungs are only fitted once."""
+    return analyze_tuple(tuple(rungs), missing, budget)
 
 
 def test_result_of_a_law_predicts_the_largest_rung_and_extrapolates() -> None:
@@ -487,14 +580,33 @@ def test_points_average_over_seeds() -> None:
 @pytest.mark.parametrize(
     ("rungs", "problem"),
     [
-        (make_rungs()[:6], "5 of at least 8 rungs besides the largest, 2 of at least 3 sizes"),
+        (make_rungs()[:6], "5 of at least 8 rungs, 2 of at least 3 sizes"),
         ([rung._replace(num_tokens=1) for rung in make_rungs()], "1 of at least 3 token counts"),
-        ([], "0 of at least 8 rungs besides the largest"),
+        (make_two_lengths_and_the_largest(), "2 of at least 3 token counts"),
+        ([], "0 of at least 8 rungs"),
     ],
 )
 def test_result_of_too_few_rungs_is_refused(rungs: list[MeasuredRung], problem: str) -> None:
-    with pytest.raises(StageError, match=f"too few rungs with results to fit the law: {problem}"):
+    with pytest.raises(StageError, match=f"too few rungs with results to fit the law without the largest: {problem}"):
         analyze_rungs(rungs)
+
+
+def test_result_lists_the_rungs_without_results_and_those_that_may_be_larger() -> None:
+    rungs = [*make_rungs()[:-1], make_rung(6000, 0.5), make_rung(6000, 1.0)]
+    larger = ["s26000-e2", "s90000-e0.5", "s4000-e9"]  # the size or length of the others has no results
+    result = analyze_rungs(rungs, "s6000-e2", "s4000-e2-seed2", *larger)
+    assert result.missing == [f"ladder-x-{name}" for name in ("s6000-e2", "s4000-e2-seed2", *larger)]
+    assert result.back_test.larger == [f"ladder-x-{name}" for name in larger]
+    text = "\n".join(describe_result(result))
+    assert "10 rungs with results, of commit ccccccc." in text
+    assert "Without results, and not in the fit: ladder-x-s6000-e2, " in text
+    assert "  not the largest rung of the ladder: ladder-x-s26000-e2, " in text
+
+
+def test_result_with_all_rungs_lists_none_as_missing() -> None:
+    result = analyze_rungs(make_rungs())
+    assert (result.missing, result.back_test.larger) == ([], [])
+    assert "results, and not" not in "\n".join(describe_result(result))
 
 
 def test_result_is_read_as_written_and_a_damaged_file_is_reported(workplace: Path) -> None:

@@ -25,18 +25,28 @@ from rich.text import Text
 
 from stages.core.errors import StageError, printable_lines
 from tools.compare import measure_width, show_experiments
-from tools.experiments import check_plots_are_cached, make_run_command, run_to_end
+from tools.experiments import WorkingTree, check_plots_are_cached, make_run_command, run_to_end
 from tools.ladder.file import Ladder, Rung, read_ladder
-from tools.ladder.result import Point, analyze, describe_result, make_points, write_result
+from tools.ladder.result import (
+    Point,
+    analyze,
+    describe_missing,
+    describe_result,
+    find_missing,
+    make_points,
+    write_result,
+)
 from tools.ladder.rungs import MeasuredRung, RungState, State, find_states, read_measured
+from tools.lock_history import resolve_revision
 from tools.outs import Outs
 
 
 class _Progress(NamedTuple):
     """Rungs after the runs of this command."""
 
-    states: list[RungState]
     measured: list[MeasuredRung]
+    commit: str
+    """Commit of the working tree, from which the experiments were run."""
 
 
 def main() -> None:
@@ -77,15 +87,15 @@ def main() -> None:
 def read_states(ladder: Ladder) -> list[RungState]:
     """Read the state of each rung."""
     with Repo() as repo:
-        return find_states(ladder, show_experiments(), Outs(repo))
+        return find_states(ladder, show_experiments(), Outs(repo), WorkingTree(repo))
 
 
 def read_progress(ladder: Ladder) -> _Progress:
-    """Read the state of each rung, and the results of those that have any."""
+    """Read the results of the rungs that have any."""
     with Repo() as repo:
         outs = Outs(repo)
-        states = find_states(ladder, show_experiments(), outs)
-        return _Progress(states, read_measured(ladder, states, outs))
+        states = find_states(ladder, show_experiments(), outs, WorkingTree(repo))
+        return _Progress(read_measured(ladder, states, outs), resolve_revision(repo, "HEAD"))
 
 
 def make_command(rung: Rung, target: str, queue: bool = False) -> list[str]:
@@ -128,21 +138,21 @@ def print_results(ladder: Ladder, progress: _Progress, budget: float | None) -> 
     Raises:
         StageError: if rungs have no results; after printing those of the others.
     """
-    missing = [state.rung.experiment for state in progress.states if state.state is not State.DONE]
     if not progress.measured:
-        raise StageError(f"none of the {len(progress.states)} rungs has results")
+        raise StageError(f"none of the {len(ladder.rungs)} rungs has results")
     points = make_points(progress.measured)
     metric = progress.measured[0].metric
     try:
-        result = analyze(ladder.name, ladder.task, metric, points, budget)
-    except StageError:
+        result = analyze(ladder, progress.commit, metric, points, budget)
+    except StageError as error:
         print_points(points, metric)
-        raise
+        missing = describe_missing([rung.experiment for rung in find_missing(ladder, points)])
+        raise StageError("; ".join([str(error), *missing])) from None
     print_points(result.points, metric)
     print(*describe_result(result), sep="\n")
     print(f"\n{write_result(result)}: drawn by `make report`")
-    if missing:
-        raise StageError(f"{len(missing)} rungs have no results and are not in the fit: {', '.join(missing)}")
+    if result.missing:
+        raise StageError(f"{len(result.missing)} of {len(ladder.rungs)} rungs have no results")
 
 
 def print_points(points: Sequence[Point], metric: str) -> None:

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stages.core.artifacts import read_json, write_json
 from stages.core.errors import StageError, format_cause, printable
-from tools.ladder.file import MIN_KINDS
+from tools.ladder.file import MIN_KINDS, Ladder, Rung
 from tools.ladder.rungs import MeasuredRung
 from tools.scaling_law import MIN_POINTS, OPERATIONS_PER_WEIGHT, Fit, Law, fit_with_intervals
 
@@ -92,6 +92,8 @@ class BackTest:
     measured: float
     within: bool
     """True if the measured value is within the interval."""
+    larger: list[str]
+    """Experiments without results that have or may have more compute."""
     curves: list[Curve]
 
 
@@ -121,8 +123,12 @@ class LadderResult:
 
     name: str
     task: str
+    commit: str
+    """Commit from which the experiments were run."""
     metric: str
     points: list[Point]
+    missing: list[str]
+    """Experiments of the ladder without results, which are not in the points."""
     parameters: dict[str, Parameter]
     """E, A, B, alpha and beta of the law of all rungs."""
     log_error: float
@@ -158,10 +164,17 @@ def make_points(rungs: Sequence[MeasuredRung]) -> list[Point]:
     return sorted(points, key=lambda point: point.compute)
 
 
-def analyze(name: str, task: str, metric: str, points: list[Point], budget: float | None) -> LadderResult:
+def find_missing(ladder: Ladder, points: Sequence[Point]) -> list[Rung]:
+    """Return the rungs of a ladder that are not in the points."""
+    measured = {experiment for point in points for experiment in point.experiments}
+    return [rung for rung in ladder.rungs if rung.experiment not in measured]
+
+
+def analyze(ladder: Ladder, commit: str, metric: str, points: list[Point], budget: float | None) -> LadderResult:
     """Fit the law, back-test it on the point with most compute, and extrapolate.
 
     Args:
+        commit: commit from which the experiments were run.
         points: by increasing compute; their `fitted` is set.
         budget: compute to extrapolate to, in operations; None: FACTOR times that of the last point.
 
@@ -178,14 +191,17 @@ def analyze(name: str, task: str, metric: str, points: list[Point], budget: floa
         value, identified = getattr(fit.law, key), fit.is_identified(key)
         parameters[key] = Parameter(value=value, low=low, high=high, identified=identified)
     budget = FACTOR * points[-1].compute if budget is None else budget
+    missing = find_missing(ladder, points)
     return LadderResult(
-        name=name,
-        task=task,
+        name=ladder.name,
+        task=ladder.task,
+        commit=commit,
         metric=metric,
         points=points,
+        missing=[rung.experiment for rung in missing],
         parameters=parameters,
         log_error=fit.log_error,
-        back_test=_back_test(points),
+        back_test=_back_test(points, missing),
         extrapolation=_extrapolate(fit, points[-1], budget),
     )
 
@@ -194,12 +210,12 @@ def check_enough(points: Sequence[Point]) -> None:
     """Raise StageError if there are too few points to fit the law without the one with most compute."""
     others = points[:-1]
     kinds = {
-        "rungs besides the largest": (len(others), MIN_POINTS),
-        "sizes": (len({point.num_parameters for point in points}), MIN_KINDS),
-        "token counts": (len({point.num_tokens for point in points}), MIN_KINDS),
+        "rungs": (len(others), MIN_POINTS),
+        "sizes": (len({point.num_parameters for point in others}), MIN_KINDS),
+        "token counts": (len({point.num_tokens for point in others}), MIN_KINDS),
     }
     if few := [f"{found} of at least {least} {kind}" for kind, (found, least) in kinds.items() if found < least]:
-        raise StageError(f"too few rungs with results to fit the law: {', '.join(few)}")
+        raise StageError(f"too few rungs with results to fit the law without the largest: {', '.join(few)}")
 
 
 def _fit_points(points: Sequence[Point]) -> Fit:
@@ -225,7 +241,7 @@ def _predict_with_interval(fit: Fit, num_parameters: float, num_tokens: float) -
     return Interval(value=float(fit.law.predict(num_parameters, num_tokens)), low=low, high=high)
 
 
-def _back_test(points: Sequence[Point]) -> BackTest:
+def _back_test(points: Sequence[Point], missing: Sequence[Rung]) -> BackTest:
     *others, largest = points
     fit = _fit_points(others)
     predicted = _predict_with_interval(fit, largest.num_parameters, largest.num_tokens)
@@ -235,8 +251,24 @@ def _back_test(points: Sequence[Point]) -> BackTest:
         predicted=predicted,
         measured=largest.bits,
         within=predicted.low <= largest.bits <= predicted.high,
+        larger=list(_list_larger(points, missing)),
         curves=list(_list_curves(fit, points)),
     )
+
+
+def _list_larger(points: Sequence[Point], missing: Sequence[Rung]) -> Iterator[str]:
+    """Yield the missing experiments that have more compute than the last point, or an unknown one.
+
+    The compute of a missing rung is known if its size was measured with another length, and its length with another
+    size.
+    """
+    sizes = {point.size: float(point.num_parameters) for point in points}
+    lengths = {point.length: float(point.num_tokens) for point in points}
+    measured = {(point.size, point.length) for point in points}  # with another seed
+    for rung in missing:
+        compute = OPERATIONS_PER_WEIGHT * sizes.get(rung.size, math.inf) * lengths.get(rung.length, math.inf)
+        if (rung.size, rung.length) not in measured and compute > points[-1].compute:
+            yield rung.experiment
 
 
 def _list_curves(fit: Fit, points: Sequence[Point]) -> Iterator[Curve]:
@@ -277,7 +309,10 @@ def _extrapolate(fit: Fit, largest: Point, compute: float) -> Extrapolation:
 
 
 def describe_result(result: LadderResult) -> Iterator[str]:
-    """Yield lines on the back-test, the law and the extrapolation."""
+    """Yield lines on the rungs, the back-test, the law and the extrapolation."""
+    yield f"{len(result.points)} rungs with results, of commit {result.commit[:7]}."
+    yield from describe_missing(result.missing)
+    yield ""
     yield from _describe_back_test(result, result.back_test)
     form = "E + A / N^alpha + B / D^beta"
     yield f"\nLaw of all {len(result.points)} rungs: {form}, relative error {result.log_error:.2%}"
@@ -288,12 +323,20 @@ def describe_result(result: LadderResult) -> Iterator[str]:
     yield from _describe_extrapolation(result.extrapolation, result.points[-1])
 
 
+def describe_missing(missing: Sequence[str]) -> Iterator[str]:
+    """Yield a line on experiments without results; nothing if there are none."""
+    if missing:
+        yield f"Without results, and not in the fit: {', '.join(missing)}"
+
+
 def _describe_back_test(result: LadderResult, back_test: BackTest) -> Iterator[str]:
     yield (
         f"Back-test: the other {len(result.points) - 1} rungs predict"
         f" {_format_bits(back_test.predicted)} for {back_test.size} {back_test.length}, the rung with most compute."
     )
     yield f"  measured: {back_test.measured:.4f}, within the interval: {'yes' if back_test.within else 'no'}"
+    if back_test.larger:
+        yield f"  not the largest rung of the ladder: {', '.join(back_test.larger)} may have more compute"
     if not back_test.within:
         yield from (f"  possible reason: {reason}" for reason in _explain_miss(result))
 

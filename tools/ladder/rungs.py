@@ -1,24 +1,30 @@
 """Rungs of a scaling ladder in DVC: which have results, and what was measured.
 
-A rung has results if an experiment of the last commit has its name and was run with its settings and with the values
-that the working tree has now. Only values that a stage of the rung reads are compared.
+A rung has results if an experiment of the last commit has its name and was run with its settings and with the values,
+code and source data that the working tree has now. Only those that a stage of the rung reads are compared.
 """
 
 import enum
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from stages.core.config import MISSING, find_value, read_yaml
+from stages.core.config import MISSING, find_value
 from stages.core.errors import StageError, printable
 from tools.compare import is_unfinished, list_revisions
-from tools.experiments import parse_key
+from tools.experiments import (
+    WorkingTree,
+    find_differences,
+    hash_evaluated_documents,
+    list_upstream,
+    parse_key,
+)
 from tools.ladder.file import Ladder, Rung
 from tools.outs import Outs
-from tools.report_data import describe_failure, find_headline_metric, get_metrics_path
-from tools.yaml_edit import is_same_value, merge_values, nest_value
+from tools.report_data import describe_failure, find_headline_metric, get_metrics_path, get_scores_path
 
 _AUTO_CLASSES = {"bits_per_byte": "AutoModelForCausalLM", "pseudo_bits_per_byte": "AutoModelForMaskedLM"}
 """Class of transformers for models with each metric."""
@@ -28,7 +34,7 @@ class State(enum.Enum):
     DONE = "done"
     MISSING = "to run"
     STALE = "to run again"
-    """Its experiment was run with other values."""
+    """Its experiment was run with other values, code or source data."""
     PENDING = "in the queue"
 
 
@@ -38,7 +44,7 @@ class RungState(NamedTuple):
     rung: Rung
     state: State
     reason: str
-    """For a rung that is stale, the first value that differs; for a pending one, the state of its execution."""
+    """For a rung that is stale, the first difference; for a pending one, the state of its execution."""
     rev: str
     """Commit of its experiment; empty if there is none with results."""
 
@@ -67,104 +73,69 @@ class MeasuredRung(NamedTuple):
     """Metric on validation, in bits per byte."""
     error: float
     """Its standard error over documents."""
+    documents: str
+    """Hash of the documents of validation."""
 
 
-def find_states(ladder: Ladder, exp_show: list[dict[str, Any]], outs: Outs) -> list[RungState]:
+def find_states(ladder: Ladder, exp_show: list[dict[str, Any]], outs: Outs, tree: WorkingTree) -> list[RungState]:
     """Find the state of each rung in the output of `dvc exp show --json`."""
     rows = {row["name"]: row for row in list_revisions(exp_show) if row.get("name") and "executor" in row}
-    return [_find_state(rung, rows.get(rung.experiment), ladder.target, outs) for rung in ladder.rungs]
+    return [_find_state(rung, rows.get(rung.experiment), ladder.target, outs, tree) for rung in ladder.rungs]
 
 
-def _find_state(rung: Rung, row: dict[str, Any] | None, target: str, outs: Outs) -> RungState:
+def _find_state(rung: Rung, row: dict[str, Any] | None, target: str, outs: Outs, tree: WorkingTree) -> RungState:
     if row is None:
         return RungState(rung, State.MISSING, "", "")
     if is_unfinished(row):
         failed = bool(row.get("error")) or (row.get("executor") or {}).get("state") == "failed"
         return RungState(rung, State.MISSING if failed else State.PENDING, describe_failure(row), "")
     lock = outs.read_lock(row["rev"])
-    reason = next(_find_other_values(lock, target, rung.settings), "")
+    reasons = (find(lock, target, rung.settings, tree) for find in (find_differences, _find_unread_settings))
+    reason = next(itertools.chain.from_iterable(reasons), "")
     return RungState(rung, State.STALE if reason else State.DONE, reason, row["rev"])
 
 
-def _find_other_values(lock: Mapping[str, Any], target: str, settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the values of a run that differ from the working tree with `settings`, and settings that it did not read.
-
-    Args:
-        lock: entries of the run's dvc.lock by stage.
-        target: last stage of the run.
-    """
-    files: dict[str, Any] = {}
-
-    def read_file(name: str) -> Any:
-        if name not in files:
-            files[name] = read_yaml(Path(name)) if Path(name).is_file() else {}
-        return files[name]
-
-    wanted = {parse_key(name)[:2]: value for name, value in settings.items()}
-    for (file, key), value in wanted.items():
-        files[file] = merge_values(read_file(file), nest_value(tuple(key.split(".")), value))
-    if target not in lock:
-        yield f"its dvc.lock has no {target}"
-        return
-    read: set[tuple[str, str]] = set()
-    for stage in _list_upstream(lock, target):
-        for file, values in (lock[stage].get("params") or {}).items():
-            for key, value in (values or {}).items():
-                read |= {(file, name) for own, name in wanted if own == file and f"{name}.".startswith(f"{key}.")}
-                now = find_value(read_file(file), key)
-                if not is_same_value(value, now):
-                    shown = "not set" if now is MISSING else printable(json.dumps(now), 60)
-                    yield f"{printable(file)}:{printable(key)} was {printable(json.dumps(value), 60)}, now {shown}"
-    for file, key in wanted.keys() - read:
-        yield f"no stage of {target} reads {printable(file)}:{printable(key)}"
-
-
-def _list_upstream(lock: Mapping[str, Any], target: str) -> list[str]:
-    """Return `target` and the stages whose outs it needs, directly or through others."""
-    writers = {out["path"]: name for name, stage in lock.items() for out in stage.get("outs", [])}
-    found = [target]
-    for name in found:  # grows while it is read
-        needed = (writers.get(dep["path"]) for dep in lock[name].get("deps", []))
-        found += dict.fromkeys(stage for stage in needed if stage is not None and stage not in found)
-    return found
+def _find_unread_settings(
+    lock: Mapping[str, Any], target: str, settings: Mapping[str, Any], tree: WorkingTree
+) -> Iterator[str]:
+    """Yield the settings that no stage of a run read."""
+    read = [
+        (file, key)
+        for stage in list_upstream(lock, target, tree.stages)
+        for file, values in (lock[stage].get("params") or {}).items()
+        for key in values or {}
+    ]
+    for file, name in (parse_key(text)[:2] for text in settings):
+        if not any(file == own and f"{name}.".startswith(f"{key}.") for own, key in read):
+            yield f"no stage of {target} reads {printable(file)}:{printable(name)}"
 
 
 def read_measured(ladder: Ladder, states: Sequence[RungState], outs: Outs) -> list[MeasuredRung]:
     """Read the results of the rungs that are done.
 
     Raises:
-        StageError: if results cannot be read, or rungs were run with different code or source data.
+        StageError: if results cannot be read, or rungs were evaluated on different documents.
     """
-    done = [state for state in states if state.state is State.DONE]
-    _refuse_mixed_inputs(ladder.target, done, outs)
-    return [_read_rung(ladder.task, state.rung, state.rev, outs) for state in done]
-
-
-def _refuse_mixed_inputs(target: str, done: Sequence[RungState], outs: Outs) -> None:
-    """Raise StageError if two rungs depend on different versions of a file that no stage of theirs writes."""
-    first: dict[str, tuple[str, str]] = {}  # path to md5 and experiment
-    for state in done:
-        lock = outs.read_lock(state.rev)
-        stages = _list_upstream(lock, target)
-        written = {out["path"] for name in stages for out in lock[name].get("outs", [])}
-        for dep in (dep for name in stages for dep in lock[name].get("deps", []) if dep["path"] not in written):
-            md5, other = first.setdefault(dep["path"], (dep.get("md5", ""), state.rung.experiment))
-            if md5 != dep.get("md5", ""):
-                raise StageError(
-                    f"{printable(dep['path'])} differs between the experiments {other} and {state.rung.experiment}:"
-                    f" remove the older one (dvc exp remove {other}) and run the ladder again"
-                )
+    measured = [_read_rung(ladder.task, state.rung, state.rev, outs) for state in states if state.state is State.DONE]
+    for rung in measured:
+        if rung.documents != measured[0].documents:
+            raise StageError(
+                f"{measured[0].experiment} and {rung.experiment} were evaluated on different validation documents:"
+                " remove the settings that change them, such as max_records or split of conf/data, from sizes and"
+                " lengths"
+            )
+    return measured
 
 
 def _read_rung(task: str, rung: Rung, rev: str, outs: Outs) -> MeasuredRung:
+    def fail(path: str) -> NoReturn:
+        raise StageError(
+            f"{path} of {rung.experiment} is in no cache: `dvc exp remove {rung.experiment}`, and run the ladder again"
+        )
+
     def read(path: str) -> Any:
         content = outs.read_out(rev, path)
-        if content is None:
-            raise StageError(
-                f"{path} of {rung.experiment} is in no cache: `dvc exp remove {rung.experiment}`, and run the ladder"
-                " again"
-            )
-        return json.loads(content)
+        return fail(path) if content is None else json.loads(content)
 
     metrics = read(get_metrics_path(task))[task]["validation"]
     ledger, blocks = read(f"reports/train/{task}/stats.json"), read(f"data/blocks/{task}/train/stats.json")
@@ -178,12 +149,28 @@ def _read_rung(task: str, rung: Rung, rev: str, outs: Outs) -> MeasuredRung:
         length=rung.length,
         num_parameters=num_parameters,
         num_non_embedding=num_non_embedding,
-        num_tokens=round(ledger["epochs"] * num_blocks) * block_size,
+        num_tokens=round(_count_epochs(ledger, outs.read_lock(rev)[f"train@{task}"]) * num_blocks) * block_size,
         num_unique_tokens=num_blocks * block_size,
         metric=metric,
         bits=metrics[metric],
         error=metrics[f"{metric}_se"],
+        documents=hash_evaluated_documents(outs, rev, task) or fail(get_scores_path(task, "validation")),
     )
+
+
+def _count_epochs(ledger: Mapping[str, Any], training: Mapping[str, Any]) -> float:
+    """Return the epochs until the step whose weights the model has.
+
+    Args:
+        ledger: stats.json of the training.
+        training: its entry of dvc.lock.
+    """
+    # The files are sorted as they take precedence: those of conf/base, conf/hardware, conf/task.
+    values = [find_value(section, "trainer.load_best_model_at_end") for section in training["params"].values()]
+    is_best = [value for value in values if value is not MISSING][-1:] == [True]
+    # Without an evaluation there is no best step, and the model is that of the last step.
+    step = (is_best and ledger["best_step"]) or ledger["steps"]
+    return float(ledger["epochs"] * step / ledger["steps"])
 
 
 def count_parameters(config: dict[str, Any], metric: str) -> tuple[int, int]:
