@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 from dvc_project import ROOT
 
+from stages.core.compose import Composition
 from stages.core.errors import ConfigError
+from stages.model.objectives import CausalObjective, MaskedObjective
+from tools.search import check
 from tools.search.check import KEEP_FOR_BRANCHES_KEY, CheckedSpace, check_space
 from tools.search.space import (
     Choices,
@@ -185,6 +188,7 @@ def test_search_space_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
         ({"keys": {"tasks.causal.model": {"choices": ["tiny-gpt2", "tiny-gpt3"]}}}, "did you mean tiny-gpt2?"),
         ({"fixed": {"conf/task/causal.yaml:+trainer.seed": 3}}, "trainer.seed cannot be set"),
         ({"fixed": {"conf/task/causal.yaml:+trainer.lr_scheduler_type": "lineer"}}, "trainer.lr_scheduler_type"),
+        ({"metric": "masked_loss"}, "metric=masked_loss: causal has bits_per_byte and loss"),
     ],
 )
 def test_search_space_that_the_stages_refuse_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -206,24 +210,64 @@ def test_search_space_key_of_a_chosen_model_is_accepted(tmp_path: Path) -> None:
 
 def test_search_fingerprint_depends_on_the_values_that_the_search_does_not_set(tmp_path: Path) -> None:
     first = check_changed(tmp_path).fingerprints
-    rates = check_changed(tmp_path, keys={RATE: {"low": 0.001, "high": 0.02}}).fingerprints
     fixed = check_changed(tmp_path, fixed={DECAY: 0.5}).fingerprints
-    assert rates == first
+    assert check_changed(tmp_path).fingerprints == first
     assert [stage for stage in STAGES if fixed[stage] != first[stage]] == ["train@causal"]
 
 
+def test_search_fingerprint_depends_on_the_files_of_all_choices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"tasks.causal.model": {"choices": ["tiny-gpt2", "gpt2"]}}
+    first = check_changed(tmp_path, keys=keys).fingerprints
+    load = check.load_config
+
+    def load_changed(schema: Any, composition: Composition) -> Any:
+        """Load the config as if another revision were in conf/model/gpt2.yaml."""
+        config = load(schema, composition)
+        if composition.stage == "train" and composition.chosen["model"] == "gpt2":
+            config.model.revision = "0" * 40
+        return config
+
+    monkeypatch.setattr(check, "load_config", load_changed)
+    changed = check_changed(tmp_path, keys=keys).fingerprints
+    assert [stage for stage in STAGES if changed[stage] != first[stage]] == ["train@causal"]
+
+
+def test_search_metrics_are_those_of_the_objectives() -> None:
+    classes = {"causal": CausalObjective, "mlm": MaskedObjective}
+    assert {name: (found.document_metric, found.loss_metrics[0]) for name, found in classes.items()} == check.METRICS
+
+
+WARMUP = {"lr_scheduler_type": "constant_with_warmup"}
+
+
 @pytest.mark.parametrize(
-    ("schedule", "epochs", "noticed"),
-    [("linear", [1, 2], True), ("cosine", [1, 2], True), ("linear", [2], False), ("constant", [1, 2], False)],
+    ("trainer", "epochs", "reason"),
+    [
+        ({"lr_scheduler_type": "linear"}, [1, 2], "trainer.lr_scheduler_type is linear"),
+        ({"lr_scheduler_type": "cosine"}, [1, 2], "trainer.lr_scheduler_type is cosine"),
+        ({"lr_scheduler_type": "linear"}, [2], ""),
+        ({"lr_scheduler_type": "constant"}, [1, 2], ""),
+        ({**WARMUP, "warmup_steps": 10}, [1, 2], ""),
+        ({**WARMUP, "warmup_steps": 0.1}, [1, 2], "trainer.warmup_steps=0.1 is a fraction of all steps"),
+        ({**WARMUP, "warmup_ratio": 0.1}, [1, 2], "trainer.warmup_ratio=0.1 is a fraction of all steps"),
+        ({**WARMUP, "logging_steps": 0.5}, [1, 2], "trainer.logging_steps=0.5 is a fraction of all steps"),
+    ],
 )
 def test_search_notice_says_when_rungs_share_no_training(
-    tmp_path: Path, schedule: str, epochs: list[int], noticed: bool
+    tmp_path: Path, trainer: dict[str, Any], epochs: list[int], reason: str
 ) -> None:
-    fixed = {"conf/task/causal.yaml:+trainer.lr_scheduler_type": schedule}
+    fixed = {f"conf/task/causal.yaml:+trainer.{name}": value for name, value in trainer.items()}
     checked = check_changed(tmp_path, halving={"epochs": epochs}, fixed=fixed)
-    assert (f"trainer.lr_scheduler_type is {schedule}" in checked.notice) == noticed
-    if noticed:
+    assert checked.notice.startswith(reason) and bool(checked.notice) == bool(reason)
+    if reason:
         assert KEEP_FOR_BRANCHES_KEY not in checked.settings
+
+
+def test_search_notice_says_when_rungs_of_some_trials_share_no_training(tmp_path: Path) -> None:
+    keys = {"conf/task/causal.yaml:+trainer.lr_scheduler_type": {"choices": ["constant", "linear"]}}
+    assert check_changed(tmp_path, keys=keys).notice.startswith("trainer.lr_scheduler_type is linear")
 
 
 def test_search_choices_of_any_type_are_kept(tmp_path: Path) -> None:

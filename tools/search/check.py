@@ -19,6 +19,10 @@ from tools.search.space import Space, make_settings, read_current_value
 # Under these schedules, the learning rate of a step does not depend on the number of later steps (except for the decay
 # at the end), so that a training can go on from a checkpoint of a shorter one.
 SHARING_SCHEDULES = ("constant", "constant_with_warmup", "warmup_stable_decay")
+# Numbers of steps that differ between runs of different lengths if they are below 1, a fraction of all steps.
+_STEP_COUNTS = ("warmup_ratio", "warmup_steps", "eval_steps", "logging_steps", "save_steps")
+# Objective to the metrics that a search can minimize.
+METRICS = {"causal": ("bits_per_byte", "loss"), "mlm": ("pseudo_bits_per_byte", "masked_loss")}
 KEEP_FOR_BRANCHES_KEY = "conf/base/hardware.yaml:checkpoints.keep_for_branches"
 KEEP_FOR_BRANCHES_VALUE = {"every_steps": None, "gigabytes": 10.0, "directory": None}
 
@@ -27,7 +31,7 @@ class CheckedSpace(NamedTuple):
     """What the composed configs of a task's stages say about a search space."""
 
     fingerprints: dict[str, str]
-    """Stage to a hash of its code and of all values that the search does not set."""
+    """Stage to a hash of its code and of all values that it reads in one of the checked runs."""
     settings: dict[str, Any]
     """Key to value of settings for every run that do not change its result."""
     notice: str
@@ -45,36 +49,53 @@ def check_space(space: Space, stages: Sequence[str]) -> CheckedSpace:
     """
     first = {key: spec.list_extremes()[0] for key, spec in space.keys.items()}
     base = make_settings(space, first, space.halving.epochs[-1])
-    compositions, found = compose_stages(stages, base)
+    others = [{**base, key: value} for key, spec in space.keys.items() for value in spec.list_extremes()[1:]]
     # Without overrides, the compositions name every key of params.yaml that they read.
-    used = [*compose_stages(stages, {})[0].values(), *compositions.values()]
-    for key, spec in space.keys.items():
-        for value in spec.list_extremes()[1:]:
-            composed, problems = compose_stages(stages, {**base, key: value})
-            found += problems
-            used += composed.values()
+    used = [*compose_stages(stages, {})[0].values()]
+    runs: list[dict[str, Composition]] = []
+    found: list[str] = []
+    for settings in (base, *others):
+        composed, problems = compose_stages(stages, settings)
+        found += problems
+        runs.append(composed)
+        used += composed.values()
     found += find_unused_keys(space, used)
+    training = f"train@{space.task}"
+    found += [problem for run in runs if training in run for problem in find_metric_problems(space, run[training])]
     if found:
         raise ConfigError(list(dict.fromkeys(found)))
-    fingerprints = {stage: fingerprint_stage(composition) for stage, composition in compositions.items()}
-    return CheckedSpace(fingerprints, *choose_checkpoints(space, compositions[f"train@{space.task}"]))
+    fingerprints = {stage: fingerprint_stage([run[stage] for run in runs]) for stage in stages}
+    return CheckedSpace(fingerprints, *choose_checkpoints(space, [run[training] for run in runs]))
 
 
-def choose_checkpoints(space: Space, training: Composition) -> tuple[dict[str, Any], str]:
+def find_metric_problems(space: Space, training: Composition) -> Iterator[str]:
+    """Yield the problem of a metric that the objective of the task does not have."""
+    metrics = METRICS.get(find_value(training.values, "objective.name"), ())
+    if space.metric is not None and metrics and space.metric not in metrics:
+        yield f"metric={space.metric}: {space.task} has {' and '.join(metrics)}"
+
+
+def choose_checkpoints(space: Space, trainings: Sequence[Composition]) -> tuple[dict[str, Any], str]:
     """Return the settings with which a rung continues from the rung before, and a notice if it cannot."""
     if len(space.halving.epochs) == 1:
         return {}, ""
-    schedule = find_value(training.values, "trainer.lr_scheduler_type")
-    schedule = "linear" if schedule in (MISSING, None) else schedule
-    if schedule not in SHARING_SCHEDULES:
-        return {}, (
-            f"trainer.lr_scheduler_type is {printable(schedule)}, so each rung trains from the beginning; with"
-            f" {' or '.join(SHARING_SCHEDULES)} it continues from the checkpoint of the rung before"
-        )
-    if find_value(training.values, "hardware.ray") not in (MISSING, None):
-        return {}, "hardware.ray keeps no checkpoints for other runs, so each rung trains from the beginning"
+    for training in trainings:
+        if reason := explain_unshared_steps(training):
+            return {}, f"{reason}, so each rung trains from the beginning"
     unset = read_current_value(KEEP_FOR_BRANCHES_KEY) is None and KEEP_FOR_BRANCHES_KEY not in space.fixed
     return ({KEEP_FOR_BRANCHES_KEY: KEEP_FOR_BRANCHES_VALUE} if unset else {}), ""
+
+
+def explain_unshared_steps(training: Composition) -> str:
+    """Return the reason why a training cannot continue from the checkpoint of a shorter one; empty if it can."""
+    if find_value(training.values, "hardware.ray") not in (MISSING, None):
+        return "hardware.ray keeps no checkpoints for other runs"
+    arguments = find_value(training.values, "trainer")
+    schedule = arguments.get("lr_scheduler_type") or "linear"
+    if schedule not in SHARING_SCHEDULES:
+        return f"trainer.lr_scheduler_type is {printable(schedule)}, not {' or '.join(SHARING_SCHEDULES)}"
+    fractions = {name: arguments[name] for name in _STEP_COUNTS if 0 < (arguments.get(name) or 0) < 1}
+    return next((f"trainer.{name}={value} is a fraction of all steps" for name, value in fractions.items()), "")
 
 
 def compose_stages(stages: Sequence[str], settings: Mapping[str, Any]) -> tuple[dict[str, Composition], list[str]]:
@@ -133,15 +154,19 @@ def find_unused_keys(space: Space, compositions: Sequence[Composition]) -> Itera
         yield f"{printable(text)}: {key.file} has no such key that a stage of {space.task} reads; {hint}"
 
 
-def fingerprint_stage(composition: Composition) -> str:
-    """Return a hash of a stage's code and of all values that it reads, without those of checkpoints."""
-    package = get_package(composition.stage)
-    values = dataclasses.asdict(load_config(get_config_class(package), composition))
-    values.pop("checkpoints", None)
-    names = (package, f"{package}-{composition.chosen.get('framework')}")
-    codes = [_hash_stage_code(name) for name in list_root_modules(package) if name in names]
-    content = json.dumps([values, codes], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+def fingerprint_stage(compositions: Sequence[Composition]) -> str:
+    """Return a hash of a stage's code and of all values that it reads in any of its compositions.
+
+    Values of `checkpoints` are left out, because they do not change a result.
+    """
+    contents = []
+    for composition in compositions:
+        package = get_package(composition.stage)
+        values = dataclasses.asdict(load_config(get_config_class(package), composition))
+        values.pop("checkpoints", None)
+        names = (package, f"{package}-{composition.chosen.get('framework')}")
+        contents.append([values, [_hash_stage_code(name) for name in list_root_modules(package) if name in names]])
+    return hashlib.sha256(json.dumps(contents, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @functools.cache
