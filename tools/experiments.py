@@ -183,6 +183,18 @@ class WorkingTree:
         self._added = {out.def_path: out.hash_info.value for stage in stages if not stage.cmd for out in stage.outs}
         self._repo = repo
 
+    def hash_sources(self, target: str) -> dict[str, str]:
+        """Return the md5 sum of each path that the stages of `dvc repro TARGET` read and none writes, sorted by path.
+
+        The stage `code` is left out, since it reads comments and the code of all stages.
+        """
+        stages = [stage for stage in self._repo.stage.collect(target, with_deps=True) if stage.cmd]
+        outs = [out.def_path for stage in stages for out in stage.outs]
+        readers = [stage for stage in stages if stage.addressing != CODE]
+        paths = {dep.def_path for stage in readers for dep in stage.deps if dep not in stage.params}
+        sources = sorted(path for path in paths if not any(paths_overlap(path, out) for out in outs))
+        return {path: self.hash_path(path) for path in sources}
+
     def _hash_path(self, path: str) -> str:
         """Return the md5 sum of a path that no stage but `code` writes; empty if it does not exist."""
         if path.startswith(f"{CODE}/"):

@@ -235,6 +235,15 @@ def test_run_is_not_compared_with_a_stage_that_the_pipeline_no_longer_has(projec
     assert list_differences({}, {**lock, "removed": removed}) == []
 
 
+def test_sources_are_what_no_stage_writes(project: Path) -> None:
+    with Repo() as repo:
+        before = WorkingTree(repo).hash_sources("train")
+        (project / "in/one.txt").write_text("2")
+        after = WorkingTree(repo).hash_sources("train")
+    assert list(before) == ["added.txt", "code/train.json", "in"]
+    assert [path for path in before if before[path] != after[path]] == ["in"]
+
+
 @pytest.mark.parametrize(
     ("columns", "is_same"),
     [

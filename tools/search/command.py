@@ -26,12 +26,13 @@ from stages.core.compose import Params
 from stages.core.config import suggest_name
 from stages.core.errors import StageError, printable, printable_lines
 from stages.shell.app import format_error
-from tools.check import explain_dvc_error
-from tools.experiments import check_plots_are_cached
+from tools.check import explain_dvc_error, is_project_stage
+from tools.experiments import WorkingTree, check_plots_are_cached
+from tools.forecast import CODE
 from tools.search.check import check_space
 from tools.search.runs import Experiments
 from tools.search.space import read_space
-from tools.search.study import DIRECTORY, import_optuna, open_study, prepare_study
+from tools.search.study import DIRECTORY, check_space_is_recorded, import_optuna, open_study, prepare_study
 from tools.search.table import print_results
 from tools.search.trials import Budget, Search
 
@@ -96,14 +97,19 @@ def run_search(file: Path, name: str | None, budget: Budget | None) -> None:
             f"{printable(file)}: task={printable(space.task)} is not in params.yaml: {suggest_name(space.task, tasks)}"
         )
     if budget is None:
-        print_results(space, open_study(name, create=False))
+        study = open_study(name, create=False)
+        check_space_is_recorded(study, name, space)
+        print_results(space, study)
         return
     with Repo() as repo, lock_search(name) as lock:
-        stages = [stage.addressing for stage in repo.stage.collect(f"evaluate@{space.task}", with_deps=True)]
-        checked = check_space(space, [stage for stage in stages if stage != "code"])
+        target = f"evaluate@{space.task}"
+        stages = [stage.addressing for stage in repo.stage.collect(target, with_deps=True)]
+        # Not the stage `code`, which has no values, nor .dvc files and stages that users add.
+        read = [stage for stage in stages if stage != CODE and is_project_stage(stage.partition("@")[0])]
+        checked = check_space(space, read)
         check_plots_are_cached(repo, space.task)
         study = open_study(name, create=True)
-        prepare_study(study, name, space, checked.fingerprints)
+        prepare_study(study, name, space, {**checked.fingerprints, **WorkingTree(repo).hash_sources(target)})
         if checked.notice:
             print(f"search: {checked.notice}", file=sys.stderr)
         runner = Experiments(space, repo, DIRECTORY / f"{name}.log", lock)

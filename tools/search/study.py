@@ -74,8 +74,11 @@ def repair_journal(file: Path) -> None:
 def prepare_study(study: "optuna.Study", name: str, space: Space, fingerprints: Mapping[str, str]) -> None:
     """Record the space in a new study, and propose the current values as its first trial.
 
+    Args:
+        fingerprints: stage or path of source data to a hash of what all trials have in common.
+
     Raises:
-        StageError: if the study was made with another space or other values of params.yaml and conf/.
+        StageError: if the study was made with another space or other fingerprints.
     """
     described = {"space": space.describe(), "fingerprints": dict(fingerprints)}
     if "search" not in study.user_attrs:
@@ -84,14 +87,27 @@ def prepare_study(study: "optuna.Study", name: str, space: Space, fingerprints: 
             study.enqueue_trial({key: encode_value(spec, current[key]) for key, spec in space.keys.items()})
         study.set_user_attr("search", described)
         return
-    recorded = study.user_attrs["search"]
-    another = f"--name OTHER starts a new search, or remove {DIRECTORY}/{name}.journal"
-    if difference := find_difference(recorded["space"], json.loads(json.dumps(described["space"]))):
-        raise StageError(f"search {name} was started with another space: {difference}: {another}")
-    if changed := [stage for stage, value in fingerprints.items() if recorded["fingerprints"].get(stage) != value]:
+    check_space_is_recorded(study, name, space)
+    recorded = study.user_attrs["search"]["fingerprints"]
+    if changed := [stage for stage, value in fingerprints.items() if recorded.get(stage) != value]:
         raise StageError(
-            f"params.yaml, conf/ or stages/ changed since search {name} was started ({', '.join(changed)}), so that its"
-            f" trials would not be comparable: undo the change; or {another}"
+            f"values, code or data changed since search {name} was started ({', '.join(changed)}), so that its trials"
+            " would not be comparable: undo the change, or start a new search (--name OTHER)"
+        )
+
+
+def check_space_is_recorded(study: "optuna.Study", name: str, space: Space) -> None:
+    """Check that a study, if it is not new, was made with this space.
+
+    Raises:
+        StageError: with the first difference.
+    """
+    described = json.loads(json.dumps(space.describe()))
+    recorded = study.user_attrs.get("search", {"space": described})
+    if difference := find_difference(recorded["space"], described):
+        raise StageError(
+            f"search {name} was started with another space: {difference}: undo the change, or start a new search"
+            " (--name OTHER)"
         )
 
 
