@@ -5,6 +5,7 @@ import builtins
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from dvc.repo import Repo
 from dvc_project import ROOT, build_environment, run_command
@@ -55,7 +58,7 @@ class FakeRunner:
         self.settings: list[Mapping[str, Any]] = []
         self.failing: set[int] = set()
         """Numbers of the runs that fail, in the order of their start."""
-        self.text = "text"
+        self.documents = "documents"
         self._now, self._seconds = 0.0, seconds_per_epoch
         monkeypatch.setattr(search_trials.time, "monotonic", lambda: self._now)
 
@@ -67,7 +70,7 @@ class FakeRunner:
         if len(self.started) - 1 in self.failing:
             raise RunError("train: out of memory")
         value = abs(math.log10(settings[RATE] / 0.01)) + (settings[DECAY] is None) + 1 / epochs
-        self.finished[name] = RunResult(f"rev-{name}", value, self.text)
+        self.finished[name] = RunResult(f"rev-{name}", value, self.documents)
 
     def find(self, name: str, settings: Mapping[str, Any]) -> RunResult | None:
         return self.finished.get(name)
@@ -310,6 +313,35 @@ def test_search_stops_after_several_failures_in_a_row_and_can_go_on(directory: P
 
 
 @needs_optuna
+@pytest.mark.parametrize(("failing_epochs", "stops"), [(1, True), (2, True), (4, True), (0, False)])
+def test_search_stops_if_all_runs_of_a_rung_fail(
+    directory: Path, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch, failing_epochs: int, stops: bool
+) -> None:
+    succeed = runner.run
+
+    def fail(name: str, settings: Mapping[str, Any]) -> None:
+        succeed(name, settings)
+        if name.endswith(f"-e{failing_epochs}"):
+            raise RunError("out of memory")
+
+    monkeypatch.setattr(runner, "run", fail)
+    if stops:
+        with pytest.raises(StageError, match="3 trials in a row failed"):
+            run(runner, trials=40)
+        assert sum(name.endswith(f"-e{failing_epochs}") for name in runner.started) == 3
+    else:
+        run(runner, trials=10)
+
+
+@needs_optuna
+def test_search_takes_a_found_metric_that_is_no_number_as_a_failure(directory: Path, runner: FakeRunner) -> None:
+    runner.finished["s-000-e1"] = RunResult("rev", math.nan, "documents")
+    (trial,) = run(runner, trials=1).get_trials()
+    assert trial.state.name == "FAIL" and runner.started == []
+    assert trial.user_attrs["runs"][0]["error"].startswith("the metric is not a finite number")
+
+
+@needs_optuna
 def test_search_takes_a_metric_that_is_no_number_as_a_failure(
     directory: Path, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,7 +350,7 @@ def test_search_takes_a_metric_that_is_no_number_as_a_failure(
     def diverge(name: str, settings: Mapping[str, Any]) -> None:
         finish(name, settings)
         if name.startswith("s-001"):
-            runner.finished[name] = RunResult("rev", math.nan, "text")
+            runner.finished[name] = RunResult("rev", math.nan, "documents")
 
     monkeypatch.setattr(runner, "run", diverge)
     study = run(runner, trials=4)
@@ -327,10 +359,10 @@ def test_search_takes_a_metric_that_is_no_number_as_a_failure(
 
 
 @needs_optuna
-def test_search_of_another_text_is_refused(directory: Path, runner: FakeRunner) -> None:
+def test_search_of_other_documents_is_refused(directory: Path, runner: FakeRunner) -> None:
     run(runner, trials=1)
-    runner.text = "other"
-    with pytest.raises(StageError, match="other records"):
+    runner.documents = "other"
+    with pytest.raises(StageError, match="other validation documents"):
         run(runner, trials=2)
 
 
@@ -351,6 +383,15 @@ def test_search_with_another_space_under_the_same_name_is_refused(
     with pytest.raises(StageError, match="search s was started with another space") as refused:
         run(runner, trials=2, space=space)
     assert message in str(refused.value)
+
+
+@needs_optuna
+def test_search_show_with_another_space_is_refused(directory: Path, runner: FakeRunner) -> None:
+    (directory / "params.yaml").write_text("tasks: {causal: {}}")
+    (directory / "s.yaml").write_text(json.dumps({**TINY, "keys": {RATE: {"low": 0.001, "high": 0.1}}}))
+    run(runner, trials=1)
+    with pytest.raises(StageError, match="search s was started with another space: "):
+        run_search(Path("s.yaml"), None, None)
 
 
 @needs_optuna
@@ -450,6 +491,7 @@ report = Path("reports/evaluate/causal")
 report.mkdir(parents=True)
 figures = {"bits_per_byte": 2 + params["learning_rate"], "base_bits_per_byte": 3, "loss": 4.0}
 (report / "metrics.json").write_text(json.dumps({"causal": {"validation": figures}}))
+(report / "validation.parquet").write_bytes(Path("validation.parquet").read_bytes())
 """
 PIPELINE = """\
 stages:
@@ -457,7 +499,7 @@ stages:
     foreach: ${tasks}
     do:
       cmd: python stage.py
-      deps: [stage.py]
+      deps: [stage.py, validation.parquet]
       params: ['tasks.${key}.learning_rate', 'tasks.${key}.num_train_epochs', {conf/task/causal.yaml: [trainer]}]
       outs: ['reports/evaluate/${key}']
 """
@@ -476,6 +518,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(text)
+    pq.write_table(pa.table({"record": [0], "source": ["s"], "bytes": [9]}), directory / "validation.parquet")
     run_shell(directory, "git init -q -b main && dvc init -q && git add -A && git commit -q -m all")
     return directory
 
@@ -514,29 +557,35 @@ def test_search_run_that_fails_has_the_error_of_its_stage(repository: Path) -> N
     assert find_experiment("s-000-e2") is None
 
 
-def test_search_experiment_with_other_settings_is_refused(repository: Path) -> None:
-    run_settings("s-000-e2")
+def find_settings(name: str, space: Space = SPACE, **settings: Any) -> RunResult | None:
+    """Return what is found under the name of an experiment of `run_settings`."""
     with Repo() as repo:
-        experiments = Experiments(SPACE, repo, search_study.DIRECTORY / "s.log", -1)
-        with pytest.raises(StageError, match=f"experiment s-000-e2 exists, but has 0.02 instead of {RATE}=0.03"):
-            experiments.find("s-000-e2", {RATE: 0.03})
-        with pytest.raises(StageError, match="has no such key instead of"):
-            experiments.find("s-000-e2", {"conf/task/none.yaml:x": 1})
-        shutil.rmtree(repository / ".dvc/cache")
-        with pytest.raises(StageError, match="in DVC's cache"):
-            experiments.find("s-000-e2", {RATE: 0.02})
+        experiments = Experiments(space, repo, search_study.DIRECTORY / "s.log", -1)
+        return experiments.find(name, {RATE: 0.02, DECAY: 0.2, SPACE.epochs_key: 2, **settings})
 
 
-def test_search_metric_that_the_task_does_not_have_is_refused(repository: Path) -> None:
+def test_search_experiment_that_is_no_run_of_the_working_tree_is_refused(repository: Path) -> None:
+    run_settings("s-000-e2", **{"conf/task/causal.yaml:+trainer.extra": 1})
+    changed = "experiment s-000-e2 exists, but is not a run of the working tree with the values of its trial "
+    with pytest.raises(StageError, match=re.escape(f"{changed}(conf/task/causal.yaml:trainer was {{")):
+        find_settings("s-000-e2")
+    extra = {"conf/task/causal.yaml:+trainer.extra": 1}
+    with pytest.raises(StageError, match=re.escape(f"{changed}(params.yaml:{RATE} was 0.02, now 0.03)")):
+        find_settings("s-000-e2", **extra, **{RATE: 0.03})
+    assert find_settings("s-000-e2", **extra, **{"conf/task/none.yaml:unread": 1}) is not None
+    (repository / "stage.py").write_text(f"{STAGE}# changed\n")
+    with pytest.raises(StageError, match=re.escape(f"{changed}(stage.py changed): remove it (`dvc exp remove")):
+        find_settings("s-000-e2", **extra)
+    (repository / "stage.py").write_text(STAGE)
+    shutil.rmtree(repository / ".dvc/cache")
+    with pytest.raises(StageError, match="in DVC's cache"):
+        find_settings("s-000-e2", **extra)
+
+
+def test_search_minimizes_the_metric_of_the_space(repository: Path) -> None:
     run_settings("s-000-e2")
-    for metric, message in (("masked_loss", "which has bits_per_byte, loss"), (None, "")):
-        with Repo() as repo:
-            runs = Experiments(SPACE._replace(metric=metric), repo, search_study.DIRECTORY / "s.log", -1)
-            if message:
-                with pytest.raises(StageError, match=message):
-                    runs.find("s-000-e2", {})
-            else:
-                assert runs.find("s-000-e2", {}) is not None
+    found = [find_settings("s-000-e2", SPACE._replace(metric=metric)) for metric in (None, "loss")]
+    assert [result and result.value for result in found] == [2.02, 4.0]
 
 
 @pytest.mark.slow

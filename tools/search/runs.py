@@ -11,14 +11,19 @@ from typing import Any, NamedTuple, Protocol
 from dvc.repo import Repo
 
 from stages.core.compose import PARAMS
-from stages.core.config import MISSING, find_value
 from stages.core.errors import StageError, escape_controls, printable
 from tools.compare import list_chosen_files
-from tools.experiments import make_run_command, parse_key, run_to_end
+from tools.experiments import (
+    WorkingTree,
+    find_differences,
+    hash_evaluated_documents,
+    make_run_command,
+    run_to_end,
+)
 from tools.outs import Outs
 from tools.report_data import find_headline_metric, get_metrics_path
 from tools.search.space import Space
-from tools.yaml_edit import is_same_value, load_yaml
+from tools.yaml_edit import load_yaml
 
 _STAGE_ERROR = re.compile(r"^\w+: error: (.*)$", flags=re.MULTILINE)
 
@@ -34,8 +39,8 @@ class RunResult(NamedTuple):
     """Commit of the experiment."""
     value: float
     """Value of the metric on the validation split."""
-    text: str
-    """md5 sum of data/raw: results of different texts cannot be compared."""
+    documents: str
+    """Hash of the evaluated documents: results of different ones cannot be compared."""
 
 
 class Runner(Protocol):
@@ -52,7 +57,7 @@ class Runner(Protocol):
         """Return the result of a finished experiment; None if there is none.
 
         Raises:
-            StageError: if the experiment has other settings, or its result cannot be read.
+            StageError: if the experiment has other settings, values, code or source data, or its result cannot be read.
         """
 
 
@@ -66,9 +71,10 @@ class Experiments:
             lock: open file, which stays locked until the last run has ended, even if the search is killed.
         """
         self._space, self._outs, self._log, self._lock = space, Outs(repo), log, lock
+        self._tree, self._target = WorkingTree(repo), f"evaluate@{space.task}"
 
     def run(self, name: str, settings: Mapping[str, Any]) -> None:
-        command = make_run_command(name, settings, f"evaluate@{self._space.task}")
+        command = make_run_command(name, settings, self._target)
         with self._log.open("ab") as stream:
             stream.write(f"\n=== {name}\n".encode())
             stream.flush()
@@ -84,38 +90,24 @@ class Experiments:
         rev = find_experiment(name)
         if rev is None:
             return None
-        for key, value in settings.items():
-            parsed = parse_key(key)
-            found = find_value(read_yaml_at(rev, parsed.file), parsed.name)
-            if not is_same_value(found, value):
-                shown = "no such key" if found is MISSING else printable(json.dumps(found))
-                raise StageError(
-                    f"experiment {name} exists, but has {shown} instead of {key}={printable(json.dumps(value))}:"
-                    f" remove it (`dvc exp remove {name}`), or choose another name for the search (--name)"
-                )
-        return RunResult(rev, self._read_value(name, rev), find_out_md5(self._outs.read_lock(rev), "data/raw"))
-
-    def _read_value(self, name: str, rev: str) -> float:
-        task = self._space.task
-        content = self._outs.read_out(rev, get_metrics_path(task))
-        if content is None:
+        if difference := next(find_differences(self._outs.read_lock(rev), self._target, settings, self._tree), ""):
             raise StageError(
-                f"experiment {name} has no {get_metrics_path(task)} in DVC's cache: `dvc pull` it, or remove the"
+                f"experiment {name} exists, but is not a run of the working tree with the values of its trial"
+                f" ({difference}): remove it (`dvc exp remove {name}`), or choose another name for the search (--name)"
+            )
+        task = self._space.task
+        content, documents = (
+            self._outs.read_out(rev, get_metrics_path(task)),
+            hash_evaluated_documents(self._outs, rev, task),
+        )
+        if content is None or documents is None:
+            raise StageError(
+                f"experiment {name} has no reports/evaluate/{task} in DVC's cache: `dvc pull` it, or remove the"
                 f" experiment (`dvc exp remove {name}`) so that it is run again"
             )
         figures = json.loads(content)[task]["validation"]
-        metric = self._space.metric or find_headline_metric(figures)
-        if metric not in figures:
-            raise StageError(
-                f"metric: {metric} is not a metric of {task}, which has {', '.join(list_metrics(figures))}"
-            )
-        value = float(figures[metric])
-        return value if math.isfinite(value) else math.nan
-
-
-def list_metrics(figures: Mapping[str, Any]) -> list[str]:
-    """Return the metrics of a split that a search can minimize."""
-    return [name for name in figures if name in ("loss", "masked_loss") or name == find_headline_metric(figures)]
+        value = float(figures[self._space.metric or find_headline_metric(figures)])
+        return RunResult(rev, value if math.isfinite(value) else math.nan, documents)
 
 
 def find_error(output: str) -> str:
@@ -141,12 +133,6 @@ def read_yaml_at(rev: str, file: str) -> Any:
     """Return the values of a YAML file at a revision; empty if there is no such file."""
     shown = subprocess.run(["git", "show", f"{rev}:{file}"], check=False, capture_output=True, text=True)
     return load_yaml(shown.stdout) if shown.returncode == 0 else {}
-
-
-def find_out_md5(lock: Mapping[str, Any], path: str) -> str:
-    """Return the md5 sum of an out in the content of a dvc.lock; empty if it is not there."""
-    outs = (out for stage in lock.values() for out in stage.get("outs", []))
-    return next((str(out.get("md5", "")) for out in outs if out["path"] == path), "")
 
 
 def read_revision(name: str, rev: str, task: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.core.errors import StageError, printable_lines
 from stages.train.plan import format_seconds
-from tools.search.runs import RunError, Runner
+from tools.search.runs import RunError, Runner, RunResult
 from tools.search.space import Space, format_epochs, make_settings
 from tools.search.study import decode_values, list_runs, suggest_value, sum_seconds
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import optuna
 
 MAX_FAILURES = 3
-"""Failed trials in a row after which a search stops: the fourth would probably fail too."""
+"""Failures after which a search stops: the fourth trial would probably fail too. A success does not count in favor of a
+later rung, whose runs may all fail."""
 MIN_RANDOM_TRIALS = 10
 """Trials with random values before Optuna's sampler uses the results."""
 
@@ -57,9 +58,9 @@ class Search:
         """Run trials until the budget is used up.
 
         Raises:
-            StageError: if MAX_FAILURES trials in a row fail.
+            StageError: after MAX_FAILURES failures, none of them followed by a success in the same or a later rung.
         """
-        failures = 0
+        failures: list[int] = []  # their rungs
         while True:
             unfinished = self._find_unfinished_trial()
             rung = 0 if unfinished is None else len(unfinished.intermediate_values)
@@ -69,9 +70,9 @@ class Search:
                 print(reason, flush=True)
                 return
             error = self._run_rung(self._open_trial(unfinished), rung, budget)
-            failures = failures + 1 if error else 0
-            if failures == MAX_FAILURES:
-                raise StageError(f"{failures} trials in a row failed; the last error: {error}")
+            failures = [*failures, rung] if error else [failed for failed in failures if failed > rung]
+            if len(failures) == MAX_FAILURES:
+                raise StageError(f"{MAX_FAILURES} trials in a row failed; the last error: {error}")
 
     def _list_trials(self) -> "list[optuna.trial.FrozenTrial]":
         return list(self._study.get_trials(deepcopy=False))
@@ -169,25 +170,20 @@ class Search:
         epochs = self._rungs[rung]
         name = format_run_name(self._name, trial.number, epochs)
         settings = make_settings(self._space, decode_values(self._space, trial.params), epochs)
-        seconds, error, result = None, "", self._runner.find(name, settings)
-        if result is None:
-            started = time.monotonic()
-            try:
-                self._runner.run(name, {**settings, **self._settings})
-                result = self._runner.find(name, settings)
-                if result is None:
-                    raise RunError("dvc exp run succeeded, but saved no experiment")
-                if math.isnan(result.value):
-                    raise RunError("the metric is not a finite number: the training diverged")
-            except RunError as failure:
-                error = str(failure)
-            seconds = time.monotonic() - started
+        started, error, found = time.monotonic(), "", self._runner.find(name, settings)
+        try:
+            result = self._run(name, settings) if found is None else found
+            if math.isnan(result.value):
+                raise RunError("the metric is not a finite number: the training diverged")
+        except RunError as failure:
+            error = str(failure)
+        seconds = time.monotonic() - started if found is None else None
         run = {"name": name, "epochs": epochs, "seconds": seconds, **({"error": error} if error else {})}
-        if result is not None and not error:
-            self._check_text(name, result.text)
+        if not error:
+            self._check_documents(name, result.documents)
             run["rev"] = result.rev
         trial.set_user_attr("runs", [*trial.user_attrs.get("runs", []), run])
-        if error or result is None:
+        if error:
             print(printable_lines(f"{name} failed: {error}"), flush=True)
             self._study.tell(trial, state=TrialState.FAIL)
             return error
@@ -195,18 +191,30 @@ class Search:
         self._print_run(run, result.value, budget)
         return ""
 
-    def _check_text(self, name: str, text: str) -> None:
-        """Record the text on which the models are evaluated.
+    def _run(self, name: str, settings: Mapping[str, Any]) -> RunResult:
+        """Run an experiment and return its result.
 
         Raises:
-            StageError: if it is not that of the earlier trials.
+            RunError: if it fails.
         """
-        if "text" not in self._study.user_attrs:
-            self._study.set_user_attr("text", text)
-        elif self._study.user_attrs["text"] != text:
+        self._runner.run(name, {**settings, **self._settings})
+        result = self._runner.find(name, settings)
+        if result is None:
+            raise RunError("dvc exp run succeeded, but saved no experiment")
+        return result
+
+    def _check_documents(self, name: str, documents: str) -> None:
+        """Record the documents on which the models are evaluated.
+
+        Raises:
+            StageError: if they are not those of the earlier trials.
+        """
+        if "documents" not in self._study.user_attrs:
+            self._study.set_user_attr("documents", documents)
+        elif self._study.user_attrs["documents"] != documents:
             raise StageError(
-                f"{name} was evaluated on other records (data/raw) than the trials before it, so that they cannot be"
-                " compared: restore the text, or start a new search (--name)"
+                f"{name} was evaluated on other validation documents than the trials before it, so that they cannot be"
+                " compared: remove the key that changes them from the space, and start a new search (--name)"
             )
 
     def _print_run(self, run: Mapping[str, Any], value: float, budget: Budget) -> None:
