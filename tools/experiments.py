@@ -17,10 +17,11 @@ from typing import Any, Literal, NamedTuple
 import pyarrow.parquet as pq
 from dvc.repo import Repo
 from dvc.utils.hydra import apply_overrides
+from dvc.utils.serialize import load_path
 from dvc_data.hashfile.build import build
 
 from stages.core.compose import PARAMS
-from stages.core.config import MISSING, find_numbers_beyond_64_bits, find_value, read_yaml
+from stages.core.config import MISSING, find_numbers_beyond_64_bits, find_value
 from stages.core.dvc_cache import DvcCache, is_directory_md5
 from stages.core.errors import ConfigError, StageError, printable
 from tools.forecast import CODE, hash_code_outs, paths_overlap
@@ -176,7 +177,8 @@ class WorkingTree:
             if not dep.params
         }
         """Stages and the groups of conf/ of which they read whole files."""
-        self.read_values = functools.cache(lambda file: read_yaml(Path(file)) if Path(file).is_file() else {})
+        # As DVC reads them for dvc.lock, by YAML 1.2: for Hydra, `no` is false.
+        self.read_values = functools.cache(lambda file: (Path(file).is_file() and load_path(file, repo.fs)) or {})
         self.hash_path = functools.cache(self._hash_path)
         self._hash_code = functools.cache(lambda: hash_code_outs(CODE))
         # Data of `dvc add`: the .dvc file decides what a run reads, also if the data are not in the working tree.

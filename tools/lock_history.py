@@ -6,7 +6,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import yaml
 from dvc.exceptions import DvcException
@@ -24,6 +24,25 @@ _EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)")
 
 Entry = dict[str, Any]
 """Entry of a stage in dvc.lock: cmd, deps, params, outs."""
+
+
+# libyaml's loader, if it is installed, is ten times as fast as the one in Python.
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _LockLoader(_SafeLoader):  # type: ignore[misc]
+    """Reads YAML 1.2, which DVC writes. In PyYAML's YAML 1.1, 1e-05 is a text and no is false."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(?:[0-9]+\.?[0-9]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)", "-+.0123456789"),
+):
+    _LockLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
 
 
 class Revision(NamedTuple):
@@ -52,8 +71,7 @@ def parse_entry(lock: str, stage: str) -> Entry:
 def parse_mapping(text: str) -> dict[str, Any]:
     """Parse the YAML `text` of a dvc.lock or a part of it; empty if it is not a mapping."""
     try:
-        # libyaml's loader, if it is installed, is ten times as fast as the one in Python.
-        value = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        value = yaml.load(text, Loader=_LockLoader)
     except yaml.YAMLError:  # a truncated file
         return {}
     return value if isinstance(value, dict) else {}

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from dvc.repo import Repo
 from dvc.utils.hydra import apply_overrides
+from dvc.utils.serialize import dumps_yaml
 from dvc_project import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
@@ -37,6 +38,7 @@ from tools.experiments import (
     parse_key,
     run_to_end,
 )
+from tools.lock_history import parse_mapping
 from tools.outs import Outs
 from tools.yaml_edit import load_yaml
 
@@ -159,7 +161,7 @@ stages:
     outs: [model]
 """,
     "params.yaml": "seed: 1\nunread: 1\n",
-    "conf/task/a.yaml": "trainer: {steps: 1}\nother: 1\n",
+    "conf/task/a.yaml": "trainer: {steps: 1, rate: 1e-5, unquoted: no, quoted: 'no'}\nother: 1\n",
     "conf/base/hardware.yaml": "checkpoints: {keep: 2}\nhardware: {device: cpu}\n",
     "in/one.txt": "1",
     "added.txt": "1",
@@ -197,7 +199,8 @@ def list_differences(settings: dict[str, Any], lock: dict[str, Any] | None = Non
 
 def test_run_with_the_values_code_and_data_of_the_working_tree_has_no_difference(project: Path) -> None:
     (project / "params.yaml").write_text("seed: 1\nunread: 2\n")
-    (project / "conf/task/a.yaml").write_text("trainer: {steps: 2}\nother: 2\n")
+    task = PROJECT["conf/task/a.yaml"]
+    (project / "conf/task/a.yaml").write_text(task.replace("steps: 1", "steps: 2").replace("other: 1", "other: 2"))
     (project / "conf/base/hardware.yaml").write_text("checkpoints: {keep: 3}\nhardware: {device: cpu}\n")
     (project / "added.txt").unlink()  # `dvc pull` fetches it
     assert list_differences({"conf/task/a.yaml:trainer.steps": 1}) == []
@@ -207,18 +210,20 @@ def test_run_with_the_values_code_and_data_of_the_working_tree_has_no_difference
     ("file", "text", "difference"),
     [
         ("params.yaml", "seed: 2\n", "params.yaml:seed was 1, now 2"),
-        ("conf/task/a.yaml", "trainer: {}\n", 'conf/task/a.yaml:trainer was {"steps": 1}, now {}'),
+        ("conf/task/a.yaml", "trainer: 1\n", "conf/task/a.yaml:trainer was {"),
         (
             "conf/base/hardware.yaml",
             "checkpoints: {}\nhardware: {device: cpu}\ntrainer: 1\n",
             "conf/base/hardware.yaml:trainer was not set, now 1",
         ),
+        ("conf/base/hardware.yaml", "", 'conf/base/hardware.yaml:hardware was {"device": "cpu"}, now not set'),
         ("in/one.txt", "2", "in changed"),
     ],
 )
 def test_run_with_another_value_or_source_is_told_apart(project: Path, file: str, text: str, difference: str) -> None:
     (project / file).write_text(text)
-    assert list_differences({}) == [difference]
+    (found,) = list_differences({})
+    assert found.startswith(difference)
 
 
 def test_run_with_other_settings_or_code_is_told_apart(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +238,11 @@ def test_run_is_not_compared_with_a_stage_that_the_pipeline_no_longer_has(projec
         lock = Outs(repo).read_lock("workspace")
     removed = {"deps": [{"path": "gone.txt", "md5": "0"}], "outs": [{"path": "out/old"}]}
     assert list_differences({}, {**lock, "removed": removed}) == []
+
+
+@pytest.mark.parametrize("value", [*VALUES, "no", "12:30", "2020-01-01", "010", "1_0", 1e16, -2.5, [3e-05]], ids=repr)
+def test_value_in_dvc_lock_is_read_as_dvc_wrote_it(value: Any) -> None:
+    assert json.dumps(parse_mapping(dumps_yaml({"key": value, "md5": "1" * 32}))["key"]) == json.dumps(value)
 
 
 def test_sources_are_what_no_stage_writes(project: Path) -> None:
