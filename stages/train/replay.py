@@ -16,7 +16,7 @@ from stages.train.fingerprints import import_framework
 if TYPE_CHECKING:
     from stages.train.branches import Branches
     from stages.train.schema import EarlyStopping
-    from stages.train.stage import TrainConfig
+    from stages.train.stage import PreparedTraining, TrainConfig
     from stages.train.training import BlockTrainer
 
 _VALIDATION_LOSS = "validation/loss"
@@ -59,9 +59,7 @@ def replay_steps(config: "TrainConfig", first: int, last: int) -> Replay:
     prepared = prepare_training(config)
     model_step = _get_model_step(config, read_json(Path(config.report) / "stats.json"))
     with tempfile.TemporaryDirectory() as directory:
-        trainer: BlockTrainer = prepared.framework.make_trainer(
-            config, prepared.model, prepared.objective, prepared.training, prepared.validation, directory
-        )
+        trainer = _make_trainer(config, prepared, directory)
         recorder = _make_recorder(model_step)
         trainer.add_callback(recorder)
         links = trainer.replay_steps(first, last)
@@ -71,6 +69,14 @@ def replay_steps(config: "TrainConfig", first: int, last: int) -> Replay:
         _find_weight_difference(config, recorder.weights),
     )
     return Replay(links, next(filter(None, differences), None))
+
+
+def _make_trainer(config: "TrainConfig", prepared: "PreparedTraining", directory: str) -> "BlockTrainer":
+    """Create the Trainer of a training, with its checkpoints in `directory`."""
+    trainer: BlockTrainer = prepared.framework.make_trainer(
+        config, prepared.model, prepared.objective, prepared.training, prepared.validation, directory
+    )
+    return trainer
 
 
 def find_model_difference(config: "TrainConfig", chain: Sequence[str]) -> str | None:
@@ -91,7 +97,9 @@ def find_model_difference(config: "TrainConfig", chain: Sequence[str]) -> str | 
     if (difference := _find_length_difference(config, ledger, len(chain))) is not None:
         return difference
     step = _get_model_step(config, ledger)
-    model = prepare_training(config).model
+    prepared = prepare_training(config)
+    with tempfile.TemporaryDirectory() as directory:  # the Trainer changes the configuration of the model
+        model = _make_trainer(config, prepared, directory).model
     try:
         model.load_state_dict(load_trained_model(config.model.task, config.out).state_dict())
     except RuntimeError:
@@ -102,7 +110,7 @@ def find_model_difference(config: "TrainConfig", chain: Sequence[str]) -> str | 
     if recomputed.links != list(chain[:step]):
         return f"it does not have the weights of step {step:,} of the state chain"
     with tempfile.TemporaryDirectory() as directory:
-        write_model(config, model, Path(directory))
+        write_model(config, model, prepared.use_cache, Path(directory))
         names = sorted({file.name for path in (directory, config.out) for file in Path(path).iterdir()})
         _, changed, missing = filecmp.cmpfiles(directory, config.out, names, shallow=False)
     other = sorted([*changed, *missing])

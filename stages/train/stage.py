@@ -322,11 +322,9 @@ def write_outputs(
     """
     from stages.train.state_chain import write_state_chain
 
-    if use_cache is not None:
-        model.config.use_cache = use_cache  # the Trainer disables it, which would make generation slow
     loss = compute_probe_loss(model, objective, validation)  # before the adapter is merged into the weights
     with write_directory(config.out, list_saved_files(config.adapter)) as directory:
-        write_model(config, model, directory)
+        write_model(config, model, use_cache, directory)
         verify_saved_model(directory, config.model.task, loss, objective, validation)
     with write_directory(config.report, ["stats.json"]) as directory:
         write_curves(state.log_history, directory)
@@ -335,8 +333,14 @@ def write_outputs(
         write_json(directory / "stats.json", build_ledger(config, state, num_blocks))
 
 
-def write_model(config: TrainConfig, model: Any, directory: Path) -> None:
-    """Write a trained model and its tokenizer into `directory`."""
+def write_model(config: TrainConfig, model: Any, use_cache: bool | None, directory: Path) -> None:
+    """Write a trained model and its tokenizer into `directory`.
+
+    Args:
+        use_cache: the value that the model's configuration had before training; None: it has no such setting.
+    """
+    if use_cache is not None:
+        model.config.use_cache = use_cache  # the Trainer disables it, which would make generation slow
     save_model(model, config.adapter, config.model, directory)
     tokens, special = Path(config.tokens), Vocabulary.read(config.tokens).special
     chat_template = read_json(tokens / "stats.json").get("chat_template")  # only for documents with prompts
