@@ -375,7 +375,8 @@ def measure_engine_rate(directory: Path, tokenizer: Path) -> float:
     from stages.tokens.encoding import choose_engine
     from stages.tokens.vocabulary import load_tokenizer
 
-    groups = [texts.to_pylist() for split in SPLITS for texts in open_texts(directory / f"raw/{split}.parquet")]
+    files = [directory / f"raw/{split}.parquet" for split in SPLITS]
+    groups = [segments.texts.to_pylist() for file in files for segments in open_texts(file)]
     _, engine = choose_engine(load_tokenizer(tokenizer), groups[0][:1])
     started = time.perf_counter()
     tokens = sum(len(engine(texts).ids) for texts in groups)
@@ -452,8 +453,8 @@ def compare_token_streams(directory: Path, tokenizer_directory: Path, raw: str) 
     num_same = num_cut = 0
     for split in SPLITS:
         guide_rows = iter(mapped[split])
-        for texts in open_texts(directory / raw / f"{split}.parquet"):
-            encoded = engine(texts.to_pylist())
+        for segments in open_texts(directory / raw / f"{split}.parquet"):  # one per document
+            encoded = engine(segments.texts.to_pylist())
             for ids, row in zip(np.split(encoded.ids, encoded.offsets[1:-1]), guide_rows, strict=False):
                 assert ids[:MAX_TOKENS].tolist() == row["input_ids"], "the token streams differ"
                 num_same, num_cut = num_same + 1, num_cut + (len(ids) > MAX_TOKENS)
