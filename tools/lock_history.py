@@ -30,7 +30,7 @@ Entry = dict[str, Any]
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class _LockLoader(_SafeLoader):  # type: ignore[misc]
+class _LockSafeLoader(_SafeLoader):  # type: ignore[misc]
     """Reads YAML 1.2, which DVC writes. In PyYAML's YAML 1.1, 1e-05 is a text and no is false."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
@@ -42,7 +42,7 @@ for _tag, _pattern, _first in (
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
     ("float", r"[-+]?(?:[0-9]+\.?[0-9]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)", "-+.0123456789"),
 ):
-    _LockLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
+    _LockSafeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
 
 
 class Revision(NamedTuple):
@@ -71,7 +71,7 @@ def parse_entry(lock: str, stage: str) -> Entry:
 def parse_mapping(text: str) -> dict[str, Any]:
     """Parse the YAML `text` of a dvc.lock or a part of it; empty if it is not a mapping."""
     try:
-        value = yaml.load(text, Loader=_LockLoader)
+        value = yaml.load(text, Loader=_LockSafeLoader)
     except yaml.YAMLError:  # a truncated file
         return {}
     return value if isinstance(value, dict) else {}
