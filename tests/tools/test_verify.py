@@ -198,7 +198,7 @@ def test_verify_without_workspace_files_and_cache_is_verified(toy: Path) -> None
 # -- inputs that are not in git ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["../notes/extra.txt", "/ABSOLUTE/extra.txt"])
+@pytest.mark.parametrize("path", mark_rest_slow(["../notes/extra.txt", "/ABSOLUTE/extra.txt"], 1))
 def test_verify_input_outside_the_repository_is_found(toy: Path, tmp_path: Path, path: str) -> None:
     path = path.replace("/ABSOLUTE", str(tmp_path / "absolute"))
     (toy / path).parent.mkdir()
@@ -273,7 +273,7 @@ def test_verify_tampered_model_in_the_cache_is_caught(toy: Path) -> None:
     assert "weights.txt: its file in DVC's cache is damaged" in describe(verification)
 
 
-@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("ignored", mark_rest_slow([True, False], 1))
 def test_verify_metrics_that_were_not_committed_are_caught(toy: Path, ignored: bool) -> None:
     if ignored:
         (toy / ".gitignore").write_text((toy / ".gitignore").read_text() + "/metrics/\n")
@@ -492,14 +492,17 @@ def run_command(directory: Path, *arguments: str, **variables: str) -> subproces
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["no-such-commit"], "verify: error: git knows no commit and no experiment no-such-commit"),
-        (["HEAD\x1b[2J"], "git knows no commit and no experiment HEAD\\x1b[2J"),
-        (["--segments", "0"], "--segments: a whole number from 1"),
-        (["--seed", "3"], "--seed chooses segments: add --segments N"),
-        (["--all", "--segments", "1"], "not allowed with argument --all"),
-        (["--statement", "data"], "a directory of that name exists"),
-    ],
+    mark_rest_slow(
+        [
+            (["no-such-commit"], "verify: error: git knows no commit and no experiment no-such-commit"),
+            (["HEAD\x1b[2J"], "git knows no commit and no experiment HEAD\\x1b[2J"),
+            (["--segments", "0"], "--segments: a whole number from 1"),
+            (["--seed", "3"], "--seed chooses segments: add --segments N"),
+            (["--all", "--segments", "1"], "not allowed with argument --all"),
+            (["--statement", "data"], "a directory of that name exists"),
+        ],
+        3,
+    ),
 )
 def test_verify_wrong_argument_is_refused_in_one_line(toy: Path, arguments: list[str], message: str) -> None:
     done = run_command(toy, *arguments)
@@ -510,15 +513,18 @@ def test_verify_wrong_argument_is_refused_in_one_line(toy: Path, arguments: list
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        (None, "it has no dvc.lock"),
-        ("", "it has no dvc.lock"),
-        ("schema: '2.0'\n", "its dvc.lock has no stages"),
-        ("{", "its dvc.lock has no stages"),
-        ("stages: {fit: 5}\n", "is damaged: fit is no entry of a stage"),
-        ("stages: {fit: {outs: [{md5: a}]}}\n", "is damaged: fit is no entry of a stage"),
-        ("stages: {fit: {params: {a: 1}}}\n", "is damaged: fit is no entry of a stage"),
-    ],
+    mark_rest_slow(
+        [
+            (None, "it has no dvc.lock"),
+            ("", "it has no dvc.lock"),
+            ("schema: '2.0'\n", "its dvc.lock has no stages"),
+            ("{", "its dvc.lock has no stages"),
+            ("stages: {fit: 5}\n", "is damaged: fit is no entry of a stage"),
+            ("stages: {fit: {outs: [{md5: a}]}}\n", "is damaged: fit is no entry of a stage"),
+            ("stages: {fit: {params: {a: 1}}}\n", "is damaged: fit is no entry of a stage"),
+        ],
+        4,
+    ),
 )
 def test_verify_commit_without_valid_lock_is_refused(toy: Path, text: str | None, message: str) -> None:
     (toy / "dvc.lock").unlink()
