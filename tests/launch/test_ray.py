@@ -105,7 +105,7 @@ def test_download_on_a_cluster_that_loses_workers_writes_the_bytes_of_one_machin
     while killed < 2 and process.poll() is None:
         for one in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if one.name().startswith("ray::_run_piece"):
+                if one.name().startswith("ray::_run_job"):
                     one.send_signal(signal.SIGKILL)
                     killed += 1
                     break
