@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 STAGE = """\
@@ -53,10 +54,15 @@ def run_shell(directory: Path, command: str, **variables: str) -> str:
     return done.stdout
 
 
-def make_repository(directory: Path) -> Path:
-    """Write the repository to `directory`, run its stage, and commit the results."""
-    for name, text in FILES.items():
+def write_files(directory: Path, files: Mapping[str, str]) -> None:
+    """Write texts to files in `directory`, by their relative paths."""
+    for name, text in files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(text, encoding="utf-8")
+
+
+def make_repository(directory: Path) -> Path:
+    """Write the repository to `directory`, run its stage, and commit the results."""
+    write_files(directory, FILES)
     run_shell(directory, "git init -q -b main && dvc init -q && dvc repro -q && git add -A && git commit -q -m all")
     return directory

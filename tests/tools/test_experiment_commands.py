@@ -23,7 +23,7 @@ from dvc_project import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
 from hypothesis import strategies as st
-from small_repository import run_shell
+from small_repository import run_shell, write_files
 
 from stages.core.errors import ConfigError, StageError
 from tools import experiments
@@ -173,9 +173,7 @@ stages:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository after a run of its stages, with dvc.lock as if the code were that of this project."""
     directory = tmp_path_factory.mktemp("ran")
-    for name, text in PROJECT.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_text(text)
+    write_files(directory, PROJECT)
     run_shell(directory, "git init -q -b main && dvc init -q && dvc add -q added.txt && dvc repro -q")
     return directory
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from dvc_project import ROOT, mark_rest_slow, run_command
 from safetensors import safe_open
-from small_repository import run_shell
+from small_repository import run_shell, write_files
 
 from stages.core.config import read_yaml
 from stages.core.errors import ConfigError, StageError
@@ -92,10 +92,8 @@ FILES = {
 }
 
 
-def write_files(directory: Path) -> None:
-    for name, text in FILES.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_text(text, encoding="utf-8")
+def write_ladder_files(directory: Path) -> None:
+    write_files(directory, FILES)
     (directory / "validation.parquet").write_bytes(make_documents([100, 200]))
 
 
@@ -123,7 +121,7 @@ def list_runs(output: str) -> list[str]:
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository after a run of the ladder, whose output is in ladder.log."""
     directory = tmp_path_factory.mktemp("ladder")
-    write_files(directory)
+    write_ladder_files(directory)
     run_shell(directory, "git init -q -b main && dvc init -q && dvc repro -q && git add -A && git commit -q -m all")
     status, output = run_ladder(directory)
     assert status == 0, output
@@ -141,7 +139,7 @@ def restored(repository: Path) -> Path:
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Current directory with the files of the repository, without git and DVC."""
-    write_files(tmp_path)
+    write_ladder_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

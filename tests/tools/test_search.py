@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from dvc.repo import Repo
 from dvc_project import ROOT, build_environment, run_command
-from small_repository import run_shell
+from small_repository import run_shell, write_files
 
 from stages.core.errors import StageError
 from tools.search import study as search_study
@@ -515,9 +515,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "conf/task/causal.yaml": "trainer: {weight_decay: 0.1}\n",
         ".gitignore": "/reports/\n",
     }
-    for name, text in files.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_text(text)
+    write_files(directory, files)
     pq.write_table(pa.table({"record": [0], "source": ["s"], "bytes": [9]}), directory / "validation.parquet")
     run_shell(directory, "git init -q -b main && dvc init -q && git add -A && git commit -q -m all")
     return directory

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from dvc.repo import Repo
 from dvc_project import mark_rest_slow
-from small_repository import make_repository, run_shell
+from small_repository import make_repository, run_shell, write_files
 
 from stages.core.errors import StageError
 from tools.verify.command import run_verification, verify_commit
@@ -76,9 +76,7 @@ stages:
 def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Repository of two stages, whose results are committed; data/extra.txt is not in git."""
     directory = tmp_path_factory.mktemp("committed")
-    for name, text in FILES.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_text(text, encoding="utf-8")
+    write_files(directory, FILES)
     run_shell(directory, "git init -q -b main && dvc init -q && dvc repro -q && git add -A && git commit -q -m all")
     return directory
 

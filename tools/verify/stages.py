@@ -173,8 +173,8 @@ def find_changed_git_files(clone: Clone, outs: list[str]) -> Iterator[tuple[str,
     for path in list_paths("diff", "--name-only", "-z", "HEAD", "--", *outs):
         file = clone.directory / path
         yield path, read("show", f"HEAD:{path}"), file.read_bytes() if file.is_file() else b""
-    if uncached := [out for out in outs if out in clone.list_uncached_outs()]:
-        for path in list_paths("ls-files", "--others", "-z", "--", *uncached):
+    if uncached := clone.list_uncached_outs().intersection(outs):
+        for path in list_paths("ls-files", "--others", "-z", "--", *sorted(uncached)):
             yield path, None, (clone.directory / path).read_bytes()
 
 
