@@ -501,7 +501,7 @@ def train_sharded(arguments: argparse.Namespace, file: Path, config: Any) -> Non
     setup = training.make_setup(arguments, config)
     before = compute_block_loss(setup.model, setup.objective, setup.validation, 8192)
     setup.model.to("cpu")  # the train stage also keeps it there until it is sharded
-    trained, state = fit(*setup, str(file.parent), StopRequest())  # raises if a weight is not sharded
+    trained, state, _ = fit(*setup, str(file.parent), StopRequest())  # raises if a weight is not sharded
     on_gpu = config.hardware.device == "cuda"
     after = compute_block_loss(trained.to(config.hardware.device), setup.objective, setup.validation, 8192)
     report = {

@@ -10,6 +10,7 @@ from stages.core.artifacts import Documents
 from stages.core.compose import compose_config, load_config
 from stages.figures.samples import make_samples
 from stages.model.trained import load_trained_model
+from stages.tokens.texts import choose_flatten
 from stages.tokens.vocabulary import Vocabulary
 from tools.check import get_config_class
 
@@ -49,8 +50,9 @@ def test_default_masked_model_predicts_by_context(tmp_path: Path, monkeypatch: p
     train_recipe(tmp_path, "mlm", Recipe([], []), "hardware=cpu")
     figures = evaluate_recipe(tmp_path, "mlm", "hardware=cpu")
     assert figures["val"]["pseudo_bpb"] < 0.85 * compute_unigram_bits_per_byte(tmp_path / "mlm/tokens")
-    samples = load_config(get_config_class("evaluate"), compose_config("evaluate", ["task=mlm"])).samples
+    config = load_config(get_config_class("evaluate"), compose_config("evaluate", ["task=mlm"]))
     model, tokens = load_trained_model("mlm", tmp_path / "mlm/model"), tmp_path / "mlm/tokens"
-    filled = make_samples(samples, "mlm", model, None, tokens / "tokenizer", Vocabulary.read(tokens))
+    flatten = choose_flatten(config.flatten, config.data)
+    filled = make_samples(config.samples, "mlm", model, None, tokens / "tokenizer", Vocabulary.read(tokens), flatten)
     likeliest = [prompt["tokens"][0][0] for prompt in filled]
     assert len(set(likeliest)) == len(likeliest)

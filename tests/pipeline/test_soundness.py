@@ -28,18 +28,22 @@ def for_task(task: str, *stages: str) -> set[str]:
 # Stages that use a value, by the longest matching prefix of its name; deliberately not read from dvc.yaml.
 EXPECTED_STAGES: dict[str, dict[str, set[str]]] = {
     "params.yaml": {
-        "data.name": {"download", *for_all_tasks("tokenize", "baseline", "evaluate")},
+        "data.name": {"download", *for_all_tasks("tokenize", "group_texts", "baseline", "evaluate")},
         "data.path": {"download"},
         "hardware": for_all_tasks("baseline", "train", "evaluate"),
         "framework": for_all_tasks("train"),
         "block_size": for_all_tasks("group_texts", "train"),
-        "seed": for_all_tasks("baseline", "train"),
+        "seed": for_all_tasks("group_texts", "baseline", "train"),
         **{f"tasks.{task}.model": for_task(task, "tokenize", "baseline", "train") for task in TASKS},
         **{f"tasks.{task}.start": for_task(task, "tokenize", "baseline", "train") for task in TASKS},
         **{f"tasks.{task}.sources": for_task(task, "tokenize") for task in TASKS},
         **{f"tasks.{task}": for_task(task, "train") for task in TASKS},
     },
-    "conf/data/sample.yaml": {"": {"download"}, "flatten": for_all_tasks("tokenize", "baseline", "evaluate")},
+    "conf/data/sample.yaml": {
+        "": {"download"},
+        "flatten": for_all_tasks("tokenize", "baseline", "evaluate"),
+        "weights": for_all_tasks("group_texts"),
+    },
     "conf/hardware/cpu.yaml": {
         "hardware": for_all_tasks("baseline", "train", "evaluate"),
     },
@@ -53,13 +57,14 @@ EXPECTED_STAGES: dict[str, dict[str, set[str]]] = {
     },
     **{
         f"conf/task/{task}.yaml": {
+            "flatten": for_task(task, "tokenize", "baseline", "evaluate"),
             "tokenize": for_task(task, "tokenize"),
             "objective": for_task(task, "train", "evaluate"),
             "objective.name": for_task(task, "baseline", "train", "evaluate"),
             "trainer": for_task(task, "train"),
             "early_stopping": for_task(task, "train"),
             "evaluate": for_task(task, "baseline", "evaluate"),
-            "samples": for_task(task, "evaluate"),
+            "samples": for_task(task, "baseline", "evaluate"),
         }
         for task in TASKS
     },
@@ -101,10 +106,14 @@ def change_value(value: Any) -> Any:
 
 
 def list_values() -> Iterator[tuple[str, str]]:
-    """Yield the file and dotted key of all values in params.yaml and the selected files of conf/."""
+    """Yield the file and dotted key of all values in params.yaml and the selected files of conf/.
+
+    `sources` and `pairs` are omitted: each of their entries adds a stage (test_source_stages, test_score_pipeline).
+    """
     for file in EXPECTED_STAGES:
         for key, _ in iterate_leaves(yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))):
-            yield file, key
+            if key not in ("sources", "pairs") or file != "params.yaml":
+                yield file, key
 
 
 def find_changed_stages(project: Path) -> set[str]:
