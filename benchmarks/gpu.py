@@ -205,7 +205,7 @@ def compute_training_flops_per_token(sizes: dict[str, int], block_size: int, sha
         block_size: tokens in a sequence.
         share_predicted: fraction of the positions that the objective predicts.
     """
-    in_products = sizes["parameters"] - sizes["embedding_parameters"]
+    in_products: float = sizes["parameters"] - sizes["embedding_parameters"]
     in_products += share_predicted * sizes["word_embedding_parameters"]
     return 6.0 * in_products + 12.0 * sizes["layers"] * sizes["width"] * block_size
 
@@ -426,8 +426,8 @@ def evaluate_on_both_devices(arguments: argparse.Namespace, work_arguments: argp
     from stages.figures.metrics import compute_document_nats
     from stages.frameworks.trainer import make_trainer
     from stages.model.block_loss import compute_block_loss
-    from stages.model.objectives import DocumentText
     from stages.model.trained import load_trained_model
+    from stages.tokens.encoding import DocumentText
 
     setup = build_setup(arguments)
     trainer = make_trainer(*setup, arguments.scratch)

@@ -29,9 +29,9 @@ from stages.download.schema import Columns
 from stages.download.sources import read_file_rows
 from stages.figures.groups import compute_ratio_with_error
 from stages.figures.metrics import compute_document_nats
-from stages.model.objectives import DocumentText, make_objective
+from stages.model.objectives import make_objective
 from stages.model.trained import load_trained_model
-from stages.tokens.encoding import TokenizersEngine
+from stages.tokens.encoding import DocumentText, TokenizersEngine
 from stages.tokens.vocabulary import build_vocabulary, load_tokenizer
 
 

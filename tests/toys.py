@@ -11,8 +11,9 @@ from data_helpers import make_record_batch, write_shards
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, TrainingArguments
 
 from stages.core.artifacts import Blocks, Documents, to_arrow
-from stages.model.objectives import DocumentText, Objective, make_objective
+from stages.model.objectives import Objective, make_objective
 from stages.model.schema import ObjectiveConfig
+from stages.tokens.encoding import DocumentText
 from stages.tokens.vocabulary import Vocabulary
 from stages.train.schema import CheckpointSettings
 from stages.train.training import BlockTrainer

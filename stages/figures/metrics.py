@@ -18,9 +18,10 @@ from stages.figures.scores import Scores, TokenBits
 from stages.figures.texts import Texts
 from stages.model.block_loss import sum_by_row
 from stages.model.loss import TokenLoss
-from stages.model.objectives import DocumentText, Objective, Window
+from stages.model.objectives import Objective, Window
 from stages.model.precision import full_precision
 from stages.model.processes import gather_from_all, get_rank, get_world_size, sum_over_processes
+from stages.tokens.encoding import DocumentText
 
 _POOL_SIZE = 8192  # windows that are sorted by length together, so that a batch has windows of similar length
 

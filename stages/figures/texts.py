@@ -14,8 +14,7 @@ from stages.core.config import find_value, read_yaml
 from stages.core.errors import StageError, printable
 from stages.figures.names import EVALUATED, TEXTS_PREFIX
 from stages.figures.schema import Evaluate
-from stages.model.objectives import DocumentText
-from stages.tokens.encoding import Decoder, choose_engine, join_segments, refuse_control_tokens
+from stages.tokens.encoding import Decoder, DocumentText, choose_engine, join_segments, refuse_control_tokens
 from stages.tokens.texts import Flatten, TextFile, load_template, sample_texts
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 

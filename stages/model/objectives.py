@@ -5,7 +5,7 @@ All code that differs between causal and masked language modeling is in this mod
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from stages.core.errors import StageError
 from stages.model.masking import EVALUATION_EPOCH, EVALUATION_SEED, IGNORED, mask_blocks
 from stages.model.schema import ObjectiveConfig, check_isolation
 from stages.tokens.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from stages.tokens.encoding import DocumentText
 
 NUM_PASSES = 7  # masked passes of pseudo_bits_per_byte: close to 1 / 0.15, and the same for all runs
 
@@ -35,17 +38,6 @@ class Window:
     """[num_predicted] token ids to predict."""
     document_positions: npt.NDArray[np.int64]
     """[num_predicted] positions of the targets in the document."""
-
-
-class DocumentText(NamedTuple):
-    """Tokens of a document to score."""
-
-    ids: TokenIds
-    """[num_tokens] token ids, without the special tokens that wrap a document."""
-    num_bytes: int
-    """Size in UTF-8 of the predicted tokens."""
-    is_predicted: npt.NDArray[np.bool_] | None = None
-    """[num_tokens] true for the tokens to predict; None: all of them."""
 
 
 class Objective(Protocol):
@@ -82,7 +74,7 @@ class Objective(Protocol):
             [..., block_size] int64.
         """
 
-    def build_windows(self, documents: Iterable[DocumentText], context: int) -> Iterator[Window]:
+    def build_windows(self, documents: "Iterable[DocumentText]", context: int) -> Iterator[Window]:
         """Split documents into windows of at most `context` tokens that together predict every token once.
 
         Tokens with a false `is_predicted` are not predicted. The windows are in order of the documents.
@@ -155,7 +147,7 @@ class CausalObjective:
     def get_targets(self, labels: torch.Tensor) -> torch.Tensor:
         return F.pad(labels[..., 1:], (0, 1), value=IGNORED)  # shifted left by one; the last output predicts nothing
 
-    def build_windows(self, documents: Iterable[DocumentText], context: int) -> Iterator[Window]:
+    def build_windows(self, documents: "Iterable[DocumentText]", context: int) -> Iterator[Window]:
         step = context // 2
         for document_index, text in enumerate(documents):
             # The end-of-sequence token precedes the document, so that its first token is predicted too. (With a chat
@@ -204,7 +196,7 @@ class MaskedObjective:
     def get_targets(self, labels: torch.Tensor) -> torch.Tensor:
         return labels
 
-    def build_windows(self, documents: Iterable[DocumentText], context: int) -> Iterator[Window]:
+    def build_windows(self, documents: "Iterable[DocumentText]", context: int) -> Iterator[Window]:
         prefix, suffix = self._vocabulary.prefix, self._vocabulary.suffix
         size = context - len(prefix) - len(suffix)
         for document_index, text in enumerate(documents):

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 
 from stages.core.errors import StageError, printable
 from stages.figures.metrics import compute_document_nats
-from stages.model.objectives import DocumentText, Window, make_objective
+from stages.model.objectives import Window, make_objective
 from stages.score.items import Item
-from stages.tokens.encoding import EncodedTexts, refuse_control_tokens
+from stages.tokens.encoding import DocumentText, EncodedTexts, refuse_control_tokens
 from stages.tokens.vocabulary import Vocabulary, convert_rust_errors
 
 log = logging.getLogger(__name__)

@@ -56,6 +56,17 @@ class EncodedDocuments(NamedTuple):
     """[num_documents] int64: UTF-8 bytes of the counted text of each document."""
 
 
+class DocumentText(NamedTuple):
+    """Tokens of a document to score."""
+
+    ids: TokenIds
+    """[num_tokens] token ids, without the special tokens that wrap a document."""
+    num_bytes: int
+    """Size in UTF-8 of the predicted tokens."""
+    is_predicted: npt.NDArray[np.bool_] | None = None
+    """[num_tokens] true for the tokens to predict; None: all of them."""
+
+
 def join_segments(
     encoded: EncodedTexts, segments: Segments, vocabulary: Vocabulary, counts_all: bool
 ) -> EncodedDocuments:

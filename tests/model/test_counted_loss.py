@@ -25,7 +25,8 @@ from stages.figures.metrics import compute_document_nats
 from stages.model.block_loss import compute_block_loss
 from stages.model.loss import TokenLoss
 from stages.model.masking import IGNORED
-from stages.model.objectives import DocumentText, make_objective
+from stages.model.objectives import make_objective
+from stages.tokens.encoding import DocumentText
 
 MODELS = ["gpt2", "llama", "roberta", "bert"]
 

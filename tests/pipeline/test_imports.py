@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 from data_helpers import REPOSITORY, make_questions, write_jsonl
+from dvc_project import ONCE, PER_TASK
 
+HEAVY = ["torch", "transformers", "datasets", "pandas", "dvc", "peft", "scipy.optimize", "torch._dynamo.utils", "sympy"]
 # A stage ends with os._exit; replaced here, so that the script can print the imported modules.
-RUN_SCRIPT = """
+RUN_SCRIPT = f"""
 import os, runpy, sys
 os._exit = lambda code: None
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
-heavy = {"torch", "transformers", "datasets", "pandas", "dvc", "peft", "scipy.optimize", "torch._dynamo.utils", "sympy"}
-print(sorted(heavy & set(sys.modules)))
+print([name for name in {HEAVY} if name in sys.modules])
 """
 
 
@@ -62,6 +63,14 @@ def heavy_imports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("stage", ["download", "tokenize", "group_texts"])
 def test_imports_of_a_data_stage_are_light(heavy_imports: dict[str, str], stage: str) -> None:
     assert heavy_imports[stage] == "[]"
+
+
+@pytest.mark.parametrize("stage", [*ONCE, *PER_TASK, "score"])
+def test_imports_of_a_config_class_are_light(stage: str) -> None:
+    # `make check` imports the config classes of all stages.
+    code = f"import sys, stages.{stage}.stage; print([name for name in {HEAVY} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 def test_imports_of_a_model_stage_are_those_of_its_model(heavy_imports: dict[str, str]) -> None:

@@ -131,7 +131,7 @@ def test_check_invalid_schedule_is_refused_and_passed_values_are_cached(clean: P
         pytest.param(
             "mlm",
             ["decoder"],
-            "roberta.embeddings.word_embeddings and lm_head.decoder share one weight",
+            "model.embeddings.tok_embeddings and decoder share one weight",
             marks=pytest.mark.slow,
         ),
         pytest.param("causal", ["query"], "query", marks=pytest.mark.slow),

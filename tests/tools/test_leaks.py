@@ -20,7 +20,7 @@ from toys import CAUSAL, END, draw_text_ids, make_toy_model
 
 from stages.core.artifacts import Documents, read_json
 from stages.core.errors import StageError
-from stages.model.objectives import DocumentText
+from stages.tokens.encoding import DocumentText
 from tools.leaks.canaries import NUM_ALTERNATIVES, compute_exposure, draw_alternatives, make_canaries, read_canaries
 from tools.leaks.command import find_initial_model
 from tools.leaks.examination import examine_model

@@ -15,10 +15,10 @@ from stages.evaluate.stage import EvaluateConfig
 from stages.figures.metrics import compute_document_nats
 from stages.figures.names import EVALUATED
 from stages.model.models import build_model, prepare_torch
-from stages.model.objectives import DocumentText, make_objective
+from stages.model.objectives import make_objective
 from stages.model.schema import Model
 from stages.model.trained import load_trained_model
-from stages.tokens.encoding import TokenizersEngine
+from stages.tokens.encoding import DocumentText, TokenizersEngine
 from stages.tokens.texts import TextFile, choose_flatten, load_template
 from stages.tokens.vocabulary import Vocabulary, load_tokenizer
 from tools.leaks.canaries import compute_exposure, count_planted, draw_alternatives, mask_digits, summarize_exposures

@@ -16,9 +16,10 @@ from transformers import GenerationConfig
 from stages.core.artifacts import Documents
 from stages.figures.metrics import choose_documents, compute_document_nats
 from stages.figures.texts import SplitTexts
-from stages.model.objectives import DocumentText, Objective, Window
+from stages.model.objectives import Objective, Window
 from stages.model.precision import full_precision
 from stages.score.accuracy import compute_wilson_interval
+from stages.tokens.encoding import DocumentText
 from stages.tokens.vocabulary import Vocabulary
 
 PROMPT_TOKENS = CONTINUATION_TOKENS = 50
