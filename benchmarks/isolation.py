@@ -40,9 +40,10 @@ def main() -> None:
         for isolated in speeds:
             objective = dataclasses.replace(config.objective, isolate_documents=isolated)
             speeds[isolated].append(measure_tokens_per_second(dataclasses.replace(config, objective=objective)))
-    isolated, packed = (statistics.median(speeds[key]) for key in (True, False))
-    result = {"task": arguments.task, "isolated_tokens_per_second": round(isolated)}
-    print(json.dumps(result | {"packed_tokens_per_second": round(packed), "ratio": round(isolated / packed, 3)}))
+    isolated_speed, packed_speed = (statistics.median(speeds[key]) for key in (True, False))
+    result = {"task": arguments.task, "isolated_tokens_per_second": round(isolated_speed)}
+    result |= {"packed_tokens_per_second": round(packed_speed), "ratio": round(isolated_speed / packed_speed, 3)}
+    print(json.dumps(result))
 
 
 def build_training_config(task: str, steps: int, batch_size: int) -> TrainConfig:
@@ -66,7 +67,7 @@ def measure_tokens_per_second(config: TrainConfig) -> float:
         trainer = make_trainer(config, model, objective, train, validation, scratch)
         started = time.monotonic()
         trainer.train()
-        return trainer.state.global_step * config.batch_size * train.block_size / (time.monotonic() - started)
+        return float(trainer.state.global_step * config.batch_size * train.block_size / (time.monotonic() - started))
 
 
 if __name__ == "__main__":

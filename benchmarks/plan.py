@@ -153,7 +153,8 @@ def measure_stages(project: Path, task: str) -> dict[str, Measurement]:
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"{stage} failed in {project}")
-        measurements[stage] = Measurement(*plan[stage], time.monotonic() - started, usage.ru_maxrss * 1024)
+        seconds, (planned_seconds, planned_bytes) = time.monotonic() - started, plan[stage]
+        measurements[stage] = Measurement(planned_seconds, planned_bytes, seconds, usage.ru_maxrss * 1024)
     return measurements
 
 

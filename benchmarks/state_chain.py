@@ -53,7 +53,7 @@ def measure_training(arguments: argparse.Namespace) -> tuple[float, float]:
         ends.append(time.perf_counter())
         chain_seconds.append(ends[-1] - started)
 
-    trainer.state_chain.on_step_end = add_link_timed
+    trainer.state_chain.on_step_end = add_link_timed  # type: ignore[method-assign]
     trainer.train()
     steps = [after - before for before, after in itertools.pairwise(ends)]
     return 1e3 * statistics.median(chain_seconds[WARM_UP_STEPS:]), 1e3 * statistics.median(steps[WARM_UP_STEPS:])

@@ -49,10 +49,15 @@ NUM_SPECIAL_IDS = 5  # ids below are control tokens
 TURN_SECONDS = 1.0
 TURN_LINE, REPORT_PREFIX = "your turn", "report "  # output lines of a side
 
-GPT2 = {"n_positions": 1024, "n_embd": 768, "n_layer": 6, "n_head": 12, "initializer_range": 0.02}
+GPT2: dict[str, float] = {"n_positions": 1024, "n_embd": 768, "n_layer": 6, "n_head": 12, "initializer_range": 0.02}
 GPT2 |= {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
-ROBERTA = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6, "num_attention_heads": 12}
-ROBERTA |= {"initializer_range": 0.02, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+ROBERTA: dict[str, float] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6}
+ROBERTA |= {
+    "num_attention_heads": 12,
+    "initializer_range": 0.02,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
 # Name to task, default batch size, vocabulary size, and differences from the task's tiny model.
 SHAPES: dict[str, tuple[str, int, int, dict[str, float]]] = {
     "tiny-gpt2": ("causal", 4, 4096, {}),
@@ -132,7 +137,7 @@ def run_in_turn(processes: "list[subprocess.Popen[str]]") -> list[dict[str, Any]
             process.stdin.flush()
             line = next((line for line in process.stdout if line.startswith((TURN_LINE, REPORT_PREFIX))), None)
             if line is None:
-                sys.exit(f"{' '.join(map(str, process.args))} failed")
+                sys.exit(f"{process.args!r} failed")
             if line.startswith(REPORT_PREFIX):
                 reports[index] = json.loads(line.removeprefix(REPORT_PREFIX))
     return [reports[index] for index in range(len(processes))]

@@ -159,7 +159,7 @@ def run_pipeline(root: Path) -> tuple[torch.Tensor, torch.Tensor, float, list[to
     targets = objective.get_targets(labels)
     with token_loss.hidden_outputs():
         loss = token_loss.sum_nats(model(**batch).logits, targets) / (targets != IGNORED).sum()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return batch["input_ids"], labels, loss.item(), gradients
 

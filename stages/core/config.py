@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform
 
 import yaml
 from omegaconf import OmegaConf
@@ -24,8 +24,16 @@ MISSING = object()  # returned by `find_value` if there is no value
 # `config_view`: the keys that one stage reads of a config or file that other stages read too; others are ignored.
 # `config_section`: a section with a single schema, in which an unknown key is an error.
 _COMMON = ConfigDict(strict=True, use_attribute_docstrings=True, populate_by_name=True)
-config_view = dataclass(kw_only=True, config=ConfigDict(**_COMMON, extra="ignore"))
-config_section = dataclass(kw_only=True, config=ConfigDict(**_COMMON, extra="forbid"))
+if TYPE_CHECKING:
+
+    @dataclass_transform(kw_only_default=True)
+    def config_view(schema: type[Schema]) -> type[Schema]: ...
+
+    @dataclass_transform(kw_only_default=True)
+    def config_section(schema: type[Schema]) -> type[Schema]: ...
+else:
+    config_view = dataclass(kw_only=True, config=ConfigDict(**_COMMON, extra="ignore"))
+    config_section = dataclass(kw_only=True, config=ConfigDict(**_COMMON, extra="forbid"))
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[int, Field(ge=1)]
