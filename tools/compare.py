@@ -14,6 +14,7 @@ documents, are marked and never shown as the best of a column.
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -359,4 +360,5 @@ def summarize_seeds(rows: list[ExperimentRow]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently in `| head -1`
     main()

@@ -10,6 +10,7 @@ import argparse
 import functools
 import itertools
 import re
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -275,4 +276,5 @@ def format_markdown_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently in `| head -1`
     main()

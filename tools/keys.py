@@ -9,6 +9,7 @@ import argparse
 import functools
 import json
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -136,4 +137,5 @@ def format_code(text: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently in `| head -1`
     main()

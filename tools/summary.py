@@ -3,6 +3,7 @@
 Command python -m tools.summary
 """
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,4 +53,5 @@ def format_change(metrics: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently in `| head -1`
     main()

@@ -6,6 +6,7 @@ No stage is run. STAGE (`train@causal`) limits the output to the stage and its d
 """
 
 import argparse
+import signal
 import sys
 import textwrap
 from collections import Counter
@@ -194,4 +195,5 @@ def _is_same_run(revision: Revision, forecast: Forecast) -> bool:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently in `| head -1`
     main()
