@@ -1,5 +1,6 @@
 """Tests of tools.publish: refusals, the card, and uploads to a Hub on the loopback interface."""
 
+import copy
 import os
 import shutil
 import socket
@@ -284,7 +285,7 @@ def test_publish_custom_task_has_a_card_for_its_objective(clean: Path, tmp_path:
     for file, name in (("params.yaml", "tasks"), ("conf/publish.yaml", None)):
         values = yaml.safe_load((clean / file).read_text())
         sections = values[name] if name else values
-        sections["prefix"] = dict(sections["mlm"])
+        sections["prefix"] = copy.deepcopy(sections["mlm"])
         (clean / file).write_text(yaml.safe_dump(values, sort_keys=False))
     edit_yaml(clean / "conf/publish.yaml", prefix__repository=NAME)
     shutil.copy(clean / "conf/task/mlm.yaml", clean / "conf/task/prefix.yaml")
