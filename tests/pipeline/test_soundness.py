@@ -259,7 +259,8 @@ def test_soundness_changed_behavior_of_a_module_changes_exactly_the_stages_that_
 @pytest.mark.slow
 def test_soundness_behavior_that_one_stage_uses_runs_that_stage(clean: Path) -> None:
     file = clean / "stages/evaluate/stage.py"
-    file.write_text(file.read_text(encoding="utf-8") + "\n_CHANGED = 1\n", encoding="utf-8")
+    # Another value than in the test above, whose run of `code` DVC would restore.
+    file.write_text(file.read_text(encoding="utf-8") + "\n_CHANGED = 2\n", encoding="utf-8")
     assert parse_stages_run(run_command(clean, "dvc", "repro")) == {"code", *for_all_tasks("evaluate")}
 
 

@@ -283,7 +283,7 @@ def test_why_of_a_project_names_changed_keys_functions_and_files(clean: Path) ->
     edit_yaml(clean / "params.yaml", tasks__causal__learning_rate=0.5)
     said = run_why(clean)
     assert "would run 1 stage; 1 more depends on their outputs." in said
-    assert f"train@causal runs (last run: commit {head}) params.yaml: tasks.causal.learning_rate: 0.002 -> 0.5" in said
+    assert f"train@causal runs (last run: commit {head}) params.yaml: tasks.causal.learning_rate: 0.004 -> 0.5" in said
     assert "evaluate@causal may run models/causal: will be written again by train@causal; if" in said
     assert "would run nothing" in run_why(clean, "train@mlm")
     run_command(clean, "git", "checkout", "-q", "params.yaml")
@@ -340,7 +340,7 @@ def test_why_of_missing_outputs_shows_whether_the_cache_has_them(clean: Path) ->
     finally:
         run_command(clean, "rm", "-rf", ".dvc/cache")
         run_command(clean, "mv", "cache-aside", ".dvc/cache")
-    assert "DVC's cache does not have it (`dvc pull` fetches it where it was pushed)" in said
+    assert "DVC's cache does not have it (`dvc pull` fetches it if it was pushed)" in said
     assert "restored" not in said
 
 
