@@ -290,11 +290,11 @@ def test_why_of_a_project_names_changed_keys_functions_and_files(clean: Path) ->
 
     file = clean / "stages/figures/metrics.py"
     text = file.read_text()
-    file.write_text(text.replace('"""Indices of', '"""Numbers of'))
+    file.write_text(text.replace('"""Return the indices of', '"""Return the numbers of'))
     said = run_why(clean)
     assert "would run 1 stage. code runs" in said and "stages: figures/metrics.py" in said
     assert "Only comments, docstrings or messages of the code changed" in said
-    file.write_text(text.replace("* total // max(number, 1)", "* total // max(1, number)"))
+    file.write_text(text.replace("max(num_chosen, 1)", "max(1, num_chosen)"))
     said = run_why(clean, "train@causal")
     assert "would run 1 stage." in said and "Only comments" in said
     said = run_why(clean, "evaluate@mlm")
