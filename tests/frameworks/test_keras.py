@@ -250,7 +250,7 @@ def test_keras_on_tensorflow_has_the_losses_of_the_trainer_and_the_same_bytes_ho
                 time.sleep(0.01)
             killed.kill()
             killed.wait()
-            assert not (tmp_path / "two").exists()
+            assert not (tmp_path / "two/model").exists()
         done = subprocess.run(command, cwd=REPOSITORY, check=False, stderr=subprocess.PIPE, text=True)
         assert done.returncode == 0, done.stderr
         assert (name == "two") == ("resuming from step" in done.stderr), done.stderr

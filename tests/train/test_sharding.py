@@ -53,7 +53,7 @@ def steps(model, objective, blocks):
         with loss.hidden_outputs():
             share = {key: value[mine] for key, value in batch.items()}
             outputs = model(**isolate_segments(share, model)).logits
-            nats = loss.sum(outputs, targets[mine]) / number
+            nats = loss.sum_nats(outputs, targets[mine]) / number
         (nats * get_world_size()).backward()  # the gradients of processes are averaged
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
