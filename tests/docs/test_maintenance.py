@@ -115,11 +115,12 @@ def test_workflow_runs_the_make_targets_of_ci_run() -> None:
     assert [target for target in theirs if target != "env"] == ours
 
 
-def test_workflow_can_only_read_and_pins_each_action_to_a_commit() -> None:
-    assert WORKFLOW["permissions"] == {"contents": "read"}
-    assert WORKFLOW["concurrency"]["cancel-in-progress"] is True
-    for job in WORKFLOW["jobs"].values():
-        assert "permissions" not in job and job["timeout-minutes"] <= 120
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
+def test_workflow_can_only_read_and_pins_each_action_to_a_commit(file: Path) -> None:
+    workflow = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {"contents": "read"}
+    for job in workflow["jobs"].values():
+        assert "permissions" not in job and job["timeout-minutes"] <= 360
         for step in job["steps"]:
             if "uses" in step:
                 assert re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", step["uses"])
@@ -127,6 +128,10 @@ def test_workflow_can_only_read_and_pins_each_action_to_a_commit() -> None:
                 assert step["with"]["persist-credentials"] is False
             # A value of the event in a script would be code: it has to be passed in `env`.
             assert "${{" not in step.get("run", "")
+
+
+def test_workflow_of_a_pull_request_stops_when_it_is_updated() -> None:
+    assert WORKFLOW["concurrency"]["cancel-in-progress"] is True
 
 
 def test_workflow_and_container_use_the_python_versions_of_pyproject() -> None:
