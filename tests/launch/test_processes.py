@@ -345,6 +345,7 @@ def test_processes_told_to_end_leave_a_checkpoint_and_nobody_behind(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
     )
     before_it = read_until(process.stderr, "validation loss")
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
