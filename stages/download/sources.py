@@ -121,8 +121,12 @@ def read_file_parts(data: SourceData) -> Iterator[Part]:
                 yield from group_into_parts(Row(f"{location}:{number}", split, value) for number, value in records)
 
 
-def group_into_parts(rows: Iterable[Row]) -> Iterator[Part]:
-    """Group rows into parts of a single split. Rows before an error are yielded before it is raised."""
+def group_into_parts(rows: Iterable[Row], max_rows: int | None = None) -> Iterator[Part]:
+    """Group rows into parts of a single split and at most `max_rows` rows, without reading beyond a full part.
+
+    Rows before an error are yielded before it is raised.
+    """
+    max_rows = min(max_rows or _PART_ROWS, _PART_ROWS)
     found: list[Row] = []
     size, failure = 0, None
     iterator = iter(rows)
@@ -134,12 +138,15 @@ def group_into_parts(rows: Iterable[Row]) -> Iterator[Part]:
         except Exception as error:
             failure = error
             break
-        if found and (len(found) == _PART_ROWS or size >= PART_BYTES or row.split != found[0].split):
+        if found and row.split != found[0].split:
             yield Part("", found[0].split, 0, found, [])
             found, size = [], 0
         found.append(row)
         values = row.value.values() if isinstance(row.value, dict) else []
         size += sum(len(value) for value in values if isinstance(value, str))
+        if len(found) >= max_rows or size >= PART_BYTES:
+            yield Part("", found[0].split, 0, found, [])
+            found, size = [], 0
     if found:
         yield Part("", found[0].split, 0, found, [])
     if failure is not None:

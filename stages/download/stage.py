@@ -99,7 +99,9 @@ def _open_source(data: SourceData) -> tuple[Iterator[Part], str | None]:
     from stages.download.hub_data import read_hub, resolve_commit
 
     commit = resolve_commit(data.hub)
-    return group_into_parts(read_hub(data.hub, commit, whole=data.max_records is None)), commit
+    rows = read_hub(data.hub, commit, whole=data.max_records is None)
+    # A part of more than max_records rows could be in several files, of which only the first has to be fetched.
+    return group_into_parts(rows, data.max_records), commit
 
 
 def _take_first_records(batches: Iterator[Batch], data: SourceData, ledger: Ledger) -> Iterator[Batch]:

@@ -139,9 +139,9 @@ def test_pipeline_edited_text_runs_all_stages(clean: Path, tmp_path: Path) -> No
     lines = (clean / "data/sample/askscience.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     text.write_text("".join(lines[:70]), encoding="utf-8")
     own = ("-S", "data.name=files", "-S", f"data.path={text}")
-    assert parse_stages_run(run_command(clean, "dvc", "exp", "run", *own)) == ALL
+    assert parse_stages_run(run_command(clean, "dvc", "exp", "run", *own)) == ALL - {"code"}
     text.write_text("".join(lines[:72]), encoding="utf-8")
-    assert parse_stages_run(run_command(clean, "dvc", "repro")) == ALL
+    assert parse_stages_run(run_command(clean, "dvc", "repro")) == ALL - {"code"}
 
 
 @pytest.mark.slow
