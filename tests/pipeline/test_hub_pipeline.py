@@ -38,6 +38,6 @@ def test_hub_pipeline_of_the_guides_data_and_models_runs_and_names_every_revisio
     for task, conf in confs.items():
         pin = {key: conf[key] for key in ("path", "revision")}
         assert read_ledger(f"data/tokens/{task}")["tokenizer"] == read_ledger(f"reports/train/{task}")["model"] == pin
-        figures = json.loads((clean / f"metrics/{task}.json").read_text())[task]["test"]
+        figures = json.loads((clean / f"reports/evaluate/{task}/metrics.json").read_text())[task]["test"]
         assert figures["documents"] > 0 and figures["loss" if task == "causal" else "masked_loss"] > 0
     assert set(TASKS) == set(confs)
