@@ -17,9 +17,9 @@ import pytest
 from data_helpers import make_questions, make_source_data, read_values, serve_files, write_jsonl
 
 from stages.core.errors import StageError
-from stages.download.records import BadRecordError, build_record, find_column_value
+from stages.download.records import BadRecordError, Row, build_record, find_column_value
 from stages.download.schema import Columns
-from stages.download.sources import read_rows
+from stages.download.sources import group_into_parts, read_rows
 
 RECORDS = [
     {"title": "Why, exactly?", "answers.text": 'Because "it" is, so.'},
@@ -436,3 +436,11 @@ def test_read_of_a_damaged_parquet_file_names_it(tmp_path: Path, raw: bytes) -> 
     (tmp_path / "a.parquet").write_bytes(raw)
     with pytest.raises(StageError, match=f"{tmp_path / 'a.parquet'} is damaged or cut short"):
         read_values(tmp_path / "a.parquet")
+
+
+def test_group_into_parts_reads_no_row_beyond_a_full_part() -> None:
+    rows = (Row(f"o/n[train]:{index}", "train", {"title": str(index)}) for index in range(10))
+    parts = group_into_parts(rows, 4)
+    assert len(next(parts).content) == 4
+    assert next(rows).location == "o/n[train]:4"  # still to be read
+    assert [len(part.content) for part in parts] == [4, 1]
